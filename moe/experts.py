@@ -1,0 +1,77 @@
+"""The experts: E SwiGLU networks with stacked weights, applied to rows that are grouped by expert.
+
+Shapes: R routed rows, D model, F expert hidden, e experts held here, O and I output and input width of one matmul.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe.linear import Linear
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(rows_RI grouped by expert, weight_eOI, counts_e) -> rows_RO."""
+
+
+def loop_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
+    """One matmul an expert: the readable reference, and the fastest on CPUs. An expert without rows gives none."""
+    groups = rows_RI.split(counts_e.tolist())
+    return torch.cat([F.linear(rows, weight) for rows, weight in zip(groups, weight_eOI.unbind(), strict=True)])
+
+
+def grouped_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
+    """One grouped matmul for all experts, without a look at the counts from the host (bf16 and fp32)."""
+    ends_e = counts_e.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(rows_RI, weight_eOI.transpose(1, 2), offs=ends_e)
+
+
+def auto_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
+    """Grouped where it is the faster one: bf16 on a GPU. Elsewhere the loop (figures: benchmarks/RESULTS.md)."""
+    grouped = rows_RI.is_cuda and rows_RI.dtype == torch.bfloat16
+    return (grouped_kernel if grouped else loop_kernel)(rows_RI, weight_eOI, counts_e)
+
+
+KERNELS: dict[str, Kernel] = {"auto": auto_kernel, "grouped": grouped_kernel, "loop": loop_kernel}
+
+
+class Experts(nn.Module):
+    """w_down(silu(w_gate x) * w_up x) for each expert (SwiGLU, arXiv 2002.05202; three matrices as in Mixtral).
+
+    `first_expert` is the global index of the first expert held here: expert parallelism keeps a contiguous range.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, kernel: str) -> None:
+        super().__init__()
+        self.first_expert = 0
+        self.kernel_name = kernel
+        self.kernel: Kernel = KERNELS[kernel]
+        self.w_gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+
+    def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
+        def apply(x_RI: Tensor, weight_eOI: Tensor) -> Tensor:
+            return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
+
+        hidden_RF = F.silu(apply(rows_RD, self.w_gate)) * apply(rows_RD, self.w_up)
+        return apply(hidden_RF, self.w_down)
+
+    def extra_repr(self) -> str:
+        held, hidden, dim = self.w_gate.shape
+        last = self.first_expert + held - 1
+        return f"experts {self.first_expert}-{last}, {dim} -> {hidden} -> {dim}, kernel={self.kernel_name}"
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward network: one expert that takes every token."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w_gate = Linear(dim, hidden_dim)
+        self.w_up = Linear(dim, hidden_dim)
+        self.w_down = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))

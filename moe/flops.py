@@ -1,0 +1,47 @@
+"""What a model costs: parameters and floating-point operations, counted on the modules themselves.
+
+Build the model on the meta device (`with torch.device("meta")`) to count one that does not fit.
+"""
+
+from typing import NamedTuple
+
+from moe.experts import Experts
+from moe.model import Transformer
+
+
+class ParameterCounts(NamedTuple):
+    total: int
+    active: int
+    """Parameters one token touches: experts count for top_k of num_experts, embeddings in full."""
+    experts: int
+    """Parameters of routed experts held by this module."""
+
+
+def count_parameters(model: Transformer) -> ParameterCounts:
+    """Parameters of `model` as it stands (after expert parallelism: what this rank holds)."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    experts = sum(
+        parameter.numel()
+        for module in model.modules()
+        if isinstance(module, Experts)
+        for parameter in module.parameters()
+    )
+    config = model.config
+    idle = experts * (config.num_experts - config.top_k) // config.num_experts if config.is_moe else 0  # type: ignore[operator]
+    return ParameterCounts(total, total - idle, experts)
+
+
+def training_flops_per_token(model: Transformer, seq_len: int) -> float:
+    """Model FLOPs of forward and backward for one token of a row of `seq_len` (recompute not counted).
+
+    6 per active matmul parameter (norms and the embedding's lookup are no matmul; a tied head is), plus attention's
+    12·H·C per query-key pair and layer, with the true number of keys a causal, windowed query reaches on average.
+    """
+    config = model.config
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
+    lookup = 0 if config.tie_embeddings else model.embedding.numel()
+    matmul = count_parameters(model).active - vectors - lookup
+    window = min(config.sliding_window or seq_len, seq_len)
+    pairs = window * (window + 1) / 2 + (seq_len - window) * window
+    attention = 12 * config.num_layers * config.num_heads * config.head_dim * pairs / seq_len
+    return 6 * matmul + attention

@@ -1,0 +1,78 @@
+"""Every term of the loss (docs/losses.md has the formulas and their sources).
+
+Shapes: B batch (sequences), S sequence, V vocabulary, L MoE layers, E experts; N tokens of the global micro-batch.
+
+All functions return *sums* over the tokens of this rank. `training/step.py` divides them, once, by the number of
+tokens of the whole optimizer step; so a plain sum over ranks and micro-batches is the loss of the global batch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moe.config import RouterConfig
+from moe.router import RouterStats
+
+IGNORE = -100
+"""Label of positions that are not predicted."""
+
+
+def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Sum over label tokens of -log softmax(logits)[label], in nats, in at least fp32."""
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    return F.cross_entropy(
+        logits_BSV.flatten(0, 1).to(wide), labels_BS.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+class Auxiliary(NamedTuple):
+    """Router losses of one micro-batch on this rank, and its global counts."""
+
+    balance_sum: Tensor
+    """Contribution to N · L_bal."""
+    z_sum: Tensor
+    """Contribution to N · L_z."""
+    counts_LE: Tensor
+    """Assignments to each expert over the global micro-batch, before any drop."""
+    dropped: Tensor
+    """Dropped assignments of the global micro-batch, over all layers."""
+
+
+def auxiliary_losses(
+    stats: RouterStats, config: RouterConfig, reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
+) -> Auxiliary:
+    """Balance and z-loss from the statistics of all MoE layers.
+
+    Args:
+        stats: stacked over layers.
+        config: scope of the balance loss and reduction over layers.
+        reduce_counts: sum of an integer tensor over all ranks that hold other tokens of the same micro-batch (seam:
+            data and context parallelism install an all-reduce; it stands outside of what recompute repeats).
+    """
+    layers, _, num_experts = stats.counts_BE.shape
+    local_LE = stats.counts_BE.sum(dim=1)
+    sequences = (stats.tokens_B[0] > 0).sum()
+    totals = torch.stack((stats.dropped_B.sum(), stats.tokens_B[0].sum(), sequences))
+    reduced = reduce_counts(torch.cat((local_LE.flatten(), totals)))
+    counts_LE = reduced[:-3].view(layers, num_experts)
+    dropped, tokens, sequences = reduced[-3:]
+
+    if config.balance_scope == "global":
+        balance_L = num_experts * (shares(counts_LE) * stats.prob_sum_BE.sum(dim=1)).sum(dim=-1)
+    elif config.balance_scope == "rank":
+        balance_L = num_experts * (shares(local_LE) * stats.prob_sum_BE.sum(dim=1)).sum(dim=-1)
+    else:
+        mean_prob_LBE = stats.prob_sum_BE / stats.tokens_B.clamp(min=1).unsqueeze(-1)
+        per_sequence_LB = num_experts * (shares(stats.counts_BE) * mean_prob_LBE).sum(dim=-1)
+        balance_L = per_sequence_LB.sum(dim=1) * (tokens.double() / sequences.clamp(min=1))
+    z_L = stats.z_sum_B.sum(dim=1)
+    combine = torch.mean if config.layer_reduction == "mean" else torch.sum
+    return Auxiliary(combine(balance_L), combine(z_L), counts_LE, dropped)
+
+
+def shares(counts: Tensor) -> Tensor:
+    """f_e = n_e / Σ n over the last dimension, fp64; zeros where there is no assignment at all."""
+    return counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -1,0 +1,109 @@
+"""The MoE layer: dispatch, experts and combine against a loop over tokens in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from moe.config import ModelConfig, RouterConfig
+from moe.dispatch import LocalDispatcher
+from moe.experts import Experts, grouped_kernel, loop_kernel
+from moe.layer import MoELayer
+from moe.router import Routing
+
+DIM, HIDDEN = 6, 5
+
+
+def build(experts, top_k, **router):
+    config = ModelConfig(
+        dim=DIM, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, hidden_dim=HIDDEN, num_experts=experts, top_k=top_k
+    )
+    layer = MoELayer(config, RouterConfig(**router)).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer
+
+
+def loop_over_tokens(layer, x, valid):
+    """Each token through its experts, one after the other."""
+    routing, _ = layer.router(x, valid)
+    out = []
+    for token, experts, weights in zip(x.flatten(0, 1), routing.experts_TK.tolist(), routing.weights_TK, strict=True):
+        total = token * 0
+        for expert, weight in zip(experts, weights, strict=True):
+            if expert < routing.num_experts:
+                w = layer.experts
+                hidden = F.silu(w.w_gate[expert] @ token) * (w.w_up[expert] @ token)
+                total = total + weight * (w.w_down[expert] @ hidden)
+        out.append(total)
+    return torch.stack(out).view_as(x)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "experts", "top_k", "router"),
+    [
+        (2, 7, 4, 2, {}),
+        (1, 1, 8, 2, {}),  # one token: six experts get none
+        (1, 5, 3, 3, {}),  # top_k = num_experts
+        (3, 4, 1, 1, {}),
+        (2, 9, 4, 2, {"capacity_factor": 0.5}),
+        (2, 6, 4, 1, {"normalize": False}),
+    ],
+)
+@pytest.mark.parametrize("padded", [False, True])
+def test_layer_equals_a_loop_over_tokens(batch, length, experts, top_k, router, padded):
+    torch.manual_seed(length)
+    layer = build(experts, top_k, **router)
+    x = torch.randn(batch, length, DIM, dtype=torch.float64, requires_grad=True)
+    valid = torch.rand(batch, length) < 0.7 if padded else None
+    grad = torch.randn_like(x)
+    parameters = (x, *layer.parameters())
+    out, _ = layer(x, valid)
+    expected = loop_over_tokens(layer, x, valid)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)
+    mine = torch.autograd.grad(out, parameters, grad, allow_unused=True)
+    reference = torch.autograd.grad(expected, parameters, grad, allow_unused=True)
+    for got, want in zip(mine, reference, strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(got) if want is None else want, rtol=0, atol=1e-10)
+
+
+def test_every_token_padded_keeps_the_graph_whole():
+    layer = build(4, 2)
+    out, stats = layer(torch.randn(1, 3, DIM, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.bool))
+    (out.sum() + stats.prob_sum_BE.sum()).backward()
+    assert out.eq(0).all() and layer.experts.w_gate.grad.eq(0).all()
+
+
+def test_dispatch_by_hand():
+    routing = Routing(torch.tensor([[1, 0], [3, 1], [1, 3]]), torch.tensor([[0.5, 0.5]] * 3), 3, False)
+    x = torch.tensor([[10.0], [20.0], [30.0]])
+    rows, counts, plan = LocalDispatcher().dispatch(x, routing)
+    assert rows.flatten().tolist() == [10, 10, 20, 30] and counts.tolist() == [1, 3, 0]
+    out = LocalDispatcher().combine(rows, routing._replace(weights_TK=torch.tensor([[1.0, 2], [0, 3], [4, 0]])), plan)
+    assert out.flatten().tolist() == [30, 60, 120]
+
+
+def test_layer_gradient_is_right_numerically():
+    layer = build(3, 2)
+    x = torch.randn(1, 4, DIM, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: layer(x, None)[0], (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_kernel_equals_the_loop(dtype):
+    torch.manual_seed(0)
+    rows, weight = torch.randn(40, 16).to(dtype), torch.randn(5, 24, 16).to(dtype)
+    counts = torch.tensor([7, 0, 20, 13, 0])
+    rows.requires_grad_(), weight.requires_grad_()
+    grad = torch.randn(40, 24).to(dtype)
+    tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    outs = [kernel(rows, weight, counts) for kernel in (grouped_kernel, loop_kernel)]
+    torch.testing.assert_close(*outs, **tolerance)
+    grads = [torch.autograd.grad(out, (rows, weight), grad) for out in outs]
+    for mine, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, reference, **tolerance)
+
+
+def test_print_names_the_installed_kernel_and_dispatcher():
+    text = repr(build(4, 2))
+    assert "experts 0-3" in text and "kernel=auto" in text and "all experts on this device" in text
+    assert isinstance(build(4, 2).experts, Experts)

@@ -1,0 +1,103 @@
+"""Each loss term against its definition in float64."""
+
+import pytest
+import torch
+
+from moe.config import RouterConfig
+from moe.losses import IGNORE, auxiliary_losses, cross_entropy_sum
+from moe.router import Router, RouterStats
+
+
+def layer_stats(layers, batch, length, experts, top_k, seed=0, valid=None):
+    """Stacked statistics of random routers, with the probabilities and choices they came from."""
+    torch.manual_seed(seed)
+    collected, logits, chosen = [], [], []
+    for _ in range(layers):
+        router = Router(5, experts, top_k, RouterConfig()).double()
+        torch.nn.init.normal_(router.weight)
+        x = torch.randn(batch, length, 5, dtype=torch.float64)
+        _, stats = router(x, valid)
+        collected.append(stats)
+        logits.append(x @ router.weight.T)
+        chosen.append(stats.experts_BSK)
+    return RouterStats(*(torch.stack(f) for f in zip(*collected, strict=True))), logits, chosen
+
+
+def balance_of(probs, chosen, experts):
+    """E · Σ f·P over a set of tokens: probs [N, E], chosen [N, K]."""
+    counts = torch.bincount(chosen.flatten(), minlength=experts).double()
+    return experts * (counts / counts.sum() * probs.mean(0)).sum()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("scope", ["global", "sequence", "rank"])
+def test_balance_and_z_follow_the_definition(scope, reduction):
+    layers, batch, length, experts, top_k = 3, 2, 6, 4, 2
+    valid = torch.ones(batch, length, dtype=torch.bool)
+    valid[1, 4:] = False
+    stats, logits, chosen = layer_stats(layers, batch, length, experts, top_k, valid=valid)
+    aux = auxiliary_losses(stats, RouterConfig(balance_scope=scope, layer_reduction=reduction))
+    balance, z = [], []
+    for x, c in zip(logits, chosen, strict=True):
+        probs = x.softmax(-1)
+        if scope == "sequence":
+            balance.append(torch.stack([balance_of(probs[b][valid[b]], c[b][valid[b]], experts) for b in (0, 1)]).mean())
+        else:
+            balance.append(balance_of(probs[valid], c[valid], experts))
+        z.append(x.logsumexp(-1)[valid].square().mean())
+    combine = torch.mean if reduction == "mean" else torch.sum
+    tokens = int(valid.sum())
+    torch.testing.assert_close(aux.balance_sum.detach() / tokens, combine(torch.stack(balance)).detach())
+    torch.testing.assert_close(aux.z_sum.detach() / tokens, combine(torch.stack(z)).detach())
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_balance_is_one_at_balance_for_every_k(top_k):
+    experts, tokens = 4, 8
+    counts = torch.full((1, 1, experts), tokens * top_k // experts)
+    stats = RouterStats(
+        counts_BE=counts,
+        prob_sum_BE=torch.full((1, 1, experts), tokens / experts, dtype=torch.float64),
+        z_sum_B=torch.zeros(1, 1, dtype=torch.float64),
+        dropped_B=torch.zeros(1, 1, dtype=torch.int64),
+        tokens_B=torch.tensor([[tokens]]),
+        experts_BSK=torch.zeros(1, 1, tokens, top_k, dtype=torch.int64),
+    )
+    for scope in ("global", "sequence", "rank"):
+        assert auxiliary_losses(stats, RouterConfig(balance_scope=scope)).balance_sum.item() == tokens
+
+
+def test_balance_gradient_pushes_down_the_overloaded_expert_only_through_probabilities():
+    probs = torch.tensor([[[6.0, 1.0, 1.0]]], dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([[[8, 0, 0]]])
+    stats = RouterStats(
+        counts, probs, probs.new_zeros(1, 1), counts.new_zeros(1, 1), torch.tensor([[8]]), counts.new_zeros(1, 1, 8, 1)
+    )
+    auxiliary_losses(stats, RouterConfig()).balance_sum.backward()
+    assert probs.grad.flatten().tolist() == [3.0, 0.0, 0.0]
+
+
+def test_global_scope_uses_the_counts_of_all_ranks():
+    stats, logits, chosen = layer_stats(1, 2, 6, 4, 2)
+    other, _, other_chosen = layer_stats(1, 2, 6, 4, 2, seed=1)
+    local = torch.cat((stats.counts_BE.sum(1).flatten(), torch.tensor([0, 12, 2])))
+    remote = torch.cat((other.counts_BE.sum(1).flatten(), torch.tensor([0, 12, 2])))
+
+    def reduce(counts):
+        assert torch.equal(counts, local)
+        return counts + remote
+
+    aux = auxiliary_losses(stats, RouterConfig(), reduce)
+    both = torch.bincount(torch.cat((chosen[0].flatten(), other_chosen[0].flatten())), minlength=4).double()
+    expected = 4 * (both / both.sum() * logits[0].softmax(-1).sum((0, 1))).sum()
+    torch.testing.assert_close(aux.balance_sum.detach(), expected.detach())
+    assert torch.equal(aux.counts_LE[0], both.long())
+
+
+def test_cross_entropy_sums_over_labels_only():
+    logits = torch.randn(2, 3, 7, dtype=torch.float64)
+    labels = torch.tensor([[1, IGNORE, 6], [IGNORE, IGNORE, 0]])
+    log_p = logits.log_softmax(-1)
+    expected = -(log_p[0, 0, 1] + log_p[0, 2, 6] + log_p[1, 2, 0])
+    torch.testing.assert_close(cross_entropy_sum(logits, labels), expected)
+    assert cross_entropy_sum(logits, torch.full((2, 3), IGNORE)).item() == 0

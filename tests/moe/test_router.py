@@ -1,0 +1,103 @@
+"""Router, capacity and statistics against loops written from the definitions."""
+
+import math
+
+import pytest
+import torch
+
+from moe.config import RouterConfig
+from moe.router import Router, top_k_stable, within_capacity
+
+
+def build(dim, experts, top_k, **config):
+    router = Router(dim, experts, top_k, RouterConfig(**config)).double()
+    torch.nn.init.normal_(router.weight)
+    return router
+
+
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (4, 1), (4, 2), (4, 4), (9, 5)])
+@pytest.mark.parametrize("normalize", ["auto", False])
+def test_routing_equals_a_loop(experts, top_k, normalize):
+    torch.manual_seed(experts * 10 + top_k)
+    router = build(6, experts, top_k, normalize=normalize)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    valid[1, 3:] = False
+    routing, stats = router(x, valid)
+    counts = [[0] * experts for _ in range(2)]
+    for b in range(2):
+        prob_sum, z_sum = torch.zeros(experts, dtype=torch.float64), 0.0
+        for s in range(5):
+            row = routing.experts_TK[b * 5 + s].tolist()
+            if not valid[b, s]:
+                assert row == [experts] * top_k and routing.weights_TK[b * 5 + s].eq(0).all()
+                continue
+            logits = (router.weight @ x[b, s]).tolist()
+            total = sum(math.exp(v) for v in logits)
+            probs = [math.exp(v) / total for v in logits]
+            best = sorted(range(experts), key=lambda e: -probs[e])[:top_k]
+            assert row == best
+            scale = sum(probs[e] for e in best) if normalize == "auto" and top_k > 1 else 1.0
+            torch.testing.assert_close(
+                routing.weights_TK[b * 5 + s].detach(), torch.tensor([probs[e] / scale for e in best]).double()
+            )
+            for e in best:
+                counts[b][e] += 1
+            prob_sum += torch.tensor(probs, dtype=torch.float64)
+            z_sum += math.log(total) ** 2
+        torch.testing.assert_close(stats.prob_sum_BE[b].detach(), prob_sum)
+        assert stats.z_sum_B[b].item() == pytest.approx(z_sum, rel=1e-12)
+    assert stats.counts_BE.tolist() == counts
+    assert stats.tokens_B.tolist() == [5, 3]
+    assert stats.dropped_B.tolist() == [0, 0]
+
+
+def test_normalised_weights_are_the_softmax_over_the_selected_logits():
+    router = build(6, 8, 3)
+    x = torch.randn(1, 4, 6, dtype=torch.float64)
+    routing, _ = router(x, None)
+    logits = x[0] @ router.weight.T
+    torch.testing.assert_close(routing.weights_TK, logits.topk(3).values.softmax(-1))
+
+
+def test_ties_go_to_the_lower_index():
+    scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
+    assert top_k_stable(scores, 2).tolist() == [[1, 2]]
+
+
+def test_capacity_drops_later_tokens_and_is_counted_per_sequence():
+    # Two sequences of four tokens, two experts, k=1: C = ceil(1.0 * 1 * 4 / 2) = 2.
+    experts = torch.tensor([[[0], [0], [1], [0]], [[0], [0], [0], [0]]])
+    taken = torch.ones_like(experts)
+    taken[1, 0] = 0  # padding takes no place
+    kept = within_capacity(experts, taken, 2, 1.0)
+    assert kept.squeeze(-1).tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]
+
+
+def test_dropped_assignments_have_no_weight_and_are_counted():
+    router = build(4, 2, 1, capacity_factor=0.5)
+    with torch.no_grad():
+        router.weight.copy_(torch.stack((torch.ones(4), -torch.ones(4))))
+    routing, stats = router(torch.ones(1, 8, 4, dtype=torch.float64), None)
+    assert routing.experts_TK.flatten().tolist() == [0, 0, 2, 2, 2, 2, 2, 2]
+    assert routing.weights_TK[2:].eq(0).all() and routing.weights_TK[:2].gt(0).all()
+    assert stats.dropped_B.tolist() == [6] and stats.counts_BE.tolist() == [[8, 0]]
+
+
+def test_a_later_token_changes_nothing_before_it_under_capacity():
+    router = build(4, 4, 2, capacity_factor=0.5)
+    x = torch.randn(1, 10, 4, dtype=torch.float64)
+    before = router(x, None)[0]
+    x[0, 7:] = torch.randn(3, 4, dtype=torch.float64)
+    after = router(x, None)[0]
+    assert torch.equal(before.experts_TK[:7], after.experts_TK[:7])
+
+
+def test_router_computes_in_fp32_under_bf16():
+    router = Router(8, 4, 2, RouterConfig())
+    torch.nn.init.normal_(router.weight)
+    x = torch.randn(1, 3, 8).bfloat16()
+    routing, _ = router(x, None)
+    assert routing.weights_TK.dtype == torch.float32
+    exact = (x.double()[0] @ router.weight.double().T).topk(2).values.softmax(-1)
+    torch.testing.assert_close(routing.weights_TK.double(), exact, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,1 @@
+"""Parts of the training loop: configuration, optimizer, step, checkpoint, metrics, tracking, reports."""

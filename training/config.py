@@ -1,0 +1,165 @@
+"""The whole configuration of a run: one frozen dataclass a section, mirrored name for name by `conf/`.
+
+Sections validate their own fields; `Config` validates what only two sections together can know.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from data.config import DataConfig
+from moe.config import ModelConfig, RouterConfig, expect
+from parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the run is called, where it lies, and how it starts."""
+
+    experiment: str
+    name: str | None = None
+    """`null`: `<experiment>-<n>` with the next free n. An explicit name resumes the run of that name."""
+    root: str = "runs"
+    seed: int = 0
+    resume: Literal["auto", "never", "must"] = "auto"
+    deterministic: bool = False
+    """Refuse kernels whose result depends on timing (costs speed on GPUs; CPU kernels always repeat)."""
+    prompt: str = "The "
+    sample_tokens: int = 96
+    """Tokens generated from `prompt` when training ends; 0 for none."""
+
+    def __post_init__(self) -> None:
+        name = self.name
+        legal = name is None or (bool(name) and all(c.isalnum() or c in "._-/" for c in name) and ".." not in name)
+        expect(legal and not str(name).startswith("/"), "name", repr(name), "letters, digits, '.', '_', '-', '/', no '..'")
+        expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        expect(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "an integer >= 0")
+        expect(self.resume != "must" or name is not None, "resume", self.resume, "an explicit run.name beside it")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch and precision. Batches are global: the layout changes no number."""
+
+    steps: int
+    seq_len: int
+    global_batch: int
+    """Sequences per optimizer step, over all ranks and micro-batches."""
+    accumulation: int = 1
+    """Micro-batches an optimizer step is cut into."""
+    precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
+    """Arithmetic of the forward and backward pass. `auto`: bf16 where the hardware has it, else fp32.
+    Weights and optimizer state are fp32 (fp64 under `fp64`)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = 10
+    eval_every: int = 0
+    """Steps between evaluations on held-out text; 0: only at the end."""
+    peak_tflops: float | None = None
+    """Peak of one device at this precision, for `speed/mfu`; `null`: known for some GPUs, else no MFU."""
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "seq_len", "global_batch", "accumulation", "log_every"):
+            expect(getattr(self, field) >= 1, field, getattr(self, field), "an integer >= 1")
+        expect(self.eval_every >= 0, "eval_every", self.eval_every, "an integer >= 0 (0: only at the end)")
+        expect(
+            self.global_batch % self.accumulation == 0,
+            "accumulation",
+            self.accumulation,
+            f"a divisor of train.global_batch={self.global_batch}",
+        )
+        peak = self.peak_tflops
+        expect(peak is None or peak > 0, "peak_tflops", peak, "a number > 0, or null")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (arXiv 1711.05101) and its learning-rate schedule."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices only: never on norms."""
+    max_grad_norm: float | None = 1.0
+    """Clip the global gradient norm to this; `null`: no clipping."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    """`wsd` only: steps of the final linear decay; `null`: a tenth of the run."""
+    min_lr_ratio: float = 0.1
+    """The schedule ends at this share of `lr`."""
+
+    def __post_init__(self) -> None:
+        expect(self.lr > 0, "lr", self.lr, "a number > 0")
+        for field in ("beta1", "beta2"):
+            expect(0 <= getattr(self, field) < 1, field, getattr(self, field), "a number in [0, 1)")
+        expect(self.eps > 0, "eps", self.eps, "a number > 0")
+        expect(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
+        norm, decay = self.max_grad_norm, self.decay_steps
+        expect(norm is None or norm > 0, "max_grad_norm", norm, "a number > 0, or null")
+        expect(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "an integer >= 0")
+        expect(decay is None or decay >= 0, "decay_steps", decay, "an integer >= 0, or null")
+        expect(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept; at least two, so that a damaged newest one is not the only one."""
+
+    def __post_init__(self) -> None:
+        expect(self.every >= 0, "every", self.every, "an integer >= 0 (0: only at the end)")
+        expect(self.keep >= 2, "keep", self.keep, "an integer >= 2")
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    project: str = "mixwright"
+    entity: str | None = None
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Used when `python train.py` starts the workers itself; torchrun and deepspeed bring their own."""
+
+    nproc: int = 1
+    max_restarts: int = 0
+    threads: int | None = None
+    """CPU threads of one process; `null`: the cores divided by the processes."""
+
+    def __post_init__(self) -> None:
+        expect(self.nproc >= 1, "nproc", self.nproc, "an integer >= 1")
+        expect(self.max_restarts >= 0, "max_restarts", self.max_restarts, "an integer >= 0")
+        expect(self.threads is None or self.threads >= 1, "threads", self.threads, "an integer >= 1, or null")
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    model: ModelConfig
+    router: RouterConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    tracking: TrackingConfig
+    launch: LaunchConfig
+
+    def __post_init__(self) -> None:
+        top_k = self.model.top_k
+        expect(
+            not (top_k == 1 and self.router.normalize is True),
+            "router.normalize",
+            "true",
+            "auto or false with model.top_k=1 (one renormalised weight is the constant 1: the router would get no gradient)",
+        )
+        expect(
+            self.optim.warmup_steps <= self.train.steps,
+            "optim.warmup_steps",
+            self.optim.warmup_steps,
+            f"at most train.steps={self.train.steps}",
+        )

@@ -1,0 +1,56 @@
+"""The device of this process, its arithmetic, and its peak."""
+
+import os
+
+import torch
+
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0}
+"""Dense bf16 tensor-core peak of one GPU by what its name contains, from NVIDIA's data sheets (SXM versions)."""
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """The GPU of this local rank, or the CPU.
+
+    Raises:
+        ValueError: `cuda` was asked for and is not there, or has fewer devices than this host has ranks.
+    """
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("train.device=cuda: expected a CUDA device; torch finds none")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"train.device={wanted}: expected a GPU for local rank {local_rank}; this host has "
+            f"{torch.cuda.device_count()} (train.device=cpu runs without)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def make_deterministic() -> None:
+    """Refuse kernels whose result depends on timing. Call it before the first CUDA matmul."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Arithmetic of the forward pass for `train.precision`; `auto` is bf16 where the hardware multiplies it."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" or _cpu_multiplies_bf16() else "fp32"
+    return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None) -> float | None:
+    """Peak FLOP/s of one device, as given or as known for its name in bf16; None where unknown."""
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return None
+
+
+def _cpu_multiplies_bf16() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
