@@ -1,10 +1,13 @@
 """What a model costs: parameters and floating-point operations, counted on the modules themselves.
 
-Build the model on the meta device (`with torch.device("meta")`) to count one that does not fit.
+A model that fits nowhere is counted on the meta device.
 """
 
 from typing import NamedTuple
 
+import torch
+
+from moe.config import ModelConfig, RouterConfig
 from moe.experts import Experts
 from moe.model import Transformer
 
@@ -15,6 +18,12 @@ class ParameterCounts(NamedTuple):
     """Parameters one token touches: experts count for top_k of num_experts, embeddings in full."""
     experts: int
     """Parameters of routed experts held by this module."""
+
+
+def meta_model(config: ModelConfig, router: RouterConfig) -> Transformer:
+    """The whole model without a byte of weights."""
+    with torch.device("meta"):
+        return Transformer(config, router, torch.float32)
 
 
 def count_parameters(model: Transformer) -> ParameterCounts:

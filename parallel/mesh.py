@@ -63,3 +63,15 @@ def set_timeout(mesh: Mesh, timeout_s: float) -> None:
     """Bound every collective from now on; start-up, which compiles and reads, was given longer."""
     for group in (mesh.world, mesh.expert, mesh.expert_data):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
+def broadcast_from_first(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Rank 0's `tensor`, in place, on every rank."""
+    dist.broadcast(tensor, src=0, group=mesh.world)
+    return tensor
+
+
+def close_process_group() -> None:
+    """Let every rank arrive, then take the groups down: what is left to the interpreter's end may abort there."""
+    dist.barrier()
+    dist.destroy_process_group()

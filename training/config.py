@@ -83,7 +83,8 @@ class OptimConfig:
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this; `null`: no clipping."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 0
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; `null`: a twentieth of the run."""
     decay_steps: int | None = None
     """`wsd` only: steps of the final linear decay; `null`: a tenth of the run."""
     min_lr_ratio: float = 0.1
@@ -95,9 +96,9 @@ class OptimConfig:
             expect(0 <= getattr(self, field) < 1, field, getattr(self, field), "a number in [0, 1)")
         expect(self.eps > 0, "eps", self.eps, "a number > 0")
         expect(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
-        norm, decay = self.max_grad_norm, self.decay_steps
+        norm, warmup, decay = self.max_grad_norm, self.warmup_steps, self.decay_steps
         expect(norm is None or norm > 0, "max_grad_norm", norm, "a number > 0, or null")
-        expect(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "an integer >= 0")
+        expect(warmup is None or warmup >= 0, "warmup_steps", warmup, "an integer >= 0, or null")
         expect(decay is None or decay >= 0, "decay_steps", decay, "an integer >= 0, or null")
         expect(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]")
 
@@ -158,7 +159,7 @@ class Config:
             "auto or false with model.top_k=1 (one renormalised weight is the constant 1: the router would get no gradient)",
         )
         expect(
-            self.optim.warmup_steps <= self.train.steps,
+            (self.optim.warmup_steps or 0) <= self.train.steps,
             "optim.warmup_steps",
             self.optim.warmup_steps,
             f"at most train.steps={self.train.steps}",

@@ -4,6 +4,8 @@ import os
 
 import torch
 
+from training.strict import ConfigError
+
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0}
 """Dense bf16 tensor-core peak of one GPU by what its name contains, from NVIDIA's data sheets (SXM versions)."""
 
@@ -12,14 +14,14 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     """The GPU of this local rank, or the CPU.
 
     Raises:
-        ValueError: `cuda` was asked for and is not there, or has fewer devices than this host has ranks.
+        ConfigError: `cuda` was asked for and is not there, or has fewer devices than this host has ranks.
     """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("train.device=cuda: expected a CUDA device; torch finds none")
+        raise ConfigError("train.device=cuda: expected a CUDA device; torch finds none")
     if local_rank >= torch.cuda.device_count():
-        raise ValueError(
+        raise ConfigError(
             f"train.device={wanted}: expected a GPU for local rank {local_rank}; this host has "
             f"{torch.cuda.device_count()} (train.device=cpu runs without)"
         )
@@ -31,7 +33,7 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 def make_deterministic() -> None:
     """Refuse kernels whose result depends on timing. Call it before the first CUDA matmul."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # type: ignore[no-untyped-call]
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -25,7 +25,8 @@ class Recorder:
         if not active:
             return
         self.progress = self._stack.enter_context(Progress(config.train.steps, resumed_step or 0))
-        self.metrics = self._stack.enter_context(MetricsWriter(directory / "metrics.jsonl", resumed_step))
+        self.metrics = MetricsWriter(directory / "metrics.jsonl", resumed_step)
+        self._stack.callback(self.metrics.close)
         self.tracker = start_tracking(
             config.tracking,
             name=name,
@@ -43,15 +44,16 @@ class Recorder:
             self.metrics.write({"step": step} | row)
             self.tracker.log(row, step)
 
-    def print(self, text: str) -> None:
+    def end_progress(self) -> None:
+        """Take the bar off the terminal: what follows is printed below it."""
         if self.active:
-            self.progress.print(text)
+            self.progress.__exit__(None, None, None)
 
-    def finish(self, summary: dict[str, Any], plots: list[Path]) -> None:
-        """Close W&B with the run's last figures."""
+    def finish(self, result: dict[str, Any], directory: Path) -> None:
+        """Give W&B the run's last figures and its plots."""
         if self.active:
-            self.tracker.summary(summary)
-            for plot in plots:
+            self.tracker.summary(result)
+            for plot in sorted(directory.glob("*.png")):
                 self.tracker.image(plot.stem, plot)
 
     def __enter__(self) -> Self:

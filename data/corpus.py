@@ -1,0 +1,31 @@
+"""From the configuration to a corpus: the one place that knows every kind."""
+
+from data.config import DataConfig
+from data.document import Corpus
+from data.embedded import EmbeddedCorpus
+from data.files import FilesCorpus
+from data.hub import HubCorpus
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """The corpus that `config.kind` names.
+
+    Raises:
+        DataError: files that are not there.
+    """
+    match config.kind:
+        case "embedded":
+            return EmbeddedCorpus(config.code_bytes, config.prose_bytes, config.arithmetic_bytes)
+        case "files":
+            return FilesCorpus(config.paths, config.text_key, config.domain_key, config.max_documents)
+        case "hub":
+            assert config.hub_path is not None
+            return HubCorpus(
+                config.hub_path,
+                config.hub_name,
+                config.hub_split,
+                config.hub_revision,
+                config.text_key,
+                config.domain_key,
+                config.max_documents,
+            )

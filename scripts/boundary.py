@@ -1,0 +1,239 @@
+"""The line between Hydra and the rest: arguments in front of it, one dataclass and one-line errors behind it."""
+
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.errors import DataError
+from parallel.launch import WorkerFailure, die_with_parent, launch_workers, world_from_env
+from training.config import Config, RunConfig
+from training.manifest import CheckpointError
+from training.run import RunError, choose_name, prepare_directory, save_config, save_result
+from training.strict import ConfigError, from_dict, leaf_keys, located, nearest, one_line, unknown_key
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+USER_ERRORS = (ConfigError, RunError, DataError, CheckpointError)
+
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """The arguments less `--local_rank N`, which deepspeed adds; LOCAL_RANK in the environment says the same."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
+
+
+def sweep_directory(arguments: Sequence[str]) -> Path | None:
+    """Choose and create the directory of the sweep that the arguments ask for; `None` when they ask for a single run.
+
+    Raises:
+        ConfigError: a sweep inside torchrun or deepspeed, whose ranks would sweep in lockstep.
+        RunError: the directory cannot be written.
+    """
+    parsed = get_args_parser().parse_args(list(arguments))
+    if not (parsed.multirun or "hydra.mode=MULTIRUN" in parsed.overrides):
+        return None
+    if "LOCAL_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(
+            "--multirun: expected no torchrun or deepspeed around a sweep; use: "
+            "python train.py -m launch.nproc=<processes of one job> <overrides>"
+        )
+    first_job = []
+    for override in OverridesParser.create().parse_overrides(parsed.overrides):
+        if not override.is_sweep_override():
+            first_job.append(str(override.input_line))
+        elif override.is_discrete_sweep():
+            first_job.append(f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        raw = plain(compose("config", first_job))
+    run = from_dict(RunConfig, raw["run"], "run")
+    return prepare_directory(run, choose_name(run))
+
+
+def current_job() -> tuple[Path | None, int | None]:
+    """Inside a Hydra job: the sweep's directory and the job's number in it; (None, None) outside of a sweep."""
+    hydra = HydraConfig.get()
+    return (Path(hydra.sweep.dir), int(hydra.job.num)) if hydra.mode is RunMode.MULTIRUN else (None, None)
+
+
+def plain(cfg: DictConfig, sweep_dir: Path | None = None, number: int | None = None) -> dict[str, Any]:
+    """What Hydra composed, interpolations resolved, as dicts, lists and scalars; a job of a sweep gets its name."""
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    raw: dict[str, Any] = {str(name): value for name, value in container.items()}
+    if sweep_dir is not None:
+        raw["run"]["name"] = f"{os.path.relpath(sweep_dir, raw['run']['root'])}/{number}"
+    return raw
+
+
+def execute(
+    config: Config, train: Callable[[Config], dict[str, Any]], *, fresh_processes: bool = False
+) -> dict[str, Any]:
+    """Run `train(config)`: here, when a launcher started this process or one process is enough, else in own workers.
+
+    Args:
+        train: a function of an importable module, or of the script that runs; its result on rank 0 is returned.
+        fresh_processes: start workers even for one process, so that nothing is left over for the next job of a sweep.
+
+    Raises:
+        ConfigError: the world does not fit, or any other error of `USER_ERRORS`, with one line for the user.
+        WorkerFailure: a worker of ours failed.
+    """
+    launch, launched = config.launch, "LOCAL_RANK" in os.environ
+    try:
+        world_size = world_from_env().world_size if launched else launch.nproc
+    except ValueError as error:
+        raise located(error, "") from error
+    check_world(config, world_size)
+    if launched:
+        die_with_parent()
+        return train(config)
+    config = prepared(config)
+    if launch.nproc > 1 or launch.max_restarts > 0 or fresh_processes:
+        results: dict[int, dict[str, Any]] = launch_workers(
+            _train_in_worker,
+            (train, config),
+            nproc=launch.nproc,
+            max_restarts=launch.max_restarts,
+            threads=launch.threads,
+        )
+        return results[0]
+    if launch.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(launch.threads)
+    return train(config)
+
+
+def prepared(config: Config) -> Config:
+    """What the launching process does for its workers: the token store, the run's name and directory.
+
+    Raises:
+        ConfigError, DataError, RunError: whatever of it cannot be had, before any worker exists.
+    """
+    from data.store import prepare
+    from training.terminal import show_line
+    from training.tracking import check_tracking
+
+    check_tracking(config.tracking)
+    prepare(config.data, verify=False, report=show_line)
+    name = choose_name(config.run)
+    prepare_directory(config.run, name)
+    return replace(config, run=replace(config.run, name=name))
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Refuse a world that the experts or the batch cannot be spread over, before any process group exists.
+
+    Raises:
+        ConfigError: with the key to change.
+    """
+    try:
+        config.parallel.expert_size(world_size, config.model.num_experts)
+    except ValueError as error:
+        raise located(error, "parallel") from error
+    train = config.train
+    if train.global_batch % (train.accumulation * world_size):
+        raise ConfigError(
+            f"train.global_batch={train.global_batch}: expected a multiple of train.accumulation={train.accumulation} "
+            f"times the {world_size} processes"
+        )
+
+
+def record_failure(error: Exception, arguments: Sequence[str], cfg: DictConfig, directory: Path) -> None:
+    """Print why a job of a sweep failed, and leave in its directory what its row in the table needs."""
+    message = user_message(error, arguments)
+    if message is None:
+        print(_details(error), file=sys.stderr)
+        message = _details(error).strip().splitlines()[-1]
+    print(f"error: job {directory.name}: {message}", file=sys.stderr)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_config(directory, _with_defaults(plain(cfg, directory.parent, int(directory.name))))
+    save_result(directory, {"status": "failed", "error": message})
+
+
+def user_message(error: Exception, arguments: Sequence[str]) -> str | None:
+    """The one line that tells the user what to change; `None` for an error that is not the user's.
+
+    Args:
+        arguments: the command line, for the value of a key that Hydra refused.
+    """
+    if isinstance(error, WorkerFailure):
+        return error.message if error.exitcode == 2 else None
+    if isinstance(error, USER_ERRORS):
+        return one_line(str(error))
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = sorted(error.options)
+        return f"{group}={option}: expected one of {', '.join(options)}; the nearest is {nearest(option, options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: expected key=value ({one_line(error.message.split('See https')[0])})"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        text = str(error) or str(error.__cause__)
+        refused = re.search(r"Could not override '([^']+)'", text)
+        return _refused_key(refused[1], arguments) if refused else one_line(text)
+    return None
+
+
+def end(error: Exception, arguments: Sequence[str]) -> NoReturn:
+    """End the process: status 2 and one line for a mistake of the user's, else 1 and where it happened.
+
+    Under a launcher only local rank 0 prints a mistake, because every rank makes it.
+    """
+    message = user_message(error, arguments)
+    if message is None:
+        print(_details(error), file=sys.stderr)
+        raise SystemExit(1)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _details(error: Exception) -> str:
+    """The traceback, which a worker's failure brings from its own process."""
+    return error.message if isinstance(error, WorkerFailure) else "".join(traceback.format_exception(error))
+
+
+def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
+    """The sections, with what the dataclasses fill in: a key only some jobs have would look as if it had been swept."""
+    for section, cls in get_type_hints(Config).items():
+        given = raw.get(section)
+        for field in fields(cls):
+            if isinstance(given, dict) and field.default is not MISSING:
+                given.setdefault(field.name, list(field.default) if isinstance(field.default, tuple) else field.default)
+    return raw
+
+
+def _refused_key(key: str, arguments: Sequence[str]) -> str:
+    given = [argument.partition("=") for argument in arguments]
+    value = next((text for name, _, text in given if name.lstrip("+") == key), "")
+    keys = list(leaf_keys(Config))
+    if key in keys:
+        refused = f"{key}={value}"
+        return f"{refused}: expected a key of the chosen presets; +{refused} adds it, another preset may have it"
+    return str(unknown_key(key, value, keys))
+
+
+def _train_in_worker(train: Callable[[Config], dict[str, Any]], config: Config) -> dict[str, Any]:
+    try:
+        return train(config)
+    except USER_ERRORS as error:
+        raise SystemExit(2) from error

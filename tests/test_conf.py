@@ -1,0 +1,61 @@
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from scripts.boundary import CONF, plain
+from training.config import Config
+from training.strict import from_dict, to_dict
+
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+PRESETS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
+NEEDED = {("data", "files"): ["data.paths=[x.txt]"], ("data", "hub"): ["data.hub_path=x"]}
+"""What a preset leaves to the user, because nobody else can know it."""
+
+
+def composed(overrides: list[str]) -> Config:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_dict(Config, plain(compose("config", overrides)))
+
+
+def test_groups_mirror_the_sections() -> None:
+    sections = {field.name for field in dataclasses.fields(Config)}
+    assert set(GROUPS) == sections | {"experiment"}
+
+
+@pytest.mark.parametrize(("group", "preset"), PRESETS, ids=lambda value: str(value))
+def test_every_preset_composes_to_a_config(group: str, preset: str) -> None:
+    config = composed([f"{group}={preset}", *NEEDED.get((group, preset), [])])
+    assert from_dict(Config, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(("group", "preset"), [pair for pair in PRESETS if pair[0] not in ("data", "experiment")])
+def test_every_key_of_the_dataclass_is_in_its_yaml(group: str, preset: str) -> None:
+    written: dict[str, Any] = yaml.safe_load((CONF / group / f"{preset}.yaml").read_text())
+    section = next(field.type for field in dataclasses.fields(Config) if field.name == group)
+    assert isinstance(section, type)
+    assert set(written) == {field.name for field in dataclasses.fields(section)}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_takes_every_model(experiment: str, model: str) -> None:
+    config = composed([f"experiment={experiment}", f"model={model}"])
+    assert config.run.experiment == experiment
+    assert config.model == composed([f"model={model}"]).model
+
+
+def test_without_an_experiment_the_run_is_called_default() -> None:
+    assert composed([]).run.experiment == "default"
+
+
+def test_composing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    composed([])
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,250 @@
+"""What a person reads: the figures are there, in plain text, and the plots are reproducible."""
+
+import csv
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from moe.config import ModelConfig
+from training.heatmap import relative_load, show_load
+from training.plots import plot_curves, plot_load
+from training.progress import Progress
+from training.report import (
+    RankHoldings,
+    human_bytes,
+    human_count,
+    human_time,
+    show_corpus,
+    show_end,
+    show_evaluation,
+    show_layout,
+    show_model,
+    show_sample,
+)
+from training.sweep import sweep_table
+from training.terminal import printable
+
+Capture = pytest.CaptureFixture[str]
+
+MOE_ROW = {
+    "train/loss": 3.25,
+    "train/ce": 3.2,
+    "router/balance_loss": 1.05,
+    "router/max_vio": 0.5,
+    "router/drop_rate": 0.021,
+    "optim/lr": 3e-4,
+    "optim/grad_norm": 1.5,
+    "speed/tokens_per_s": 12_345.0,
+}
+
+
+def plain(capsys: Capture) -> str:
+    """What was printed, checked to be fit for a log file: no control character, no blank at the end of a line."""
+    text = capsys.readouterr().out
+    assert all(character == "\n" or character.isprintable() for character in text)
+    assert all(line == line.rstrip() for line in text.split("\n"))
+    return text
+
+
+def row_of(text: str, first: str) -> str:
+    """The line whose first word is `first`, its words one space apart."""
+    return next(" ".join(line.split()) for line in text.splitlines() if line.split()[:1] == [first])
+
+
+def holding(rank: int, experts: list[int]) -> RankHoldings:
+    return RankHoldings(rank, f"host{rank // 8}", "cpu", experts, 6_000_000 + rank, 24_000_000, 4_000_000)
+
+
+def test_human_numbers() -> None:
+    counts = {0: "0", 999: "999", 1500: "1.50 k", 999_950: "1.00 M", 46_700_000_000: "46.7 B", 140_630_071_296: "141 B"}
+    assert {count: human_count(count) for count in counts} == counts
+    assert human_count(math.nan) == "nan"
+    assert [human_bytes(size) for size in (512, 21_700_000)] == ["512 B", "21.7 MB"]
+    times = {0.42: "0.42 s", 59.99: "1 min 00 s", 192: "3 min 12 s", 3720: "1 h 02 min", 86_399: "1 d 00 h"}
+    assert {seconds: human_time(seconds) for seconds in times} == times
+
+
+def test_corpus_and_model(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "40")
+    row = {"documents": 1200, "bytes": 9_100_000, "tokens": 2_500_000, "sha256": "ab" * 32, "heldout_bytes": 90_000}
+    baselines = {"gzip_bits_per_byte": 2.125, "unigram_bits_per_byte": 4.75}
+    show_corpus([{"domain": d} | row | baselines for d in ("code", "prose")], "feed" * 8, Path("/cache/feed"))
+    model = ModelConfig(64, 4, 4, 2, 16, 128, num_experts=8, top_k=2, sliding_window=256)
+    sizes = {"total_params": 12_345_678, "active_params": 5_432_100, "vocab_size": 8192}
+    show_model(model, **sizes, tokenizer="BPE", precision="bf16", device="cpu")
+    dense = ModelConfig(64, 4, 4, 2, 16, 128)
+    show_model(dense, **sizes, tokenizer="BPE", precision="bf16", device="cpu")
+    text = plain(capsys)
+    assert row_of(text, "prose") == "prose 1,200 9.10 MB 2.50 M 90.0 kB 2.125 4.750 abababab"
+    assert row_of(text, "all") == "all 2,400 18.2 MB 5.00 M 180 kB"
+    for part in ("12.3 M total (12,345,678), 5.43 M active", "8 SwiGLU experts", "top-2", "window of 256", "8,192 ids"):
+        assert part in text
+    assert "dense SwiGLU, hidden 128" in text and "all earlier tokens" in text
+
+
+def test_layout(capsys: Capture) -> None:
+    assert holding(0, [0, 1, 2, 5, 7, 8]).expert_ranges() == "0-2,5,7-8"
+    assert holding(0, []).expert_ranges() == "none"
+    assert json.loads(json.dumps(holding(1, [4, 5]).as_dict()))["experts"] == [4, 5]
+    show_layout([holding(0, [0, 1]), holding(1, [2, 3])])
+    assert row_of(plain(capsys), "1") == "1 host0 cpu 2-3 6,000,001 4,000,000 24.0 MB"
+    show_layout([holding(rank, [2 * rank, 2 * rank + 1]) for rank in range(64)])
+    text = plain(capsys)
+    assert len(text.splitlines()) == 6
+    assert "Layout: 64 ranks" in text and "8 hosts in all" in text and "6,000,001 to 6,000,062" in text
+    assert row_of(text, "63").split()[3] == "126-127"
+
+
+def test_progress_lines_and_eta(capsys: Capture) -> None:
+    seconds = iter([0.0, 2.0, 4.0, 6.0])
+    with Progress(110, start_step=100, clock=lambda: next(seconds)) as progress:
+        assert progress.eta() is None
+        progress.update(MOE_ROW, 101)
+        progress.update(MOE_ROW, 102, log=False)
+        progress.print("saved [bold]here[/bold]")
+        progress.update({"train/loss": math.nan, "train/ce": math.nan, "optim/lr": 1e-4, "router/max_vio": None}, 103)
+        assert progress.eta() == 14.0
+    first, saved, dense = plain(capsys).splitlines()
+    for part in ("step 101/110", "3.2500", "1.0500", "0.500", "2.1%", "3.00e-04", "12.3 k tokens/s", "ETA 18.0 s"):
+        assert part in first
+    assert saved == "saved [bold]here[/bold]"
+    assert "loss     nan" in dense and "MaxVio" not in dense and "dropped" not in dense
+
+
+def test_terminal_gets_a_bar_and_colours() -> None:
+    """In a process of its own under a pseudo-terminal: there, and only there, escape codes appear."""
+    program = (
+        "from training.progress import Progress\nfrom training.report import show_evaluation, show_load\n"
+        f"with Progress(2) as p:\n    p.update({MOE_ROW!r}, 1)\n    p.print('a line above')\n"
+        "    show_evaluation({'code': 1.5}, 3.0, {'code': (2.0, 4.5)})\n    p.update({}, 2)\n"
+        "show_load([[1.0, 3.0]], {})\nshow_load([[1.0] * 300], {})\n"
+    )
+    parent, child = pty.openpty()
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "PYTHONPATH": os.getcwd()}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=child, stderr=child, env=environment)
+    os.close(child)
+    output = b""
+    try:
+        while chunk := os.read(parent, 65536):
+            output += chunk
+    except OSError:  # Linux's way of saying that the other end is closed
+        pass
+    os.close(parent)
+    assert process.wait() == 0, output
+    text = output.decode()
+    assert "\x1b[" in text and "step 1/2" in text and "step 2/2" in text and "a line above" in text
+    assert "beats gzip" in text and "1.50" in text and "a cell is the least balanced of 5 experts" in text
+
+
+def test_evaluation(capsys: Capture) -> None:
+    bits = {"code": 1.9, "prose": 2.4, "other": 2.0, "broken": math.nan}
+    show_evaluation(bits, 3.21, {"code": (2.1, 4.6), "prose": (2.3, 4.5), "broken": (2.0, 4.0)})
+    text = plain(capsys)
+    assert row_of(text, "code") == "code 1.900 2.100 4.600 beats gzip"
+    assert row_of(text, "prose") == "prose 2.400 2.300 4.500"
+    assert row_of(text, "other") == "other 2.000 - -"
+    assert row_of(text, "broken") == "broken nan 2.000 4.000"
+    assert "loss 3.2100" in text and "only the held-out text itself" in text
+
+
+def test_load_in_numbers(capsys: Capture) -> None:
+    assert relative_load([[3, 1], [0, 0]]) == [[1.5, 0.5], [0.0, 0.0]]
+    show_load([[0.25, 0.75]], {"code": [[0.5, 0.5]], "prose": [[0.0, 1.0]], "silent": [[0.0, 0.0]]})
+    text = plain(capsys)
+    assert row_of(text, "layer_00") == "layer_00 0.50 1.50"
+    assert row_of(text, "code") == "code 25.0% 0/0 1.00 0/1 1.00"
+    assert row_of(text, "prose") == "prose 25.0% 0/1 2.00 0/0 0.00"
+    assert "silent" not in text
+    show_load([[7.0]], {})
+    assert row_of(plain(capsys), "layer_00") == "layer_00 1.00"
+
+
+def test_load_of_many_experts_is_wrapped_then_grouped(capsys: Capture) -> None:
+    show_load([[1.0] * 63 + [2.0] for _ in range(3)], {})
+    lines = plain(capsys).splitlines()
+    assert len(lines) == 2 + 4 * (1 + 3) and max(map(len, lines)) <= 120
+    assert lines[-1].split()[-1] == f"{128 / 65:.2f}"
+    show_load([[1.0] * 255 + [3.0]], {})
+    lines = plain(capsys).splitlines()
+    assert len(lines) == 3 + 4 * 2
+    assert lines[-1].split()[-1] == f"{3 * 256 / 258:.2f}"
+
+
+def test_sample_and_end(capsys: Capture) -> None:
+    show_sample("The ", "end\x1b[31m [red]\nof\x00 é")
+    long = "runs/" + "x" * 300
+    show_end(Path("runs/a"), Path(long), "python train.py run.name=a", "ls runs/a", 321.0, 12_345.0)
+    text = plain(capsys)
+    assert "  [The ]end\\x1b[31m [red]\n  of\\x00 é\n" in text
+    assert "Done in 5 min 21 s, 12.3 k tokens/s" in text and f"checkpoint  {long}\n" in text
+
+
+def test_text_that_stdout_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with (tmp_path / "ascii").open("w", encoding="ascii") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert printable("é\ud800a\n") == "\\xe9\\ud800a\n"
+
+
+def test_plots_are_reproducible(tmp_path: Path) -> None:
+    loads = {
+        "one": ([[5.0]], {}),
+        "few": ([[1.0, 0.0, 2.0]], {"code": [[1.0, 1.0, 1.0]], "silent": [[0.0, 0.0, 0.0]]}),
+        "many": ([[1.0] * 63 + [9.0]] * 3, {str(i): [[1.0] * 64] * 3 for i in range(5)}),
+    }
+    for name, (load_LE, domains) in loads.items():
+        plot_load(load_LE, domains, tmp_path / name)
+    # A dense model: no router rows; one row; a NaN; an evaluation row without training figures.
+    rows = [{"step": 1, "train/loss": math.nan, "train/ce": 3.0, "optim/lr": 1e-3}, {"step": 1, "eval/loss": 3.1}]
+    plot_curves(rows, tmp_path / "dense")
+    plot_curves([MOE_ROW | {"step": s, "router/max_vio/layer_00": 0.4} for s in (1, 2, 3)], tmp_path / "moe")
+    for name in (*loads, "dense", "moe"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    first = (tmp_path / "few.svg").read_bytes()
+    plot_load(*loads["few"], tmp_path / "few")
+    assert (tmp_path / "few.svg").read_bytes() == first
+    assert b"<dc:date>" not in first
+
+
+def write_job(sweep: Path, job: int, experts: int | None, lr: float, result: Mapping[str, object] | None) -> None:
+    directory = sweep / str(job)
+    directory.mkdir()
+    model = f"model: {{num_experts: {experts or 'null'}, top_k: {2 if experts else 'null'}}}"
+    (directory / "config.yaml").write_text(f"run: {{name: s/{job}}}\n{model}\noptim: {{lr: {lr}, eps: 0.1}}\n")
+    if result is not None:
+        (directory / "result.json").write_text(json.dumps(result))
+
+
+def test_sweep(tmp_path: Path, capsys: Capture) -> None:
+    finished = {"status": "finished", "error": None, "name": "s", "step": 30, "wall_s": 20.0, "router/max_vio": 0.3}
+    finished |= {"total_params": 4_600_000, "active_params": 2_800_000, "speed/tokens_per_s": 9000.0, "eval/loss": 3.5}
+    write_job(tmp_path, 0, 4, 0.001, finished | {"num_experts": 4, "top_k": 2})
+    write_job(tmp_path, 1, None, 0.002, finished | {"num_experts": None, "top_k": None, "eval/loss": math.nan})
+    write_job(tmp_path, 2, 8, 0.002, {"status": "failed", "error": "model.top_k=9: expected less\nTraceback"})
+    write_job(tmp_path, 4, 8, 0.002, None)
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5" / "result.json").write_text("{")
+    rows = sweep_table(tmp_path)
+    text = plain(capsys)
+    assert "2 of 6 jobs finished" in text
+    assert row_of(text, "0") == "0 0.001 4 2 4.60 M 2.80 M 3.5000 0.300 9.00 k finished"
+    assert row_of(text, "1") == "1 0.002 dense - 4.60 M 2.80 M nan 0.300 9.00 k finished"
+    assert row_of(text, "2") == "2 0.002 8 2 - - - - - failed"
+    assert "job 2 failed: model.top_k=9: expected less\n" in text and "Traceback" not in text
+    assert [row["status"] for row in rows] == ["finished", "finished", "failed", "missing", "missing", "unreadable"]
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["job"] for row in table] == list("012345")
+    assert table[0]["optim.lr"] == "0.001" and table[0]["eval/loss"] == "3.5" and "optim.eps" not in table[0]
+    assert table[2]["error"] == "model.top_k=9: expected less\nTraceback" and table[2]["eval/loss"] == ""
+    assert (tmp_path / "sweep.png").exists() and (tmp_path / "sweep.svg").exists()
+
+    (tmp_path / "empty").mkdir()
+    assert sweep_table(tmp_path / "empty") == []

@@ -1,0 +1,88 @@
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.config import RunConfig
+from training.run import RunError, choose_name, is_finished, prepare_directory, save_config, save_result, torchrun_name
+
+
+def config(root: Path, name: str | None = None) -> RunConfig:
+    return RunConfig(experiment="exp", name=name, root=str(root))
+
+
+def test_next_free_number_and_explicit_name(tmp_path: Path) -> None:
+    root = tmp_path / "deep" / "runs"
+    assert [choose_name(config(root)) for _ in range(2)] == ["exp-1", "exp-2"]
+    (root / "exp-1").rmdir()
+    assert choose_name(config(root)) == "exp-1"
+    assert choose_name(config(root, "mine")) == "mine"
+    assert not (root / "mine").exists()
+
+
+def test_simultaneous_launches_get_different_names(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        names = list(pool.map(lambda _: choose_name(config(tmp_path)), range(24)))
+    assert sorted(names) == sorted(f"exp-{n}" for n in range(1, 25))
+
+
+def test_torchrun_name_from_a_unique_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job/7")
+    assert torchrun_name(config(tmp_path), pytest.fail) == "exp-job-7"
+    assert torchrun_name(config(tmp_path, "mine"), pytest.fail) == "mine"
+
+
+@pytest.mark.parametrize("run_id", ["none", "default", ""])
+def test_restarted_workers_find_the_name_of_their_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_id: str
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+    run = config(tmp_path)
+    first = torchrun_name(run, lambda choose: choose())
+    assert first == "exp-1"
+    assert choose_name(run) == "exp-2"
+    # same agent (this process's parent), after a restart
+    assert torchrun_name(run, lambda choose: choose()) == first
+    # another agent that was given the same process id later
+    monkeypatch.setattr("training.run._start_time", lambda pid: "1")
+    assert torchrun_name(run, lambda choose: choose()) == "exp-3"
+
+
+def test_unwritable_root_is_one_line_with_the_reason(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for root in (file, file / "below", Path("/proc/none")):
+        for attempt in (lambda run: prepare_directory(run, "a"), choose_name):
+            with pytest.raises(RunError) as caught:
+                attempt(config(root))
+            text = str(caught.value)
+            assert text.startswith(f"run.root={root}: expected a writable directory (") and "\n" not in text
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(RunError):
+        prepare_directory(config(tmp_path), "taken")
+
+
+def test_prepare_directory_leaves_nothing_behind(tmp_path: Path) -> None:
+    directory = prepare_directory(config(tmp_path), "sweep-1/3")
+    assert directory == tmp_path / "sweep-1" / "3" and os.listdir(directory) == []
+    assert prepare_directory(config(tmp_path), "sweep-1/3") == directory
+
+
+def test_is_finished(tmp_path: Path) -> None:
+    assert not is_finished(tmp_path, 10)
+    save_result(tmp_path, {"status": "finished", "step": 10})
+    assert is_finished(tmp_path, 10) and is_finished(tmp_path, 5) and not is_finished(tmp_path, 11)
+    save_result(tmp_path, {"status": "failed", "step": 10})
+    assert not is_finished(tmp_path, 10)
+    (tmp_path / "result.json").write_text("{")
+    assert not is_finished(tmp_path, 10)
+
+
+def test_saved_files_read_back(tmp_path: Path) -> None:
+    values = {"run": {"name": None, "lr": 1e-3}, "list": ["ä", 2]}
+    assert yaml.safe_load(save_config(tmp_path, values).read_text(encoding="utf-8")) == values
+    assert json.loads(save_result(tmp_path, values).read_text()) == values
+    assert sorted(os.listdir(tmp_path)) == ["config.yaml", "result.json"]

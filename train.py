@@ -1,0 +1,261 @@
+"""The corridor: one run from its command line to its last checkpoint, top to bottom.
+
+    python train.py launch.nproc=2 experiment=quickstart                           starts its own workers
+    torchrun --nproc-per-node 2 train.py experiment=quickstart                     torchrun starts them
+    python train.py -m launch.nproc=2 experiment=quickstart model.num_experts=4,8  a sweep, job after job
+
+`main` is the Hydra boundary: strings go in, a validated `Config` comes out, once. `train` is what each worker does.
+"""
+
+import math
+import os
+import sys
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from scripts import boundary
+from training.config import Config
+from training.strict import from_dict
+
+MAX_REFUSED = 5
+"""Steps in a row whose gradient norm is not finite (each changes no weight) before the run gives up."""
+SAMPLE_TEMPERATURE = 0.8
+
+
+def train(config: Config) -> dict[str, Any]:
+    """One worker's life, start to end. Returns what `result.json` holds, on rank 0."""
+    # Imported here, so that `--help` and refusals do not wait for torch.
+    import dataclasses
+    import time
+    from pathlib import Path
+
+    import torch
+
+    from data.loader import Loader, evaluation_batches
+    from data.store import prepare
+    from moe.flops import count_parameters, meta_model, training_flops_per_token
+    from moe.generate import generate
+    from parallel.apply import build_model
+    from parallel.launch import world_from_env
+    from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
+    from parallel.rendezvous import open_store, share
+    from training import checkpoint
+    from training.device import compute_dtype, make_deterministic, peak_flops, pick_device
+    from training.engine import NativeEngine
+    from training.evaluate import evaluate
+    from training.holdings import gather_holdings
+    from training.metrics import router_metrics
+    from training.outcome import evaluation_row, finish_run, finished_result, show_finished, show_start
+    from training.recorder import Recorder
+    from training.resume import CHECKPOINTS, checked_state, find_checkpoint
+    from training.run import prepare_directory, save_config, torchrun_name
+    from training.schedule import learning_rate
+    from training.step import train_step
+    from training.strict import to_dict
+    from training.terminal import show_line
+
+    started = time.monotonic()
+    steps, log_every, eval_every = config.train.steps, config.train.log_every, config.train.eval_every
+
+    # 1. This process: its place in the world, its device, its arithmetic.
+    world = world_from_env()
+    is_main = world.rank == 0
+    device = pick_device(config.train.device, world.local_rank)
+    dtype = compute_dtype(config.train.precision, device)
+    if config.run.deterministic:
+        make_deterministic()
+
+    # 2. This run: its name, its directory, its tokens, the checkpoint it goes on from. Rank 0 decides and tells the
+    #    others through the launcher's key-value store: whatever is wrong shows before a process group exists.
+    agreed = open_store(world, config.parallel.start_timeout_s)
+    name = torchrun_name(config.run, lambda choose: share(agreed, world, "name", choose))
+    directory = prepare_directory(config.run, name)
+    store = prepare(config.data, verify=world.local_rank == 0, report=show_line if is_main else None)
+    model_config = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or store.tokenizer.vocab_size)
+    finished = share(agreed, world, "finished", lambda: finished_result(directory, steps))
+    if finished is not None:
+        if is_main:
+            show_finished(directory, finished)
+        return dict(finished)
+    found = share(
+        agreed,
+        world,
+        "checkpoint",
+        lambda: find_checkpoint(config, directory, restarted=world.restart_count > 0, warn=show_line),
+    )
+    state = checked_state(found, model_config) if found else None
+
+    # 3. Data: this rank's share of an order that depends on the seed only.
+    loader = Loader(
+        store.train,
+        seq_len=config.train.seq_len,
+        global_batch=config.train.global_batch,
+        accumulation=config.train.accumulation,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=config.run.seed,
+        cross_documents=config.data.cross_documents,
+    )
+    if state:
+        loader.load_state_dict(state["loader"])
+    first_step = state["step"] if state else 0
+
+    # 4. The world: process group and mesh.
+    init_process_group(agreed, world.rank, world.world_size, device, config.parallel.start_timeout_s)
+    mesh = build_mesh(device, config.parallel.expert_size(world.world_size, config.model.num_experts))
+
+    # 5. Model and engine: meta device -> parallelism -> materialise -> initialise -> optimizer -> checkpoint.
+    model = build_model(model_config, config.router, mesh, compute_dtype=dtype, seed=config.run.seed)
+    engine = NativeEngine(model, config.optim, mesh)
+    if state:
+        checkpoint.load(Path(found), engine.tensors())
+        engine.set_updates(state["updates"])
+    whole = meta_model(model_config, config.router)
+    counts = count_parameters(whole)
+    holdings = gather_holdings(model, mesh)
+    if is_main:
+        save_config(directory, to_dict(config))
+        show_start(store, model_config, counts, holdings, dtype, directory, found)
+    token_bytes_V = torch.from_numpy(store.tokenizer.token_bytes()).to(device)
+    evaluation_rows = max(1, config.train.global_batch // config.train.accumulation // world.world_size)
+    peak = peak_flops(device, dtype, config.train.peak_tflops)
+    flops_per_token = training_flops_per_token(whole, config.train.seq_len)
+    set_timeout(mesh, config.parallel.timeout_s)
+
+    def evaluate_now() -> Any:
+        batches = evaluation_batches(
+            store.heldout,
+            seq_len=config.train.seq_len,
+            batch_rows=evaluation_rows,
+            rank=world.rank,
+            world_size=world.world_size,
+            cross_documents=config.data.cross_documents,
+        )
+        return evaluate(model, batches, store.domains, token_bytes_V, mesh)
+
+    # 6. The loop.
+    evaluation, saved = None, found
+    busy_s, busy_tokens, logged_s, logged_tokens, refused = 0.0, 0, 0.0, 0, 0
+    with Recorder(config, directory, name, active=is_main, resumed_step=first_step if state else None) as recorder:
+        for step in range(first_step, steps):
+            done = step + 1
+            lr = learning_rate(step, steps, config.optim)
+            began = time.monotonic()
+            # ------------------------------------------------------------------ one optimizer step
+            batches = loader.next_step()
+            result = train_step(engine, batches, config.router, lr)
+            # ------------------------------------------------------------------
+            busy_s += time.monotonic() - began
+            busy_tokens += result.tokens
+            refused = 0 if math.isfinite(result.grad_norm) else refused + 1
+            if refused == MAX_REFUSED:
+                raise RuntimeError(f"step {done}: gradient norm {result.grad_norm}, for the {refused}th step in a row")
+
+            row: dict[str, Any] = {"train/loss": result.loss, "train/ce": result.ce}
+            if result.counts_LE is not None:
+                row |= {"router/balance_loss": result.balance, "router/z_loss": result.z}
+                row |= router_metrics(result.counts_LE, result.dropped)
+            row |= {"optim/lr": lr, "optim/grad_norm": result.grad_norm}
+            speed = (busy_tokens - logged_tokens) / (busy_s - logged_s)
+            row["speed/tokens_per_s"] = speed
+            if peak is not None:
+                row["speed/mfu"] = speed * flops_per_token / (peak * world.world_size)
+            write = done == 1 or done % log_every == 0 or done == steps
+            if write:
+                logged_s, logged_tokens = busy_s, busy_tokens
+            if done == steps or (eval_every and done % eval_every == 0):
+                evaluation = evaluate_now()
+                row |= evaluation_row(evaluation)
+                write = True
+            recorder.step(row, done, write=write)
+
+            if done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                state = {
+                    "step": done,
+                    "updates": engine.updates,
+                    "loader": loader.state_dict(),
+                    "model": dataclasses.asdict(model_config),
+                }
+                committed = checkpoint.save(
+                    directory / CHECKPOINTS, done, engine.tensors(), state, keep=config.checkpoint.keep
+                )
+                saved = str(committed)
+
+        recorder.end_progress()
+
+        # 7. The end: results, a sample of text, plots.
+        evaluation = evaluation or evaluate_now()
+        sample = None
+        if config.run.sample_tokens:
+            sample_ids = generate(
+                model.eval(),
+                [store.tokenizer.bos_id, *store.tokenizer.encode(config.run.prompt)],
+                max_tokens=config.run.sample_tokens,
+                temperature=SAMPLE_TEMPERATURE,
+                seed=config.run.seed,
+                stop=store.tokenizer.eos_id,
+                agree=lambda logits_V: broadcast_from_first(logits_V, mesh),
+            )
+            sample = store.tokenizer.decode(sample_ids)
+        outcome = {}
+        if is_main:
+            outcome = finish_run(
+                config,
+                directory,
+                name,
+                store=store,
+                counts=counts,
+                holdings=holdings,
+                evaluation=evaluation,
+                checkpoint=saved,
+                sample=sample,
+                wall_s=time.monotonic() - started,
+                tokens_per_s=busy_tokens / busy_s if busy_s else 0.0,
+            )
+            recorder.finish(outcome, directory)
+    close_process_group()
+    return outcome
+
+
+@hydra.main(version_base="1.3", config_path=str(boundary.CONF), config_name="config")
+def job(cfg: DictConfig) -> float:
+    """One run, or one job of a sweep; its held-out loss is what a sweeper sees. A failed sweep job is a row: NaN."""
+    sweep_dir, number = boundary.current_job()
+    try:
+        config = from_dict(Config, boundary.plain(cfg, sweep_dir, number))
+        result = boundary.execute(config, train, fresh_processes=sweep_dir is not None)
+        return float(result.get("eval/loss", math.nan))
+    except Exception as error:
+        if sweep_dir is None:
+            boundary.end(error, sys.argv[1:])
+        boundary.record_failure(error, sys.argv[1:], cfg, sweep_dir / str(number))
+        return math.nan
+
+
+def main() -> None:
+    """Exit status 0 on success, 2 with one line for a mistake of the user's, 1 for anything else."""
+    sys.argv[1:] = boundary.without_local_rank(sys.argv[1:])
+    # Hydra then lets exceptions through, instead of printing its own report and ending with status 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        sweep_dir = boundary.sweep_directory(sys.argv[1:])
+        if sweep_dir is not None:
+            quoted = str(sweep_dir).replace("'", "\\'")
+            sys.argv.append(f"hydra.sweep.dir='{quoted}'")
+        job()
+    except Exception as error:
+        boundary.end(error, sys.argv[1:])
+    if sweep_dir is not None:
+        from training.sweep import sweep_table
+
+        if any(row["status"] != "finished" for row in sweep_table(sweep_dir)):
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    # Under its own name, so that workers and schedulers that pickle `train` can import it.
+    import train as this_module
+
+    this_module.main()

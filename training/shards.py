@@ -1,0 +1,244 @@
+"""Which rectangle of which tensor a rank holds, and how rectangles get into and out of safetensors files."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from training.manifest import CheckpointError
+
+# torch's dtypes under the names that the safetensors format gives them.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Region(NamedTuple):
+    """A rectangle of a tensor: its first corner and its size in every dim. `((), ())` is all of a 0-d tensor."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    def key(self, name: str) -> str:
+        """The region's name inside a file, e.g. `experts.w1[4:8,0:64]`."""
+        return f"{name}[{','.join(f'{o}:{o + n}' for o, n in zip(self.offset, self.shape, strict=True))}]"
+
+    def intersect(self, other: "Region") -> "Region | None":
+        """The rectangle common to both, None if there is none."""
+        starts = [max(a, b) for a, b in zip(self.offset, other.offset, strict=True)]
+        ends_self = (o + n for o, n in zip(self.offset, self.shape, strict=True))
+        ends_other = (o + n for o, n in zip(other.offset, other.shape, strict=True))
+        shape = [min(a, b) - start for a, b, start in zip(ends_self, ends_other, starts, strict=True)]
+        return Region(tuple(starts), tuple(shape)) if all(n > 0 for n in shape) else None
+
+    def slices(self, origin: "Region") -> tuple[slice, ...]:
+        """Indices of this region inside the tensor that holds `origin`."""
+        starts = (a - b for a, b in zip(self.offset, origin.offset, strict=True))
+        return tuple(slice(start, start + n) for start, n in zip(starts, self.shape, strict=True))
+
+
+class Holding(NamedTuple):
+    """What a rank tells the others about one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    region: Region | None
+    """The part that this rank holds; None if it holds nothing of it."""
+
+
+class Chunk(NamedTuple):
+    """A region that `owner` writes."""
+
+    name: str
+    region: Region
+    owner: int
+
+
+class Read(NamedTuple):
+    """One copy from a file: `target` is a view of the tensor being loaded."""
+
+    key: str
+    dtype: str
+    chunk_shape: tuple[int, ...]
+    slices: tuple[slice, ...]
+    target: Tensor
+
+
+def local_part(name: str, tensor: Tensor) -> tuple[Tensor, Region] | None:
+    """The part of a plain tensor or DTensor that this rank holds, and where it lies; None if it holds none.
+
+    Raises:
+        CheckpointError: a placement (partial sums, an irregular stride) under which the local part is no rectangle.
+    """
+    local: Tensor = tensor.detach()
+    region = Region((0,) * tensor.ndim, tuple(tensor.shape))
+    if isinstance(tensor, DTensor):
+        if tensor.device_mesh.get_coordinate() is None:
+            return None
+        if any(placement.is_partial() for placement in tensor.placements):
+            raise CheckpointError(f"{name}: found placements {tensor.placements}, expected no partial sums")
+        local = tensor.to_local().detach()
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        region = Region(tuple(offset), tuple(shape))
+        if tuple(local.shape) != region.shape:
+            raise CheckpointError(
+                f"{name}: found a local part {tuple(local.shape)}, expected {region.shape} under {tensor.placements}"
+            )
+    return (local, region) if region.numel else None
+
+
+def assign_owners(holdings: list[dict[str, Holding]]) -> list[Chunk]:
+    """Give every distinct region to one of its holders, so that ranks write about as many bytes. Same on all ranks.
+
+    Raises:
+        CheckpointError: ranks disagree on a tensor's dtype or shape, or together do not hold each element of it once.
+    """
+    holders: dict[tuple[str, Region], list[int]] = {}
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for rank, of_rank in enumerate(holdings):
+        for name, (dtype, shape, region) in of_rank.items():
+            if kinds.setdefault(name, (dtype, shape)) != (dtype, shape):
+                raise CheckpointError(
+                    f"{name}: found {dtype} {shape} on rank {rank}, expected {kinds[name]} as elsewhere"
+                )
+            if region is not None:
+                holders.setdefault((name, region), []).append(rank)
+    held = dict.fromkeys(kinds, 0)
+    for name, region in holders:
+        held[name] += region.numel
+    for name, (_, shape) in kinds.items():
+        total = torch.Size(shape).numel()
+        if held[name] != total:
+            raise CheckpointError(f"{name}: found {held[name]} elements on all ranks together, expected {total}")
+
+    widths = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+    load = [0] * len(holdings)
+    chunks = []
+    sized = [(region.numel * widths[kinds[name][0]], name, region) for name, region in holders]
+    for size, name, region in sorted(sized, key=lambda item: (-item[0], item[1], item[2])):
+        owner = min(holders[name, region], key=lambda rank: load[rank])
+        load[owner] += size
+        chunks.append(Chunk(name, region, owner))
+    return chunks
+
+
+def write_shard(directory: Path, rank: int, parts: Sequence[tuple[str, Tensor]]) -> tuple[str, dict[str, Any]]:
+    """Write `parts` (key, tensor on any device) as one safetensors file, synced, and return its name and record.
+
+    Written here rather than by the safetensors package: tensor by tensor, so that no second copy of the shard is held;
+    hashed from memory on the way, so that what the disk garbled is caught too; and the name carries the hash, so that
+    two checkpoints of one step can share a directory while one replaces the other.
+
+    Raises:
+        CheckpointError: the file could not be written (disk full, say). No part of it is left.
+    """
+    # Wide types first: every tensor then starts at a multiple of its item size, as the format asks.
+    parts = sorted(parts, key=lambda part: -part[1].element_size())
+    header: dict[str, Any] = {}
+    end = 0
+    for key, tensor in parts:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    size = 8 + len(head) + end
+
+    unnamed = directory / f"rank-{rank:05}.unfinished"
+    digest = hashlib.sha256()
+    try:
+        with open(unnamed, "wb", buffering=0) as file:
+            write_all(file.fileno(), len(head).to_bytes(8, "little") + head, digest)
+            for _, tensor in parts:
+                # Any dtype as bytes: numpy knows no bfloat16.
+                octets = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                write_all(file.fileno(), octets.data, digest)
+            os.fsync(file.fileno())
+        name = f"rank-{rank:05}-{digest.hexdigest()[:16]}.safetensors"
+        unnamed.rename(directory / name)
+    except OSError as error:
+        unnamed.unlink(missing_ok=True)
+        raise CheckpointError(describe(error, directory, size)) from error
+    return name, {"size": size, "sha256": digest.hexdigest()}
+
+
+def write_all(descriptor: int, content: bytes | memoryview, digest: Any) -> None:
+    """Write and hash `content`; a short write (2 GiB is the most Linux takes at once) is continued."""
+    rest = memoryview(content)
+    while rest:
+        written = os.write(descriptor, rest[: 1 << 26])
+        digest.update(rest[:written])
+        rest = rest[written:]
+
+
+def describe(error: OSError, directory: Path, needed: int | None = None) -> str:
+    """One line for a failed operation in `directory`; `needed`: bytes that were to be written."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or directory}: {error.strerror or error}"
+    needs = "" if needed is None else f"this rank's part needs {needed} bytes, "
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    return f"{directory}: {error.strerror}: {needs}{shutil.disk_usage(existing).free} bytes are free"
+
+
+def plan_reads(name: str, record: dict[str, Any], local: Tensor, region: Region) -> list[tuple[str, Read]]:
+    """The (file, read) pairs that fill `local`, which holds `region` of the saved tensor that `record` describes.
+
+    Raises:
+        CheckpointError: the saved chunks do not cover the region exactly once.
+    """
+    reads = []
+    covered = 0
+    for chunk in record["chunks"]:
+        saved = Region(tuple(chunk["offset"]), tuple(chunk["shape"]))
+        common = saved.intersect(region)
+        if common is not None:
+            covered += common.numel
+            target = local[common.slices(region)]
+            reads.append(
+                (chunk["file"], Read(saved.key(name), record["dtype"], saved.shape, common.slices(saved), target))
+            )
+    if covered != region.numel:
+        raise CheckpointError(f"{name}: found {covered} saved elements of {region.key(name)}, expected {region.numel}")
+    return reads
+
+
+def read_shard(file: Path, reads: Sequence[Read]) -> None:
+    """Copy slices of one safetensors file into their targets; bytes outside the slices are not read.
+
+    Raises:
+        CheckpointError: the file is missing, is not a safetensors file, or lacks what the manifest says it holds.
+    """
+    try:
+        with safe_open(file, framework="pt") as shard:
+            for read in reads:
+                part = shard.get_slice(read.key)
+                found = (part.get_dtype(), tuple(part.get_shape()))
+                if found != (read.dtype, read.chunk_shape):
+                    raise CheckpointError(
+                        f"{file}: {read.key}: found {found[0]} {found[1]}, expected {read.dtype} {read.chunk_shape}"
+                    )
+                read.target.copy_(part[read.slices] if read.slices else shard.get_tensor(read.key))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error
