@@ -21,6 +21,13 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
+}
+"""glibc gives every large tensor back to the system and gets it again page by page: a fifth of a training step on CPUs.
+With these it keeps memory in huge pages (benchmarks/RESULTS.md has the figure). What the user has set stays."""
 HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -107,7 +114,7 @@ def launch_workers(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     threads = threads or max(1, _cores() // nproc)
-    environment = {
+    environment = {name: os.environ.get(name, value) for name, value in ALLOCATOR.items()} | {
         "OMP_NUM_THREADS": str(threads),
         # otherwise restarted workers read the addresses of dead ones from the agent's store
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

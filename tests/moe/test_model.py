@@ -137,3 +137,10 @@ def test_generation_is_greedy_at_zero_and_repeats_by_seed():
     assert generate(model, [1, 2], max_tokens=5, temperature=0, seed=0, stop=greedy[0]) == []
     with pytest.raises(ValueError, match="at least one token"):
         generate(model, [], max_tokens=1, temperature=0, seed=0)
+
+
+def test_generation_is_dropless_and_leaves_the_capacity_as_it_was():
+    free, limited = build(), build(capacity_factor=0.1)
+    arguments = {"max_tokens": 6, "temperature": 0, "seed": 0}
+    assert generate(limited, [1, 2, 3], **arguments) == generate(free, [1, 2, 3], **arguments)
+    assert limited.layers[0].ffn.router.capacity_factor == 0.1

@@ -1,0 +1,52 @@
+"""Schedules, optimizer groups, and which checkpoint a run goes on from."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from moe.config import ModelConfig
+from training.config import OptimConfig
+from training.manifest import CheckpointError
+from training.optimizer import build_optimizer
+from training.resume import checked_state
+from training.schedule import learning_rate
+
+
+def test_cosine_by_hand():
+    config = OptimConfig(lr=1.0, warmup_steps=2, min_lr_ratio=0.1)
+    rates = [learning_rate(step, 7, config) for step in range(7)]
+    half = 0.1 + 0.9 * 0.5
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert rates[4] == pytest.approx(half) and rates[6] == pytest.approx(0.1)
+    assert rates[3] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+
+
+def test_wsd_is_flat_then_linear():
+    config = OptimConfig(lr=1.0, warmup_steps=0, schedule="wsd", decay_steps=4, min_lr_ratio=0.0)
+    assert [learning_rate(step, 8, config) for step in range(8)] == [1, 1, 1, 1, 0.75, 0.5, 0.25, 0]
+
+
+def test_warmup_defaults_to_a_twentieth():
+    config = OptimConfig(lr=1.0, schedule="constant")
+    assert [learning_rate(step, 40, config) for step in range(3)] == [0.5, 1.0, 1.0]
+
+
+def test_only_matrices_decay():
+    module = torch.nn.ModuleList([torch.nn.LayerNorm(4, bias=False), torch.nn.Linear(4, 4, bias=False)])
+    decayed, plain = build_optimizer(module, OptimConfig(lr=1.0, weight_decay=0.3)).param_groups
+    assert decayed["params"] == [module[1].weight] and decayed["weight_decay"] == 0.3
+    assert plain["params"] == [module[0].weight] and plain["weight_decay"] == 0.0
+
+
+def test_a_checkpoint_of_another_model_names_the_key(tmp_path):
+    from training import checkpoint
+
+    model = ModelConfig(
+        dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8, num_experts=4, top_k=2, vocab_size=9
+    )
+    saved = checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, {"step": 3, "model": dataclasses.asdict(model)}, keep=2)
+    assert checked_state(str(saved), dataclasses.replace(model, expert_kernel="loop"))["step"] == 3
+    with pytest.raises(CheckpointError, match=r"^model\.num_experts=8: expected 4 as in the checkpoint .*step-3"):
+        checked_state(str(saved), dataclasses.replace(model, num_experts=8))
