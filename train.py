@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 from scripts import boundary
-from training.config import Config
+from training.config import Config, with_vocabulary
 from training.strict import from_dict
 
 MAX_REFUSED = 5
@@ -73,7 +73,7 @@ def train(config: Config) -> dict[str, Any]:
     name = torchrun_name(config.run, lambda choose: share(agreed, world, "name", choose))
     directory = prepare_directory(config.run, name)
     store = prepare(config.data, verify=world.local_rank == 0, report=show_line if is_main else None)
-    model_config = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or store.tokenizer.vocab_size)
+    model_config = with_vocabulary(config.model, store.tokenizer.vocab_size)
     finished = share(agreed, world, "finished", lambda: finished_result(directory, steps))
     if finished is not None:
         if is_main:

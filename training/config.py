@@ -3,12 +3,13 @@
 Sections validate their own fields; `Config` validates what only two sections together can know.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig, expect
 from parallel.config import ParallelConfig
+from training.strict import ConfigError
 
 
 @dataclass(frozen=True)
@@ -164,3 +165,19 @@ class Config:
             self.optim.warmup_steps,
             f"at most train.steps={self.train.steps}",
         )
+
+
+def with_vocabulary(model: ModelConfig, tokenizer_ids: int) -> ModelConfig:
+    """`model` with its vocabulary taken from the tokenizer where it is null.
+
+    Raises:
+        ConfigError: the model knows fewer ids than the tokenizer makes.
+    """
+    if model.vocab_size is None:
+        return replace(model, vocab_size=tokenizer_ids)
+    if model.vocab_size < tokenizer_ids:
+        raise ConfigError(
+            f"model.vocab_size={model.vocab_size}: expected at least {tokenizer_ids}, the ids of the tokenizer (a token id "
+            "beyond the vocabulary has no embedding), or null to take its size"
+        )
+    return model

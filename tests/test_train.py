@@ -1,0 +1,143 @@
+"""Whole runs of `train.py`, as a user starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.boundary import CONF
+from training.metrics import read_metrics
+
+TINY = [
+    "model=tiny", "data.code_bytes=60000", "data.prose_bytes=40000", "data.arithmetic_bytes=40000", "data.vocab_size=500",
+    "data.heldout_max_bytes=2000", "train.seq_len=64", "train.global_batch=8", "train.log_every=1", "run.sample_tokens=4",
+    "launch.threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    return f"data.cache={tmp_path_factory.mktemp('cache')}"
+
+
+def start(root: Path, cache: str, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*(launcher or (sys.executable,)), "train.py", *TINY, cache, f"run.root={root}", *overrides],
+        cwd=CONF.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(root: Path, cache: str, *overrides: str, launcher: tuple[str, ...] = ()) -> str:
+    process = start(root, cache, *overrides, launcher=launcher)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    return out
+
+
+def numbers(directory: Path) -> list[dict]:
+    """Rows of metrics.jsonl without what depends on the clock."""
+    rows = read_metrics(directory / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in rows]
+
+
+def test_one_process_leaves_everything_behind_and_goes_on_only_when_asked(tmp_path, cache):
+    out = run(tmp_path, cache, "train.steps=3", "run.experiment=demo")
+    directory = tmp_path / "demo-1"
+    result = json.loads((directory / "result.json").read_text())
+    assert result["status"] == "finished" and result["step"] == 3
+    assert result["ranks"][0]["experts"] == [0, 1, 2, 3] and result["ranks"][0]["parameters"] == result["total_params"]
+    assert (directory / "checkpoints" / "step-3" / "manifest.json").is_file()
+    for name in ("config.yaml", "expert_load.svg", "expert_load.png", "curves.svg"):
+        assert (directory / name).stat().st_size > 0
+    assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
+    last = numbers(directory)[-1]
+    for key in (
+        "step", "train/loss", "train/ce", "router/balance_loss", "router/z_loss", "router/max_vio", "router/dead",
+        "router/max_vio/layer_00", "router/drop_rate", "optim/lr", "optim/grad_norm", "eval/loss", "eval/bits_per_byte/code",
+    ):  # fmt: skip
+        assert key in last
+    assert sum(last["router/load/layer_01"]) == pytest.approx(1)
+    assert "step 3/3" in out and "checkpoints/step-3" in out and "run.name=demo-1" in out
+
+    again = run(tmp_path, cache, "train.steps=3", "run.experiment=demo", "run.name=demo-1")
+    assert "is finished at step 3" in again
+    run(tmp_path, cache, "train.steps=4", "run.name=demo-1")
+    assert [row["step"] for row in numbers(directory)] == [1, 2, 3, 4]
+    refused = start(tmp_path, cache, "train.steps=5", "run.name=demo-1", "model.num_experts=8")
+    _, err = refused.communicate(timeout=120)
+    assert refused.returncode == 2
+    assert err.startswith("error: model.num_experts=8: expected 4 as in the checkpoint") and err.count("\n") == 1
+
+
+def test_mistakes_that_only_the_data_can_tell(tmp_path, cache):
+    for override, line in (
+        ("model.vocab_size=100", "model.vocab_size=100: expected at least 500"),
+        ("train.seq_len=100000", "train.seq_len=100000: expected at most"),
+    ):
+        process = start(tmp_path, cache, "train.steps=1", "launch.nproc=2", override)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and err.startswith(f"error: {line}") and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, cache):
+    arguments = ("launch.nproc=2", "train.steps=8", "checkpoint.every=2", "train.accumulation=2")
+    run(tmp_path, cache, "run.name=whole", *arguments)
+    process = start(tmp_path, cache, "run.name=killed", *arguments)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 5):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout.split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not (tmp_path / "killed" / "result.json").exists()
+    out = run(tmp_path, cache, "run.name=killed", *arguments)
+    assert "going on from step-" in out
+    assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_another_layout_gives_the_same_run_and_takes_over_its_checkpoint(tmp_path, cache):
+    """fp64: one process, two with expert parallelism (torchrun), and a run that changes from two to one on the way."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0")
+    run(tmp_path, cache, "run.name=one", "train.steps=6", "train.precision=fp64")
+    run(tmp_path, cache, "run.name=two", "train.steps=6", "train.precision=fp64", launcher=torchrun)
+    schedule = ("train.precision=fp64", "optim.schedule=constant", "optim.warmup_steps=0")
+    run(tmp_path, cache, "run.name=changed", "train.steps=3", *schedule, launcher=torchrun)
+    run(tmp_path, cache, "run.name=changed", "train.steps=6", *schedule)
+    run(tmp_path, cache, "run.name=constant", "train.steps=6", *schedule)
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["ranks"][1]["experts"] == [2, 3]
+    for left, right in (("one", "two"), ("constant", "changed")):
+        for mine, other in zip(numbers(tmp_path / left), numbers(tmp_path / right), strict=True):
+            for key in mine.keys() & other.keys():
+                assert mine[key] == pytest.approx(other[key], rel=1e-9), (left, mine["step"], key)
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_a_table_and_a_failed_job_is_a_row(tmp_path, cache):
+    process = start(
+        tmp_path, cache, "-m", "run.name=sweep", "train.steps=2", "model.num_experts=2,4", "model.top_k=1,3",
+        "tracking=disabled",
+    )  # fmt: skip
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 1 and "error: job 1: model.top_k=3" in err
+    table = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
+    assert len(table) == 5 and [("finished" in line, "failed" in line) for line in table[1:]] == [
+        (True, False), (False, True), (True, False), (True, False)
+    ]  # fmt: skip
+    assert (tmp_path / "sweep" / "sweep.svg").is_file() and "num_experts" in out
+    assert (tmp_path / "sweep" / "2" / "checkpoints" / "step-2").is_dir()
