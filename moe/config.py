@@ -1,4 +1,4 @@
-"""What a model is: frozen dataclasses that validate themselves, mirrored name for name by `conf/model` and `conf/router`.
+"""What a model is: frozen dataclasses that validate themselves, mirrored by `conf/model` and `conf/router`.
 
 A `ValueError` raised here starts with `<field>=<value>: expected ...`; the Hydra boundary puts the section before it.
 """
@@ -61,7 +61,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     init_std: float = 0.02
     expert_kernel: Literal["auto", "grouped", "loop"] = "auto"
-    """`grouped`: torch's grouped matmul; `loop`: the readable reference; `auto`: the faster one for device and dtype."""
+    """`grouped`: torch's grouped matmul; `loop`: the readable reference; `auto`: the faster of both here."""
 
     def __post_init__(self) -> None:
         for field in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim"):

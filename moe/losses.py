@@ -7,11 +7,10 @@ tokens of the whole optimizer step; so a plain sum over ranks and micro-batches 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe.config import RouterConfig
 from moe.router import RouterStats
@@ -20,12 +19,41 @@ IGNORE = -100
 """Label of positions that are not predicted."""
 
 
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
+"""Logits looked at together: what stays in a core's cache; on GPUs, what bounds the fp32 copies."""
+
+
 def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Sum over label tokens of -log softmax(logits)[label], in nats, in at least fp32."""
-    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
-    return F.cross_entropy(
-        logits_BSV.flatten(0, 1).to(wide), labels_BS.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return _CrossEntropySum.apply(logits_BSV.flatten(0, 1), labels_BS.flatten())
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Chunk by chunk, with the gradient made on the way: no fp32 copy of all logits, in either direction."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+        wide = torch.promote_types(logits_TV.dtype, torch.float32)
+        grad_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
+        rows = max(1, CHUNK_ELEMENTS.get(logits_TV.device.type, 2**27) // logits_TV.shape[1])
+        total = torch.zeros((), dtype=wide, device=logits_TV.device)
+        for start in range(0, logits_TV.shape[0], rows):
+            labels = labels_T[start : start + rows].unsqueeze(1)
+            counted = labels != IGNORE
+            target = labels.clamp(min=0)
+            log_p = logits_TV[start : start + rows].to(wide).log_softmax(dim=-1)
+            total -= (log_p.gather(1, target) * counted).sum()
+            if grad_TV is not None:
+                p = log_p.exp_()
+                p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
+                grad_TV[start : start + rows] = p.mul_(counted)
+        ctx.save_for_backward(grad_TV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (grad_TV,) = ctx.saved_tensors
+        return grad_TV * grad.to(grad_TV.dtype), None
 
 
 class Auxiliary(NamedTuple):

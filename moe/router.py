@@ -45,7 +45,7 @@ class RouterStats(NamedTuple):
 
 
 class Router(nn.Module):
-    """`softmax_topk`: the top-k of softmax(x W^T) (Mixtral 2401.04088, GLaM 2112.06905; unnormalised: Switch 2101.03961).
+    """`softmax_topk`: the top-k of softmax(x W^T) (Mixtral 2401.04088, GLaM 2112.06905; unscaled: Switch 2101.03961).
 
     Logits, probabilities and losses are in at least fp32 whatever the model's dtype. Ties go to the lower index.
     """

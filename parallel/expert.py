@@ -52,8 +52,8 @@ class AllToAllDispatcher(nn.Module):
         send, receive = torch.stack((counts_Pe.sum(dim=1), arriving_Pe.sum(dim=1))).tolist()
 
         held = arriving_Pe.shape[1]
-        expert_of_row_R = torch.arange(held, device=x_TD.device).repeat(ranks).repeat_interleave(
-            arriving_E, output_size=sum(receive)
+        expert_of_row_R = (
+            torch.arange(held, device=x_TD.device).repeat(ranks).repeat_interleave(arriving_E, output_size=sum(receive))
         )
         by_expert_R = expert_of_row_R.argsort(stable=True)
         by_source_R = torch.empty_like(by_expert_R)

@@ -77,7 +77,11 @@ def global_grad_norm(dense: list[nn.Parameter], experts: list[nn.Parameter], mes
 
 def _sum_of_squares(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
     norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return torch.stack([norm.double() for norm in norms]).square().sum() if norms else torch.zeros((), device=device, dtype=torch.float64)
+    return (
+        torch.stack([norm.double() for norm in norms]).square().sum()
+        if norms
+        else torch.zeros((), device=device, dtype=torch.float64)
+    )
 
 
 def scale_gradients(parameters: list[nn.Parameter], factor: Tensor) -> None:

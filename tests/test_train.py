@@ -14,9 +14,9 @@ from scripts.boundary import CONF
 from training.metrics import read_metrics
 
 TINY = [
-    "model=tiny", "data.code_bytes=60000", "data.prose_bytes=40000", "data.arithmetic_bytes=40000", "data.vocab_size=500",
-    "data.heldout_max_bytes=2000", "train.seq_len=64", "train.global_batch=8", "train.log_every=1", "run.sample_tokens=4",
-    "launch.threads=1",
+    "model=tiny", "data.code_bytes=60000", "data.prose_bytes=40000", "data.arithmetic_bytes=40000",
+    "data.vocab_size=500", "data.heldout_max_bytes=2000", "train.seq_len=64", "train.global_batch=8",
+    "train.log_every=1", "run.sample_tokens=4", "launch.threads=1",
 ]  # fmt: skip
 
 
@@ -62,7 +62,8 @@ def test_one_process_leaves_everything_behind_and_goes_on_only_when_asked(tmp_pa
     last = numbers(directory)[-1]
     for key in (
         "step", "train/loss", "train/ce", "router/balance_loss", "router/z_loss", "router/max_vio", "router/dead",
-        "router/max_vio/layer_00", "router/drop_rate", "optim/lr", "optim/grad_norm", "eval/loss", "eval/bits_per_byte/code",
+        "router/max_vio/layer_00", "router/drop_rate", "optim/lr", "optim/grad_norm", "eval/loss",
+        "eval/bits_per_byte/code",
     ):  # fmt: skip
         assert key in last
     assert sum(last["router/load/layer_01"]) == pytest.approx(1)
@@ -98,7 +99,9 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, cache):
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 5):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout.split()
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False
+    ).stdout.split()
     process.send_signal(signal.SIGKILL)
     process.wait()
     while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):

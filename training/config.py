@@ -31,7 +31,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         name = self.name
         legal = name is None or (bool(name) and all(c.isalnum() or c in "._-/" for c in name) and ".." not in name)
-        expect(legal and not str(name).startswith("/"), "name", repr(name), "letters, digits, '.', '_', '-', '/', no '..'")
+        expect(
+            legal and not str(name).startswith("/"), "name", repr(name), "letters, digits, '.', '_', '-', '/', no '..'"
+        )
         expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
         expect(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "an integer >= 0")
         expect(self.resume != "must" or name is not None, "resume", self.resume, "an explicit run.name beside it")
@@ -157,7 +159,7 @@ class Config:
             not (top_k == 1 and self.router.normalize is True),
             "router.normalize",
             "true",
-            "auto or false with model.top_k=1 (one renormalised weight is the constant 1: the router would get no gradient)",
+            "auto or false with model.top_k=1 (a single renormalised weight is 1: the router would get no gradient)",
         )
         expect(
             (self.optim.warmup_steps or 0) <= self.train.steps,
@@ -177,7 +179,7 @@ def with_vocabulary(model: ModelConfig, tokenizer_ids: int) -> ModelConfig:
         return replace(model, vocab_size=tokenizer_ids)
     if model.vocab_size < tokenizer_ids:
         raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: expected at least {tokenizer_ids}, the ids of the tokenizer (a token id "
-            "beyond the vocabulary has no embedding), or null to take its size"
+            f"model.vocab_size={model.vocab_size}: expected at least {tokenizer_ids}, the ids of the tokenizer (a "
+            "token id beyond the vocabulary has no embedding), or null to take its size"
         )
     return model

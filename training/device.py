@@ -1,6 +1,7 @@
 """The device of this process, its arithmetic, and its peak."""
 
 import os
+from typing import Any
 
 import torch
 
@@ -54,5 +55,5 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 
 
 def _cpu_multiplies_bf16() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))

@@ -131,7 +131,11 @@ def finish_run(
 
 def resume_command(config: Config, name: str) -> str:
     """The command line that goes on with this run to twice its length."""
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(("run.name=", "train.steps="))]
+    overrides = [
+        argument
+        for argument in sys.argv[1:]
+        if "=" in argument and not argument.startswith(("run.name=", "train.steps="))
+    ]
     return "python train.py " + " ".join(
         shlex.quote(part) for part in [*overrides, f"run.name={name}", f"train.steps={2 * config.train.steps}"]
     )
@@ -151,5 +155,3 @@ def show_finished(directory: Path, result: dict[str, Any]) -> None:
         f"run {directory} is finished at step {result['step']} (held-out loss {result['eval/loss']:.4f}); "
         "raise train.steps to go on, or choose another run.name"
     )
-
-

@@ -31,7 +31,8 @@ def find_checkpoint(config: Config, directory: Path, *, restarted: bool, warn: C
         there = committed(root)
         if there:
             raise CheckpointError(
-                f"run.resume=never: expected a run.name that is free; {directory} holds checkpoints up to {there[0].name}"
+                f"run.resume=never: expected a run.name that is free; {directory} holds checkpoints up to "
+                f"{there[0].name}"
             )
         return None
     newest = newest_verified(root, warn)
@@ -51,6 +52,7 @@ def checked_state(path: str, model: ModelConfig) -> dict[str, Any]:
         there = state["model"].get(key)
         if here != there and key not in FREE_MODEL_KEYS:
             raise CheckpointError(
-                f"model.{key}={json.dumps(here)}: expected {json.dumps(there)} as in the checkpoint {path}, or another run.name"
+                f"model.{key}={json.dumps(here)}: expected {json.dumps(there)} as in the checkpoint {path}, "
+                "or another run.name"
             )
     return state

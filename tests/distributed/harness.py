@@ -28,9 +28,7 @@ def _entry(rank: int, function: Callable[..., Any], world_size: int, directory: 
     os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"  # catches mismatched shapes and dtypes between ranks
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", world_size)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT_S)
-    )
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT_S))
     try:
         torch.save(function(rank, world_size, *args), f"{directory}/result-{rank}")
         dist.barrier()

@@ -41,7 +41,9 @@ def reference(model, store, token_bytes) -> dict:
     nats, size, labels = [0.0] * len(store.domains), [0] * len(store.domains), 0
     for i in range(store.heldout.num_rows(LENGTH)):
         row = store.heldout.row(i, LENGTH)
-        tokens, targets, positions, documents, domains = (torch.from_numpy(column.copy()).unsqueeze(0) for column in row)
+        tokens, targets, positions, documents, domains = (
+            torch.from_numpy(column.copy()).unsqueeze(0) for column in row
+        )
         with torch.no_grad():
             log_p = model(tokens, positions, documents, documents >= 0).logits_BSV.log_softmax(-1)[0]
         for s in range(LENGTH):

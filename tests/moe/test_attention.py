@@ -38,6 +38,21 @@ def test_core_equals_the_mask_forward_and_backward(length, window, kv_heads):
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_bf16_on_cpus_goes_another_way_to_the_same_place(window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 13, 8).bfloat16().requires_grad_() for h in (4, 2, 2))
+    documents = torch.randint(0, 2, (2, 13)).cumsum(1)
+    grad = torch.randn(2, 4, 13, 8)
+    got = AttentionCore(window)(q, k, v, documents)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected = masked_reference(*wide, documents, window)
+    torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.02)
+    grads = torch.autograd.grad(got, (q, k, v), grad.bfloat16())
+    for mine, reference in zip(grads, torch.autograd.grad(expected, wide, grad.double()), strict=True):
+        torch.testing.assert_close(mine.double(), reference, rtol=0.05, atol=0.05)
+
+
 def test_a_row_of_one_document_needs_no_document_ids():
     q, k, v = (torch.randn(2, 2, 11, 4, dtype=torch.float64) for _ in range(3))
     for window in (None, 4):

@@ -15,7 +15,14 @@ DIM, HIDDEN = 6, 5
 
 def build(experts, top_k, **router):
     config = ModelConfig(
-        dim=DIM, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, hidden_dim=HIDDEN, num_experts=experts, top_k=top_k
+        dim=DIM,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=2,
+        hidden_dim=HIDDEN,
+        num_experts=experts,
+        top_k=top_k,
     )
     layer = MoELayer(config, RouterConfig(**router)).double()
     for parameter in layer.parameters():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe import losses
 from moe.config import RouterConfig
 from moe.losses import IGNORE, auxiliary_losses, cross_entropy_sum
 from moe.router import Router, RouterStats
@@ -41,7 +42,9 @@ def test_balance_and_z_follow_the_definition(scope, reduction):
     for x, c in zip(logits, chosen, strict=True):
         probs = x.softmax(-1)
         if scope == "sequence":
-            balance.append(torch.stack([balance_of(probs[b][valid[b]], c[b][valid[b]], experts) for b in (0, 1)]).mean())
+            balance.append(
+                torch.stack([balance_of(probs[b][valid[b]], c[b][valid[b]], experts) for b in (0, 1)]).mean()
+            )
         else:
             balance.append(balance_of(probs[valid], c[valid], experts))
         z.append(x.logsumexp(-1)[valid].square().mean())
@@ -92,6 +95,19 @@ def test_global_scope_uses_the_counts_of_all_ranks():
     expected = 4 * (both / both.sum() * logits[0].softmax(-1).sum((0, 1))).sum()
     torch.testing.assert_close(aux.balance_sum.detach(), expected.detach())
     assert torch.equal(aux.counts_LE[0], both.long())
+
+
+def test_cross_entropy_in_chunks_equals_torch_with_its_gradient(monkeypatch):
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 3 * 7)  # chunks of three rows of four
+    logits = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 7, (2, 5))
+    labels[0, 1] = labels[1, 4] = IGNORE
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    got = cross_entropy_sum(logits, labels)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(0.3 * got, logits)[0], torch.autograd.grad(0.3 * expected, logits)[0], rtol=0, atol=1e-14
+    )
 
 
 def test_cross_entropy_sums_over_labels_only():

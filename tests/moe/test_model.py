@@ -49,9 +49,14 @@ def test_logits_and_gradients_equal_transformers(window, dense, tied):
     pairs += [] if tied else [(mine.head.weight, theirs.lm_head.weight)]
     for a, b in zip(mine.layers, theirs.model.layers, strict=True):
         pairs += [(getattr(a.attention, f"w{n}").weight, getattr(b.self_attn, f"{n}_proj").weight) for n in "qkvo"]
-        pairs += [(a.attention_norm.weight, b.input_layernorm.weight), (a.ffn_norm.weight, b.post_attention_layernorm.weight)]
+        pairs += [
+            (a.attention_norm.weight, b.input_layernorm.weight),
+            (a.ffn_norm.weight, b.post_attention_layernorm.weight),
+        ]
         if dense:
-            pairs += [(getattr(a.ffn, f"w_{n}").weight, getattr(b.mlp, f"{n}_proj").weight) for n in ("gate", "up", "down")]
+            pairs += [
+                (getattr(a.ffn, f"w_{n}").weight, getattr(b.mlp, f"{n}_proj").weight) for n in ("gate", "up", "down")
+            ]
         else:
             pairs += [(a.ffn.router.weight, b.mlp.gate.weight), (a.ffn.experts.w_down, b.mlp.experts.down_proj)]
             pairs += [(a.ffn.experts.w_gate, b.mlp.experts.gate_up_proj[:, :20])]
@@ -74,7 +79,10 @@ def test_logits_and_gradients_equal_transformers(window, dense, tied):
     torch.testing.assert_close(mine.embedding.grad, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-4)
     if not dense:
         torch.testing.assert_close(
-            mine.layers[1].ffn.experts.w_down.grad, theirs.model.layers[1].mlp.experts.down_proj.grad, rtol=1e-4, atol=1e-4
+            mine.layers[1].ffn.experts.w_down.grad,
+            theirs.model.layers[1].mlp.experts.down_proj.grad,
+            rtol=1e-4,
+            atol=1e-4,
         )
 
 
@@ -113,7 +121,9 @@ def test_initial_weights_have_the_documented_scale_and_depend_on_identity_only()
     assert layer.ffn.experts.w_up.std().item() == pytest.approx(0.02, rel=0.05)
     assert layer.ffn.experts.w_down.std().item() == pytest.approx(0.02 / 2, rel=0.05)
     assert layer.attention_norm.weight.eq(1).all()
-    distinct = {tuple(w[0, :4].tolist()) for w in layer.ffn.experts.w_up} | {tuple(layer.ffn.experts.w_gate[0, 0, :4].tolist())}
+    distinct = {tuple(w[0, :4].tolist()) for w in layer.ffn.experts.w_up} | {
+        tuple(layer.ffn.experts.w_gate[0, 0, :4].tolist())
+    }
     assert len(distinct) == 5
 
 
