@@ -117,12 +117,11 @@ def finish_run(
         "torch": torch.__version__,
     }
     save_result(directory, result)
-    files = "wandb/, " if config.tracking.wandb != "disabled" else ""
     show_end(
         directory,
         None if checkpoint is None else Path(checkpoint),
         resume_command(config, name),
-        f"ls {shlex.quote(str(directory))}  ({files}metrics.jsonl, result.json, expert_load.svg, curves.svg)",
+        open_command(config, directory),
         wall_s,
         tokens_per_s,
     )
@@ -131,14 +130,24 @@ def finish_run(
 
 def resume_command(config: Config, name: str) -> str:
     """The command line that goes on with this run to twice its length."""
-    overrides = [
-        argument
-        for argument in sys.argv[1:]
-        if "=" in argument and not argument.startswith(("run.name=", "train.steps="))
-    ]
-    return "python train.py " + " ".join(
-        shlex.quote(part) for part in [*overrides, f"run.name={name}", f"train.steps={2 * config.train.steps}"]
+    own = ("run.name=", "train.steps=")
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(own)]
+    return shlex.join(
+        [_tool("python"), "train.py", *overrides, f"run.name={name}", f"train.steps={2 * config.train.steps}"]
     )
+
+
+def open_command(config: Config, directory: Path) -> str:
+    """The command line that shows the run's curves."""
+    if config.tracking.wandb == "disabled":
+        return shlex.join(["ls", str(directory)])
+    return shlex.join([_tool("wandb"), "leet", str(directory / "wandb")])
+
+
+def _tool(name: str) -> str:
+    """A program beside the Python that runs, as it can be called from here."""
+    path = Path(sys.executable).parent / name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
 
 
 def finished_result(directory: Path, steps: int) -> dict[str, Any] | None:
