@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from scripts import boundary
@@ -40,7 +41,7 @@ def train(config: Config) -> dict[str, Any]:
     from parallel.apply import build_model
     from parallel.launch import world_from_env
     from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
-    from parallel.rendezvous import open_store, share
+    from parallel.rendezvous import open_store, share, wait_for_all
     from training import checkpoint
     from training.device import compute_dtype, make_deterministic, peak_flops, pick_device
     from training.engine import NativeEngine
@@ -49,8 +50,8 @@ def train(config: Config) -> dict[str, Any]:
     from training.metrics import router_metrics
     from training.outcome import evaluation_row, finish_run, finished_result, show_finished, show_start
     from training.recorder import Recorder
-    from training.resume import CHECKPOINTS, checked_state, find_checkpoint
-    from training.run import prepare_directory, save_config, torchrun_name
+    from training.resume import CHECKPOINTS, check_shared, checked_state, find_checkpoint
+    from training.run import lock_run, prepare_directory, save_config, torchrun_name
     from training.schedule import learning_rate
     from training.step import train_step
     from training.strict import to_dict
@@ -62,7 +63,7 @@ def train(config: Config) -> dict[str, Any]:
     # 1. This process: its place in the world, its device, its arithmetic.
     world = world_from_env()
     is_main = world.rank == 0
-    device = pick_device(config.train.device, world.local_rank)
+    device = pick_device(config.train.device, world.local_rank, world.local_world_size)
     dtype = compute_dtype(config.train.precision, device)
     if config.run.deterministic:
         make_deterministic()
@@ -73,19 +74,22 @@ def train(config: Config) -> dict[str, Any]:
     name = torchrun_name(config.run, lambda choose: share(agreed, world, "name", choose))
     directory = prepare_directory(config.run, name)
     store = prepare(config.data, verify=world.local_rank == 0, report=show_line if is_main else None)
+    check_shared(agreed, world, directory, store.train.key)
+    lock = lock_run(directory, name) if is_main else None
     model_config = with_vocabulary(config.model, store.tokenizer.vocab_size)
-    finished = share(agreed, world, "finished", lambda: finished_result(directory, steps))
-    if finished is not None:
-        if is_main:
-            show_finished(directory, finished)
-        return dict(finished)
     found = share(
         agreed,
         world,
         "checkpoint",
         lambda: find_checkpoint(config, directory, restarted=world.restart_count > 0, warn=show_line),
     )
-    state = checked_state(found, model_config) if found else None
+    state = checked_state(found, model_config, steps) if found else None
+    finished = share(agreed, world, "finished", lambda: finished_result(directory, steps))
+    if finished is not None:
+        if is_main:
+            show_finished(directory, finished)
+        wait_for_all(agreed, world, "seen")
+        return dict(finished)
 
     # 3. Data: this rank's share of an order that depends on the seed only.
     loader = Loader(
@@ -116,7 +120,8 @@ def train(config: Config) -> dict[str, Any]:
     counts = count_parameters(whole)
     holdings = gather_holdings(model, mesh)
     if is_main:
-        save_config(directory, to_dict(config))
+        named = dataclasses.replace(config.run, name=name)
+        save_config(directory, to_dict(dataclasses.replace(config, run=named, model=model_config)))
         show_start(store, model_config, counts, holdings, dtype, directory, found)
     token_bytes_V = torch.from_numpy(store.tokenizer.token_bytes()).to(device)
     evaluation_rows = max(1, config.train.global_batch // config.train.accumulation // world.world_size)
@@ -178,10 +183,12 @@ def train(config: Config) -> dict[str, Any]:
                     "loader": loader.state_dict(),
                     "model": dataclasses.asdict(model_config),
                 }
+                recorder.sync()
                 committed = checkpoint.save(
                     directory / CHECKPOINTS, done, engine.tensors(), state, keep=config.checkpoint.keep
                 )
                 saved = str(committed)
+                recorder.saved(saved)
 
         recorder.end_progress()
 
@@ -199,7 +206,8 @@ def train(config: Config) -> dict[str, Any]:
                 agree=lambda logits_V: broadcast_from_first(logits_V, mesh),
             )
             sample = store.tokenizer.decode(sample_ids)
-        outcome = {}
+        close_process_group()  # no rank has to wait while rank 0 draws and uploads
+        outcome: dict[str, Any] = {}
         if is_main:
             outcome = finish_run(
                 config,
@@ -212,10 +220,11 @@ def train(config: Config) -> dict[str, Any]:
                 checkpoint=saved,
                 sample=sample,
                 wall_s=time.monotonic() - started,
-                tokens_per_s=busy_tokens / busy_s if busy_s else 0.0,
+                tokens_per_s=busy_tokens / busy_s if busy_s else None,
             )
             recorder.finish(outcome, directory)
-    close_process_group()
+    if lock is not None:
+        lock.release()
     return outcome
 
 
@@ -223,6 +232,7 @@ def train(config: Config) -> dict[str, Any]:
 def job(cfg: DictConfig) -> float:
     """One run, or one job of a sweep; its held-out loss is what a sweeper sees. A failed sweep job is a row: NaN."""
     sweep_dir, number = boundary.current_job()
+    sys.argv[1:] = HydraConfig.get().overrides.task  # of this job alone: what its workers see, and print to resume it
     try:
         config = from_dict(Config, boundary.plain(cfg, sweep_dir, number))
         result = boundary.execute(config, train, fresh_processes=sweep_dir is not None)

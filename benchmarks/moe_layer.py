@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    device = pick_device("auto", 0)
+    device = pick_device("auto", 0, 1)
     dtype = compute_dtype(options.dtype, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {name}, {dtype}, T={options.tokens}, D={options.dim}")

@@ -73,12 +73,3 @@ class Batch:
     def num_valid(self) -> int:
         """Tokens that are not padding."""
         return int((self.documents_BS >= 0).sum())
-
-    def check_vocab(self, vocab_size: int) -> None:
-        """Raises: DataError: a token id outside of [0, `vocab_size`)."""
-        lowest, highest = int(self.tokens_BS.min()), int(max(self.tokens_BS.max(), self.labels_BS.max()))
-        if lowest < 0 or highest >= vocab_size:
-            found = highest if highest >= vocab_size else lowest
-            raise DataError(
-                f"model.vocab_size={vocab_size}: expected above every token id of the data, found id {found}"
-            )

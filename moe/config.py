@@ -75,6 +75,10 @@ class ModelConfig:
         expect(self.rope_theta > 0, "rope_theta", self.rope_theta, "a number > 0")
         expect(self.norm_eps > 0, "norm_eps", self.norm_eps, "a number > 0")
         expect(self.init_std > 0, "init_std", self.init_std, "a number > 0")
+        for field in ("dim", "hidden_dim") if self.expert_kernel == "grouped" else ():
+            expect(
+                getattr(self, field) % 8 == 0, field, getattr(self, field), "a multiple of 8 with expert_kernel=grouped"
+            )
         if self.num_experts is None:
             expect(self.top_k is None, "top_k", self.top_k, "null in a dense model (num_experts is null)")
         else:

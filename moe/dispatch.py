@@ -45,7 +45,8 @@ class LocalDispatcher(nn.Module):
         tokens, top_k = routing.experts_TK.shape
         experts = routing.experts_TK.flatten()
         order = experts.argsort(stable=True)
-        counts_E = torch.bincount(experts, minlength=routing.num_experts + 1)[: routing.num_experts]
+        counts = experts.new_zeros(routing.num_experts + 1)  # bincount would make the host wait for a GPU
+        counts_E = counts.scatter_add_(0, experts, torch.ones_like(experts))[: routing.num_experts]
         rows = tokens * top_k if routing.complete else int(counts_E.sum())
         slots = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * top_k, device=order.device))
         plan = LocalPlan(order[:rows] // top_k, order[:rows], slots.clamp_(max=rows).view(tokens, top_k))

@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from moe.linear import Linear
 
+GROUPED_WIDTH = 8
+"""Grouped matmuls want rows of whole 16 bytes: eight bf16 numbers."""
+
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(rows_RI grouped by expert, weight_eOI, counts_e) -> rows_RO."""
 
@@ -28,9 +31,18 @@ def grouped_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Ten
 
 
 def auto_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
-    """Grouped where it is the faster one: bf16 on a GPU. Elsewhere the loop (figures: benchmarks/RESULTS.md)."""
-    grouped = rows_RI.is_cuda and rows_RI.dtype == torch.bfloat16
-    return (grouped_kernel if grouped else loop_kernel)(rows_RI, weight_eOI, counts_e)
+    """Grouped where torch has a fused kernel for it, else the loop (figures: benchmarks/RESULTS.md).
+
+    That is bf16 on GPUs of compute capability 8 and 9, with widths of whole 16 bytes. (On 10, torch issue 172439
+    reports weight gradients that are not zero for experts without rows.)
+    """
+    fused = (
+        rows_RI.is_cuda
+        and rows_RI.dtype == torch.bfloat16
+        and all(width % GROUPED_WIDTH == 0 for width in weight_eOI.shape[1:])
+        and torch.cuda.get_device_capability(rows_RI.device)[0] in (8, 9)
+    )
+    return (grouped_kernel if fused else loop_kernel)(rows_RI, weight_eOI, counts_e)
 
 
 KERNELS: dict[str, Kernel] = {"auto": auto_kernel, "grouped": grouped_kernel, "loop": loop_kernel}

@@ -39,16 +39,23 @@ def sum_gradients(dense: list[nn.Parameter], experts: list[nn.Parameter], mesh: 
 
 
 def _sum_in_buckets(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    pending = []
+    """All-reduce in place, bucket by bucket; one bucket travels while the next is packed, and no more are copied."""
+    pending: list[tuple[list[Tensor], Tensor, dist.Work]] = []
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         work = dist.all_reduce(flat, group=group, async_op=True)
         assert work is not None
         pending.append((bucket, flat, work))
-    for bucket, flat, work in pending:
-        work.wait()
-        for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        if len(pending) > 1:
+            _unpack(*pending.pop(0))
+    for entry in pending:
+        _unpack(*entry)
+
+
+def _unpack(bucket: list[Tensor], flat: Tensor, work: dist.Work) -> None:
+    work.wait()
+    for gradient, summed in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:

@@ -73,7 +73,7 @@ def world_from_env() -> World:
     restarts = "TORCHELASTIC_RESTART_COUNT"
     return World(
         rank=_env_int("RANK", 0, world_size - 1),
-        local_rank=_env_int("LOCAL_RANK", 0, local_world_size - 1),
+        local_rank=_env_int("LOCAL_RANK", 0, local_world_size - 1) if "LOCAL_RANK" in os.environ else 0,
         world_size=world_size,
         local_world_size=local_world_size,
         restart_count=_env_int(restarts, 0, None) if restarts in os.environ else 0,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -19,7 +20,8 @@ def open_store(world: World, timeout_s: float) -> dist.Store:
     timeout = timedelta(seconds=timeout_s)
     store, _, _ = next(rendezvous("env://", world.rank, world.world_size, timeout=timeout))
     store.set_timeout(timeout)
-    return store
+    # torchrun's own store outlives a restart of its workers, and so would what they told each other before.
+    return dist.PrefixStore(f"attempt-{world.restart_count}", store)
 
 
 def share(store: dist.Store, world: World, key: str, choose: Callable[[], Any]) -> Any:
@@ -29,3 +31,11 @@ def share(store: dist.Store, world: World, key: str, choose: Callable[[], Any]) 
         store.set(key, json.dumps(value))
         return value
     return json.loads(store.get(key))
+
+
+def wait_for_all(store: dist.Store, world: World, key: str) -> None:
+    """Rank 0, which may be the one that hosts the store, leaves only after every rank has come here."""
+    arrived = store.add(key, 1)
+    while world.rank == 0 and arrived < world.world_size:
+        time.sleep(0.05)
+        arrived = store.add(key, 0)

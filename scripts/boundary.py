@@ -67,6 +67,8 @@ def sweep_directory(arguments: Sequence[str]) -> Path | None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         raw = plain(compose("config", first_job))
     run = from_dict(RunConfig, raw["run"], "run")
+    if run.name is not None and any((Path(run.root) / run.name).glob("[0-9]*")):
+        raise RunError(f"run.name={run.name}: expected a free name for a sweep; {run.root}/{run.name} has jobs already")
     return prepare_directory(run, choose_name(run))
 
 
@@ -99,12 +101,15 @@ def execute(
         ConfigError: the world does not fit, or any other error of `USER_ERRORS`, with one line for the user.
         WorkerFailure: a worker of ours failed.
     """
-    launch, launched = config.launch, "LOCAL_RANK" in os.environ
+    from training.tracking import check_tracking
+
+    launch, launched = config.launch, "RANK" in os.environ
     try:
         world_size = world_from_env().world_size if launched else launch.nproc
     except ValueError as error:
         raise located(error, "") from error
     check_world(config, world_size)
+    check_tracking(config.tracking)
     if launched:
         die_with_parent()
         return train(config)
@@ -119,7 +124,9 @@ def execute(
         )
         return results[0]
     if launch.threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(launch.threads)
+        import torch
+
+        torch.set_num_threads(launch.threads)
     return train(config)
 
 
@@ -131,9 +138,8 @@ def prepared(config: Config) -> Config:
     """
     from data.store import prepare
     from training.terminal import show_line
-    from training.tracking import check_tracking
 
-    check_tracking(config.tracking)
+    prepare_directory(config.run, ".")  # the root, before the work of reading a corpus
     prepare(config.data, verify=False, report=show_line)
     name = choose_name(config.run)
     prepare_directory(config.run, name)

@@ -162,6 +162,12 @@ class Config:
             "auto or false with model.top_k=1 (a single renormalised weight is 1: the router would get no gradient)",
         )
         expect(
+            not (self.model.expert_kernel == "grouped" and self.train.precision == "fp64"),
+            "model.expert_kernel",
+            "grouped",
+            "auto or loop with train.precision=fp64 (torch's grouped matmul has no fp64)",
+        )
+        expect(
             (self.optim.warmup_steps or 0) <= self.train.steps,
             "optim.warmup_steps",
             self.optim.warmup_steps,

@@ -11,21 +11,17 @@ PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800
 """Dense bf16 tensor-core peak of one GPU by what its name contains, from NVIDIA's data sheets (SXM versions)."""
 
 
-def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """The GPU of this local rank, or the CPU.
+def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+    """The GPU of this local rank, or the CPU: `auto` takes GPUs where every rank of this host gets one.
 
     Raises:
         ConfigError: `cuda` was asked for and is not there, or has fewer devices than this host has ranks.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and gpus < local_world_size):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("train.device=cuda: expected a CUDA device; torch finds none")
-    if local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"train.device={wanted}: expected a GPU for local rank {local_rank}; this host has "
-            f"{torch.cuda.device_count()} (train.device=cpu runs without)"
-        )
+    if gpus < local_world_size:
+        raise ConfigError(f"train.device=cuda: expected a GPU for each of {local_world_size} local ranks; found {gpus}")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -40,7 +36,9 @@ def make_deterministic() -> None:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Arithmetic of the forward pass for `train.precision`; `auto` is bf16 where the hardware multiplies it."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" or _cpu_multiplies_bf16() else "fp32"
+        on_gpu = device.type == "cuda"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_multiplies_bf16()
+        precision = "bf16" if has_bf16 else "fp32"
     return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 

@@ -47,7 +47,7 @@ def show_start(
         total_params=counts.total,
         active_params=counts.active,
         vocab_size=store.tokenizer.vocab_size,
-        tokenizer="sentencepiece BPE",
+        tokenizer="sentencepiece",
         precision=f"{DTYPE_NAMES[dtype]} (torch {torch.__version__})",
         device=holdings[0].device,
     )
@@ -82,9 +82,13 @@ def finish_run(
     checkpoint: str | None,
     sample: str | None,
     wall_s: float,
-    tokens_per_s: float,
+    tokens_per_s: float | None,
 ) -> dict[str, Any]:
-    """Show the results, write the plots and `result.json`; returns the latter's content."""
+    """Show the results, write the plots and `result.json`; returns the latter's content.
+
+    Args:
+        tokens_per_s: None where this process had no step left to do.
+    """
     known = baselines(store)
     show_evaluation({d: b for d, b in evaluation.bits_per_byte.items() if d in known}, evaluation.loss, known)
     load = evaluation.load_GLE
@@ -93,6 +97,7 @@ def finish_run(
         show_load(whole, by_domain)
         plot_load(whole, by_domain, directory / "expert_load")
     rows = read_metrics(directory / "metrics.jsonl")
+    last = rows[-1] if rows else {}
     plot_curves(rows, directory / "curves")
     if sample is not None:
         show_sample(config.run.prompt, sample)
@@ -101,8 +106,8 @@ def finish_run(
         "name": name,
         "step": config.train.steps,
         **evaluation_row(evaluation),
-        "train/loss": rows[-1]["train/loss"],
-        "router/max_vio": rows[-1].get("router/max_vio"),
+        "train/loss": last.get("train/loss"),
+        "router/max_vio": last.get("router/max_vio"),
         "speed/tokens_per_s": tokens_per_s,
         "wall_s": wall_s,
         "total_params": counts.total,
@@ -120,21 +125,22 @@ def finish_run(
     show_end(
         directory,
         None if checkpoint is None else Path(checkpoint),
-        resume_command(config, name),
+        resume_command(config, name, len(holdings)),
         open_command(config, directory),
         wall_s,
-        tokens_per_s,
+        tokens_per_s or 0.0,
     )
     return result
 
 
-def resume_command(config: Config, name: str) -> str:
-    """The command line that goes on with this run to twice its length."""
-    own = ("run.name=", "train.steps=")
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(own)]
-    return shlex.join(
-        [_tool("python"), "train.py", *overrides, f"run.name={name}", f"train.steps={2 * config.train.steps}"]
-    )
+def resume_command(config: Config, name: str, world_size: int) -> str:
+    """The command line that goes on with this run to twice its length, launched as this one was."""
+    dropped = ("run.name=", "run.resume=", "train.steps=")
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(dropped)]
+    launcher = [_tool("python")]
+    if world_size != config.launch.nproc:
+        launcher = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
+    return shlex.join([*launcher, "train.py", *overrides, f"run.name={name}", f"train.steps={2 * config.train.steps}"])
 
 
 def open_command(config: Config, directory: Path) -> str:

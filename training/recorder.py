@@ -44,6 +44,16 @@ class Recorder:
             self.metrics.write({"step": step} | row)
             self.tracker.log(row, step)
 
+    def saved(self, checkpoint: str) -> None:
+        """Tell that a checkpoint has been committed."""
+        if self.active:
+            self.progress.print(f"saved {checkpoint}")
+
+    def sync(self) -> None:
+        """Bring the rows to the disk, before a checkpoint that stands for them."""
+        if self.active:
+            self.metrics.sync()
+
     def end_progress(self) -> None:
         """Take the bar off the terminal: what follows is printed below it."""
         if self.active:

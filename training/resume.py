@@ -6,13 +6,42 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
+from data.errors import DataError
 from moe.config import ModelConfig
+from parallel.launch import World
+from parallel.rendezvous import share, wait_for_all
 from training.config import Config
 from training.manifest import CheckpointError, committed, newest_verified, read_state
+from training.run import RunError
 
 CHECKPOINTS = "checkpoints"
 FREE_MODEL_KEYS = ("expert_kernel", "init_std")
 """Keys of the model that may change between two starts of a run: they change no weight's meaning."""
+
+
+def check_shared(store: dist.Store, world: World, directory: Path, tokens: str) -> None:
+    """All ranks must see one run directory and one token store, or the run would be lost at its first checkpoint.
+
+    Raises:
+        RunError, DataError: on the ranks that see another.
+    """
+    probe = f".seen-by-all-{world.restart_count}"
+    if world.rank == 0:
+        (directory / probe).touch()
+    theirs = share(store, world, "tokens", lambda: tokens)
+    if not (directory / probe).exists():
+        raise RunError(
+            f"run.root={directory.parent}: expected a directory that all nodes share; rank 0 sees another one"
+        )
+    if theirs != tokens:
+        raise DataError(
+            f"data (tokens {tokens[:12]}): expected the text of rank 0 (tokens {theirs[:12]}) on every node"
+        )
+    wait_for_all(store, world, "probed")
+    if world.rank == 0:
+        (directory / probe).unlink()
 
 
 def find_checkpoint(config: Config, directory: Path, *, restarted: bool, warn: Callable[[str], None]) -> str | None:
@@ -41,8 +70,8 @@ def find_checkpoint(config: Config, directory: Path, *, restarted: bool, warn: C
     return None if newest is None else str(newest)
 
 
-def checked_state(path: str, model: ModelConfig) -> dict[str, Any]:
-    """The state in the checkpoint `path`, if it is one of this model.
+def checked_state(path: str, model: ModelConfig, steps: int) -> dict[str, Any]:
+    """The state in the checkpoint `path`, if it is one of this model, at most `steps` steps old.
 
     Raises:
         CheckpointError: names the first key that differs, its value here and there.
@@ -55,4 +84,8 @@ def checked_state(path: str, model: ModelConfig) -> dict[str, Any]:
                 f"model.{key}={json.dumps(here)}: expected {json.dumps(there)} as in the checkpoint {path}, "
                 "or another run.name"
             )
+    if state["step"] > steps:
+        raise CheckpointError(
+            f"train.steps={steps}: expected at least {state['step']}, the step of the checkpoint {path}"
+        )
     return state

@@ -47,8 +47,8 @@ def choose_name(run: RunConfig) -> str:
 def torchrun_name(run: RunConfig, share: Callable[[Callable[[], str]], str]) -> str:
     """The name of a run that torchrun or deepspeed started, the same on every rank and after every restart.
 
-    The explicit name; else `<experiment>-<TORCHELASTIC_RUN_ID>` where that id is this launch's own; else rank 0
-    chooses, or finds what it chose before a restart.
+    The explicit name; else what this launch chose before a restart; else `<experiment>-<TORCHELASTIC_RUN_ID>` where
+    that id is no default and the name is free; else the next free number.
 
     Args:
         share: `share(choose)` calls `choose` on rank 0 only and returns its result on every rank.
@@ -58,9 +58,6 @@ def torchrun_name(run: RunConfig, share: Callable[[Callable[[], str]], str]) -> 
     """
     if run.name is not None:
         return run.name
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if run_id not in SHARED_RUN_IDS:
-        return f"{run.experiment}-{''.join(c if c.isalnum() or c in '._-' else '-' for c in run_id)}"
     return share(lambda: _find_or_choose(run, launch_identity()))
 
 
@@ -89,6 +86,22 @@ def prepare_directory(run: RunConfig, name: str) -> Path:
         os.close(handle)
         os.unlink(probe)
     return directory
+
+
+def lock_run(directory: Path, name: str) -> Any:
+    """Hold the run for this process until it ends or the lock is released.
+
+    Raises:
+        RunError: another process is writing it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"run.name={name}: expected a run that nobody else is writing; {directory} is in use") from None
+    return lock
 
 
 def is_finished(directory: Path, steps: int) -> bool:
@@ -133,7 +146,12 @@ def _find_or_choose(run: RunConfig, identity: dict[str, Any]) -> str:
             with contextlib.suppress(OSError, ValueError):
                 if json.loads(path.read_text()) == identity:
                     return path.parent.name
-    name = choose_name(run)
+    run_id = identity["run_id"]
+    name = f"{run.experiment}-{''.join(c if c.isalnum() or c in '._-' else '-' for c in run_id)}"
+    if run_id in SHARED_RUN_IDS or (root / name).exists():
+        name = choose_name(run)
+    with _as_run_error(run.root):
+        (root / name).mkdir(parents=True, exist_ok=True)
     write_atomically(root / name / LAUNCH_FILE, json.dumps(identity) + "\n")
     return name
 

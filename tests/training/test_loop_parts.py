@@ -47,6 +47,8 @@ def test_a_checkpoint_of_another_model_names_the_key(tmp_path):
         dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8, num_experts=4, top_k=2, vocab_size=9
     )
     saved = checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, {"step": 3, "model": dataclasses.asdict(model)}, keep=2)
-    assert checked_state(str(saved), dataclasses.replace(model, expert_kernel="loop"))["step"] == 3
+    assert checked_state(str(saved), dataclasses.replace(model, expert_kernel="loop"), 3)["step"] == 3
     with pytest.raises(CheckpointError, match=r"^model\.num_experts=8: expected 4 as in the checkpoint .*step-3"):
-        checked_state(str(saved), dataclasses.replace(model, num_experts=8))
+        checked_state(str(saved), dataclasses.replace(model, num_experts=8), 3)
+    with pytest.raises(CheckpointError, match=r"^train\.steps=2: expected at least 3"):
+        checked_state(str(saved), model, 2)
