@@ -24,8 +24,8 @@ _RESULT_KEYS = (
     "error",
 )
 _OWN_COLUMNS = ("model.num_experts", "model.top_k")
-_PER_JOB = ("run.name", "run.root")
-"""Keys that differ between jobs because they are different jobs, not because somebody swept them."""
+_PER_JOB = ("run.name", "run.root", "model.vocab_size")
+"""Keys that differ between jobs although nobody swept them (a job that failed early never learnt its vocabulary)."""
 _MAX_ERROR = 160
 
 

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,7 +9,16 @@ import pytest
 import yaml
 
 from training.config import RunConfig
-from training.run import RunError, choose_name, is_finished, prepare_directory, save_config, save_result, torchrun_name
+from training.run import (
+    RunError,
+    choose_name,
+    is_finished,
+    lock_run,
+    prepare_directory,
+    save_config,
+    save_result,
+    torchrun_name,
+)
 
 
 def config(root: Path, name: str | None = None) -> RunConfig:
@@ -31,8 +42,12 @@ def test_simultaneous_launches_get_different_names(tmp_path: Path) -> None:
 
 def test_torchrun_name_from_a_unique_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job/7")
-    assert torchrun_name(config(tmp_path), pytest.fail) == "exp-job-7"
-    assert torchrun_name(config(tmp_path, "mine"), pytest.fail) == "mine"
+    for _ in range(2):  # the second time as after a restart
+        assert torchrun_name(config(tmp_path), lambda choose: choose()) == "exp-job-7"
+    assert torchrun_name(config(tmp_path, "mine"), lambda choose: choose()) == "mine"
+    # another launch with the same id does not go on with the old run
+    monkeypatch.setattr("training.run._start_time", lambda pid: "1")
+    assert torchrun_name(config(tmp_path), lambda choose: choose()) == "exp-1"
 
 
 @pytest.mark.parametrize("run_id", ["none", "default", ""])
@@ -86,3 +101,15 @@ def test_saved_files_read_back(tmp_path: Path) -> None:
     assert yaml.safe_load(save_config(tmp_path, values).read_text(encoding="utf-8")) == values
     assert json.loads(save_result(tmp_path, values).read_text()) == values
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "result.json"]
+
+
+def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    lock = lock_run(tmp_path, "mine")
+    other = (
+        "import sys; from pathlib import Path; from training.run import lock_run; lock_run(Path(sys.argv[1]), 'mine')"
+    )
+    command = [sys.executable, "-c", other, str(tmp_path)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "RunError: run.name=mine: expected a run that nobody else is writing" in refused.stderr
+    lock.release()
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
