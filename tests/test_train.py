@@ -26,8 +26,10 @@ def cache(tmp_path_factory) -> str:
 
 
 def start(root: Path, cache: str, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    flags = [argument for argument in overrides if argument.startswith("-")]
+    rest = [argument for argument in overrides if argument not in flags]
     return subprocess.Popen(
-        [*(launcher or (sys.executable,)), "train.py", *overrides, *TINY, cache, f"run.root={root}"],
+        [*(launcher or (sys.executable,)), "train.py", *flags, *TINY, cache, f"run.root={root}", *rest],
         cwd=CONF.parent,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
