@@ -21,13 +21,6 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
-ALLOCATOR = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30),
-}
-"""glibc gives every large tensor back to the system and gets it again page by page: a fifth of a training step on CPUs.
-With these it keeps memory in huge pages (benchmarks/RESULTS.md has the figure). What the user has set stays."""
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 """A worker that ends leaves its peers' sockets warning; why it ended is what the user is told."""
 HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -116,7 +109,7 @@ def launch_workers(
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     threads = threads or max(1, _cores() // nproc)
-    environment = {name: os.environ.get(name, value) for name, value in (ALLOCATOR | QUIET).items()} | {
+    environment = {name: os.environ.get(name, value) for name, value in QUIET.items()} | {
         "OMP_NUM_THREADS": str(threads),
         # otherwise restarted workers read the addresses of dead ones from the agent's store
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

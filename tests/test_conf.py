@@ -7,8 +7,9 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from moe.flops import count_parameters, meta_model
 from scripts.boundary import CONF, plain
-from training.config import Config
+from training.config import Config, with_vocabulary
 from training.strict import from_dict, to_dict
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -59,3 +60,19 @@ def test_composing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     composed([])
     assert os.listdir(tmp_path) == []
+
+
+PUBLISHED = {
+    "mistral_7b": (7.242e9, 7.242e9),  # arXiv 2310.06825
+    "mixtral_8x7b": (46.70e9, 12.88e9),  # arXiv 2401.04088: 46.7 B, 12.9 B
+    "mixtral_8x22b": (140.6e9, 39.15e9),  # the release notes: 141 B, 39 B
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_is_built_and_has_the_published_size(model: str) -> None:
+    config = composed([f"model={model}"])
+    counts = count_parameters(meta_model(with_vocabulary(config.model, 4096), config.router))
+    assert counts.total > 0
+    if model in PUBLISHED:
+        assert (counts.total, counts.active) == pytest.approx(PUBLISHED[model], rel=5e-4)
