@@ -19,7 +19,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def loop_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
-    """One matmul an expert: the readable reference, on CPUs within 5 % of the other. An expert without rows gives none."""
+    """One matmul an expert: the readable reference, on CPUs as fast as the other. No rows for an expert, none back."""
     groups = rows_RI.split(counts_e.tolist())
     return torch.cat([F.linear(rows, weight) for rows, weight in zip(groups, weight_eOI.unbind(), strict=True)])
 
