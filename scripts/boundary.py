@@ -22,7 +22,7 @@ from data.errors import DataError
 from parallel.launch import WorkerFailure, die_with_parent, launch_workers, world_from_env
 from training.config import Config, RunConfig
 from training.manifest import CheckpointError
-from training.run import RunError, choose_name, prepare_directory, save_config, save_result
+from training.run import RunError, choose_name, discard_unstarted, prepare_directory, save_config, save_result
 from training.strict import ConfigError, from_dict, leaf_keys, located, nearest, one_line, unknown_key
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -114,20 +114,25 @@ def execute(
         die_with_parent()
         return train(config)
     config = prepared(config)
-    if launch.nproc > 1 or launch.max_restarts > 0 or fresh_processes:
-        results: dict[int, dict[str, Any]] = launch_workers(
-            _train_in_worker,
-            (train, config),
-            nproc=launch.nproc,
-            max_restarts=launch.max_restarts,
-            threads=launch.threads,
-        )
-        return results[0]
-    if launch.threads is not None:
-        import torch
+    assert config.run.name is not None
+    try:
+        if launch.nproc > 1 or launch.max_restarts > 0 or fresh_processes:
+            results: dict[int, dict[str, Any]] = launch_workers(
+                _train_in_worker,
+                (train, config),
+                nproc=launch.nproc,
+                max_restarts=launch.max_restarts,
+                threads=launch.threads,
+            )
+            return results[0]
+        if launch.threads is not None:
+            import torch
 
-        torch.set_num_threads(launch.threads)
-    return train(config)
+            torch.set_num_threads(launch.threads)
+        return train(config)
+    except Exception:
+        discard_unstarted(Path(config.run.root) / config.run.name)
+        raise
 
 
 def prepared(config: Config) -> Config:

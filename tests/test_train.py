@@ -89,6 +89,7 @@ def test_mistakes_that_only_the_data_can_tell(tmp_path, cache):
         process = start(tmp_path, cache, "train.steps=1", "launch.nproc=2", override)
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2 and err.startswith(f"error: {line}") and err.count("\n") == 1
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -86,6 +87,12 @@ def prepare_directory(run: RunConfig, name: str) -> Path:
         os.close(handle)
         os.unlink(probe)
     return directory
+
+
+def discard_unstarted(directory: Path) -> None:
+    """Remove the directory of a run that was refused before it wrote anything: its name is free again."""
+    if directory.is_dir() and {path.name for path in directory.iterdir()} <= {".lock", LAUNCH_FILE}:
+        shutil.rmtree(directory)
 
 
 def lock_run(directory: Path, name: str) -> Any:
