@@ -6,42 +6,145 @@ A `ValueError` raised here starts with `<field>=<value>: expected ...`; the Hydr
 from dataclasses import dataclass
 from typing import Literal
 
+FeedForwardKind = Literal["swiglu", "geglu", "relu", "gelu"]
+GATED = ("swiglu", "geglu")
+
 
 def expect(holds: bool, field: str, value: object, expected: str) -> None:
     """Raise `ValueError("<field>=<value>: expected <expected>")` unless `holds`."""
     if not holds:
-        raise ValueError(f"{field}={value}: expected {expected}")
+        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        raise ValueError(f"{field}={shown}: expected {expected}")
 
 
 @dataclass(frozen=True)
 class RouterConfig:
     """How tokens choose experts, and the auxiliary losses on that choice (docs/losses.md has the formulas)."""
 
-    kind: Literal["softmax_topk"] = "softmax_topk"
+    kind: Literal["softmax_topk", "sigmoid_topk", "expert_choice"] = "softmax_topk"
     normalize: Literal["auto"] | bool = "auto"
-    """Renormalise the k probabilities to sum 1. `auto`: for k > 1 yes, for k = 1 no (Switch)."""
+    """Renormalise the k weights to sum 1. `auto`: for k > 1 yes, for k = 1 no (Switch)."""
+    scale: float = 1.0
+    """Constant factor on the combine weights (DeepSeek-V3: 2.5)."""
+    num_groups: int | None = None
+    """Group-limited routing (DeepSeek-V2/V3): the experts form this many groups. `null`: no groups."""
+    topk_groups: int | None = None
+    """Groups, the best ones, that a token's experts may lie in."""
+    jitter: float = 0.0
+    """Switch: multiply the router's input by U(1 - jitter, 1 + jitter), in training only."""
     capacity_factor: float | None = None
     """Expert capacity per sequence, C = ceil(capacity_factor * k * S / E). `null`: dropless."""
+    drop_policy: Literal["position", "prob"] = "position"
+    """Who is dropped over capacity: later tokens, or the least probable (which leaks the future)."""
+    allow_noncausal: bool = False
+    """Permit what lets a later token change an earlier one: `expert_choice`, `drop_policy: prob`."""
     balance_coef: float = 0.01
     balance_scope: Literal["global", "sequence", "rank"] = "global"
     z_coef: float = 0.001
-    layer_reduction: Literal["mean", "sum"] = "mean"
-    """How the per-layer auxiliary losses are combined over layers."""
+    layer_reduction: Literal["mean", "sum", "hf_pooled"] = "mean"
+    """How the per-layer auxiliary losses are combined over layers. `hf_pooled`: the balance loss as Hugging Face's
+    Mixtral has it, for parity only (the z-loss: mean)."""
+    bias_update_rate: float = 0.0
+    """Loss-free balancing (arXiv 2408.15664): step of the selection bias after each optimizer step; sigmoid only."""
 
     def __post_init__(self) -> None:
         capacity = self.capacity_factor
         expect(capacity is None or capacity > 0, "capacity_factor", capacity, "a number > 0, or null for dropless")
         expect(self.balance_coef >= 0, "balance_coef", self.balance_coef, "a number >= 0")
         expect(self.z_coef >= 0, "z_coef", self.z_coef, "a number >= 0")
+        expect(self.scale > 0, "scale", self.scale, "a number > 0")
+        expect(0 <= self.jitter < 1, "jitter", self.jitter, "a number in [0, 1)")
+        expect(self.bias_update_rate >= 0, "bias_update_rate", self.bias_update_rate, "a number >= 0")
+        expect(
+            self.bias_update_rate == 0 or self.kind == "sigmoid_topk",
+            "bias_update_rate",
+            self.bias_update_rate,
+            f"0 with router.kind={self.kind} (only sigmoid_topk has a selection bias)",
+        )
+        expect(
+            self.layer_reduction != "hf_pooled" or self.balance_scope != "sequence",
+            "layer_reduction",
+            self.layer_reduction,
+            "mean or sum with router.balance_scope=sequence",
+        )
+        self._check_groups()
+        self._check_causality()
+
+    def _check_groups(self) -> None:
+        groups, best = self.num_groups, self.topk_groups
+        expect(groups is None or groups >= 1, "num_groups", groups, "an integer >= 1, or null")
+        expect(
+            (groups is None) == (best is None),
+            "topk_groups",
+            best,
+            "null without router.num_groups" if groups is None else f"an integer from 1 to num_groups={groups}",
+        )
+        if groups is not None and best is not None:
+            expect(1 <= best <= groups, "topk_groups", best, f"an integer from 1 to num_groups={groups}")
+            expect(self.kind != "expert_choice", "num_groups", groups, "null with router.kind=expert_choice")
+
+    def _check_causality(self) -> None:
+        leaks = "(a later token changes what an earlier one computes)"
+        if self.kind == "expert_choice":
+            expect(
+                self.allow_noncausal,
+                "kind",
+                self.kind,
+                f"a causal router, or router.allow_noncausal=true beside it {leaks}",
+            )
+            expect(self.balance_coef == 0, "balance_coef", self.balance_coef, "0 with router.kind=expert_choice")
+            expect(self.normalize is not True, "normalize", True, "auto or false with router.kind=expert_choice")
+        if self.drop_policy == "prob":
+            expect(
+                self.allow_noncausal,
+                "drop_policy",
+                "prob",
+                f"position, or router.allow_noncausal=true beside it {leaks}",
+            )
+            expect(self.capacity_factor is not None, "drop_policy", "prob", "a router.capacity_factor beside it")
 
     def normalizes(self, top_k: int) -> bool:
-        """Whether the `top_k` selected probabilities are renormalised to sum 1."""
+        """Whether the `top_k` selected weights are renormalised to sum 1."""
         return top_k > 1 if self.normalize == "auto" else self.normalize
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Refuse what only router and model together can know; called where both are (`training.config.Config`).
+
+        Raises:
+            ValueError: starts with the router's field.
+        """
+        expect(
+            not (top_k == 1 and self.normalize is True),
+            "normalize",
+            True,
+            "auto or false with model.top_k=1 (a single renormalised weight is 1: the router would get no gradient)",
+        )
+        if self.num_groups is None or self.topk_groups is None:
+            return
+        expect(
+            num_experts % self.num_groups == 0,
+            "num_groups",
+            self.num_groups,
+            f"a divisor of model.num_experts={num_experts}",
+        )
+        size = num_experts // self.num_groups
+        expect(
+            self.kind != "sigmoid_topk" or size >= 2,
+            "num_groups",
+            self.num_groups,
+            f"at most {num_experts // 2}: sigmoid_topk scores a group by its two best experts",
+        )
+        expect(
+            self.topk_groups * size >= top_k,
+            "topk_groups",
+            self.topk_groups,
+            f"at least {-(-top_k // size)}: groups of {size} experts hold model.top_k={top_k} of them",
+        )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of the Mistral/Mixtral family; dense when `num_experts` is null."""
+    """A decoder-only transformer (RMSNorm, rotary positions), dense or with MoE layers; dense: `num_experts` is null."""
 
     dim: int
     num_layers: int
@@ -49,13 +152,25 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     hidden_dim: int
-    """Width of one expert's (or of the dense) SwiGLU."""
+    """Width of a dense feed-forward network, and of an expert where `expert_hidden_dim` is null."""
+    ffn: FeedForwardKind = "swiglu"
+    """Of dense layers. `swiglu`, `geglu`: three matrices (arXiv 2002.05202); `relu`, `gelu`: two."""
     num_experts: int | None = None
+    """Routed experts of a MoE layer."""
     top_k: int | None = None
+    expert_hidden_dim: int | None = None
+    expert_ffn: FeedForwardKind | None = None
+    """`null`: as `ffn`."""
+    num_shared_experts: int = 0
+    """Experts of the same width that see every token (DeepSeekMoE), beside the routed ones."""
+    first_k_dense: int = 0
+    """The first k layers are dense."""
+    moe_every: int = 1
+    """Of the layers after those, every n-th is a MoE layer, the n-th first (2: dense, MoE, dense, MoE, ...)."""
     vocab_size: int | None = None
     """`null`: the tokenizer's."""
-    sliding_window: int | None = None
-    """Keys a query sees, itself included. `null`: all earlier ones."""
+    sliding_window: int | tuple[int | None, ...] | None = None
+    """Keys a query sees, itself included. `null`: all earlier ones. A list: one entry a layer, repeated over them."""
     rope_theta: float = 1e6
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
@@ -64,9 +179,9 @@ class ModelConfig:
     """`grouped`: torch's grouped matmul; `loop`: the readable reference; `auto`: the faster of both here."""
 
     def __post_init__(self) -> None:
-        for field in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim"):
+        for field in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "moe_every"):
             expect(getattr(self, field) >= 1, field, getattr(self, field), "an integer >= 1")
-        for field in ("num_experts", "top_k", "vocab_size", "sliding_window"):
+        for field in ("num_experts", "top_k", "vocab_size", "expert_hidden_dim"):
             value = getattr(self, field)
             expect(value is None or value >= 1, field, value, "an integer >= 1, or null")
         heads, kv_heads = self.num_heads, self.num_kv_heads
@@ -75,20 +190,84 @@ class ModelConfig:
         expect(self.rope_theta > 0, "rope_theta", self.rope_theta, "a number > 0")
         expect(self.norm_eps > 0, "norm_eps", self.norm_eps, "a number > 0")
         expect(self.init_std > 0, "init_std", self.init_std, "a number > 0")
-        for field in ("dim", "hidden_dim") if self.expert_kernel == "grouped" else ():
-            expect(
-                getattr(self, field) % 8 == 0, field, getattr(self, field), "a multiple of 8 with expert_kernel=grouped"
-            )
+        windows = self.sliding_window if isinstance(self.sliding_window, tuple) else (self.sliding_window,)
+        expect(
+            bool(windows) and all(window is None or window >= 1 for window in windows),
+            "sliding_window",
+            self._shown_window(),
+            "an integer >= 1, null, or a list of these",
+        )
+        expect(
+            self.num_layers % max(1, len(windows)) == 0,
+            "sliding_window",
+            self._shown_window(),
+            f"a list whose length divides num_layers={self.num_layers}",
+        )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
         if self.num_experts is None:
-            expect(self.top_k is None, "top_k", self.top_k, "null in a dense model (num_experts is null)")
-        else:
-            expect(
-                self.top_k is not None and self.top_k <= self.num_experts,
-                "top_k",
-                self.top_k,
-                f"an integer from 1 to num_experts={self.num_experts}",
-            )
+            for field in ("top_k", "expert_hidden_dim", "expert_ffn"):
+                value = getattr(self, field)
+                expect(value is None, field, value, "null in a dense model (num_experts is null)")
+            for field, default in (("num_shared_experts", 0), ("first_k_dense", 0), ("moe_every", 1)):
+                value = getattr(self, field)
+                expect(value == default, field, value, f"{default} in a dense model (num_experts is null)")
+            return
+        expect(
+            self.top_k is not None and self.top_k <= self.num_experts,
+            "top_k",
+            self.top_k,
+            f"an integer from 1 to num_experts={self.num_experts}",
+        )
+        expect(self.num_shared_experts >= 0, "num_shared_experts", self.num_shared_experts, "an integer >= 0")
+        expect(
+            0 <= self.first_k_dense < self.num_layers,
+            "first_k_dense",
+            self.first_k_dense,
+            f"an integer from 0 to {self.num_layers - 1}, less than num_layers",
+        )
+        expect(
+            any(map(self.is_moe_layer, range(self.num_layers))),
+            "moe_every",
+            self.moe_every,
+            f"at most {self.num_layers - self.first_k_dense}, the layers after first_k_dense={self.first_k_dense}",
+        )
+        for field in ("dim", "expert_width") if self.expert_kernel == "grouped" else ():
+            width, key = getattr(self, field), field.replace("expert_width", "expert_hidden_dim")
+            expect(width % 8 == 0, key, width, "a multiple of 8 with expert_kernel=grouped")
+
+    def _shown_window(self) -> str:
+        window = self.sliding_window
+        if isinstance(window, tuple):
+            return f"[{','.join('null' if w is None else str(w) for w in window)}]"
+        return "null" if window is None else str(window)
 
     @property
     def is_moe(self) -> bool:
+        """Whether any layer is a MoE layer."""
         return self.num_experts is not None
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether layer `layer` (from 0) is a MoE layer."""
+        place = layer - self.first_k_dense
+        return self.is_moe and place >= 0 and (place + 1) % self.moe_every == 0
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(map(self.is_moe_layer, range(self.num_layers)))
+
+    @property
+    def expert_width(self) -> int:
+        """Hidden width of one expert."""
+        return self.hidden_dim if self.expert_hidden_dim is None else self.expert_hidden_dim
+
+    @property
+    def expert_kind(self) -> FeedForwardKind:
+        """Kind of the experts' feed-forward networks."""
+        return self.ffn if self.expert_ffn is None else self.expert_ffn
+
+    def window(self, layer: int) -> int | None:
+        """Keys that a query of layer `layer` sees; None: all earlier ones."""
+        pattern = self.sliding_window
+        return pattern[layer % len(pattern)] if isinstance(pattern, tuple) else pattern
