@@ -1,0 +1,29 @@
+"""Attention under an explicit mask, grouped queries without copies of keys and values.
+
+Shapes: B batch, S queries, X keys, H query heads, G key/value heads, C head dim, r = H/G queries heads a group.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def masked_attention(q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, mask_B1SX: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v where the mask is True; returns [B, H, S, C].
+
+    Every query must see at least one key. The r query heads of a group stand below each other, as r·S queries of one
+    head: keys and values are read where they lie.
+    """
+    heads, length, groups = q_BHSC.shape[1], q_BHSC.shape[2], k_BGXC.shape[1]
+    ratio = heads // groups
+    q, mask = q_BHSC, mask_B1SX
+    if ratio > 1:
+        q = q.unflatten(1, (groups, ratio)).flatten(2, 3)
+        mask = mask if length == 1 else mask.repeat(1, 1, ratio, 1)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # torch's fused CPU kernel is twice as slow as plain matmuls in bf16, forward and backward together.
+        scores = (q * q.shape[-1] ** -0.5) @ k_BGXC.transpose(-1, -2)
+        mixed = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v_BGXC
+    else:
+        mixed = F.scaled_dot_product_attention(q, k_BGXC, v_BGXC, attn_mask=mask)
+    return mixed.unflatten(2, (ratio, length)).flatten(1, 2) if ratio > 1 else mixed
