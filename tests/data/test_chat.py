@@ -1,0 +1,67 @@
+import pytest
+
+from data.chat import Segment, encode, prompt, render
+from data.errors import DataError
+from data.store import Store
+
+
+def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
+    roles = ("user", "assistant") * len(contents)
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return ([] if system is None else [{"role": "system", "content": system}]) + messages
+
+
+def test_a_conversation_as_text() -> None:
+    assert render(turns("Hi", "Hello.", "2 + 2?", "4", system="Be brief.")) == [
+        Segment("[INST] Be brief.\n\nHi [/INST]", False),
+        Segment(" Hello.", True),
+        Segment("[INST] 2 + 2? [/INST]", False),
+        Segment(" 4", True),
+    ]
+    assert prompt(turns("Hi")) == [Segment("[INST] Hi [/INST]", False)]
+
+
+def test_ids_have_marks_and_a_prompt_begins_every_answer_to_it(store: Store) -> None:
+    tokenizer = store.tokenizer
+    ids, supervised = encode(render(turns("Hi", "Hello </s> you", "2?", "4")), tokenizer)
+    assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
+    assert ids.count(tokenizer.eos_id) == 2 and ids[-1] == tokenizer.eos_id
+    assert tokenizer.decode(ids) == "[INST] Hi [/INST] Hello </s> you[INST] 2? [/INST] 4"
+    answers = [i for i, is_answer in zip(ids, supervised, strict=True) if is_answer]
+    assert answers == [
+        *tokenizer.encode(" Hello </s> you"), tokenizer.eos_id, *tokenizer.encode(" 4"), tokenizer.eos_id
+    ]  # fmt: skip
+    history, _ = encode(prompt(turns("Hi", "Hello </s> you", "2?")), tokenizer)
+    assert ids[: len(history)] == history and not any(supervised[: supervised.index(True)])
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        (None, "expected a list of messages, found none"),
+        ([], "expected a list of messages, found none"),
+        ("hello", "expected a list of messages, found 'hello'"),
+        (["hello"], "message 1: expected an object with role and content, found 'hello'"),
+        ([{"role": "bot", "content": "x"}], "message 1: expected role to be one of .*assistant, found 'bot'"),
+        ([{"content": "x"}], "message 1: expected role to be one of system, user, assistant, found none"),
+        ([{"role": ["user"], "content": "x"}], "message 1: expected role to be one of .* found \\['user'\\]"),
+        (turns("a", " \n"), "message 2: expected content to be text, found ' \\\\n'"),
+        ([{"role": "user", "content": ["a"]}], "message 1: expected content to be text, found \\['a'\\]"),
+        (turns("a", "b")[1:], "message 1: expected role system or user, found assistant"),
+        (turns("a") * 2, "message 2: expected role assistant, found user"),
+        (turns("a", "b", system="c")[::2], "message 2: expected role user, found assistant"),
+        (turns("a", "b") + turns("a", "b", system="c"), "message 3: expected role user, found system"),
+        (turns("a"), "message 1: expected the last message to be the assistant's, found role user"),
+        (turns(system="c"), "message 1: expected the last message to be the assistant's, found role system"),
+    ],
+)  # fmt: skip
+def test_what_is_no_conversation_is_told_in_one_line(messages: object, complaint: str) -> None:
+    with pytest.raises(DataError, match=f"^{complaint}$"):
+        render(messages)
+
+
+def test_a_prompt_ends_with_the_user() -> None:
+    with pytest.raises(
+        DataError, match="^message 2: expected the last message to be the user's, found role assistant$"
+    ):
+        prompt(turns("a", "b"))
