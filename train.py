@@ -38,6 +38,7 @@ def train(config: Config) -> dict[str, Any]:
     from data.store import prepare
     from moe.flops import count_parameters, meta_model, training_flops_per_token
     from moe.generate import generate
+    from moe.sampling import Sampling
     from parallel.apply import build_model
     from parallel.launch import world_from_env
     from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
@@ -56,6 +57,7 @@ def train(config: Config) -> dict[str, Any]:
     from training.step import train_step
     from training.strict import to_dict
     from training.terminal import show_line
+    from training.trainable import check_resumed, choose, shown, trained_elements
 
     started = time.monotonic()
     steps, log_every, eval_every = config.train.steps, config.train.log_every, config.train.eval_every
@@ -77,6 +79,8 @@ def train(config: Config) -> dict[str, Any]:
     check_shared(agreed, world, directory, store.train.key)
     lock = lock_run(directory, name) if is_main else None
     model_config = with_vocabulary(config.model, store.tokenizer.vocab_size)
+    whole = meta_model(model_config, config.router)
+    trained = trained_elements(whole, choose(whole, config.optim.train))
     found = share(
         agreed,
         world,
@@ -84,6 +88,8 @@ def train(config: Config) -> dict[str, Any]:
         lambda: find_checkpoint(config, directory, restarted=world.restart_count > 0, warn=show_line),
     )
     state = checked_state(found, model_config, steps) if found else None
+    if state:
+        check_resumed(config.optim.train, state.get("train", "all"), str(found))
     finished = share(agreed, world, "finished", lambda: finished_result(directory, steps))
     if finished is not None:
         if is_main:
@@ -116,16 +122,18 @@ def train(config: Config) -> dict[str, Any]:
     if state:
         checkpoint.load(Path(found), engine.tensors())
         engine.set_updates(state["updates"])
-    whole = meta_model(model_config, config.router)
     counts = count_parameters(whole)
     holdings = gather_holdings(model, mesh)
     if is_main:
         named = dataclasses.replace(config.run, name=name)
         save_config(directory, to_dict(dataclasses.replace(config, run=named, model=model_config)))
         show_start(store, model_config, counts, holdings, dtype, directory, found)
+        if trained < counts.total:
+            show_line(f"optim.train={shown(config.optim.train)}: {trained:,} of {counts.total:,} parameters train")
     token_bytes_V = torch.from_numpy(store.tokenizer.token_bytes()).to(device)
     evaluation_rows = max(1, config.train.global_batch // config.train.accumulation // world.world_size)
-    peak = peak_flops(device, dtype, config.train.peak_tflops)
+    # The FLOPs of a step are those of training everything: with frozen weights there is no true utilisation to give.
+    peak = peak_flops(device, dtype, config.train.peak_tflops) if trained == counts.total else None
     flops_per_token = training_flops_per_token(whole, config.train.seq_len)
     set_timeout(mesh, config.parallel.timeout_s)
 
@@ -150,7 +158,7 @@ def train(config: Config) -> dict[str, Any]:
             began = time.monotonic()
             # ------------------------------------------------------------------ one optimizer step
             batches = loader.next_step()
-            result = train_step(engine, batches, config.router, lr)
+            result = train_step(engine, batches, config.router, lr, config.run.seed)
             # ------------------------------------------------------------------
             busy_s += time.monotonic() - began
             busy_tokens += result.tokens
@@ -182,6 +190,7 @@ def train(config: Config) -> dict[str, Any]:
                     "updates": engine.updates,
                     "loader": loader.state_dict(),
                     "model": dataclasses.asdict(model_config),
+                    "train": config.optim.train,
                 }
                 recorder.sync()
                 committed = checkpoint.save(
@@ -196,14 +205,13 @@ def train(config: Config) -> dict[str, Any]:
         evaluation = evaluation or evaluate_now()
         sample = None
         if config.run.sample_tokens:
-            sample_ids = generate(
-                model.eval(),
-                [store.tokenizer.bos_id, *store.tokenizer.encode(config.run.prompt)],
+            [sample_ids] = generate(
+                model,
+                [[store.tokenizer.bos_id, *store.tokenizer.encode(config.run.prompt)]],
                 max_tokens=config.run.sample_tokens,
-                temperature=SAMPLE_TEMPERATURE,
-                seed=config.run.seed,
-                stop=store.tokenizer.eos_id,
-                agree=lambda logits_V: broadcast_from_first(logits_V, mesh),
+                sampling=Sampling(temperature=SAMPLE_TEMPERATURE, seed=config.run.seed),
+                stop=[store.tokenizer.eos_id],
+                agree=lambda logits_BV: broadcast_from_first(logits_BV, mesh),
             )
             sample = store.tokenizer.decode(sample_ids)
         close_process_group()  # no rank has to wait while rank 0 draws and uploads

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import ModelConfig, RouterConfig
-from moe.experts import SwiGLU
+from moe.feedforward import FeedForward
 from moe.layer import MoELayer
 from training.device import compute_dtype, pick_device
 
@@ -27,7 +27,7 @@ def ours(dim: int, experts: int, hidden: int, top_k: int, kernel: str) -> nn.Mod
         dim=dim, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, hidden_dim=hidden, num_experts=experts,
         top_k=top_k, expert_kernel=kernel,  # type: ignore[arg-type]
     )  # fmt: skip
-    return MoELayer(config, RouterConfig())
+    return MoELayer(config, RouterConfig(), 0)
 
 
 def theirs(dim: int, experts: int, hidden: int, top_k: int, implementation: str) -> nn.Module:
@@ -43,7 +43,7 @@ def theirs(dim: int, experts: int, hidden: int, top_k: int, implementation: str)
 
 def contestants(dim: int, experts: int, hidden: int, top_k: int, device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> function of [1, T, D] that returns [1, T, D]."""
-    modules: dict[str, nn.Module] = {"dense": SwiGLU(dim, hidden * top_k)}
+    modules: dict[str, nn.Module] = {"dense": FeedForward(dim, hidden * top_k, "swiglu")}
     for kernel in ("loop", "grouped"):
         modules[f"ours, {kernel}"] = ours(dim, experts, hidden, top_k, kernel)
     for implementation in ("eager", "grouped_mm"):

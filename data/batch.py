@@ -18,6 +18,7 @@ DTYPES = {
     "positions_BS": torch.int64,
     "documents_BS": torch.int32,
     "domains_BS": torch.uint8,
+    "numbers_BS": torch.int64,
 }
 
 __all__ = ["IGNORE", "Batch"]
@@ -42,10 +43,15 @@ class Batch:
     domains_BS: torch.Tensor
     """uint8: index into `Store.domains`."""
 
+    numbers_BS: torch.Tensor | None = None
+    """int64: each place's number in the endless global order of training; what random draws for it depend on."""
+
     def __post_init__(self) -> None:
         shape = self.tokens_BS.shape
         for name, dtype in DTYPES.items():
             tensor = getattr(self, name)
+            if tensor is None and name == "numbers_BS":
+                continue
             if tensor.dtype != dtype or tensor.shape != shape or len(shape) != 2:
                 found = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise DataError(
@@ -56,13 +62,18 @@ class Batch:
             raise DataError(f"batch.labels_BS: expected {IGNORE} on padding (documents_BS < 0), found labels")
 
     @classmethod
-    def stack(cls, rows: Sequence[Row]) -> "Batch":
-        """Rows of one length as a batch on the CPU."""
+    def stack(cls, rows: Sequence[Row], first_number: int | None = None) -> "Batch":
+        """Rows of one length as a batch on the CPU; `first_number`: of the first row in the global order."""
         tensors = [torch.from_numpy(np.stack(columns)) for columns in zip(*rows, strict=True)]
+        if first_number is not None:
+            length = tensors[0].shape[1]
+            places = torch.arange(first_number * length, (first_number + len(rows)) * length)
+            tensors.append(places.view(len(rows), length))
         return cls(*tensors)
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: x.to(device, non_blocking=True) for name, x in tensors.items() if x is not None})
 
     @property
     def num_labels(self) -> int:

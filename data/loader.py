@@ -82,7 +82,8 @@ class Loader:
         batches = []
         for micro in range(self.accumulation):
             first = self._rows + (micro * self.world_size + self.rank) * per_rank
-            batches.append(Batch.stack([self._row(number) for number in range(first, first + per_rank)]))
+            rows = [self._row(number) for number in range(first, first + per_rank)]
+            batches.append(Batch.stack(rows, first_number=first))
         self._rows += self.global_batch
         return batches
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe.cache import LayerCache
 from moe.config import ModelConfig
 from moe.linear import Linear
 from moe.rope import apply_rotary
@@ -92,20 +93,31 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, documents_BS: Tensor | None, wind
 class Attention(nn.Module):
     """Projections, rotary embedding and the core (grouped queries: arXiv 2305.13245)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.wq = Linear(config.dim, config.num_heads * config.head_dim)
         self.wk = Linear(config.dim, config.num_kv_heads * config.head_dim)
         self.wv = Linear(config.dim, config.num_kv_heads * config.head_dim)
         self.wo = Linear(config.num_heads * config.head_dim, config.dim)
-        self.core = AttentionCore(config.sliding_window)
+        self.core = AttentionCore(config.window(layer))
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], documents_BS: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents_BS: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """With `cache`, the tokens also see the earlier ones whose keys and values lie there."""
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         q_BHSC = apply_rotary(heads(self.wq(x_BSD)), rotary)
         k_BGSC = apply_rotary(heads(self.wk(x_BSD)), rotary)
-        mixed_BHSC = self.core(q_BHSC, k_BGSC, heads(self.wv(x_BSD)), documents_BS)
+        v_BGSC = heads(self.wv(x_BSD))
+        if cache is None:
+            mixed_BHSC = self.core(q_BHSC, k_BGSC, v_BGSC, documents_BS)
+        else:
+            mixed_BHSC = cache.attend(q_BHSC, k_BGSC, v_BGSC)
         return self.wo(mixed_BHSC.transpose(1, 2).flatten(2))

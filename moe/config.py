@@ -144,7 +144,7 @@ class RouterConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer (RMSNorm, rotary positions), dense or with MoE layers; dense: `num_experts` is null."""
+    """A decoder-only transformer (RMSNorm, rotary positions), with MoE layers or, `num_experts` null, without."""
 
     dim: int
     num_layers: int

@@ -1,4 +1,4 @@
-"""The experts: E SwiGLU networks with stacked weights, applied to rows that are grouped by expert.
+"""The experts: E feed-forward networks with stacked weights, applied to rows that are grouped by expert.
 
 Shapes: R routed rows, D model, F expert hidden, e experts held here, O and I output and input width of one matmul.
 """
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.linear import Linear
+from moe.config import GATED, FeedForwardKind
+from moe.feedforward import hidden
 
 GROUPED_WIDTH = 8
 """Grouped matmuls want rows of whole 16 bytes: eight bf16 numbers."""
@@ -49,17 +50,19 @@ KERNELS: dict[str, Kernel] = {"auto": auto_kernel, "grouped": grouped_kernel, "l
 
 
 class Experts(nn.Module):
-    """w_down(silu(w_gate x) * w_up x) for each expert (SwiGLU, arXiv 2002.05202; three matrices as in Mixtral).
+    """w_down(hidden(x)) for each expert; `kind` says what the hidden layer is (`moe.feedforward.hidden`).
 
     `first_expert` is the global index of the first expert held here: expert parallelism keeps a contiguous range.
     """
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int, kernel: str) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, kind: FeedForwardKind, kernel: str) -> None:
         super().__init__()
         self.first_expert = 0
+        self.kind = kind
         self.kernel_name = kernel
         self.kernel: Kernel = KERNELS[kernel]
-        self.w_gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        if kind in GATED:
+            self.w_gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
 
@@ -67,23 +70,16 @@ class Experts(nn.Module):
         def apply(x_RI: Tensor, weight_eOI: Tensor) -> Tensor:
             return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
 
-        hidden_RF = F.silu(apply(rows_RD, self.w_gate)) * apply(rows_RD, self.w_up)
+        hidden_RF = hidden(self.kind, lambda name: apply(rows_RD, getattr(self, name)))
         return apply(hidden_RF, self.w_down)
 
+    @property
+    def held(self) -> int:
+        """Experts held here."""
+        return self.w_up.shape[0]
+
     def extra_repr(self) -> str:
-        held, hidden, dim = self.w_gate.shape
+        held, width, dim = self.w_up.shape
         last = self.first_expert + held - 1
-        return f"experts {self.first_expert}-{last}, {dim} -> {hidden} -> {dim}, kernel={self.kernel_name}"
-
-
-class SwiGLU(nn.Module):
-    """The dense feed-forward network: one expert that takes every token."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.w_gate = Linear(dim, hidden_dim)
-        self.w_up = Linear(dim, hidden_dim)
-        self.w_down = Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
+        shape = f"{dim} -> {width} -> {dim}"
+        return f"experts {self.first_expert}-{last}, {self.kind}, {shape}, kernel={self.kernel_name}"

@@ -15,7 +15,7 @@ from moe.model import Transformer
 class ParameterCounts(NamedTuple):
     total: int
     active: int
-    """Parameters one token touches: experts count for top_k of num_experts, embeddings in full."""
+    """Parameters one token touches: routed experts count for top_k of num_experts, embeddings in full."""
     experts: int
     """Parameters of routed experts held by this module."""
 
@@ -50,7 +50,11 @@ def training_flops_per_token(model: Transformer, seq_len: int) -> float:
     vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
     lookup = 0 if config.tie_embeddings else model.embedding.numel()
     matmul = count_parameters(model).active - vectors - lookup
-    window = min(config.sliding_window or seq_len, seq_len)
-    pairs = window * (window + 1) / 2 + (seq_len - window) * window
-    attention = 12 * config.num_layers * config.num_heads * config.head_dim * pairs / seq_len
-    return 6 * matmul + attention
+    pairs = sum(attended_pairs(config.window(layer), seq_len) for layer in range(config.num_layers))
+    return 6 * matmul + 12 * config.num_heads * config.head_dim * pairs / seq_len
+
+
+def attended_pairs(window: int | None, seq_len: int) -> int:
+    """Query-key pairs of one row of `seq_len` under a causal mask and a window."""
+    reach = min(window or seq_len, seq_len)
+    return reach * (reach + 1) // 2 + (seq_len - reach) * reach

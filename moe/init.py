@@ -23,6 +23,7 @@ def init_parameters(model: Transformer, seed: int) -> None:
 
     Matrices: normal with standard deviation `init_std`; those that write into the residual stream (`wo`, `w_down`)
     divided by sqrt(2·num_layers), so that the stream's variance does not grow with depth (GPT-2). Norms: 1.
+    Selection biases of routers: 0.
     """
     std = model.config.init_std
     residual_std = std / math.sqrt(2 * model.config.num_layers)
@@ -30,6 +31,8 @@ def init_parameters(model: Transformer, seed: int) -> None:
         f"{name}.": module.first_expert for name, module in model.named_modules() if isinstance(module, Experts)
     }
     with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.zero_()
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)

@@ -6,37 +6,52 @@ Shapes: B batch, S sequence, D model, R routed rows, e experts held here.
 from torch import Tensor, nn
 
 from moe.attention import Attention
+from moe.cache import LayerCache
 from moe.config import ModelConfig, RouterConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
-from moe.experts import Experts, SwiGLU
+from moe.experts import Experts
+from moe.feedforward import FeedForward
 from moe.linear import RMSNorm
 from moe.router import Router, RouterStats
 
 
 class MoELayer(nn.Module):
-    def __init__(self, config: ModelConfig, router: RouterConfig) -> None:
+    """Routed experts, and beside them the shared experts that see every token (DeepSeekMoE, arXiv 2401.06066)."""
+
+    def __init__(self, config: ModelConfig, router: RouterConfig, layer: int) -> None:
         super().__init__()
         assert config.num_experts is not None and config.top_k is not None
-        self.router = Router(config.dim, config.num_experts, config.top_k, router)
-        self.experts = Experts(config.num_experts, config.dim, config.hidden_dim, config.expert_kernel)
+        width, kind = config.expert_width, config.expert_kind
+        self.router = Router(config.dim, config.num_experts, config.top_k, router, layer)
+        self.experts = Experts(config.num_experts, config.dim, width, kind, config.expert_kernel)
         self.dispatcher: Dispatcher = LocalDispatcher()
+        # n networks of width F side by side are one of width n·F: each hidden unit adds its own part to the output.
+        shared = config.num_shared_experts
+        self.shared = FeedForward(config.dim, shared * width, kind) if shared else None
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None) -> tuple[Tensor, RouterStats]:
-        routing, stats = self.router(x_BSD, valid_BS)
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor | None, noise_keys_BS: Tensor | None = None
+    ) -> tuple[Tensor, RouterStats]:
+        routing, stats = self.router(x_BSD, valid_BS, noise_keys_BS)
         rows_RD, counts_e, plan = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         y_RD = self.experts(rows_RD, counts_e)
-        return self.dispatcher.combine(y_RD, routing, plan).view_as(x_BSD), stats
+        y_BSD = self.dispatcher.combine(y_RD, routing, plan).view_as(x_BSD)
+        return y_BSD if self.shared is None else y_BSD + self.shared(x_BSD), stats
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then the MoE layer (or a dense SwiGLU)."""
+    """Pre-norm residual block: attention, then the MoE layer or a dense feed-forward network."""
 
-    def __init__(self, config: ModelConfig, router: RouterConfig) -> None:
+    def __init__(self, config: ModelConfig, router: RouterConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn = MoELayer(config, router) if config.is_moe else SwiGLU(config.dim, config.hidden_dim)
+        self.ffn = (
+            MoELayer(config, router, layer)
+            if config.is_moe_layer(layer)
+            else FeedForward(config.dim, config.hidden_dim, config.ffn)
+        )
 
     def forward(
         self,
@@ -44,10 +59,12 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         documents_BS: Tensor | None,
         valid_BS: Tensor | None,
+        noise_keys_BS: Tensor | None,
+        cache: LayerCache | None,
     ) -> tuple[Tensor, RouterStats | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, documents_BS)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, documents_BS, cache)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoELayer):
-            y_BSD, stats = self.ffn(normed_BSD, valid_BS)
+            y_BSD, stats = self.ffn(normed_BSD, valid_BS, noise_keys_BS)
             return x_BSD + y_BSD, stats
         return x_BSD + self.ffn(normed_BSD), None

@@ -97,8 +97,18 @@ def auxiliary_losses(
         per_sequence_LB = num_experts * (shares(stats.counts_BE) * mean_prob_LBE).sum(dim=-1)
         balance_L = per_sequence_LB.sum(dim=1) * (tokens.double() / sequences.clamp(min=1))
     z_L = stats.z_sum_B.sum(dim=1)
+    if config.layer_reduction == "hf_pooled":
+        counts = counts_LE if config.balance_scope == "global" else local_LE
+        return Auxiliary(_pooled(counts, stats, num_experts), z_L.mean(), counts_LE, dropped)
     combine = torch.mean if config.layer_reduction == "mean" else torch.sum
     return Auxiliary(combine(balance_L), combine(z_L), counts_LE, dropped)
+
+
+def _pooled(counts_LE: Tensor, stats: RouterStats, num_experts: int) -> Tensor:
+    """N times the balance loss of Hugging Face's Mixtral: f and P over the tokens of all layers together, times k."""
+    top_k = stats.experts_BSK.shape[-1]
+    mean_prob_sum_E = stats.prob_sum_BE.sum(dim=1).mean(dim=0)
+    return top_k * num_experts * (shares(counts_LE.sum(dim=0)) * mean_prob_sum_E).sum()
 
 
 def shares(counts: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Shapes: B batch (sequences), S sequence, T = B·S tokens, D model, E experts, K 
 Statistics are returned, one row a sequence, and never stored: whoever sums them decides over which tokens.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import RouterConfig
+from moe.noise import uniform
+from moe.selection import (
+    choose_tokens,
+    count,
+    expert_capacity,
+    limit_to_groups,
+    most_probable,
+    top_k_stable,
+    within_capacity,
+)
 
 
 class Routing(NamedTuple):
@@ -41,81 +50,132 @@ class RouterStats(NamedTuple):
     tokens_B: Tensor
     """Tokens, int64."""
     experts_BSK: Tensor
-    """The experts chosen for each token before any drop (padding included: mask it)."""
+    """The experts chosen for each token before any drop; E where there is none (padding: mask it)."""
 
 
 class Router(nn.Module):
-    """`softmax_topk`: the top-k of softmax(x W^T) (Mixtral 2401.04088, GLaM 2112.06905; unscaled: Switch 2101.03961).
+    """The kinds (docs/losses.md has sources and formulas); scores s = softmax(x W^T) or sigmoid(x W^T):
 
-    Logits, probabilities and losses are in at least fp32 whatever the model's dtype. Ties go to the lower index.
+    - `softmax_topk`, `sigmoid_topk`: the k experts of the highest score, for sigmoid of score + bias;
+    - `expert_choice`: each expert takes the tokens of the sequence that score highest with it.
+
+    Logits, scores and losses are in at least fp32 whatever the model's dtype. Ties go to the lower index.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, config: RouterConfig) -> None:
+    bias: Tensor | None
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, config: RouterConfig, layer: int = 0) -> None:
+        """`layer`: the block's number, so that every layer has noise of its own."""
         super().__init__()
+        self.layer = layer
         self.top_k = top_k
-        self.normalize = config.normalizes(top_k)
+        self.kind = config.kind
+        self.normalize = config.kind != "expert_choice" and config.normalizes(top_k)
+        self.scale = config.scale
+        self.num_groups = config.num_groups
+        self.topk_groups = config.topk_groups
+        self.jitter = config.jitter
         self.capacity_factor = config.capacity_factor
+        self.drop_policy = config.drop_policy
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        # For selection only, moved by moe/balance.py after each optimizer step.
+        self.register_buffer("bias", torch.zeros(num_experts) if config.kind == "sigmoid_topk" else None)
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None) -> tuple[Routing, RouterStats]:
-        """Route every token; `valid_BS` is False on padding (None: no padding)."""
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor | None, noise_keys_BS: Tensor | None = None
+    ) -> tuple[Routing, RouterStats]:
+        """Route every token.
+
+        Args:
+            valid_BS: False on padding; None: no padding.
+            noise_keys_BS: `moe.noise.noise_keys` of the tokens; what jitter draws from, in training.
+
+        Raises:
+            ValueError: jitter in training without `noise_keys_BS`.
+        """
         num_experts = self.weight.shape[0]
-        wide = torch.promote_types(x_BSD.dtype, torch.float32)
-        logits_BSE = F.linear(x_BSD.to(wide), self.weight.to(wide))
-        probs_BSE = logits_BSE.softmax(dim=-1)
-        experts_BSK = top_k_stable(logits_BSE.detach(), self.top_k)
-        weights_BSK = probs_BSE.gather(-1, experts_BSK)
-        if self.normalize:
-            weights_BSK = weights_BSK / weights_BSK.sum(dim=-1, keepdim=True)
+        logits_BSE = self._logits(x_BSD, noise_keys_BS)
+        if self.kind == "sigmoid_topk":
+            scores_BSE = logits_BSE.sigmoid()
+            probs_BSE = scores_BSE / _positive(scores_BSE.sum(dim=-1, keepdim=True))
+        else:
+            scores_BSE = probs_BSE = logits_BSE.softmax(dim=-1)
+        mask_BS = torch.ones_like(x_BSD[..., 0], dtype=torch.bool) if valid_BS is None else valid_BS
+        mask_BS1 = mask_BS.unsqueeze(-1).long()
 
-        mask_BS1 = torch.ones_like(experts_BSK[..., :1]) if valid_BS is None else valid_BS.unsqueeze(-1).long()
-        taken_BSK = mask_BS1.expand_as(experts_BSK)
-        counts_BE = _count(experts_BSK, taken_BSK, num_experts)
-        kept_BSK = taken_BSK
-        if self.capacity_factor is not None:
-            kept_BSK = taken_BSK * within_capacity(experts_BSK, taken_BSK, num_experts, self.capacity_factor)
+        experts_BSK, taken_BSK = self._choose(logits_BSE.detach(), scores_BSE.detach(), mask_BS)
+        weights_BSK = scores_BSE.gather(-1, experts_BSK)
+        if self.normalize:
+            weights_BSK = weights_BSK / _positive(weights_BSK.sum(dim=-1, keepdim=True))
+        if self.scale != 1:
+            weights_BSK = weights_BSK * self.scale
+        kept_BSK = self._keep(scores_BSE.detach(), experts_BSK, taken_BSK)
+
         stats = RouterStats(
-            counts_BE=counts_BE,
+            counts_BE=count(experts_BSK, taken_BSK, num_experts),
             prob_sum_BE=(probs_BSE * mask_BS1).sum(dim=1),
             z_sum_B=(logits_BSE.logsumexp(dim=-1).square() * mask_BS1.squeeze(-1)).sum(dim=1),
             dropped_B=(taken_BSK - kept_BSK).sum(dim=(1, 2)),
             tokens_B=mask_BS1.sum(dim=(1, 2)),
             experts_BSK=experts_BSK,
         )
-        complete = valid_BS is None and self.capacity_factor is None
+        if self.kind == "expert_choice":
+            stats = stats._replace(experts_BSK=experts_BSK.where(taken_BSK.bool(), num_experts))
+        complete = valid_BS is None and self.capacity_factor is None and self.kind != "expert_choice"
         if not complete:
             weights_BSK = weights_BSK * kept_BSK
             experts_BSK = experts_BSK.where(kept_BSK.bool(), num_experts)
+        if self.kind == "expert_choice":
+            # A token may be taken by any number of experts; columns that no token here needs are not carried along.
+            used = max(1, int(kept_BSK.sum(dim=-1).max())) if kept_BSK.numel() else 1
+            experts_BSK, weights_BSK = experts_BSK[..., :used], weights_BSK[..., :used]
         return Routing(experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), num_experts, complete), stats
+
+    def _logits(self, x_BSD: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
+        wide = torch.promote_types(x_BSD.dtype, torch.float32)
+        x_BSD = x_BSD.to(wide)
+        if self.jitter and self.training:
+            if noise_keys_BS is None:
+                raise ValueError(f"router.jitter={self.jitter}: expected noise keys of the tokens in training")
+            draws_BSD = uniform(noise_keys_BS, self.layer, x_BSD.shape[-1], wide)
+            x_BSD = x_BSD * (1 - self.jitter + 2 * self.jitter * draws_BSD)
+        return F.linear(x_BSD, self.weight.to(wide))
+
+    def _choose(self, logits_BSE: Tensor, scores_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts [B, S, K], best first, and 1 where the assignment holds: not on padding. Expert choice: K = E."""
+        if self.kind == "expert_choice":
+            seq_len, num_experts = scores_BSE.shape[1:]
+            capacity = expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, num_experts)
+            chosen_BSE = choose_tokens(scores_BSE, mask_BS, capacity)
+            experts_BSE = top_k_stable(scores_BSE.masked_fill(~chosen_BSE, -torch.inf), num_experts)
+            return experts_BSE, chosen_BSE.gather(-1, experts_BSE).long()
+        # Logits order like their softmax, and keep apart what it rounds to the same number.
+        ranked_BSE = logits_BSE if self.bias is None else scores_BSE + self.bias
+        if self.num_groups is not None and self.topk_groups is not None:
+            best = 2 if self.kind == "sigmoid_topk" else 1
+            ranked_BSE = limit_to_groups(ranked_BSE, self.num_groups, self.topk_groups, best)
+        experts_BSK = top_k_stable(ranked_BSE, self.top_k)
+        return experts_BSK, mask_BS.unsqueeze(-1).long().expand_as(experts_BSK)
+
+    def _keep(self, scores_BSE: Tensor, experts_BSK: Tensor, taken_BSK: Tensor) -> Tensor:
+        """1 where the assignment fits into its expert's capacity."""
+        if self.capacity_factor is None or self.kind == "expert_choice":
+            return taken_BSK
+        seq_len, num_experts = scores_BSE.shape[1:]
+        capacity = expert_capacity(self.capacity_factor, self.top_k, seq_len, num_experts)
+        if self.drop_policy == "prob":
+            return taken_BSK * most_probable(scores_BSE, experts_BSK, taken_BSK, capacity)
+        return taken_BSK * within_capacity(experts_BSK, taken_BSK, num_experts, capacity)
 
     def extra_repr(self) -> str:
         experts, dim = self.weight.shape
         capacity = "dropless" if self.capacity_factor is None else f"capacity_factor={self.capacity_factor}"
-        return f"{dim} -> {experts}, top_k={self.top_k}, normalize={self.normalize}, {capacity}"
+        groups = "" if self.num_groups is None else f", best {self.topk_groups} of {self.num_groups} groups"
+        noise = f", jitter={self.jitter}" if self.jitter else ""
+        kind = f"{self.kind}, top_k={self.top_k}, normalize={self.normalize}, scale={self.scale}"
+        return f"{dim} -> {experts}, {kind}{groups}, {capacity}{noise}"
 
 
-def top_k_stable(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest scores of the last dimension, best first; equal scores: the lower index first."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-
-
-def expert_capacity(capacity_factor: float, top_k: int, seq_len: int, num_experts: int) -> int:
-    """Assignments an expert takes from one sequence of `seq_len` tokens."""
-    return math.ceil(capacity_factor * top_k * seq_len / num_experts)
-
-
-def within_capacity(experts_BSK: Tensor, taken_BSK: Tensor, num_experts: int, capacity_factor: float) -> Tensor:
-    """1 where an assignment is among its expert's first C of the sequence, by position; 0 where it overflows.
-
-    Later tokens are dropped first, so that no token can displace an earlier one (nothing leaks from the future).
-    """
-    _, seq_len, top_k = experts_BSK.shape
-    chosen_BSE = torch.zeros(*experts_BSK.shape[:2], num_experts, dtype=torch.int64, device=experts_BSK.device)
-    chosen_BSE.scatter_add_(-1, experts_BSK, taken_BSK)
-    place_BSK = chosen_BSE.cumsum(dim=1).gather(-1, experts_BSK)
-    return (place_BSK <= expert_capacity(capacity_factor, top_k, seq_len, num_experts)).long()
-
-
-def _count(experts_BSK: Tensor, taken_BSK: Tensor, num_experts: int) -> Tensor:
-    counts_BE = torch.zeros(experts_BSK.shape[0], num_experts, dtype=torch.int64, device=experts_BSK.device)
-    return counts_BE.scatter_add_(1, experts_BSK.flatten(1), taken_BSK.flatten(1))
+def _positive(total: Tensor) -> Tensor:
+    """A sum of sigmoids may underflow to 0: the smallest normal number in its place keeps the quotient finite."""
+    return total.clamp(min=torch.finfo(total.dtype).tiny)

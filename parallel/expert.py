@@ -96,7 +96,7 @@ def shard_experts(model: Transformer, group: dist.ProcessGroup) -> None:
             continue
         layer.dispatcher = AllToAllDispatcher(group)
         experts: Experts = layer.experts
-        held = experts.w_gate.shape[0] // ranks
+        held = experts.held // ranks
         experts.first_expert = rank * held
         for name, parameter in list(experts.named_parameters()):
             own = parameter.detach()[rank * held : (rank + 1) * held].clone()

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -19,14 +19,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataError
+from moe.errors import ModelError
 from parallel.launch import WorkerFailure, die_with_parent, launch_workers, world_from_env
 from training.config import Config, RunConfig
 from training.manifest import CheckpointError
 from training.run import RunError, choose_name, discard_unstarted, prepare_directory, save_config, save_result
 from training.strict import ConfigError, from_dict, leaf_keys, located, nearest, one_line, unknown_key
 
+T = TypeVar("T")
+
 CONF = Path(__file__).resolve().parent.parent / "conf"
-USER_ERRORS = (ConfigError, RunError, DataError, CheckpointError)
+USER_ERRORS = (ConfigError, RunError, DataError, CheckpointError, ModelError)
 
 
 def without_local_rank(arguments: Sequence[str]) -> list[str]:
@@ -41,6 +44,41 @@ def without_local_rank(arguments: Sequence[str]) -> list[str]:
         elif not argument.startswith(("--local_rank=", "--local-rank=")):
             kept.append(argument)
     return kept
+
+
+def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text: Sequence[str] = ()) -> NoReturn:
+    """The whole of a tool's `main`: command line -> `conf/<name>.yaml` -> `cls` -> `function`; ends the process.
+
+    Exit status 0, 2 with one line for a mistake of the user's, 1 for anything else.
+
+    Args:
+        cls: the dataclass that `conf/<name>.yaml` mirrors.
+        free_text: keys whose values are taken as they are typed: a prompt is no expression of Hydra's grammar.
+    """
+    arguments = without_local_rank(sys.argv[1:])
+    try:
+        if {"-h", "--help"} & set(arguments):
+            print(f"{sys.modules[cls.__module__].__doc__}\n{(CONF / f'{name}.yaml').read_text()}")
+            raise SystemExit(0)
+        unwanted = next((argument for argument in arguments if argument.startswith("-")), None)
+        if unwanted is not None:
+            raise ConfigError(f"{unwanted}: expected key=value, or --help for the keys")
+        overrides = [_as_typed(argument) if argument.split("=")[0] in free_text else argument for argument in arguments]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = from_dict(cls, plain(compose(name, overrides)))
+        function(config)
+    except Exception as error:
+        end(error, arguments, cls)
+    raise SystemExit(0)
+
+
+def _as_typed(argument: str) -> str:
+    """`key=value` with the value as a quoted string of Hydra's grammar."""
+    key, _, value = argument.partition("=")
+    # Inside quotes Hydra reads a backslash as itself, except before a quote, and resolves `${`.
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", value)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", "\\${")
+    return f"{key}='{escaped}'"
 
 
 def sweep_directory(arguments: Sequence[str]) -> Path | None:
@@ -181,11 +219,12 @@ def record_failure(error: Exception, arguments: Sequence[str], cfg: DictConfig, 
     save_result(directory, {"status": "failed", "error": message})
 
 
-def user_message(error: Exception, arguments: Sequence[str]) -> str | None:
+def user_message(error: Exception, arguments: Sequence[str], cls: type = Config) -> str | None:
     """The one line that tells the user what to change; `None` for an error that is not the user's.
 
     Args:
         arguments: the command line, for the value of a key that Hydra refused.
+        cls: the configuration that the command line is for.
     """
     if isinstance(error, WorkerFailure):
         return error.message if error.exitcode == 2 else None
@@ -200,16 +239,16 @@ def user_message(error: Exception, arguments: Sequence[str]) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         text = str(error) or str(error.__cause__)
         refused = re.search(r"Could not override '([^']+)'", text)
-        return _refused_key(refused[1], arguments) if refused else one_line(text)
+        return _refused_key(refused[1], arguments, cls) if refused else one_line(text)
     return None
 
 
-def end(error: Exception, arguments: Sequence[str]) -> NoReturn:
+def end(error: Exception, arguments: Sequence[str], cls: type = Config) -> NoReturn:
     """End the process: status 2 and one line for a mistake of the user's, else 1 and where it happened.
 
     Under a launcher only local rank 0 prints a mistake, because every rank makes it.
     """
-    message = user_message(error, arguments)
+    message = user_message(error, arguments, cls)
     if message is None:
         print(_details(error), file=sys.stderr)
         raise SystemExit(1)
@@ -233,10 +272,10 @@ def _with_defaults(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def _refused_key(key: str, arguments: Sequence[str]) -> str:
+def _refused_key(key: str, arguments: Sequence[str], cls: type) -> str:
     given = [argument.partition("=") for argument in arguments]
     value = next((text for name, _, text in given if name.lstrip("+") == key), "")
-    keys = list(leaf_keys(Config))
+    keys = list(leaf_keys(cls))
     if key in keys:
         refused = f"{key}={value}"
         return f"{refused}: expected a key of the chosen presets; +{refused} adds it, another preset may have it"

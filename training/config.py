@@ -9,7 +9,7 @@ from typing import Literal
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig, expect
 from parallel.config import ParallelConfig
-from training.strict import ConfigError
+from training.strict import ConfigError, located
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ class OptimConfig:
     """AdamW (arXiv 1711.05101) and its learning-rate schedule."""
 
     lr: float
+    train: str | tuple[str, ...] = "all"
+    """What trains: `all`, `router`, `experts`, `expert:3` (number 3 of every MoE layer), a glob over parameter names,
+    or a list of these. Everything else keeps its weights, bit for bit, and has no optimizer state."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -95,6 +98,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         expect(self.lr > 0, "lr", self.lr, "a number > 0")
+        named = (self.train,) if isinstance(self.train, str) else self.train
+        shown = repr(self.train) if isinstance(self.train, str) else f"[{','.join(named)}]"
+        expect(bool(named) and all(named), "train", shown, "all, router, experts, expert:<index>, a glob, or a list")
         for field in ("beta1", "beta2"):
             expect(0 <= getattr(self, field) < 1, field, getattr(self, field), "a number in [0, 1)")
         expect(self.eps > 0, "eps", self.eps, "a number > 0")
@@ -154,13 +160,11 @@ class Config:
     launch: LaunchConfig
 
     def __post_init__(self) -> None:
-        top_k = self.model.top_k
-        expect(
-            not (top_k == 1 and self.router.normalize is True),
-            "router.normalize",
-            "true",
-            "auto or false with model.top_k=1 (a single renormalised weight is 1: the router would get no gradient)",
-        )
+        if self.model.num_experts is not None and self.model.top_k is not None:
+            try:
+                self.router.check(self.model.num_experts, self.model.top_k)
+            except ValueError as error:
+                raise located(error, "router") from error
         expect(
             not (self.model.expert_kernel == "grouped" and self.train.precision == "fp64"),
             "model.expert_kernel",

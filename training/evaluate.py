@@ -66,5 +66,8 @@ def _load_by_domain(experts_LBSK: Tensor, batch: Batch, num_domains: int, num_ex
     domain_N = batch.domains_BS.flatten().long()[valid_N]
     experts_LNK = experts_LBSK.flatten(1, 2)[:, valid_N]
     cell_LNK = domain_N.view(1, -1, 1) * num_experts + experts_LNK
-    counts = [torch.bincount(cells.flatten(), minlength=num_domains * num_experts) for cells in cell_LNK]
+    counts = [
+        torch.bincount(cells[experts < num_experts], minlength=num_domains * num_experts)
+        for cells, experts in zip(cell_LNK, experts_LNK, strict=True)
+    ]
     return torch.stack(counts).view(layers, num_domains, num_experts).transpose(0, 1).contiguous()

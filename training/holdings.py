@@ -15,7 +15,7 @@ def gather_holdings(model: Transformer, mesh: Mesh) -> list[RankHoldings]:
     """One entry a rank, in rank order, on every rank."""
     counts = count_parameters(model)
     experts = next((module for module in model.modules() if isinstance(module, Experts)), None)
-    held = [] if experts is None else range(experts.first_expert, experts.first_expert + experts.w_gate.shape[0])
+    held = [] if experts is None else range(experts.first_expert, experts.first_expert + experts.held)
     own = RankHoldings(
         rank=mesh.rank,
         host=socket.gethostname(),

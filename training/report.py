@@ -109,22 +109,36 @@ def show_model(
         active_params: parameters that one token passes through.
         tokenizer: where the tokenizer comes from.
     """
-    if model.num_experts is None:
-        feed_forward = f"dense SwiGLU, hidden {model.hidden_dim:,}"
-    else:
-        feed_forward = f"{model.num_experts} SwiGLU experts, hidden {model.hidden_dim:,}; top-{model.top_k} per token"
-    window = "all earlier tokens" if model.sliding_window is None else f"window of {model.sliding_window:,} tokens"
     heads = f"{model.num_heads} query heads, {model.num_kv_heads} key/value heads of {model.head_dim}"
     fields = {
         "parameters": f"{human_count(total_params)} total ({total_params:,}), "
         f"{human_count(active_params)} active per token ({active_params:,})",
         "layers": f"{model.num_layers} of dim {model.dim:,}",
-        "feed-forward": feed_forward,
-        "attention": f"{heads}; {window}",
+        "feed-forward": _feed_forward(model),
+        "attention": f"{heads}; {_windows(model)}",
         "tokenizer": f"{tokenizer}, {vocab_size:,} ids",
         "precision": f"{precision} on {device}",
     }
     show_fields("Model", fields)
+
+
+FFN_NAMES = {"swiglu": "SwiGLU", "geglu": "GeGLU", "relu": "ReLU", "gelu": "GELU"}
+
+
+def _feed_forward(model: ModelConfig) -> str:
+    dense = f"dense {FFN_NAMES[model.ffn]}, hidden {model.hidden_dim:,}"
+    if model.num_experts is None:
+        return dense
+    experts = f"{model.num_experts} {FFN_NAMES[model.expert_kind]} experts, hidden {model.expert_width:,}"
+    shared = f", {model.num_shared_experts} shared" if model.num_shared_experts else ""
+    moe_layers = model.num_moe_layers
+    others = "" if moe_layers == model.num_layers else f" in {moe_layers} layers, the others {dense}"
+    return f"{experts}; top-{model.top_k} per token{shared}{others}"
+
+
+def _windows(model: ModelConfig) -> str:
+    kinds = dict.fromkeys(map(model.window, range(model.num_layers)))
+    return " and ".join("all earlier tokens" if w is None else f"window of {w:,} tokens" for w in kinds)
 
 
 def show_layout(ranks: Sequence[RankHoldings]) -> None:

@@ -9,6 +9,7 @@ on the layout.
 Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
+from moe.balance import update_biases
 from moe.config import RouterConfig
 from moe.losses import auxiliary_losses, cross_entropy_sum
 from moe.model import Output, Transformer
+from moe.noise import noise_keys
 from parallel.mesh import Mesh
 from training.engine import Engine
 
@@ -42,10 +45,11 @@ class StepResult(NamedTuple):
     dropped: int
 
 
-def forward(model: Transformer, batch: Batch, device: torch.device) -> tuple[Output, Batch]:
+def forward(model: Transformer, batch: Batch, device: torch.device, seed: int = 0) -> tuple[Output, Batch]:
     """The model's output for a batch that lies on the CPU, and the batch on `device`.
 
     Masks are built only where something is masked, which is asked while the batch is still where asking is free.
+    `seed`: of the router's jitter, drawn for each token of a training batch by its number.
     """
     padded = bool((batch.documents_BS < 0).any())
     packed = bool((batch.documents_BS != 0).any())
@@ -55,18 +59,26 @@ def forward(model: Transformer, batch: Batch, device: torch.device) -> tuple[Out
         batch.positions_BS,
         batch.documents_BS if packed else None,
         batch.documents_BS >= 0 if padded else None,
+        noise_keys_BS=None if batch.numbers_BS is None else noise_keys(seed, batch.numbers_BS),
     )
     return output, batch
 
 
-def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: float) -> StepResult:
-    """Forward and backward over this rank's micro-batches, then one update."""
+def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: float, seed: int = 0) -> StepResult:
+    """Forward and backward over this rank's micro-batches, one update, then the balance update.
+
+    Args:
+        batches: this rank's micro-batches, on the CPU.
+        router: coefficients and scopes of the auxiliary losses.
+        lr: learning rate of this step.
+        seed: the run's, for the router's jitter.
+    """
     mesh = engine.mesh
     labels, tokens = _global_sum([sum(b.num_labels for b in batches), sum(b.num_valid for b in batches)], mesh)
     sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
     counts_LE, dropped = None, torch.zeros((), dtype=torch.int64, device=mesh.device)
     for batch in batches:
-        output, batch = forward(engine.model, batch, mesh.device)
+        output, batch = forward(engine.model, batch, mesh.device, seed)
         ce_sum = cross_entropy_sum(output.logits_BSV, batch.labels_BS)
         loss = ce_sum / max(1, labels)
         sums[0] += ce_sum.detach()
@@ -79,6 +91,8 @@ def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: f
             dropped += aux.dropped
         engine.backward(loss)
     grad_norm = engine.step(lr)
+    if router.bias_update_rate and counts_LE is not None and math.isfinite(grad_norm):
+        update_biases(engine.model, counts_LE, router.bias_update_rate)
 
     ce_sum, balance_sum, z_sum = _all_reduce(sums, mesh).tolist()
     ce = ce_sum / max(1, labels)

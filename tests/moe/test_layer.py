@@ -24,7 +24,7 @@ def build(experts, top_k, **router):
         num_experts=experts,
         top_k=top_k,
     )
-    layer = MoELayer(config, RouterConfig(**router)).double()
+    layer = MoELayer(config, RouterConfig(**router), 0).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     return layer

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moe.config import RouterConfig
-from moe.router import Router, top_k_stable, within_capacity
+from moe.router import Router
+from moe.selection import top_k_stable, within_capacity
 
 
 def build(dim, experts, top_k, **config):
@@ -70,8 +71,8 @@ def test_capacity_drops_later_tokens_and_is_counted_per_sequence():
     experts = torch.tensor([[[0], [0], [1], [0]], [[0], [0], [0], [0]]])
     taken = torch.ones_like(experts)
     taken[1, 0] = 0  # padding takes no place
-    kept = within_capacity(experts, taken, 2, 1.0)
-    assert kept.squeeze(-1).tolist() == [[1, 1, 1, 0], [1, 1, 1, 0]]
+    kept = taken * within_capacity(experts, taken, 2, 2)
+    assert kept.squeeze(-1).tolist() == [[1, 1, 1, 0], [0, 1, 1, 0]]
 
 
 def test_dropped_assignments_have_no_weight_and_are_counted():

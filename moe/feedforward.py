@@ -1,0 +1,49 @@
+"""The dense feed-forward network, and what it shares with the experts: the kinds of hidden layer.
+
+Shapes: D model, F hidden width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe.config import GATED, FeedForwardKind
+from moe.linear import Linear
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+}
+
+
+def hidden(kind: FeedForwardKind, project: Callable[[str], Tensor]) -> Tensor:
+    """The hidden layer: `act(gate) * up` for the gated kinds (arXiv 2002.05202), `act(up)` for the plain ones.
+
+    Args:
+        project: `project(name)` applies the matrix of that name, `w_gate` or `w_up`, to the input.
+    """
+    if kind in GATED:
+        return ACTIVATIONS[kind](project("w_gate")) * project("w_up")
+    return ACTIVATIONS[kind](project("w_up"))
+
+
+class FeedForward(nn.Module):
+    """w_down(hidden(x)): one expert that takes every token."""
+
+    def __init__(self, dim: int, hidden_dim: int, kind: FeedForwardKind) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind in GATED:
+            self.w_gate = Linear(dim, hidden_dim)
+        self.w_up = Linear(dim, hidden_dim)
+        self.w_down = Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w_down(hidden(self.kind, lambda name: getattr(self, name)(x)))
+
+    def extra_repr(self) -> str:
+        return self.kind
