@@ -9,25 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.experts import Experts
 from parallel.mesh import Mesh
 
 BUCKET_BYTES = 64 * 2**20
 
 
-def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters every rank holds, and those of the routed experts held here."""
-    of_experts = {
-        id(parameter) for module in model.modules() if isinstance(module, Experts) for parameter in module.parameters()
-    }
-    dense = [parameter for parameter in model.parameters() if id(parameter) not in of_experts]
-    experts = [parameter for parameter in model.parameters() if id(parameter) in of_experts]
-    return dense, experts
-
-
 def sum_gradients(dense: list[nn.Parameter], experts: list[nn.Parameter], mesh: Mesh) -> None:
     """Sum dense gradients over the world and expert gradients over the ranks that hold the same experts.
 
+    Given is what trains (all of an expert's ranks give the same, those of another expert may give more or nothing).
     A parameter no token reached has no gradient on this rank: it takes part with zeros.
     """
     for parameters, group in ((dense, mesh.world), (experts, mesh.expert_data)):
@@ -72,7 +62,7 @@ def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
 
 
 def global_grad_norm(dense: list[nn.Parameter], experts: list[nn.Parameter], mesh: Mesh) -> Tensor:
-    """L2 norm over every parameter element of the model, each counted once; call it after `sum_gradients`.
+    """L2 norm over every parameter element that trains, each counted once; call it after `sum_gradients`.
 
     Returns an fp64 scalar that is the same on all ranks, NaN or infinite on all ranks if it is on one.
     """
@@ -83,12 +73,11 @@ def global_grad_norm(dense: list[nn.Parameter], experts: list[nn.Parameter], mes
 
 
 def _sum_of_squares(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
-    norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    return (
-        torch.stack([norm.double() for norm in norms]).square().sum()
-        if norms
-        else torch.zeros((), device=device, dtype=torch.float64)
-    )
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=device, dtype=torch.float64)
+    norms = torch._foreach_norm(gradients)
+    return torch.stack([norm.double() for norm in norms]).square().sum()
 
 
 def scale_gradients(parameters: list[nn.Parameter], factor: Tensor) -> None:

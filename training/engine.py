@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moe.model import Transformer
-from parallel.gradients import global_grad_norm, scale_gradients, split_parameters, sum_gradients
+from parallel.gradients import global_grad_norm, scale_gradients, sum_gradients
 from parallel.mesh import Mesh
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
+from training.trainable import Trainable, expert_modules, persistent_buffers
 
 
 class Engine(Protocol):
@@ -32,7 +33,7 @@ class Engine(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and moments under engine-neutral names, for saving and for loading in place."""
+        """Weights, buffers and moments under engine-neutral names, for saving and for loading in place."""
         ...
 
     @property
@@ -44,19 +45,27 @@ class Engine(Protocol):
 
 
 class NativeEngine:
-    """PyTorch's own AdamW on replicated dense weights and expert-parallel experts."""
+    """PyTorch's own AdamW on replicated dense weights and expert-parallel experts.
+
+    Raises:
+        ConfigError: a pattern of `optim.train` matches nothing in `model`.
+    """
 
     def __init__(self, model: Transformer, config: OptimConfig, mesh: Mesh) -> None:
         self.model = model
         self.mesh = mesh
         self.max_grad_norm = config.max_grad_norm
-        self.optimizer = build_optimizer(model, config)
-        self.dense, self.experts = split_parameters(model)
+        self.trainable = Trainable(model, config.train)
+        self.dense = list(self.trainable.dense.values())
+        self.experts = list(self.trainable.experts.values())
+        self.optimizer = build_optimizer(self.dense + self.experts, config)
+        self._updates = 0
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
     def step(self, lr: float) -> float:
+        self.trainable.take_gradients()
         sum_gradients(self.dense, self.experts, self.mesh)
         norm = global_grad_norm(self.dense, self.experts, self.mesh)
         value = norm.item()
@@ -66,18 +75,26 @@ class NativeEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self._updates += 1
+        self.trainable.drop_gradients()
         return value
 
     def tensors(self) -> dict[str, Tensor]:
-        of_experts = {id(parameter) for parameter in self.experts}
-        result: dict[str, Tensor] = {}
+        """Weights and persistent buffers of everything, moments of what trains.
+
+        A single expert that trains inside a stacked weight has moments of its own, `exp_avg.<weight>.<expert>`, plain
+        tensors that only the ranks that hold it name.
+        """
+        of_experts = expert_modules(self.model)
+        held: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            state = self.optimizer.state[parameter]
-            held = {"model": parameter.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            for kind, tensor in held.items():
-                result[f"{kind}.{name}"] = self._placed(tensor) if id(parameter) in of_experts else tensor
-        return result
+            held[f"model.{name}"] = self._placed(parameter.detach()) if name in of_experts else parameter.detach()
+        held |= {f"model.{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
+        for name, parameter in (self.trainable.dense | self.trainable.experts).items():
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensor = self.optimizer.state[parameter][moment]
+                held[f"{moment}.{name}"] = self._placed(tensor) if name in of_experts else tensor
+        return held
 
     def _placed(self, shard: Tensor) -> Tensor:
         """This rank's experts as a part of the whole [E, ...]."""
@@ -85,8 +102,9 @@ class NativeEngine:
 
     @property
     def updates(self) -> int:
-        return int(next(iter(self.optimizer.state.values()))["step"])
+        return self._updates
 
     def set_updates(self, updates: int) -> None:
+        self._updates = updates
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)

@@ -1,14 +1,19 @@
 """AdamW over two groups: matrices decay, norms do not."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from training.config import OptimConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (decoupled decay, arXiv 1711.05101) with its moments already allocated, ready to be loaded into."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW (decoupled decay, arXiv 1711.05101) with its moments already allocated, ready to be loaded into.
+
+    Args:
+        parameters: what trains and lies on this rank; may be none, where all that trains lies on others.
+    """
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
