@@ -1,4 +1,4 @@
-"""The whole model against transformers' Mixtral and Mistral, published sizes, initial weights, generation."""
+"""The whole model against transformers' Mixtral and Mistral, published sizes and initial weights."""
 
 import dataclasses
 
@@ -7,7 +7,6 @@ import torch
 
 from moe.config import ModelConfig, RouterConfig
 from moe.flops import count_parameters, training_flops_per_token
-from moe.generate import generate
 from moe.init import fill_rows, init_parameters
 from moe.model import Transformer
 
@@ -132,25 +131,3 @@ def test_a_part_of_a_matrix_is_drawn_as_within_the_whole():
     fill_rows(whole, "name", 0.5)
     fill_rows(part, "name", 0.5, first_row=201)
     assert torch.equal(part, whole[201:501])
-
-
-def test_generation_is_greedy_at_zero_and_repeats_by_seed():
-    model = build()
-    greedy = generate(model, [1, 2], max_tokens=5, temperature=0, seed=0)
-    tokens = [1, 2]
-    for expected in greedy:
-        logits = model(torch.tensor([tokens]), torch.arange(len(tokens)).unsqueeze(0)).logits_BSV[0, -1]
-        assert expected == int(logits.argmax())
-        tokens.append(expected)
-    drawn = [generate(model, [1], max_tokens=8, temperature=1.0, seed=s) for s in (3, 3, 4)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert generate(model, [1, 2], max_tokens=5, temperature=0, seed=0, stop=greedy[0]) == []
-    with pytest.raises(ValueError, match="at least one token"):
-        generate(model, [], max_tokens=1, temperature=0, seed=0)
-
-
-def test_generation_is_dropless_and_leaves_the_capacity_as_it_was():
-    free, limited = build(), build(capacity_factor=0.1)
-    arguments = {"max_tokens": 6, "temperature": 0, "seed": 0}
-    assert generate(limited, [1, 2, 3], **arguments) == generate(free, [1, 2, 3], **arguments)
-    assert limited.layers[0].ffn.router.capacity_factor == 0.1
