@@ -136,7 +136,7 @@ def test_worker_failures_speak_for_themselves() -> None:
 
 
 def test_failed_jobs_are_rows_and_status_1(tmp_path: Path) -> None:
-    done = train("-m", f"run.root={tmp_path}", "run.name=s", "model.top_k=9,10", "model=tiny,small")
+    done = train("-m", f"run.root={tmp_path}", "run.name=s", "model.top_k=9,10", "model=mixtral_tiny,small")
     assert done.returncode == 1
     assert [line.split(":")[1] for line in done.stderr.splitlines()] == [f" job {j}" for j in range(4)]
     result = json.loads((tmp_path / "s" / "3" / "result.json").read_text())

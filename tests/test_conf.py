@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hydra import compose, initialize_config_dir
 
 from moe.flops import count_parameters, meta_model
@@ -16,8 +15,14 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 PRESETS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
-NEEDED = {("data", "files"): ["data.paths=[x.txt]"], ("data", "hub"): ["data.hub_path=x"]}
-"""What a preset leaves to the user, because nobody else can know it."""
+NEEDED = {
+    ("data", "files"): ["data.paths=[x.txt]"],
+    ("data", "sft"): ["data.paths=[x.jsonl]"],
+    ("data", "hub"): ["data.hub_path=x"],
+    ("router", "expert_choice"): ["router.allow_noncausal=true"],
+    ("router", "deepseek_v3"): ["model=deepseek_v3_tiny"],
+}
+"""What a preset leaves to the user, because nobody else can know it, or needs beside it."""
 
 
 def composed(overrides: list[str]) -> Config:
@@ -38,7 +43,10 @@ def test_every_preset_composes_to_a_config(group: str, preset: str) -> None:
 
 @pytest.mark.parametrize(("group", "preset"), [pair for pair in PRESETS if pair[0] not in ("data", "experiment")])
 def test_every_key_of_the_dataclass_is_in_its_yaml(group: str, preset: str) -> None:
-    written: dict[str, Any] = yaml.safe_load((CONF / group / f"{preset}.yaml").read_text())
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        written: dict[str, Any] = plain(compose("config", [f"{group}={preset}", *NEEDED.get((group, preset), [])]))[
+            group
+        ]
     section = next(field.type for field in dataclasses.fields(Config) if field.name == group)
     assert isinstance(section, type)
     assert set(written) == {field.name for field in dataclasses.fields(section)}
@@ -49,7 +57,16 @@ def test_every_key_of_the_dataclass_is_in_its_yaml(group: str, preset: str) -> N
 def test_every_experiment_takes_every_model(experiment: str, model: str) -> None:
     config = composed([f"experiment={experiment}", f"model={model}"])
     assert config.run.experiment == experiment
-    assert config.model == composed([f"model={model}"]).model
+    alone = composed([f"model={model}"])
+    assert (config.model, config.router) == (alone.model, alone.router)
+
+
+def test_a_model_brings_its_router_and_the_command_line_another() -> None:
+    assert composed(["model=switch_tiny"]).router.jitter == 0.01
+    assert (
+        composed(["model=switch_tiny", "experiment=quickstart", "router=glam"]).router
+        == composed(["router=glam"]).router
+    )
 
 
 def test_without_an_experiment_the_run_is_called_default() -> None:

@@ -1,8 +1,9 @@
 """The MoE layer: dispatch, experts and combine against a loop over tokens in float64."""
 
+import math
+
 import pytest
 import torch
-from torch.nn import functional as F
 
 from moe.config import ModelConfig, RouterConfig
 from moe.dispatch import LocalDispatcher
@@ -13,7 +14,7 @@ from moe.router import Routing
 DIM, HIDDEN = 6, 5
 
 
-def build(experts, top_k, **router):
+def build(experts, top_k, expert_ffn=None, num_shared_experts=0, **router):
     config = ModelConfig(
         dim=DIM,
         num_layers=1,
@@ -23,11 +24,23 @@ def build(experts, top_k, **router):
         hidden_dim=HIDDEN,
         num_experts=experts,
         top_k=top_k,
+        expert_ffn=expert_ffn,
+        num_shared_experts=num_shared_experts,
     )
     layer = MoELayer(config, RouterConfig(**router), 0).double()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     return layer
+
+
+def network(kind, gate, up, down, x):
+    """One expert, written out."""
+    gelu = lambda v: 0.5 * v * (1 + torch.erf(v / math.sqrt(2)))  # noqa: E731
+    if kind == "swiglu":
+        return down @ (gate @ x / (1 + torch.exp(-(gate @ x))) * (up @ x))
+    if kind == "geglu":
+        return down @ (gelu(gate @ x) * (up @ x))
+    return down @ (gelu(up @ x) if kind == "gelu" else (up @ x).clamp(min=0))
 
 
 def loop_over_tokens(layer, x, valid):
@@ -39,8 +52,14 @@ def loop_over_tokens(layer, x, valid):
         for expert, weight in zip(experts, weights, strict=True):
             if expert < routing.num_experts:
                 w = layer.experts
-                hidden = F.silu(w.w_gate[expert] @ token) * (w.w_up[expert] @ token)
-                total = total + weight * (w.w_down[expert] @ hidden)
+                gate = w.w_gate[expert] if hasattr(w, "w_gate") else None
+                total = total + weight * network(w.kind, gate, w.w_up[expert], w.w_down[expert], token)
+        if layer.shared is not None:
+            s = layer.shared
+            for part in range(s.w_up.weight.shape[0] // HIDDEN):
+                rows = slice(part * HIDDEN, (part + 1) * HIDDEN)
+                gate = s.w_gate.weight[rows] if hasattr(s, "w_gate") else None
+                total = total + network(s.kind, gate, s.w_up.weight[rows], s.w_down.weight[:, rows], token)
         out.append(total)
     return torch.stack(out).view_as(x)
 
@@ -54,6 +73,11 @@ def loop_over_tokens(layer, x, valid):
         (3, 4, 1, 1, {}),
         (2, 9, 4, 2, {"capacity_factor": 0.5}),
         (2, 6, 4, 1, {"normalize": False}),
+        (2, 6, 4, 2, {"expert_ffn": "geglu", "num_shared_experts": 2}),
+        (1, 6, 4, 2, {"expert_ffn": "relu", "num_shared_experts": 1}),
+        (1, 6, 4, 2, {"expert_ffn": "gelu"}),
+        (2, 7, 5, 2, {"kind": "sigmoid_topk", "scale": 2.5}),
+        (2, 7, 5, 2, {"kind": "expert_choice", "balance_coef": 0.0, "allow_noncausal": True}),
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])

@@ -97,6 +97,38 @@ def test_global_scope_uses_the_counts_of_all_ranks():
     assert torch.equal(aux.counts_LE[0], both.long())
 
 
+def test_hf_pooled_equals_transformers_loss_and_gradient():
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    stats, logits, _ = layer_stats(3, 2, 6, 4, 2)
+    aux = auxiliary_losses(stats, RouterConfig(layer_reduction="hf_pooled"))
+    gates = tuple(x.flatten(0, 1).detach().requires_grad_() for x in logits)
+    expected = load_balancing_loss_func(gates, 4, 2)  # which sums in fp32
+    torch.testing.assert_close(aux.balance_sum.detach() / 12, expected.detach().double(), rtol=1e-6, atol=0)
+    mine = torch.autograd.grad(aux.balance_sum / 12, logits)
+    for got, want in zip(mine, torch.autograd.grad(expected, gates), strict=True):
+        torch.testing.assert_close(got.flatten(0, 1), want, rtol=1e-5, atol=1e-8)
+
+
+def test_hf_pooled_is_blind_to_layers_that_overload_different_experts():
+    """Layer l sends everything to experts 2l and 2l + 1: pooled it reads k, as at balance; per layer it is E / k."""
+    layers, experts, tokens = 4, 8, 16
+    counts = torch.zeros(layers, 1, experts, dtype=torch.int64)
+    for layer in range(layers):
+        counts[layer, 0, 2 * layer : 2 * layer + 2] = tokens
+    stats = RouterStats(
+        counts_BE=counts,
+        prob_sum_BE=counts.double() / 2,
+        z_sum_B=torch.zeros(layers, 1, dtype=torch.float64),
+        dropped_B=torch.zeros(layers, 1, dtype=torch.int64),
+        tokens_B=torch.full((layers, 1), tokens),
+        experts_BSK=torch.zeros(layers, 1, tokens, 2, dtype=torch.int64),
+    )
+    pooled = auxiliary_losses(stats, RouterConfig(layer_reduction="hf_pooled")).balance_sum / tokens
+    assert pooled.item() == pytest.approx(2)
+    assert (auxiliary_losses(stats, RouterConfig()).balance_sum / tokens).item() == pytest.approx(experts / 2)
+
+
 def test_cross_entropy_in_chunks_equals_torch_with_its_gradient(monkeypatch):
     monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 3 * 7)  # chunks of three rows of four
     logits = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
