@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from moe.attention import AttentionCore
+from moe.attention import Attention, AttentionCore
+from moe.config import ModelConfig
+from moe.flex import block_mask, flex
 from moe.rope import apply_rotary, rotary_table
 
 
@@ -60,23 +62,117 @@ def test_a_row_of_one_document_needs_no_document_ids():
         torch.testing.assert_close(core(q, k, v, None), core(q, k, v, torch.zeros(2, 11, dtype=torch.int32)))
 
 
-def test_window_memory_grows_with_the_window_not_the_sequence():
-    """The largest tensor the core makes at S=4096, W=64 is far below S·S."""
+def test_long_rows_are_worked_on_in_parts(monkeypatch):
+    """As above where blocks are 128 wide, come several at a time, and the last part has fewer."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 1100, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
+    documents = (torch.rand(2, 1100) < 0.005).cumsum(1)
+    grad = torch.randn(2, 4, 1100, 4, dtype=torch.float64)
+    monkeypatch.setattr("moe.window.SCORES_AT_ONCE", 4 * 2 * 4 * 128 * 512)
+    for given in (documents, None):
+        expected = masked_reference(q, k, v, documents * (given is not None), 300)
+        got = AttentionCore(300)(q, k, v, given)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        pairs = zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (got, expected)), strict=True)
+        for mine, reference in pairs:
+            torch.testing.assert_close(mine, reference, rtol=0, atol=1e-11)
+
+
+class Live(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of the largest tensor that an operator made."""
+
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(out):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *(x.untyped_storage().nbytes() for x in made)])
+        return out
 
-    x = torch.randn(1, 1, 4096, 8)
-    with Watch():
-        AttentionCore(64)(x, x, x, torch.zeros(1, 4096, dtype=torch.int32))
-    assert largest <= 4096 * 64 * 2
+
+@pytest.mark.parametrize("window", [64, 500])
+def test_window_memory_does_not_grow_with_the_square_of_the_sequence(window):
+    """Nothing that is made, or kept for the backward pass, is larger than a few bytes per element of q, k and v."""
+    made, kept = [], []
+
+    def pack(tensor):
+        kept[-1] += tensor.nbytes
+        return tensor
+
+    for length in (4096, 8192):
+        x = torch.randn(1, 2, length, 32, requires_grad=True)
+        kept.append(0)
+        with (
+            Live() as live,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            AttentionCore(window)(x, x, x, torch.zeros(1, length, dtype=torch.int32)).sum().backward()
+        made.append(live.largest)
+        assert kept[-1] <= 3 * x.nbytes + 4 * length
+    assert kept[1] == 2 * kept[0] and made[1] <= 2 * made[0] and made[1] < 8192**2 / 4
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("window", [None, 5, 40])
+@pytest.mark.parametrize("packed", [True, False])
+def test_mask_of_the_gpu_kernel(window, packed):
+    """flex_attention is compiled on GPUs only; here its plain form runs on the same mask, forward."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, h, 150, 16) for h in (4, 2, 2))
+    documents = (torch.rand(2, 150) < 0.05).cumsum(1)
+    documents[1, 120:] = -1
+    expected = masked_reference(q.double(), k.double(), v.double(), documents * packed, window)
+    got = flex(q, k, v, documents if packed else None, window)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_mask_of_the_gpu_kernel_is_made_once_for_all_layers():
+    documents = torch.zeros(1, 150, dtype=torch.int32)
+    first = block_mask(documents, 5, 150, documents.device)
+    assert block_mask(documents, 5, 150, documents.device) is first
+    assert block_mask(documents, None, 150, documents.device) is not first
+    assert block_mask(documents.clone(), 5, 150, documents.device) is not first
+    documents[0, 70:] = 1
+    changed = block_mask(documents, 5, 150, documents.device)
+    assert changed is not first
+    assert block_mask(None, 5, 150, documents.device) is block_mask(None, 5, 150, documents.device)
+
+
+@pytest.mark.parametrize(("window", "kv_heads"), [(5, 2), (None, 1), (20, 4)])
+def test_projections_rotary_grouped_heads_window_and_documents_together(window, kv_heads):
+    """The module against one query at a time, every angle and every key by itself."""
+    torch.manual_seed(3)
+    config = ModelConfig(
+        dim=12, num_layers=1, num_heads=4, num_kv_heads=kv_heads, head_dim=6, hidden_dim=8, vocab_size=9,
+        sliding_window=window, num_experts=None, top_k=None,
+    )  # fmt: skip
+    attention = Attention(config, 0).double()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    length = 37
+    documents = torch.tensor([[0] * 15 + [1] * 2 + [2] * 20])
+    positions = torch.cat([torch.arange(n) for n in (15, 2, 20)]).unsqueeze(0)
+    x = torch.randn(1, length, 12, dtype=torch.float64)
+    got = attention(x, rotary_table(positions, 6, config.rope_theta, torch.float64), documents)[0]
+
+    def turned(vector, position):
+        out = vector.clone()
+        for i in range(3):
+            angle = position * config.rope_theta ** (-2 * i / 6)
+            out[i] = vector[i] * math.cos(angle) - vector[i + 3] * math.sin(angle)
+            out[i + 3] = vector[i + 3] * math.cos(angle) + vector[i] * math.sin(angle)
+        return out
+
+    q, k, v = ((x[0] @ w.weight.T).view(length, -1, 6) for w in (attention.wq, attention.wk, attention.wv))
+    for i in range(length):
+        keys = [j for j in range(i + 1) if documents[0, j] == documents[0, i] and (window is None or i - j < window)]
+        heads = []
+        for head in range(4):
+            group = head // (4 // kv_heads)
+            query = turned(q[i, head], int(positions[0, i]))
+            scores = torch.stack([query @ turned(k[j, group], int(positions[0, j])) for j in keys]) / math.sqrt(6)
+            heads.append(scores.softmax(0) @ v[keys, group])
+        torch.testing.assert_close(got[i], torch.cat(heads) @ attention.wo.weight.T, rtol=0, atol=1e-10)
 
 
 def test_rotary_turns_pairs_by_position_times_frequency():
