@@ -64,12 +64,21 @@ def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text
         if unwanted is not None:
             raise ConfigError(f"{unwanted}: expected key=value, or --help for the keys")
         overrides = [_as_typed(argument) if argument.split("=")[0] in free_text else argument for argument in arguments]
+        plainly = [override for override in overrides if _names_a_group(override, cls)]
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = from_dict(cls, plain(compose(name, overrides)))
-        function(config)
+            raw = plain(compose(name, [override for override in overrides if override not in plainly]))
+        for override in OverridesParser.create().parse_overrides(plainly):
+            raw[override.key_or_group] = override.value()
+        function(from_dict(cls, raw))
     except Exception as error:
         end(error, arguments, cls)
     raise SystemExit(0)
+
+
+def _names_a_group(override: str, cls: type) -> bool:
+    """Whether Hydra would look for a preset where the tool has a plain value, as in `checkpoint=runs/x`."""
+    key = override.partition("=")[0]
+    return (CONF / key).is_dir() and key in leaf_keys(cls)
 
 
 def _as_typed(argument: str) -> str:

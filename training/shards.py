@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,43 +146,85 @@ def assign_owners(holdings: list[dict[str, Holding]]) -> list[Chunk]:
     return chunks
 
 
-def write_shard(directory: Path, rank: int, parts: Sequence[tuple[str, Tensor]]) -> tuple[str, dict[str, Any]]:
-    """Write `parts` (key, tensor on any device) as one safetensors file, synced, and return its name and record.
+class Part(NamedTuple):
+    """A tensor to be written, which exists only while its turn lasts."""
 
-    Written here rather than by the safetensors package: tensor by tensor, so that no second copy of the shard is held;
-    hashed from memory on the way, so that what the disk garbled is caught too; and the name carries the hash, so that
-    two checkpoints of one step can share a directory while one replaces the other.
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+    """The tensor, on any device."""
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_shard(directory: Path, rank: int, parts: Sequence[tuple[str, Tensor]]) -> tuple[str, dict[str, Any]]:
+    """Write `parts` (key, tensor on any device) as rank `rank`'s file of a checkpoint, and return its name and record.
+
+    Raises:
+        CheckpointError: as `write_parts`.
+    """
+    made = [Part(key, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)) for key, tensor in parts]
+    return write_parts(directory, rank, made)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def write_parts(directory: Path, rank: int, parts: Sequence[Part]) -> tuple[str, dict[str, Any]]:
+    """As `write_shard`, with tensors that are made one by one.
+
+    The name carries the content's hash, so that two checkpoints of one step can share a directory while one replaces
+    the other.
+
+    Raises:
+        CheckpointError: the file could not be written (disk full, say). No part of it is left.
+    """
+    unnamed = directory / f"rank-{rank:05}.unfinished"
+    record = write_safetensors(unnamed, parts)
+    name = f"rank-{rank:05}-{record['sha256'][:16]}.safetensors"
+    unnamed.rename(directory / name)
+    return name, record
+
+
+def write_safetensors(path: Path, parts: Sequence[Part], metadata: dict[str, str] | None = None) -> dict[str, Any]:
+    """Write one safetensors file, synced, and return its size and SHA-256.
+
+    Written here rather than by the safetensors package: tensor by tensor, so that no second copy of the file is held,
+    and hashed from memory on the way, so that what the disk garbled is caught too.
 
     Raises:
         CheckpointError: the file could not be written (disk full, say). No part of it is left.
     """
     # Wide types first: every tensor then starts at a multiple of its item size, as the format asks.
-    parts = sorted(parts, key=lambda part: -part[1].element_size())
-    header: dict[str, Any] = {}
+    parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
-    for key, tensor in parts:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for part in parts:
+        start, end = end, end + part.nbytes
+        header[part.key] = {"dtype": DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     size = 8 + len(head) + end
 
-    unnamed = directory / f"rank-{rank:05}.unfinished"
     digest = hashlib.sha256()
     try:
-        with open(unnamed, "wb", buffering=0) as file:
+        with open(path, "wb", buffering=0) as file:
             write_all(file.fileno(), len(head).to_bytes(8, "little") + head, digest)
-            for _, tensor in parts:
+            for part in parts:
+                tensor = part.make()
+                assert (tensor.dtype, tuple(tensor.shape)) == (part.dtype, part.shape), part.key
                 # Any dtype as bytes: numpy knows no bfloat16.
                 octets = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
                 write_all(file.fileno(), octets.data, digest)
             os.fsync(file.fileno())
-        name = f"rank-{rank:05}-{digest.hexdigest()[:16]}.safetensors"
-        unnamed.rename(directory / name)
     except OSError as error:
-        unnamed.unlink(missing_ok=True)
-        raise CheckpointError(describe(error, directory, size)) from error
-    return name, {"size": size, "sha256": digest.hexdigest()}
+        path.unlink(missing_ok=True)
+        raise CheckpointError(describe(error, path.parent, size)) from error
+    return {"size": size, "sha256": digest.hexdigest()}
 
 
 def write_all(descriptor: int, content: bytes | memoryview, digest: Any) -> None:

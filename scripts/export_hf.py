@@ -1,0 +1,56 @@
+"""A model directory as transformers, vLLM and others read it: Llama, Mistral or Mixtral, with config and tokenizer.
+
+    python scripts/export_hf.py checkpoint=runs/quickstart-1 out=exported
+    python scripts/export_hf.py checkpoint=runs/quickstart-1 out=exported format=mistral dtype=fp32
+
+Streamed tensor by tensor. A model that none of the three can compute is refused, and the key said.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moe.config import expect
+from scripts.boundary import run_tool
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Mirrored by conf/export_hf.yaml."""
+
+    checkpoint: str
+    out: str
+    format: Literal["hf", "mistral"] = "hf"
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    shard_size: str = "5GB"
+    max_positions: int = 32768
+
+    def __post_init__(self) -> None:
+        expect(self.max_positions >= 1, "max_positions", self.max_positions, "an integer >= 1")
+
+
+def export_hf(config: ExportConfig) -> None:
+    from training.export import export_model
+    from training.model_directory import parse_size
+    from training.source import open_source
+
+    shard_bytes = parse_size(config.shard_size)
+    source = open_source(config.checkpoint)
+    size = export_model(
+        source,
+        Path(config.out),
+        form=config.format,
+        dtype=config.dtype,
+        shard_bytes=shard_bytes,
+        positions=config.max_positions,
+    )
+    tokenizer = "no tokenizer" if source.tokenizer is None else "its tokenizer"
+    print(f"{config.out}: from {source.path}, {size / 1e9:.2f} GB in {config.dtype}, {tokenizer}")
+
+
+def main() -> None:
+    run_tool("export_hf", ExportConfig, export_hf)
+
+
+if __name__ == "__main__":
+    main()

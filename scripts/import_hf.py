@@ -1,0 +1,46 @@
+"""A Hugging Face model (Llama, Mistral, Mixtral), or one in Mistral's own format, as a model directory of ours.
+
+    python scripts/import_hf.py source=models/Mixtral-8x7B-v0.1 out=runs/mixtral
+
+Streamed tensor by tensor. Every tensor that the model needs is filled and every tensor that is there is used, or it is
+an error that lists them; nothing is written then.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from scripts.boundary import run_tool
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Mirrored by conf/import_hf.yaml."""
+
+    source: str
+    out: str
+    dtype: Literal["fp32", "keep"] = "fp32"
+    shard_size: str = "5GB"
+
+
+def import_hf(config: ImportConfig) -> None:
+    from moe.errors import ModelError
+    from training.export import import_model
+    from training.model_directory import parse_size
+    from training.source import open_source
+
+    shard_bytes = parse_size(config.shard_size)
+    source = open_source(config.source)
+    if source.kind == "run":
+        raise ModelError(f"source={config.source}: expected a model in another format; this one is ours already")
+    size = import_model(source, Path(config.out), config.dtype, shard_bytes)
+    tokenizer = "no tokenizer.model" if source.tokenizer is None else "its tokenizer"
+    print(f"{config.out}: {len(source.shapes)} tensors, {size / 1e9:.2f} GB, {tokenizer}")
+
+
+def main() -> None:
+    run_tool("import_hf", ImportConfig, import_hf)
+
+
+if __name__ == "__main__":
+    main()
