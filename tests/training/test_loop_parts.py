@@ -35,7 +35,7 @@ def test_warmup_defaults_to_a_twentieth():
 
 def test_only_matrices_decay():
     module = torch.nn.ModuleList([torch.nn.LayerNorm(4, bias=False), torch.nn.Linear(4, 4, bias=False)])
-    decayed, plain = build_optimizer(module, OptimConfig(lr=1.0, weight_decay=0.3)).param_groups
+    decayed, plain = build_optimizer(list(module.parameters()), OptimConfig(lr=1.0, weight_decay=0.3)).param_groups
     assert decayed["params"] == [module[1].weight] and decayed["weight_decay"] == 0.3
     assert plain["params"] == [module[0].weight] and plain["weight_decay"] == 0.0
 

@@ -1,0 +1,179 @@
+"""What `optim.train` chooses, and that nothing else moves.
+
+Shapes: E experts, F expert hidden, D model.
+"""
+
+import re
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from data.batch import Batch
+from moe.config import ModelConfig, RouterConfig
+from moe.flops import count_parameters, meta_model
+from parallel.apply import build_model
+from parallel.mesh import build_mesh
+from tests.distributed.harness import run_ranks
+from training.config import OptimConfig
+from training.engine import NativeEngine
+from training.step import train_step
+from training.strict import ConfigError
+from training.trainable import check_resumed, choose, trained_elements
+
+MODEL = ModelConfig(
+    dim=8, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=12, num_experts=4, top_k=2, vocab_size=20,
+    first_k_dense=1, num_shared_experts=1, expert_hidden_dim=6, init_std=0.3,
+)  # fmt: skip
+ROUTER = RouterConfig(kind="sigmoid_topk", bias_update_rate=0.01)
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.5, max_grad_norm=1e-3)
+WEIGHTS = ("w_gate", "w_up", "w_down")
+MOE_LAYERS = (1, 2)
+OF_EXPERT_3 = {f"layers.{layer}.ffn.experts.{weight}.3" for layer in MOE_LAYERS for weight in WEIGHTS}
+ROUTERS = {f"layers.{layer}.ffn.router.weight" for layer in MOE_LAYERS}
+STACKED = {name.removesuffix(".3") for name in OF_EXPERT_3}
+
+CHOICES: dict[str, tuple[str | tuple[str, ...], set[str]]] = {
+    "router": ("router", ROUTERS),
+    "experts": ("experts", STACKED),
+    "one expert": ("expert:3", OF_EXPERT_3),
+    "router and one expert": (("router", "expert:3"), ROUTERS | OF_EXPERT_3),
+    "glob": ("layers.*.attention.w[qk].*", {f"layers.{n}.attention.w{w}.weight" for n in range(3) for w in "qk"}),
+    "one expert of one layer": ("layers.2.ffn.experts.w_up.1", {"layers.2.ffn.experts.w_up.1"}),
+    "exact name": ("norm.weight", {"norm.weight"}),
+    "all experts one by one": (tuple(f"expert:{e}" for e in range(4)), STACKED),
+    "an expert and all of them": (("experts", "expert:1"), STACKED),
+    "shared": ("*.shared.*", {f"layers.{n}.ffn.shared.{w}.weight" for n in MOE_LAYERS for w in WEIGHTS}),
+}  # fmt: skip
+
+
+def chosen(train: str | tuple[str, ...]) -> set[str]:
+    choice = choose(meta_model(MODEL, ROUTER), train)
+    return choice.whole | {f"{name}.{expert}" for name, some in choice.experts.items() for expert in some}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_patterns_choose_parameters_and_parts_of_stacked_ones(case):
+    train, expected = CHOICES[case]
+    assert chosen(train) == expected
+
+
+def test_elements_that_train():
+    model = meta_model(MODEL, ROUTER)
+    assert trained_elements(model, choose(model, "all")) == count_parameters(model).total
+    assert trained_elements(model, choose(model, ("router", "expert:3"))) == 2 * (4 * 8 + 3 * 6 * 8)
+
+
+@pytest.mark.parametrize(
+    ("train", "nearest"),
+    [
+        ("rooter", "router"),
+        ("expert:4", "expert:[0-3]"),
+        (("router", "layer.1.attention.wq.weight"), "layers.1.attention.wq.weight"),
+        ("layers.*.atention.*", "layers.[012].attention.[a-z.]+"),
+        ("expert:", "expert:0"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_told_with_the_nearest_name(train, nearest):
+    pattern = train if isinstance(train, str) else train[1]
+    with pytest.raises(ConfigError, match=r"expected all, router, experts, expert:<index> or a glob") as caught:
+        choose(meta_model(MODEL, ROUTER), train)
+    assert str(caught.value).startswith(f"optim.train={pattern}: ") and "\n" not in str(caught.value)
+    assert re.search(f"the nearest is {nearest}$", str(caught.value)), caught.value
+
+
+def test_a_dense_model_has_no_router():
+    dense = replace(MODEL, num_experts=None, top_k=None, first_k_dense=0, num_shared_experts=0, expert_hidden_dim=None)
+    for train in ("router", "experts", "expert:0"):
+        with pytest.raises(ConfigError, match=f"^optim.train={train}: expected "):
+            choose(meta_model(dense, RouterConfig()), train)
+
+
+def test_a_checkpoint_goes_on_with_its_own_choice():
+    check_resumed(("expert:3", "router"), ["router", "expert:3"], "x")
+    check_resumed("all", "all", "x")
+    with pytest.raises(
+        ConfigError, match=r"^optim.train=router: expected \[router,expert:3\] as in the checkpoint c/s"
+    ):
+        check_resumed("router", ["router", "expert:3"], "c/step-1")
+
+
+@pytest.mark.parametrize("value", ["", (), ("router", "")])
+def test_an_empty_choice_is_refused(value):
+    with pytest.raises(ValueError, match=r"^train=.*: expected all, router, experts"):
+        OptimConfig(lr=1.0, train=value)
+
+
+class Outcome(NamedTuple):
+    initial: dict[str, torch.Tensor]
+    final: dict[str, torch.Tensor]
+    moments: dict[str, torch.Size]
+    norm: float
+    norm_by_hand: float
+    gradients_left: int
+
+
+def train_all_cases(rank: int, world: int) -> dict[str, Outcome]:
+    return {case: steps_of(train) for case, (train, _) in CHOICES.items()}
+
+
+def steps_of(train: str | tuple[str, ...]) -> Outcome:
+    mesh = build_mesh(torch.device("cpu"), 1)
+
+    def engine_of(choice: str | tuple[str, ...]) -> NativeEngine:
+        model = build_model(MODEL, ROUTER, mesh, compute_dtype=torch.float64, seed=1)
+        return NativeEngine(model, replace(OPTIM, train=choice), mesh)
+
+    engine = engine_of(train)
+    initial = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    norms = [train_step(engine, [batch(step)], ROUTER, 1e-2).grad_norm for step in range(3)]
+    final = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    moments = {name: tensor.shape for name, tensor in engine.tensors().items() if not name.startswith("model.")}
+    left = sum(parameter.grad is not None for parameter in engine.model.parameters())
+    return Outcome(initial, final, moments, norms[0], norm_by_hand(engine_of("all"), train), left)
+
+
+def norm_by_hand(engine: NativeEngine, train: str | tuple[str, ...]) -> float:
+    """From the gradients of a model of which everything trains, caught before the step uses them."""
+    caught = {}
+    engine.step = lambda lr: caught.update({n: p.grad for n, p in engine.model.named_parameters()}) or 0.0
+    train_step(engine, [batch(0)], ROUTER, 1e-2)
+    squares = 0.0
+    for name in chosen(train):
+        whole, _, index = name.rpartition(".")
+        squares += (caught[name] if name in caught else caught[whole][int(index)]).square().sum().item()
+    return squares**0.5
+
+
+def batch(step: int) -> Batch:
+    tokens = torch.randint(0, 20, (2, 9), generator=torch.Generator().manual_seed(step))
+    zeros = torch.zeros(2, 8, dtype=torch.int64)
+    positions = torch.arange(8).expand(2, 8).contiguous()
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), positions, zeros.int(), zeros.to(torch.uint8))
+
+
+def test_only_what_was_chosen_changes_and_only_that_has_moments():
+    """Three clipped steps with heavy weight decay, fp64: everything else is bitwise what it was."""
+    [outcomes] = run_ranks(train_all_cases, 1)
+    for case, outcome in outcomes.items():
+        expected = CHOICES[case][1]
+        for name, before in outcome.initial.items():
+            after = outcome.final[name]
+            if name in STACKED and name not in expected:
+                for expert in range(4):
+                    same = torch.equal(before[expert], after[expert])
+                    assert same == (f"{name}.{expert}" not in expected), (case, name, expert)
+            elif name.endswith("router.bias"):
+                assert torch.equal(before, after) == (name.replace("bias", "weight") not in expected), (case, name)
+            else:
+                assert torch.equal(before, after) == (name not in expected), (case, name)
+        shapes = {
+            name: outcome.initial[name].shape if name in outcome.initial else outcome.initial[name[:-2]].shape[1:]
+            for name in expected
+        }
+        assert outcome.moments == {
+            f"{moment}.{name}": shape for name, shape in shapes.items() for moment in ("exp_avg", "exp_avg_sq")
+        }, case
+        assert outcome.norm == pytest.approx(outcome.norm_by_hand, rel=1e-12) and outcome.norm > OPTIM.max_grad_norm
+        assert outcome.gradients_left == 0
