@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from scripts import boundary
 from training.config import Config, with_vocabulary
+from training.initial import start_from
 from training.strict import from_dict
 
 MAX_REFUSED = 5
@@ -48,12 +49,14 @@ def train(config: Config) -> dict[str, Any]:
     from training.engine import NativeEngine
     from training.evaluate import evaluate
     from training.holdings import gather_holdings
+    from training.initial import find_initial
     from training.metrics import router_metrics
     from training.outcome import evaluation_row, finish_run, finished_result, show_finished, show_start
     from training.recorder import Recorder
     from training.resume import CHECKPOINTS, check_shared, checked_state, find_checkpoint
-    from training.run import lock_run, prepare_directory, save_config, torchrun_name
+    from training.run import lock_run, prepare_directory, save_config, save_tokenizer, torchrun_name
     from training.schedule import learning_rate
+    from training.source import open_source
     from training.step import train_step
     from training.strict import to_dict
     from training.terminal import show_line
@@ -90,6 +93,8 @@ def train(config: Config) -> dict[str, Any]:
     state = checked_state(found, model_config, steps) if found else None
     if state:
         check_resumed(config.optim.train, state.get("train", "all"), str(found))
+    fresh = config.run.init_from if found is None else None
+    initial = share(agreed, world, "initial", lambda: find_initial(fresh, warn=show_line))
     finished = share(agreed, world, "finished", lambda: finished_result(directory, steps))
     if finished is not None:
         if is_main:
@@ -117,7 +122,10 @@ def train(config: Config) -> dict[str, Any]:
     mesh = build_mesh(device, config.parallel.expert_size(world.world_size, config.model.num_experts))
 
     # 5. Model and engine: meta device -> parallelism -> materialise -> initialise -> optimizer -> checkpoint.
-    model = build_model(model_config, config.router, mesh, compute_dtype=dtype, seed=config.run.seed)
+    seed = config.run.seed if initial is None else None
+    model = build_model(model_config, config.router, mesh, compute_dtype=dtype, seed=seed)
+    if initial is not None:
+        open_source(initial, check=False).fill(model)
     engine = NativeEngine(model, config.optim, mesh)
     if state:
         checkpoint.load(Path(found), engine.tensors())
@@ -127,6 +135,7 @@ def train(config: Config) -> dict[str, Any]:
     if is_main:
         named = dataclasses.replace(config.run, name=name)
         save_config(directory, to_dict(dataclasses.replace(config, run=named, model=model_config)))
+        save_tokenizer(directory, store.tokenizer.path)
         show_start(store, model_config, counts, holdings, dtype, directory, found)
         if trained < counts.total:
             show_line(f"optim.train={shown(config.optim.train)}: {trained:,} of {counts.total:,} parameters train")
@@ -242,7 +251,8 @@ def job(cfg: DictConfig) -> float:
     sweep_dir, number = boundary.current_job()
     sys.argv[1:] = HydraConfig.get().overrides.task  # of this job alone: what its workers see, and print to resume it
     try:
-        config = from_dict(Config, boundary.plain(cfg, sweep_dir, number))
+        raw = start_from(boundary.plain(cfg, sweep_dir, number), sys.argv[1:])
+        config = from_dict(Config, raw)
         result = boundary.execute(config, train, fresh_processes=sweep_dir is not None)
         return float(result.get("eval/loss", math.nan))
     except Exception as error:

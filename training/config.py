@@ -22,6 +22,9 @@ class RunConfig:
     root: str = "runs"
     seed: int = 0
     resume: Literal["auto", "never", "must"] = "auto"
+    init_from: str | None = None
+    """Directory of a model (a run, a checkpoint, Hugging Face, Mistral) whose weights the first step starts from. The
+    section `model`, the router's meaning and, if none is given, the tokenizer are that model's."""
     deterministic: bool = False
     """Refuse kernels whose result depends on timing (costs speed on GPUs; CPU kernels always repeat)."""
     prompt: str = "The "
@@ -35,6 +38,7 @@ class RunConfig:
             legal and not str(name).startswith("/"), "name", repr(name), "letters, digits, '.', '_', '-', '/', no '..'"
         )
         expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        expect(self.init_from != "", "init_from", "''", "a directory, or null")
         expect(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "an integer >= 0")
         expect(self.resume != "must" or name is not None, "resume", self.resume, "an explicit run.name beside it")
 

@@ -14,9 +14,9 @@ from moe.errors import ModelError
 from moe.mapping import Piece, interleave, list_pieces
 from training.manifest import fsync
 from training.model_directory import Block, check_tokenizer, grouped, new_directory, write_model
-from training.run import write_atomically
+from training.run import TOKENIZER_FILE, write_atomically
 from training.shards import Part, Region, write_safetensors
-from training.source import TOKENIZER_FILE, Fill, ModelSource, blocks
+from training.source import Fill, ModelSource, blocks
 
 FORMATS = {
     "hf": (hf.CONFIG, hf.INDEX, hf.SINGLE, hf_names.PER_EXPERT),

@@ -22,9 +22,9 @@ from torch import Tensor
 from moe.config import ModelConfig, RouterConfig
 from moe.errors import ModelError
 from training.manifest import FORMAT, CheckpointError, fsync, write_manifest
-from training.run import save_config
+from training.run import TOKENIZER_FILE, save_config
 from training.shards import DTYPES, Part, Region, describe, write_parts
-from training.source import CHECKPOINTS, PREFIX, TOKENIZER_FILE
+from training.source import CHECKPOINTS, PREFIX
 from training.strict import to_dict
 
 T = TypeVar("T")

@@ -16,6 +16,7 @@ from training.config import RunConfig
 LAUNCH_FILE = "launch.json"
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer.model"
 SHARED_RUN_IDS = ("", "none", "default")
 """Values of TORCHELASTIC_RUN_ID that many launches have."""
 
@@ -128,6 +129,13 @@ def save_config(directory: Path, config: Mapping[str, Any]) -> Path:
     import yaml
 
     return write_atomically(directory / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+
+
+def save_tokenizer(directory: Path, file: Path) -> None:
+    """Copy the tokenizer's `file` into `directory`, whole or not at all, so that a run can be used without its data."""
+    partial = directory / f".{TOKENIZER_FILE}.{os.getpid()}"
+    shutil.copyfile(file, partial)
+    partial.replace(directory / TOKENIZER_FILE)
 
 
 def save_result(directory: Path, result: Mapping[str, Any]) -> Path:

@@ -25,12 +25,11 @@ from moe.mapping import Format, Piece, Shape, check_tensors, list_pieces, split_
 from moe.model import Transformer
 from moe.safetensors_dir import TensorDirectory, read_json, refuse
 from training.manifest import MANIFEST, CheckpointError, committed, newest_verified, read_manifest, verify
-from training.run import CONFIG_FILE
+from training.run import CONFIG_FILE, TOKENIZER_FILE
 from training.shards import DTYPES, Read, Region, local_part, plan_reads, read_shard
 from training.strict import ConfigError, from_dict
 
 CHECKPOINTS = "checkpoints"
-TOKENIZER_FILE = "tokenizer.model"
 PREFIX = "model."
 """What precedes a weight's name in a checkpoint of ours, beside the optimizer's state."""
 SourceError = ModelError
