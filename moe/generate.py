@@ -27,7 +27,8 @@ def generate(
     sampling: Sampling | None = None,
     stop: Collection[int] = (),
     prefill_chunk: int = PREFILL_CHUNK,
-    on_token: Callable[[int, int], bool | None] | None = None,
+    on_token: Callable[[int, int], bool | None] = lambda row, token: None,
+    on_end: Callable[[int], None] = lambda row: None,
     agree: Callable[[Tensor], Tensor] = lambda logits_BV: logits_BV,
 ) -> list[list[int]]:
     """Continue each prompt by up to `max_tokens` tokens; the prompts are not part of the result.
@@ -40,6 +41,7 @@ def generate(
         stop: token ids that end a row and are not returned.
         on_token: called with (row, token id) as soon as a token is chosen, the rows of a step in order; a true result
             ends the row after this token. Under expert parallelism its results must be the same on all ranks.
+        on_end: called with the row once it has ended.
         agree: makes the logits of several ranks one (a broadcast), so that all choose the same tokens.
 
     Raises:
@@ -59,11 +61,13 @@ def generate(
         while True:
             going_on = []
             for row, token in zip(rows, choose(logits_BV[rows], rows), strict=True):
-                if token in stop:
-                    continue
-                out[row].append(token)
-                ended = on_token(row, token) if on_token is not None else False
-                if not ended and len(out[row]) < max_tokens:
+                ended = token in stop
+                if not ended:
+                    out[row].append(token)
+                    ended = bool(on_token(row, token)) or len(out[row]) == max_tokens
+                if ended:
+                    on_end(row)
+                else:
                     going_on.append(row)
             rows = going_on
             if not rows:
