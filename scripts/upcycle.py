@@ -1,0 +1,82 @@
+"""A dense model becomes a Mixture of Experts that computes the same: every expert is a copy of the dense network.
+
+    python scripts/upcycle.py source=runs/dense-1 num_experts=8 top_k=2 out=runs/upcycled
+    python scripts/upcycle.py source=models/Mistral-7B-v0.1 num_experts=64 top_k=8 granularity=8 out=runs/fine
+    python train.py run.init_from=runs/upcycled ...
+
+docs/upcycling.md says what is equal to what, and why.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from scripts.boundary import run_tool
+
+
+@dataclass(frozen=True)
+class UpcycleConfig:
+    """Mirrored by conf/upcycle.yaml."""
+
+    source: str
+    out: str
+    num_experts: int = 8
+    top_k: int = 2
+    granularity: int = 1
+    noise: float = 0.0
+    first_k_dense: int = 0
+    moe_every: int = 1
+    router: Literal["softmax_topk", "sigmoid_topk"] = "softmax_topk"
+    seed: int = 0
+    dtype: Literal["fp32", "keep"] = "fp32"
+    shard_size: str = "5GB"
+
+
+def upcycle(config: UpcycleConfig) -> None:
+    from moe.errors import ModelError
+    from moe.flops import count_parameters, meta_model
+    from moe.upcycle import Upcycling, router_config
+    from training.model_directory import parse_size
+    from training.source import open_source
+    from training.strict import located
+    from training.upcycling import upcycle_model
+
+    shard_bytes = parse_size(config.shard_size)
+    try:
+        plan = Upcycling(
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            granularity=config.granularity,
+            noise=config.noise,
+            first_k_dense=config.first_k_dense,
+            moe_every=config.moe_every,
+            router=config.router,
+            seed=config.seed,
+        )
+        if not Path(config.source).is_dir():
+            raise ModelError(f"source={config.source}: expected the directory of a dense model; none found")
+        source = open_source(config.source)
+        if source.model.is_moe:
+            raise ModelError(
+                f"source={config.source}: expected a dense model; found {source.model.num_experts} experts"
+            )
+        model, size = upcycle_model(source, Path(config.out), plan, dtype=config.dtype, shard_bytes=shard_bytes)
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise located(error, "") from error
+    dense = count_parameters(meta_model(source.model, source.router)).total
+    counts = count_parameters(meta_model(model, router_config(plan)))
+    print(
+        f"{config.out}: {model.num_experts} experts of width {model.expert_width} in {model.num_moe_layers} of "
+        f"{model.num_layers} layers, top-{model.top_k}\n"
+        f"parameters: {counts.total:,}, {counts.active:,} active per token (dense: {dense:,}); {size / 1e9:.2f} GB"
+    )
+
+
+def main() -> None:
+    run_tool("upcycle", UpcycleConfig, upcycle)
+
+
+if __name__ == "__main__":
+    main()
