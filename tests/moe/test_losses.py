@@ -10,7 +10,7 @@ from moe.router import Router, RouterStats
 
 
 def layer_stats(layers, batch, length, experts, top_k, seed=0, valid=None):
-    """Stacked statistics of random routers, with the probabilities and choices they came from."""
+    """Stacked statistics of random routers, with the logits and choices they came from."""
     torch.manual_seed(seed)
     collected, logits, chosen = [], [], []
     for _ in range(layers):
@@ -100,14 +100,19 @@ def test_global_scope_uses_the_counts_of_all_ranks():
 def test_hf_pooled_equals_transformers_loss_and_gradient():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    stats, logits, _ = layer_stats(3, 2, 6, 4, 2)
-    aux = auxiliary_losses(stats, RouterConfig(layer_reduction="hf_pooled"))
-    gates = tuple(x.flatten(0, 1).detach().requires_grad_() for x in logits)
-    expected = load_balancing_loss_func(gates, 4, 2)  # which sums in fp32
-    torch.testing.assert_close(aux.balance_sum.detach() / 12, expected.detach().double(), rtol=1e-6, atol=0)
-    mine = torch.autograd.grad(aux.balance_sum / 12, logits)
-    for got, want in zip(mine, torch.autograd.grad(expected, gates), strict=True):
-        torch.testing.assert_close(got.flatten(0, 1), want, rtol=1e-5, atol=1e-8)
+    torch.manual_seed(0)
+    routers = [Router(5, 4, 2, RouterConfig()) for _ in range(3)]
+    weights = [torch.nn.init.normal_(router.weight) for router in routers]
+    inputs = [torch.randn(2, 6, 5) for _ in routers]
+    collected = [router(x, None)[1] for router, x in zip(routers, inputs, strict=True)]
+    stats = RouterStats(*(torch.stack(f) for f in zip(*collected, strict=True)))
+    mine = auxiliary_losses(stats, RouterConfig(layer_reduction="hf_pooled")).balance_sum / 12
+    gates = tuple(x.flatten(0, 1) @ weight.T for x, weight in zip(inputs, weights, strict=True))
+    expected = load_balancing_loss_func(gates, 4, 2)
+    torch.testing.assert_close(mine, expected.double(), rtol=1e-6, atol=0)
+    grads = torch.autograd.grad(mine, weights), torch.autograd.grad(expected, weights)
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
 
 
 def test_hf_pooled_is_blind_to_layers_that_overload_different_experts():
