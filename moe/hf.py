@@ -109,7 +109,9 @@ def write_config(model: ModelConfig, router: RouterConfig, dtype: str, positions
         ModelError: no family does; the message starts with the key.
     """
     window = exportable(model, router)
-    name = "mixtral" if model.is_moe else "llama" if window is None else "mistral"
+    # transformers refuses a Llama whose heads do not divide its width; Mistral without a window is the same network.
+    llama = window is None and model.dim % model.num_heads == 0
+    name = "mixtral" if model.is_moe else "llama" if llama else "mistral"
     family = FAMILIES[name]
     kind = model.expert_kind if model.is_moe else model.ffn
     raw: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The whole model against transformers' Mixtral and Mistral, published sizes and initial weights."""
+"""The whole model: packed documents, sizes, initial weights. (Against transformers: test_hf.py.)"""
 
 import dataclasses
 
@@ -19,70 +19,6 @@ def build(config=SMALL, dtype=torch.float64, seed=0, **router):
     model = Transformer(config, RouterConfig(**router), dtype).to(dtype)
     init_parameters(model, seed)
     return model
-
-
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_logits_and_gradients_equal_transformers(window, dense, tied):
-    import transformers
-
-    config = dataclasses.replace(SMALL, sliding_window=window, tie_embeddings=tied, init_std=0.3)
-    if dense:
-        config = dataclasses.replace(config, num_experts=None, top_k=None)
-    mine = build(config)
-    common = {
-        "vocab_size": 50, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 6,
-        "num_key_value_heads": 2, "head_dim": 4, "sliding_window": window, "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}, "tie_word_embeddings": tied,
-        "attn_implementation": "eager", "experts_implementation": "eager",
-    }  # fmt: skip
-    if dense:
-        theirs = transformers.MistralForCausalLM(transformers.MistralConfig(**common)).double()
-    else:
-        theirs = transformers.MixtralForCausalLM(
-            transformers.MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **common)
-        ).double()
-    # Our tensor -> theirs; fused gate and up projections are cut in two.
-    pairs = [(mine.embedding, theirs.model.embed_tokens.weight), (mine.norm.weight, theirs.model.norm.weight)]
-    pairs += [] if tied else [(mine.head.weight, theirs.lm_head.weight)]
-    for a, b in zip(mine.layers, theirs.model.layers, strict=True):
-        pairs += [(getattr(a.attention, f"w{n}").weight, getattr(b.self_attn, f"{n}_proj").weight) for n in "qkvo"]
-        pairs += [
-            (a.attention_norm.weight, b.input_layernorm.weight),
-            (a.ffn_norm.weight, b.post_attention_layernorm.weight),
-        ]
-        if dense:
-            pairs += [
-                (getattr(a.ffn, f"w_{n}").weight, getattr(b.mlp, f"{n}_proj").weight) for n in ("gate", "up", "down")
-            ]
-        else:
-            pairs += [(a.ffn.router.weight, b.mlp.gate.weight), (a.ffn.experts.w_down, b.mlp.experts.down_proj)]
-            pairs += [(a.ffn.experts.w_gate, b.mlp.experts.gate_up_proj[:, :20])]
-            pairs += [(a.ffn.experts.w_up, b.mlp.experts.gate_up_proj[:, 20:])]
-    with torch.no_grad():
-        for ours, other in pairs:
-            other.copy_(ours)
-    tokens = torch.randint(0, 50, (2, 13))
-    logits = mine(tokens, torch.arange(13).expand(2, -1)).logits_BSV
-    expected = theirs(tokens).logits
-    # transformers takes rotary angles and router probabilities in fp32: that is the difference left.
-    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
-    weight = torch.randn_like(logits)
-    (logits * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for name in ("wq", "wo"):
-        got = getattr(mine.layers[0].attention, name).weight.grad
-        want = getattr(theirs.model.layers[0].self_attn, f"{name[1]}_proj").weight.grad
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(mine.embedding.grad, theirs.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-4)
-    if not dense:
-        torch.testing.assert_close(
-            mine.layers[1].ffn.experts.w_down.grad,
-            theirs.model.layers[1].mlp.experts.down_proj.grad,
-            rtol=1e-4,
-            atol=1e-4,
-        )
 
 
 def test_packed_documents_do_not_see_each_other():
