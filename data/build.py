@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data.chat import Segment, cut, encode
 from data.config import DataConfig
 from data.document import Corpus
 from data.errors import DataError
@@ -28,6 +29,8 @@ SHARD_TOKENS = 2**27
 SAMPLE_BYTES = 4_000_000
 """Text that the tokenizer is trained on, spread evenly over the training documents."""
 TOKENIZER_FILE = "tokenizer.model"
+ANSWERS = "-answers.npy"
+"""Behind a split's name: [n, 2] start and end, in its stream of tokens, of each answer with its </s>."""
 
 
 def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, report: Callable[[str], None]) -> None:
@@ -111,9 +114,11 @@ class _Encoder:
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32).newbyteorder("<")
         self._bytes_V = tokenizer.token_bytes()
 
-    def __call__(self, document: Ingested, round_trip: bool) -> np.ndarray:
-        ids = self.tokenizer.encode(document.text)
-        ids_T = np.array([self.tokenizer.bos_id, *ids, self.tokenizer.eos_id], dtype=self.dtype)
+    def __call__(self, document: Ingested, round_trip: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [T], and [T] whether each is a label (all are in a plain text, <s> aside)."""
+        segments = cut(document.text, document.turns) if document.turns else [Segment(document.text, supervised=True)]
+        ids, supervised = encode(segments, self.tokenizer)
+        ids_T = np.array(ids, dtype=self.dtype)
         exact = int(self._bytes_V[ids_T].sum()) == document.size
         if not exact or (round_trip and self.tokenizer.decode(ids) != document.text):
             start = document.text[:40].encode("unicode_escape").decode()
@@ -121,7 +126,7 @@ class _Encoder:
                 f"data.tokenizer={self.named}: expected a model that keeps text as it is (identity normalization,"
                 f" byte_fallback), found a change in the document that starts with '{start}'"
             )
-        return ids_T
+        return ids_T, np.array(supervised)
 
 
 def _write_split(
@@ -132,14 +137,19 @@ def _write_split(
     domains: list[str],
     keep_text: bool = False,
 ) -> dict[str, Any]:
-    """Write shards and index of one split; its part of the manifest. `keep_text`: with baselines of each domain."""
+    """Write shards and index of one split; its part of the manifest. `keep_text`: with baselines of each domain.
+
+    Of conversations, `<name>-answers.npy` tells which tokens are labels, and baselines are those of the answers alone.
+    """
     writer = _ShardWriter(directory, name)
-    starts, domain_ids = array("q"), bytearray()
+    starts, domain_ids, answers = array("q"), bytearray(), array("q")
     counts: list[Counter[str]] = [Counter() for _ in domains]
     digests = [hashlib.sha256() for _ in domains]
     texts = [bytearray() for _ in domains]
     for document in documents:
-        ids_T = encoder(document, round_trip=keep_text)
+        ids_T, supervised_T = encoder(document, round_trip=keep_text)
+        if document.turns:
+            answers.extend((_runs(supervised_T) + writer.tokens).flatten().tolist())
         starts.append(writer.tokens)
         domain_ids.append(document.domain)
         writer.write(ids_T)
@@ -147,15 +157,32 @@ def _write_split(
         content = document.text.encode()
         digests[document.domain].update(content)
         if keep_text:
-            texts[document.domain] += content
+            texts[document.domain] += _said(document).encode()
     writer.close()
     np.save(directory / f"{name}-starts.npy", np.frombuffer(starts, dtype=np.int64))
     np.save(directory / f"{name}-domains.npy", np.frombuffer(domain_ids, dtype=np.uint8))
+    if answers:
+        np.save(directory / f"{name}{ANSWERS}", np.frombuffer(answers, dtype=np.int64).reshape(-1, 2))
     per_domain: dict[str, dict[str, Any]] = {}
     for domain, count, digest, text in zip(domains, counts, digests, texts, strict=True):
         per_domain[domain] = {key: count[key] for key in ("documents", "bytes", "tokens")}
-        per_domain[domain] |= {"sha256": digest.hexdigest()} | (baselines(bytes(text)) if keep_text else {})
+        per_domain[domain] |= {"sha256": digest.hexdigest()}
+        if keep_text:
+            per_domain[domain] |= ({"label_bytes": len(text)} if answers else {}) | baselines(bytes(text))
     return {"tokens": writer.tokens, "max_token": writer.max_token, "shards": writer.shards, "domains": per_domain}
+
+
+def _runs(supervised_T: np.ndarray) -> np.ndarray:
+    """[n, 2]: start and end (exclusive) of each run of true values."""
+    edges = np.flatnonzero(np.diff(supervised_T.astype(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2)
+
+
+def _said(document: Ingested) -> str:
+    """The text that is evaluated: all of a plain one, the answers of a conversation."""
+    if not document.turns:
+        return document.text
+    return "".join(segment.text for segment in cut(document.text, document.turns) if segment.supervised)
 
 
 class _ShardWriter:

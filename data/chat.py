@@ -7,12 +7,15 @@ tokenizer's marks, never text: a `</s>` that somebody types stays four character
 to the answer, so that a prompt ends in `[/INST]` and no piece of text lies on both sides of a boundary.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from data.errors import DataError
 from data.tokenizer import Tokenizer
 
+TEMPLATE = 1
+"""Part of a token store's key: raised whenever the same messages would give other segments."""
 ROLES = ("system", "user", "assistant")
 
 
@@ -42,6 +45,19 @@ def prompt(messages: Any) -> list[Segment]:
     return _segments(messages, last="user")
 
 
+def instruction(text: str) -> str:
+    """What a user says, as a segment's text."""
+    return f"[INST] {text} [/INST]"
+
+
+def cut(text: str, turns: Sequence[int]) -> list[Segment]:
+    """The segments that `text` consists of, given their lengths (`Document.turns`)."""
+    ends = list(itertools.accumulate(turns))
+    assert ends[-1] == len(text), (ends, len(text))
+    starts = [0, *ends[:-1]]
+    return [Segment(text[start:end], i % 2 == 1) for i, (start, end) in enumerate(zip(starts, ends, strict=True))]
+
+
 def encode(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Token ids, `<s>` first and `</s>` behind each answer, and for each whether it is a label.
 
@@ -68,7 +84,7 @@ def _segments(messages: Any, last: str) -> list[Segment]:
         if role == "system":
             system = f"{content}\n\n"
         elif role == "user":
-            segments.append(Segment(f"[INST] {system}{content} [/INST]", supervised=False))
+            segments.append(Segment(instruction(system + content), supervised=False))
             system = ""
         else:
             segments.append(Segment(f" {content}", supervised=True))

@@ -24,8 +24,9 @@ def shown(value: object) -> str:
 class DataConfig:
     """A corpus (`kind` and the keys of that kind), its tokenizer, its held-out part, and where the tokens are kept."""
 
-    kind: Literal["embedded", "files", "hub"]
-    """`embedded`: text that every Python brings along; `files`: your own; `hub`: a Hugging Face dataset."""
+    kind: Literal["embedded", "files", "hub", "sft"]
+    """`embedded`: text that every Python brings along; `files`: your own; `hub`: a Hugging Face dataset; `sft`: your
+    own conversations, of which only the answers are labels."""
     cache: str = ".cache/data"
     """Directory of the token stores."""
     vocab_size: int = 4096
@@ -47,11 +48,12 @@ class DataConfig:
     """`embedded`: generated exercises."""
 
     paths: tuple[str, ...] = ()
-    """`files`: files or globs. `.jsonl` and `.parquet` (also `.jsonl.gz`) hold one document a row; the rest is text."""
+    """`files`: files or globs. `.jsonl` and `.parquet` (also `.jsonl.gz`) hold one document a row; the rest is text.
+    `sft`: `.jsonl` (or `.jsonl.gz`), one conversation a line."""
     text_key: str = "text"
     """`files`, `hub`: column of the text."""
     domain_key: str | None = None
-    """`files`, `hub`: column of the domain; `null`: the name of the file's folder, or of the dataset."""
+    """`files`, `hub`, `sft`: column of the domain; `null`: the name of the file's folder, or of the dataset."""
 
     hub_path: str | None = None
     """`hub`: name of a dataset, or a local directory laid out like one."""
@@ -61,7 +63,9 @@ class DataConfig:
     hub_revision: str | None = None
     """`hub`: a commit or tag; name one, since the cached tokens are those of the revision first seen."""
     max_documents: int | None = None
-    """`files`, `hub`: stop after so many documents."""
+    """`files`, `hub`, `sft`: stop after so many documents."""
+    messages_key: str = "messages"
+    """`sft`: the entry of a line that holds the messages (`data.chat`)."""
 
     def __post_init__(self) -> None:
         expect(bool(self.cache), "cache", repr(self.cache), "a directory")
@@ -75,7 +79,8 @@ class DataConfig:
             expect(total > 0, "code_bytes", self.code_bytes, "at least one of the embedded domains to have bytes")
         else:
             expect(bool(self.text_key), "text_key", repr(self.text_key), "the name of a column")
-        expect(self.kind != "files" or bool(self.paths), "paths", self.paths, "at least one file or glob")
+        expect(self.kind not in ("files", "sft") or bool(self.paths), "paths", self.paths, "at least one file or glob")
         expect(self.kind != "hub" or bool(self.hub_path), "hub_path", self.hub_path, "a dataset's name or directory")
+        expect(bool(self.messages_key), "messages_key", repr(self.messages_key), "the name of an entry")
         limit = self.max_documents
         expect(limit is None or limit >= 1, "max_documents", limit, "an integer >= 1, or null")

@@ -5,6 +5,7 @@ from data.document import Corpus
 from data.embedded import EmbeddedCorpus
 from data.files import FilesCorpus
 from data.hub import HubCorpus
+from data.sft import SftCorpus
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -29,3 +30,5 @@ def open_corpus(config: DataConfig) -> Corpus:
                 config.domain_key,
                 config.max_documents,
             )
+        case "sft":
+            return SftCorpus(config.paths, config.messages_key, config.domain_key, config.max_documents)

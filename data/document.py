@@ -7,6 +7,9 @@ from typing import NamedTuple, Protocol
 class Document(NamedTuple):
     text: str
     domain: str
+    turns: tuple[int, ...] = ()
+    """Of a conversation (`data.chat`): characters that are read and characters that are said, in turn, from the start
+    of `text` to its end. `()`: plain text, of which every token is a label."""
 
 
 class Corpus(Protocol):

@@ -5,7 +5,8 @@ import gzip
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,43 +32,60 @@ class FilesCorpus:
     def __init__(
         self, paths: tuple[str, ...], text_key: str, domain_key: str | None, max_documents: int | None
     ) -> None:
-        self.files = list(dict.fromkeys(path for pattern in paths for path in _matches(pattern)))
+        self.files = matching_files(paths)
         self.text_key = text_key
         self.domain_key = domain_key
         self.max_documents = max_documents
 
     def fingerprint(self) -> str:
         """SHA-256 over contents, suffixes and folders of the files, and over the keys that choose what is read."""
-        digest = hashlib.sha256(repr((self.text_key, self.domain_key, self.max_documents)).encode())
-        for path in self.files:
-            try:
-                with path.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise DataError(f"data.paths={path}: expected a file that can be read ({error.strerror})") from error
-            digest.update(f"\n{_folder(path)}/*{''.join(path.suffixes[-2:])} {content}".encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.files, (self.text_key, self.domain_key, self.max_documents))
 
     def documents(self) -> Iterator[Document]:
         every = itertools.chain.from_iterable(map(self._documents_in, self.files))
         return itertools.islice(every, self.max_documents)
 
     def _documents_in(self, path: Path) -> Iterator[Document]:
-        suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-        columns = Columns(self.text_key, self.domain_key, _folder(path))
+        columns = Columns(self.text_key, self.domain_key, folder(path))
         if path.suffix == ".parquet":
             yield from documents_of(parquet_rows(path), columns, str(path))
             return
+        with open_text(path) as file:
+            if is_jsonl(path):
+                yield from documents_of((row for _, row in json_lines(file, path)), columns, str(path))
+            else:
+                yield from (Document(text, folder(path)) for text in pieces(file))
+
+
+def matching_files(patterns: Sequence[str]) -> list[Path]:
+    """The files that `patterns` (paths or globs) name, each once, a glob's in alphabetical order.
+
+    Raises:
+        DataError: a file that is not there, a glob without a match, an empty file.
+    """
+    return list(dict.fromkeys(path for pattern in patterns for path in _matches(pattern)))
+
+
+def fingerprint_of(files: Sequence[Path], keys: tuple[object, ...]) -> str:
+    """SHA-256 over contents, suffixes and folders of `files`, and over `keys`.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
+    digest = hashlib.sha256(repr(keys).encode())
+    for path in files:
         try:
-            with _open_text(path) as file:
-                if suffix == ".jsonl":
-                    yield from documents_of(_json_lines(file, path), columns, str(path))
-                else:
-                    yield from (Document(text, _folder(path)) for text in pieces(file))
-        except UnicodeDecodeError as error:
-            raise DataError(f"data.paths={path}: expected UTF-8 text ({first_line(error)})") from error
-        except (OSError, EOFError) as error:  # EOFError: a truncated .gz
-            raise DataError(f"data.paths={path}: expected a file that can be read ({first_line(error)})") from error
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"data.paths={path}: expected a file that can be read ({error.strerror})") from error
+        digest.update(f"\n{folder(path)}/*{''.join(path.suffixes[-2:])} {content}".encode())
+    return digest.hexdigest()
+
+
+def is_jsonl(path: Path) -> bool:
+    """`.jsonl` or `.jsonl.gz`."""
+    return (path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix) == ".jsonl"
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -88,17 +106,34 @@ def _matches(pattern: str) -> list[Path]:
     return [path.resolve() for path in found]
 
 
-def _folder(path: Path) -> str:
+def folder(path: Path) -> str:
+    """The domain of a file that names none."""
     return path.parent.name or "root"
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+@contextmanager
+def open_text(path: Path) -> Iterator[IO[str]]:
+    """`path` as UTF-8 text, unpacked if it ends in `.gz`.
+
+    Raises:
+        DataError: it cannot be read, also while the caller reads on.
+    """
+    try:
+        how: Any = gzip.open if path.suffix == ".gz" else open
+        with how(path, "rt", encoding="utf-8-sig") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.paths={path}: expected UTF-8 text ({first_line(error)})") from error
+    except (OSError, EOFError) as error:  # EOFError: a truncated .gz
+        raise DataError(f"data.paths={path}: expected a file that can be read ({first_line(error)})") from error
 
 
-def _json_lines(file: IO[str], path: Path) -> Iterator[dict[str, Any]]:
+def json_lines(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number (from 1) and object of each line that is not blank.
+
+    Raises:
+        DataError: a line that is no JSON object.
+    """
     # Read here and not through `datasets`, which infers one schema for all rows and cannot name a broken line.
     for number, line in enumerate(file, start=1):
         if line.isspace():
@@ -109,7 +144,7 @@ def _json_lines(file: IO[str], path: Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"data.paths={path}: expected JSON in line {number} ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f"data.paths={path}: expected an object in line {number}, found {type(row).__name__}")
-        yield row
+        yield number, row
 
 
 def pieces(file: IO[str]) -> Iterator[str]:

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data.config import DataConfig, shown
 from data.document import Corpus
 from data.errors import DataError
 from data.heldout import HeldoutChoice
 
-HEADER = struct.Struct("<32sBQ")
-"""Of each document in the file: SHA-256 of its text, domain id, bytes."""
+HEADER = struct.Struct("<32sBQQ")
+"""Of each document in the file: SHA-256 of its text, domain id, bytes, number of turns; the turns follow, then it."""
+TURN = np.dtype("<u8")
 MAX_DOMAINS = 255
 """A domain id is one byte."""
-SOURCE_KEY = {"embedded": "code_bytes", "files": "paths", "hub": "hub_path"}
+SOURCE_KEY = {"embedded": "code_bytes", "files": "paths", "hub": "hub_path", "sft": "paths"}
 """The key to look at when a corpus of that kind has too little text."""
 
 
@@ -24,6 +27,8 @@ class Ingested(NamedTuple):
     text: str
     size: int
     """UTF-8 bytes."""
+    turns: tuple[int, ...]
+    """As in `Document`."""
 
 
 class Ingest:
@@ -41,7 +46,7 @@ class Ingest:
         choice = HeldoutChoice(config.heldout_fraction, config.heldout_max_bytes)
         found = 0
         with path.open("wb") as file:
-            for number, (text, domain) in enumerate(corpus.documents(), start=1):
+            for number, (text, domain, turns) in enumerate(corpus.documents(), start=1):
                 if not text or text.isspace():
                     continue
                 try:
@@ -50,8 +55,8 @@ class Ingest:
                     raise DataError(f"{source}: expected Unicode text, document {number} has {error.reason}") from error
                 digest = hashlib.sha256(content).digest()
                 choice.see(digest, domain, len(content))
-                file.write(HEADER.pack(digest, self._domain_id(domain, config), len(content)))
-                file.write(content)
+                file.write(HEADER.pack(digest, self._domain_id(domain, config), len(content), len(turns)))
+                file.write(np.array(turns, dtype=TURN).tobytes() + content)
                 found += 1
         self._heldout = choice.digests()
         if not found:
@@ -74,8 +79,9 @@ class Ingest:
     def _records(self) -> Iterator[tuple[bytes, Ingested]]:
         with self.path.open("rb") as file:
             while header := file.read(HEADER.size):
-                digest, domain, size = HEADER.unpack(header)
-                yield digest, Ingested(domain, file.read(size).decode(), size)
+                digest, domain, size, num_turns = HEADER.unpack(header)
+                turns = tuple(np.frombuffer(file.read(num_turns * TURN.itemsize), dtype=TURN).tolist())
+                yield digest, Ingested(domain, file.read(size).decode(), size, turns)
 
     def train(self) -> Iterator[Ingested]:
         return (document for digest, document in self._records() if digest not in self._heldout)

@@ -11,7 +11,7 @@ import numpy as np
 from data.batch import Batch
 from data.errors import DataError
 from data.packing import Row, padding_row
-from data.store import TokenSplit
+from data.split import TokenSplit
 
 
 def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""Tokens on disk: written once, opened by every process of a run, memory-mapped, verified.
-
-Legend: T tokens of a slice of the stream.
-"""
+"""Tokens on disk: written once, opened by every process of a run, memory-mapped, verified."""
 
 import hashlib
 import json
@@ -11,13 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data.build import FORMAT, TOKENIZER_FILE, build_store, fsync, manifest_sha256, sha256
 from data.config import DataConfig
 from data.corpus import open_corpus
 from data.errors import DataError
-from data.packing import Row, pack_row
+from data.split import TokenSplit
 from data.tokenizer import Tokenizer, as_it_is
 
 
@@ -114,7 +109,10 @@ class Store:
         return DataError(f"{path}: expected {expected}, found {found}; delete {self.directory} to build it again")
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a domain: documents, bytes and tokens of both splits, a hash of the text, the held-out baselines."""
+        """One row a domain: documents, bytes and tokens of both splits, a hash of the text, the held-out baselines.
+
+        `heldout_bytes`, like the baselines, counts what is evaluated: of conversations, the answers.
+        """
         rows = []
         for domain in self.domains:
             train, heldout = (self.manifest["splits"][name]["domains"][domain] for name in ("train", "heldout"))
@@ -123,59 +121,7 @@ class Store:
             rows.append(
                 {"domain": domain}
                 | counts
-                | {"sha256": both[:12], "heldout_bytes": heldout["bytes"]}
+                | {"sha256": both[:12], "heldout_bytes": heldout.get("label_bytes", heldout["bytes"])}
                 | {name: heldout[name] for name in ("gzip_bits_per_byte", "unigram_bits_per_byte")}
             )
         return rows
-
-
-class TokenSplit:
-    """The documents of one split as one stream of tokens, <s> document </s> <s> ..., that rows are cut from.
-
-    Row i of length S has the tokens i*S ... i*S + S: S inputs and, one further, S labels. `keep_last_row`: what is
-    left at the end becomes a padded row (held-out: every token is a label once, <s> aside); else it is dropped.
-    """
-
-    def __init__(self, directory: Path, manifest: dict[str, Any], name: str, *, keep_last_row: bool = False) -> None:
-        entry = manifest["splits"][name]
-        self.name = name
-        self.key: str = manifest["key"]
-        self.num_tokens: int = entry["tokens"]
-        self.keep_last_row = keep_last_row
-        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self._shards = [np.memmap(directory / shard, dtype=dtype, mode="r") for shard in entry["shards"]]
-        self._shard_starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
-        self._starts = np.load(directory / f"{name}-starts.npy", mmap_mode="r", allow_pickle=False)
-        self._domain_ids = np.load(directory / f"{name}-domains.npy", mmap_mode="r", allow_pickle=False)
-
-    def check_vocab(self, vocab_size: int) -> None:
-        """Raises: DataError: a token id outside of the vocabulary of `vocab_size`."""
-        for shard in self._shards:
-            highest = max((int(shard[i : i + 2**24].max()) for i in range(0, len(shard), 2**24)), default=0)
-            if highest >= vocab_size:
-                file = shard.filename
-                raise DataError(f"{file}: expected token ids below vocab_size {vocab_size}, found {highest}")
-
-    def num_rows(self, seq_len: int) -> int:
-        """Rows of S = `seq_len`; the last token of the stream can only be a label."""
-        pairs = max(self.num_tokens - 1, 0)
-        return -(-pairs // seq_len) if self.keep_last_row else pairs // seq_len
-
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` ... `stop` - 1 of the stream, [T]."""
-        first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
-        parts = []
-        while start < stop:
-            offset = start - int(self._shard_starts[first])
-            parts.append(self._shards[first][offset : offset + stop - start])
-            start += len(parts[-1])
-            first += 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def row(self, i: int, seq_len: int, cross_documents: bool = False) -> Row:
-        """Row `i`, 0 <= i < `num_rows(seq_len)`; `cross_documents`: see `pack_row`."""
-        start = i * seq_len
-        tokens_T = self.tokens(start, min(start + seq_len + 1, self.num_tokens))
-        first, last = np.searchsorted(self._starts, [start, start + len(tokens_T) - 1], side="right")
-        starts = self._starts[first:last] - start
-        return pack_row(tokens_T, starts, self._domain_ids[first - 1 : last], seq_len, cross_documents)

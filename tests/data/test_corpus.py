@@ -34,7 +34,7 @@ def g():
 
 def read(*paths: Path | str, **keys: str) -> list[tuple[str, str]]:
     corpus = FilesCorpus(tuple(map(str, paths)), keys.get("text_key", "text"), keys.get("domain_key"), None)
-    return [tuple(document) for document in corpus.documents()]
+    return [(document.text, document.domain) for document in corpus.documents()]
 
 
 def test_docstrings_go_to_prose_and_not_to_code() -> None:
