@@ -57,7 +57,7 @@ class TensorDirectory:
             for tensor, found in read_header(directory / name).items():
                 if tensor in self.tensors:
                     both = f"{self.tensors[tensor].file.name} and {name}"
-                    raise ModelError(f"{directory}: {tensor}: expected in one file, found in {both}")
+                    raise ModelError(f"{directory}: {shown(tensor)}: expected in one file, found in {both}")
                 self.tensors[tensor] = found
         if placed is not None:
             refuse(directory / index, "in the index, not where it says", _misplaced(placed, self.tensors))
@@ -106,13 +106,13 @@ def read_header(file: Path) -> dict[str, Found]:
         try:
             kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{file}: {name!r}: damaged: not the entry of a tensor") from error
+            raise ModelError(f"{file}: {shown(name)}: damaged: not the entry of a tensor") from error
         if not isinstance(kind, str) or kind not in DTYPES:
-            raise ModelError(f"{file}: {name}: found dtype {kind!r}, expected one of {', '.join(DTYPES)}")
+            raise ModelError(f"{file}: {shown(name)}: found dtype {kind!r}, expected one of {', '.join(DTYPES)}")
         if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-            raise ModelError(f"{file}: {name}: damaged: shape {shape}, bytes {start} to {end}")
+            raise ModelError(f"{file}: {shown(name)}: damaged: shape {shape}, bytes {start} to {end}")
         if end - start != prod(shape) * DTYPES[kind].itemsize:
-            raise ModelError(f"{file}: {name}: damaged: {end - start} bytes for {kind} of shape {shape}")
+            raise ModelError(f"{file}: {shown(name)}: damaged: {end - start} bytes for {kind} of shape {shape}")
         ends.append((start, end))
         found[name] = Found(file, DTYPES[kind], shape)
     reached = 0
@@ -137,7 +137,7 @@ def parse_json(text: bytes, file: Path) -> dict[str, Any]:
         if len(result) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in result if names.count(name) > 1)
-            raise ModelError(f"{file}: {twice!r}: expected once, found several times")
+            raise ModelError(f"{file}: {shown(twice)}: expected once, found several times")
         return result
 
     try:
@@ -171,9 +171,15 @@ def refuse(where: Path, what: str, names: Iterable[str]) -> None:
     """Raise ModelError that lists the first five of `names`, if there are any."""
     listed = sorted(names)
     if listed:
-        shown = ", ".join(name if name.isprintable() else repr(name) for name in listed[:5])
+        first = ", ".join(map(shown, listed[:5]))
         rest = f", and {len(listed) - 5} more" if len(listed) > 5 else ""
-        raise ModelError(f"{where}: {len(listed)} tensor{'s' * (len(listed) > 1)} {what}: {shown}{rest}")
+        raise ModelError(f"{where}: {len(listed)} tensor{'s' * (len(listed) > 1)} {what}: {first}{rest}")
+
+
+def shown(name: str) -> str:
+    """A name out of a file, fit for a terminal."""
+    text = name if name.isprintable() else repr(name)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _read_index(file: Path) -> dict[str, str]:
