@@ -1,0 +1,75 @@
+"""Mistral's own format against a reading of that layout which is written here, and shares nothing with ours."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.foreign import CASES, filled, logits_of, saved, tokens_of
+from training.export import export_model
+from training.source import open_source
+
+
+def load_all(directory):
+    return {name: x for file in directory.glob("*.safetensors") for name, x in load_file(file).items()}
+
+
+def mistral_forward(directory, tokens_S):
+    """Logits [S, V] as Mistral's format means them: rotary pairs are complex numbers of neighbouring rows."""
+    params, w = json.loads((directory / "params.json").read_text()), load_all(directory)
+    length, channels, groups = len(tokens_S), params["head_dim"], params["n_heads"] // params["n_kv_heads"]
+    frequencies = params["rope_theta"] ** -(torch.arange(0, channels, 2) / channels)
+    turn = torch.polar(torch.ones(()), torch.outer(torch.arange(length), frequencies))
+    distance = torch.arange(length).unsqueeze(1) - torch.arange(length)
+    seen = (distance >= 0) & (distance < params.get("sliding_window", length))
+
+    def norm(x, weight):
+        return x * (x.square().mean(-1, keepdim=True) + params["norm_eps"]).rsqrt() * weight
+
+    def rotated(x):  # [S, heads, C]
+        pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
+        return torch.view_as_real(pairs * turn.unsqueeze(1)).flatten(-2)
+
+    def swiglu(x, prefix):
+        gate, up = (x @ w[f"{prefix}.w{i}.weight"].T for i in (1, 3))
+        return (torch.nn.functional.silu(gate) * up) @ w[f"{prefix}.w2.weight"].T
+
+    h = w["tok_embeddings.weight"][tokens_S]
+    for n in range(params["n_layers"]):
+        layer = f"layers.{n}"
+        x = norm(h, w[f"{layer}.attention_norm.weight"])
+        q, k, v = (
+            (x @ w[f"{layer}.attention.w{name}.weight"].T).view(length, -1, channels) for name in ("q", "k", "v")
+        )
+        q, k, v = rotated(q), rotated(k).repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = torch.einsum("qhc,khc->hqk", q, k) / channels**0.5
+        mixed = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        mixed = torch.einsum("hqk,khc->qhc", mixed, v).flatten(1)
+        h = h + mixed @ w[f"{layer}.attention.wo.weight"].T
+        x = norm(h, w[f"{layer}.ffn_norm.weight"])
+        if "moe" not in params:
+            h = h + swiglu(x, f"{layer}.feed_forward")
+            continue
+        best, chosen = (x @ w[f"{layer}.feed_forward.gate.weight"].T).topk(params["moe"]["num_experts_per_tok"])
+        experts = f"{layer}.feed_forward.experts"
+        rows = []
+        for t in range(length):
+            weighted = zip(best[t].softmax(-1), chosen[t].tolist(), strict=True)
+            rows.append(sum(p * swiglu(x[t], f"{experts}.{e}") for p, e in weighted))
+        h = h + torch.stack(rows)
+    head = w.get("output.weight", w["tok_embeddings.weight"])
+    return norm(h, w["norm.weight"]) @ head.T
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "llama-geglu"])
+def test_mistrals_format_means_what_an_independent_reading_makes_of_it(case, tmp_path):
+    theirs = saved(case, tmp_path / "theirs")
+    source = open_source(tmp_path / "theirs")
+    export_model(source, tmp_path / "official", form="mistral", dtype="fp32", shard_bytes=15_000, positions=64)
+    tokens = tokens_of(11, rows=1)
+    expected = theirs(tokens).logits
+    torch.testing.assert_close(mistral_forward(tmp_path / "official", tokens[0]), expected[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_of(filled(tmp_path / "official"), tokens), expected, rtol=0, atol=1e-5)
+    wq = load_all(tmp_path / "official")["layers.0.attention.wq.weight"]
+    assert not torch.equal(wq, load_all(tmp_path / "theirs")["model.layers.0.self_attn.q_proj.weight"])
