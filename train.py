@@ -35,6 +35,7 @@ def train(config: Config) -> dict[str, Any]:
 
     import torch
 
+    from data.chat import instruction
     from data.loader import Loader, evaluation_batches
     from data.store import prepare
     from moe.flops import count_parameters, meta_model, training_flops_per_token
@@ -90,7 +91,7 @@ def train(config: Config) -> dict[str, Any]:
         "checkpoint",
         lambda: find_checkpoint(config, directory, restarted=world.restart_count > 0, warn=show_line),
     )
-    state = checked_state(found, model_config, steps) if found else None
+    state = checked_state(found, model_config, config.router, steps) if found else None
     if state:
         check_resumed(config.optim.train, state.get("train", "all"), str(found))
     fresh = config.run.init_from if found is None else None
@@ -198,7 +199,8 @@ def train(config: Config) -> dict[str, Any]:
                     "step": done,
                     "updates": engine.updates,
                     "loader": loader.state_dict(),
-                    "model": dataclasses.asdict(model_config),
+                    "model": to_dict(model_config),
+                    "router": to_dict(config.router),
                     "train": config.optim.train,
                 }
                 recorder.sync()
@@ -214,9 +216,10 @@ def train(config: Config) -> dict[str, Any]:
         evaluation = evaluation or evaluate_now()
         sample = None
         if config.run.sample_tokens:
+            asked = instruction(config.run.prompt) if config.data.kind == "sft" else config.run.prompt
             [sample_ids] = generate(
                 model,
-                [[store.tokenizer.bos_id, *store.tokenizer.encode(config.run.prompt)]],
+                [[store.tokenizer.bos_id, *store.tokenizer.encode(asked)]],
                 max_tokens=config.run.sample_tokens,
                 sampling=Sampling(temperature=SAMPLE_TEMPERATURE, seed=config.run.seed),
                 stop=[store.tokenizer.eos_id],

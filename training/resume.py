@@ -1,6 +1,5 @@
 """Which checkpoint a run goes on from, and whether it is one of the same model."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +8,16 @@ from typing import Any
 import torch.distributed as dist
 
 from data.errors import DataError
-from moe.config import ModelConfig
+from moe.config import ModelConfig, RouterConfig
 from parallel.launch import World
 from parallel.rendezvous import share, wait_for_all
 from training.config import Config
+from training.initial import FREE_MODEL_KEYS, ROUTER_KEYS
 from training.manifest import CheckpointError, committed, newest_verified, read_state
 from training.run import RunError
+from training.strict import ConfigError, from_dict, to_dict
 
 CHECKPOINTS = "checkpoints"
-FREE_MODEL_KEYS = ("expert_kernel", "init_std")
-"""Keys of the model that may change between two starts of a run: they change no weight's meaning."""
 
 
 def check_shared(store: dist.Store, world: World, directory: Path, tokens: str) -> None:
@@ -70,22 +69,38 @@ def find_checkpoint(config: Config, directory: Path, *, restarted: bool, warn: C
     return None if newest is None else str(newest)
 
 
-def checked_state(path: str, model: ModelConfig, steps: int) -> dict[str, Any]:
-    """The state in the checkpoint `path`, if it is one of this model, at most `steps` steps old.
+def checked_state(path: str, model: ModelConfig, router: RouterConfig, steps: int) -> dict[str, Any]:
+    """The state in the checkpoint `path`, if it is one of this model and routing, at most `steps` steps old.
 
     Raises:
         CheckpointError: names the first key that differs, its value here and there.
     """
     state = read_state(Path(path))
-    for key, here in dataclasses.asdict(model).items():
-        there = state["model"].get(key)
-        if here != there and key not in FREE_MODEL_KEYS:
-            raise CheckpointError(
-                f"model.{key}={json.dumps(here)}: expected {json.dumps(there)} as in the checkpoint {path}, "
-                "or another run.name"
-            )
+    try:
+        saved: dict[str, ModelConfig | RouterConfig] = {"model": from_dict(ModelConfig, state["model"], "model")}
+        if model.is_moe:
+            saved["router"] = from_dict(RouterConfig, state["router"], "router")
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{path}: expected the state of a run ({error})") from error
+    for section, there_config in saved.items():
+        config = model if section == "model" else router
+        here, there = (_meaning(part, model.top_k or 1) for part in (config, there_config))
+        for key, value in here.items():
+            if value != there[key]:
+                raise CheckpointError(
+                    f"{section}.{key}={json.dumps(value)}: expected {json.dumps(there[key])} as in the checkpoint "
+                    f"{path}, or another run.name"
+                )
     if state["step"] > steps:
         raise CheckpointError(
             f"train.steps={steps}: expected at least {state['step']}, the step of the checkpoint {path}"
         )
     return state
+
+
+def _meaning(config: ModelConfig | RouterConfig, top_k: int) -> dict[str, Any]:
+    """The keys that say what the weights mean, with the values they stand for."""
+    values = to_dict(config)
+    if isinstance(config, RouterConfig):
+        return {key: values[key] for key in ROUTER_KEYS} | {"normalize": config.normalizes(top_k)}
+    return {key: value for key, value in values.items() if key not in FREE_MODEL_KEYS}

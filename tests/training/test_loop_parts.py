@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, RouterConfig
 from training.config import OptimConfig
 from training.manifest import CheckpointError
 from training.optimizer import build_optimizer
 from training.resume import checked_state
 from training.schedule import learning_rate
+from training.strict import to_dict
 
 
 def test_cosine_by_hand():
@@ -44,11 +45,17 @@ def test_a_checkpoint_of_another_model_names_the_key(tmp_path):
     from training import checkpoint
 
     model = ModelConfig(
-        dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8, num_experts=4, top_k=2, vocab_size=9
-    )
-    saved = checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, {"step": 3, "model": dataclasses.asdict(model)}, keep=2)
-    assert checked_state(str(saved), dataclasses.replace(model, expert_kernel="loop"), 3)["step"] == 3
+        dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8, num_experts=4, top_k=2,
+        vocab_size=9, sliding_window=(4, None),
+    )  # fmt: skip
+    router = RouterConfig()
+    state = {"step": 3, "model": to_dict(model), "router": to_dict(router)}
+    saved = str(checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, state, keep=2))
+    same = dataclasses.replace(router, normalize=True, jitter=0.1, capacity_factor=2.0)
+    assert checked_state(saved, dataclasses.replace(model, expert_kernel="loop"), same, 3)["step"] == 3
     with pytest.raises(CheckpointError, match=r"^model\.num_experts=8: expected 4 as in the checkpoint .*step-3"):
-        checked_state(str(saved), dataclasses.replace(model, num_experts=8), 3)
+        checked_state(saved, dataclasses.replace(model, num_experts=8), router, 3)
+    with pytest.raises(CheckpointError, match=r"^router\.normalize=false: expected true as in the checkpoint"):
+        checked_state(saved, model, dataclasses.replace(router, normalize=False), 3)
     with pytest.raises(CheckpointError, match=r"^train\.steps=2: expected at least 3"):
-        checked_state(str(saved), model, 2)
+        checked_state(saved, model, router, 2)
