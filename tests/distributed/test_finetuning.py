@@ -1,0 +1,84 @@
+"""What fine-tuning asks of several ranks: checkpoints of single experts, and steps with nothing to predict."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data.batch import IGNORE
+from moe.config import RouterConfig
+from parallel.apply import build_model
+from parallel.mesh import build_mesh
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_parity import MODEL, OPTIM, full, global_batch, part_of
+from training import checkpoint
+from training.engine import NativeEngine
+from training.manifest import read_manifest
+from training.step import StepResult, train_step
+
+ROUTER = RouterConfig(balance_coef=0.05, z_coef=0.01)
+TRAIN = ("router", "expert:3", "expert:4")
+
+
+def engine_of(expert_size: int, seed: int, train: str | tuple[str, ...] = TRAIN) -> NativeEngine:
+    mesh = build_mesh(torch.device("cpu"), expert_size)
+    model = build_model(MODEL, ROUTER, mesh, compute_dtype=torch.float64, seed=seed)
+    return NativeEngine(model, replace(OPTIM, train=train), mesh)
+
+
+def steps(engine: NativeEngine, first: int, last: int) -> None:
+    for step in range(first, last):
+        rank, world = engine.mesh.rank, engine.mesh.world_size
+        train_step(engine, part_of(global_batch(step), rank, world), ROUTER, 1e-3)
+
+
+def interrupted(rank: int, world: int, root: Path) -> tuple[dict, dict, int]:
+    whole = engine_of(2, seed=3)
+    steps(whole, 0, 2)
+    path = checkpoint.save(root, 2, whole.tensors(), {}, keep=2)
+    steps(whole, 2, 4)
+    other = engine_of(4, seed=7)
+    checkpoint.load(path, other.tensors())
+    other.set_updates(2)
+    steps(other, 2, 4)
+    return full(whole), full(other), other.updates
+
+
+def test_single_experts_are_saved_and_go_on_under_another_layout(tmp_path):
+    """Saved by four ranks with two expert shards, loaded into four: weights and moments of four steps are the same."""
+    results = run_ranks(interrupted, 4, tmp_path)
+    saved = read_manifest(tmp_path / "step-2")["tensors"]
+    moments = {name for name in saved if name.startswith("exp_avg.")}
+    assert moments == {
+        f"exp_avg.layers.{layer}.ffn.{part}"
+        for layer in range(2)
+        for part in ("router.weight", *(f"experts.{w}.{e}" for w in ("w_gate", "w_up", "w_down") for e in (3, 4)))
+    }
+    whole = {name: tensor for of_rank, _, _ in results for name, tensor in of_rank.items()}
+    assert whole.keys() == saved.keys()
+    for _, other, updates in results:
+        assert updates == 4
+        for name, tensor in other.items():
+            torch.testing.assert_close(tensor, whole[name], rtol=1e-9, atol=1e-12, msg=name)
+    assert {name for _, other, _ in results for name in other} == saved.keys()
+
+
+def without_labels(rank: int, world: int) -> list[StepResult]:
+    """A batch of prompts only: first on one of the ranks, then on both."""
+    engine = engine_of(2, seed=3, train="all")
+    results = []
+    for nobody in (False, True):
+        rows = global_batch(0)
+        rows["labels_BS"][:] = IGNORE
+        if not nobody:
+            rows["labels_BS"][0, 0] = 5
+        results.append(train_step(engine, part_of(rows, rank, world), ROUTER, 1e-3))
+    assert all(parameter.isfinite().all() for parameter in engine.model.parameters())
+    return results
+
+
+def test_a_step_without_a_label_is_a_step_of_the_router_losses():
+    for some, none in run_ranks(without_labels, 2):
+        assert some.ce > 0 and none.ce == 0
+        assert none.loss > 0 and 0 < none.grad_norm < some.grad_norm
+        assert none.tokens == some.tokens > 0
