@@ -166,5 +166,5 @@ def _write_fast_tokenizer(directory: Path) -> None:
     model = schema.ModelProto()
     model.ParseFromString((directory / TOKENIZER_FILE).read_bytes())
     prefix = bool(model.normalizer_spec.add_dummy_prefix)
-    tokenizer = _llama_tokenizer().from_pretrained(directory, add_prefix_space=prefix)
+    tokenizer = _llama_tokenizer().from_pretrained(directory, add_prefix_space=prefix, add_bos_token=True)
     tokenizer.save_pretrained(directory)

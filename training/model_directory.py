@@ -7,7 +7,6 @@
 `training.source.open_source` reads it, and so does everything that takes a model directory.
 """
 
-import dataclasses
 import os
 import re
 import shutil
@@ -74,7 +73,7 @@ def write_model(
                 record = {"dtype": DTYPES[block.dtype], "shape": block.whole, "chunks": []}
                 chunk = {"file": file, "offset": block.region.offset, "shape": block.region.shape}
                 tensors.setdefault(PREFIX + block.name, record)["chunks"].append(chunk)
-        state = {"step": 0, "updates": 0, "model": dataclasses.asdict(model)}
+        state = {"step": 0, "updates": 0, "model": to_dict(model), "router": to_dict(router)}
         body = {"format": FORMAT, "torch": torch.__version__, "state": state, "files": files, "tensors": tensors}
         write_manifest(checkpoint, body)
         fsync(checkpoint.parent)

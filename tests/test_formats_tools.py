@@ -1,0 +1,211 @@
+"""import_hf, export_hf and run.init_from as a user calls them; tokenizers through AutoTokenizer."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from data.config import DataConfig
+from data.corpus import open_corpus
+from data.tokenizer import Tokenizer, train_tokenizer
+from scripts import export_hf, import_hf
+from scripts.boundary import CONF
+from tests.foreign import filled, saved
+from tests.test_train import TINY, numbers
+from training.source import open_source
+
+VOCAB = 503
+"""Of models here; the tokenizer has 500 ids."""
+
+
+def call(tool, monkeypatch, *arguments):
+    """Exit status of the tool."""
+    monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    return ended.value.code
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    config = DataConfig(kind="embedded", code_bytes=2_000_000, prose_bytes=800_000, arithmetic_bytes=50_000)
+    return [document.text for document in open_corpus(config).documents()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, documents) -> Path:
+    """A Mixtral of transformers' with a tokenizer.model of ours; read only."""
+    directory = tmp_path_factory.mktemp("model") / "theirs"
+    saved("mixtral", directory, VOCAB)
+    (directory / "tokenizer.model").write_bytes(train_tokenizer(documents[:60], 500))
+    return directory
+
+
+def test_import_and_export_by_command(model, tmp_path, monkeypatch, capsys):
+    assert call(import_hf, monkeypatch, f"source={model}", f"out={tmp_path}/ours", "shard_size=50KB") == 0
+    assert "23 tensors" in capsys.readouterr().out
+    ours = tmp_path / "ours"
+    assert sorted(path.name for path in ours.iterdir()) == ["checkpoints", "config.yaml", "tokenizer.model"]
+    assert yaml.safe_load((ours / "config.yaml").read_text()).keys() == {"model", "router"}
+    for source in (ours, ours / "checkpoints" / "step-0"):
+        out = tmp_path / f"out-{source.name}"
+        assert call(export_hf, monkeypatch, f"checkpoint={source}", f"out={out}", "shard_size=60KB") == 0
+        config = json.loads((out / "config.json").read_text())
+        assert config["dtype"] == "bfloat16" and config["architectures"] == ["MixtralForCausalLM"]
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {path.name for path in out.glob("*.safetensors")}
+        assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in filled(ours).state_dict().values())
+        assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    official = ["format=mistral", "dtype=fp32"]
+    assert call(export_hf, monkeypatch, f"checkpoint={ours}", f"out={tmp_path}/official", *official) == 0
+    names = sorted(path.name for path in (tmp_path / "official").iterdir())
+    assert names == ["consolidated.safetensors", "params.json", "tokenizer.model"]
+    assert call(import_hf, monkeypatch, f"source={tmp_path}/official", f"out={tmp_path}/back", "dtype=keep") == 0
+    a, b = filled(tmp_path / "back").state_dict(), filled(model).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_token_ids_are_equal_through_autotokenizer(model, tmp_path, monkeypatch, documents):
+    import transformers
+
+    assert call(export_hf, monkeypatch, f"checkpoint={model}", f"out={tmp_path}/out") == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = Tokenizer(model / "tokenizer.model")
+    odd = [
+        "",
+        " ",
+        "  two  spaces ",
+        "\n\n\tx",
+        "naïve café 你好 🙂",
+        "a\u2028b\r\n",
+        "1234567890",
+        "[INST] hi [/INST]",
+    ]
+    texts = [text[:20_000] for text in documents[:400]] + odd
+    assert len(texts) > 300
+    for text in texts:
+        # Left to themselves, transformers' tokenizers read a literal <s> in a text as the mark.
+        ids = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert ids == ours.encode(text), text[:200]
+        if not any(mark in text for mark in ("<s>", "</s>", "<unk>")):
+            assert ids == theirs(text, add_special_tokens=False).input_ids
+    assert theirs("x").input_ids == [ours.bos_id, *ours.encode("x")]
+    assert theirs.decode(ours.encode(documents[0])) == documents[0]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+def test_a_tokenizer_that_puts_a_space_before_a_text_keeps_doing_so(model, tmp_path, monkeypatch, documents):
+    import sentencepiece
+    import transformers
+    from sentencepiece import sentencepiece_model_pb2
+
+    shutil.copytree(model, tmp_path / "model")
+    schema = sentencepiece_model_pb2.ModelProto()
+    schema.ParseFromString((model / "tokenizer.model").read_bytes())
+    schema.normalizer_spec.add_dummy_prefix = True
+    (tmp_path / "model" / "tokenizer.model").write_bytes(schema.SerializeToString())
+    assert call(export_hf, monkeypatch, f"checkpoint={tmp_path}/model", f"out={tmp_path}/out") == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ours = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model" / "tokenizer.model"))
+    for text in documents[:50]:
+        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == ours.encode(text)
+
+
+def cut(directory):
+    with open(directory / "model.safetensors", "rb+") as file:
+        file.truncate(1000)
+
+
+def rename_architecture(directory):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, "a header of"),
+        (rename_architecture, "model_type=gpt2: expected one of LlamaForCausalLM, MistralForCausalLM, Mixtral"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json: damaged: not JSON"),
+        (lambda d: (d / "tokenizer.model").write_bytes(b"x"), "expected a sentencepiece model that can be read"),
+        (lambda d: shutil.rmtree(d), "expected a model directory; none found"),
+    ],
+)
+@pytest.mark.parametrize("tool", [import_hf, export_hf])
+def test_bad_input_is_one_line_and_nothing_is_written(tool, change, message, model, tmp_path, monkeypatch, capsys):
+    shutil.copytree(model, tmp_path / "bad")
+    change(tmp_path / "bad")
+    key = "source" if tool is import_hf else "checkpoint"
+    assert call(tool, monkeypatch, f"{key}={tmp_path}/bad", f"out={tmp_path}/out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name != "bad"] == []
+
+
+def test_other_refusals(model, tmp_path, monkeypatch, capsys):
+    saved("mixtral", tmp_path / "small", 400)
+    shutil.copy(model / "tokenizer.model", tmp_path / "small")
+    capsys.readouterr()
+    out = f"out={tmp_path}/out"
+    for tool, arguments, message in (
+        (
+            import_hf,
+            [f"source={tmp_path}/small", out],
+            "expected at most 400 ids, the rows of the embedding; found 500",
+        ),
+        (export_hf, [f"checkpoint={tmp_path}/small", out], "expected at most 400 ids"),
+        (import_hf, [f"source={model}"], "out=???: expected a string"),
+        (import_hf, [f"source={model}", f"out={model}"], "expected a path where nothing is yet"),
+        (import_hf, [f"source={model}", out, "shard_size=many"], "shard_size=many: expected a size"),
+        (import_hf, [f"source={model}", out, "dtype=fp8"], "dtype=fp8: expected one of fp32, keep"),
+        (export_hf, [f"checkpoint={model}", out, "format=gguf"], "format=gguf: expected one of hf, mistral"),
+        (export_hf, [f"checkpoint={model}", out, "max_positions=0"], "max_positions=0: expected"),
+        (export_hf, [f"chekpoint={model}", out], "the nearest valid key is checkpoint"),
+    ):
+        assert call(tool, monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_transformers_a_tokenizer_is_not_exported_and_the_package_is_named(
+    model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert call(export_hf, monkeypatch, f"checkpoint={model}", f"out={tmp_path}/out") == 2
+    assert "pip install 'mixwright[hf]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert call(export_hf, monkeypatch, f"checkpoint={model}", f"out={tmp_path}/out", "format=mistral") == 0
+
+
+@pytest.mark.slow
+def test_training_starts_from_a_foreign_model_under_every_layout(model, tmp_path):
+    """At a learning rate that moves no weight, the checkpoint must hold the model bit for bit."""
+
+    def train(name, *overrides):
+        tiny = [word for word in TINY if not word.startswith(("data.vocab_size", "model="))]
+        places = [f"data.cache={tmp_path}/cache", f"run.root={tmp_path}/runs", f"run.name={name}"]
+        command = [sys.executable, "train.py", *tiny, *places, f"run.init_from={model}", *overrides]
+        return subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, check=False)
+
+    runs = tmp_path / "runs"
+    for nproc in (1, 2):
+        still = ["train.steps=1", "optim.lr=1e-30", "optim.weight_decay=0", "train.precision=fp32"]
+        done = train(f"on-{nproc}", *still, f"launch.nproc={nproc}")
+        assert done.returncode == 0, done.stderr
+        a, b = filled(runs / f"on-{nproc}").state_dict(), filled(model).state_dict()
+        assert all(torch.equal(a[name], b[name]) for name in b)
+    held = [rank["experts"] for rank in json.loads((runs / "on-2" / "result.json").read_text())["ranks"]]
+    assert held == [[0, 1], [2, 3]]
+    assert open_source(runs / "on-1").tokenizer.read_bytes() == (model / "tokenizer.model").read_bytes()
+    one, two = (numbers(runs / f"on-{nproc}")[0]["train/loss"] for nproc in (1, 2))
+    assert one == pytest.approx(two, abs=1e-5)
+
+    refused = train("no", "model.dim=32")
+    assert refused.returncode == 2 and "error: model.dim=32: expected 24, as in run.init_from=" in refused.stderr
+    assert not (runs / "no").exists()
