@@ -24,6 +24,7 @@ class ExportConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"
     shard_size: str = "5GB"
     max_positions: int = 32768
+    chat: bool = False
 
     def __post_init__(self) -> None:
         expect(self.max_positions >= 1, "max_positions", self.max_positions, "an integer >= 1")
@@ -43,6 +44,7 @@ def export_hf(config: ExportConfig) -> None:
         dtype=config.dtype,
         shard_bytes=shard_bytes,
         positions=config.max_positions,
+        chat=config.chat,
     )
     tokenizer = "no tokenizer" if source.tokenizer is None else "its tokenizer"
     print(f"{config.out}: from {source.path}, {size / 1e9:.2f} GB in {config.dtype}, {tokenizer}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from data import chat
 from data.config import DataConfig
 from data.corpus import open_corpus
 from data.tokenizer import Tokenizer, train_tokenizer
@@ -97,6 +98,18 @@ def test_token_ids_are_equal_through_autotokenizer(model, tmp_path, monkeypatch,
     assert theirs("x").input_ids == [ours.bos_id, *ours.encode("x")]
     assert theirs.decode(ours.encode(documents[0])) == documents[0]
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+def test_the_chat_template_is_the_one_we_train_with(model, tmp_path, monkeypatch):
+    import transformers
+
+    assert call(export_hf, monkeypatch, f"checkpoint={model}", f"out={tmp_path}/out", "chat=true") == 0
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), Tokenizer(model / "tokenizer.model")
+    turns = [("user", "What is  2 + 2?\n"), ("assistant", "4, I think."), ("user", "Sure?")]
+    for messages in (turns, turns[:1], [("system", "Be brief."), *turns]):
+        messages = [{"role": role, "content": content} for role, content in messages]
+        ids = theirs.apply_chat_template(messages, return_dict=False)
+        assert ids == chat.encode(chat.prompt(messages), ours)[0]
 
 
 def test_a_tokenizer_that_puts_a_space_before_a_text_keeps_doing_so(model, tmp_path, monkeypatch, documents):

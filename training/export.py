@@ -22,6 +22,17 @@ FORMATS = {
     "hf": (hf.CONFIG, hf.INDEX, hf.SINGLE, hf_names.PER_EXPERT),
     "mistral": (mistral.CONFIG, mistral.INDEX, mistral.SINGLE, mistral.FORMAT),
 }
+CHAT_TEMPLATE = (
+    "{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+    "{%- set turns = messages[1:] if system else messages %}"
+    "{{- bos_token }}"
+    "{%- for turn in turns %}"
+    "{%- if turn.role == 'user' %}{{- '[INST] ' + (system if loop.first else '') + turn.content + ' [/INST]' }}"
+    "{%- else %}{{- ' ' + turn.content + eos_token }}"
+    "{%- endif %}"
+    "{%- endfor %}"
+)
+"""The conversations of data/chat.py, in Jinja."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -55,11 +66,13 @@ def export_model(
     dtype: Literal["bf16", "fp32"],
     shard_bytes: int,
     positions: int,
+    chat: bool = False,
 ) -> int:
     """Write `source` in Hugging Face's or Mistral's format; returns the bytes of its weights.
 
     Args:
         positions: `max_position_embeddings` of a Hugging Face configuration.
+        chat: give the tokenizer the `[INST]` chat template.
 
     Raises:
         ModelError: the format cannot say what the model computes (the message starts with the key); a tensor that
@@ -102,7 +115,7 @@ def export_model(
             _write_json(directory / "generation_config.json", {"_from_model_config": True} | marks)
         _write_json(directory / config_file, config)
         if form == "hf" and source.tokenizer is not None:
-            _write_fast_tokenizer(directory)
+            _write_fast_tokenizer(directory, chat)
         for path in directory.iterdir():
             fsync(path)
     return total
@@ -155,7 +168,7 @@ def _llama_tokenizer() -> Any:
     return LlamaTokenizer
 
 
-def _write_fast_tokenizer(directory: Path) -> None:
+def _write_fast_tokenizer(directory: Path, chat: bool) -> None:
     """Beside `tokenizer.model`, what AutoTokenizer reads.
 
     Left to itself, it takes a tokenizer.model for one that puts a space before a text, and gets other ids.
@@ -167,4 +180,6 @@ def _write_fast_tokenizer(directory: Path) -> None:
     model.ParseFromString((directory / TOKENIZER_FILE).read_bytes())
     prefix = bool(model.normalizer_spec.add_dummy_prefix)
     tokenizer = _llama_tokenizer().from_pretrained(directory, add_prefix_space=prefix, add_bos_token=True)
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
