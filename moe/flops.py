@@ -40,18 +40,23 @@ def count_parameters(model: Transformer) -> ParameterCounts:
     return ParameterCounts(total, total - idle, experts)
 
 
-def training_flops_per_token(model: Transformer, seq_len: int) -> float:
-    """Model FLOPs of forward and backward for one token of a row of `seq_len` (recompute not counted).
+def forward_flops_per_token(model: Transformer, seq_len: int) -> float:
+    """Model FLOPs of the forward pass for one token of a row of `seq_len`.
 
-    6 per active matmul parameter (norms and the embedding's lookup are no matmul; a tied head is), plus attention's
-    12·H·C per query-key pair and layer, with the true number of keys a causal, windowed query reaches on average.
+    2 per active matmul parameter (norms and the embedding's lookup are no matmul; a tied head is), plus attention's
+    4·H·C per query-key pair and layer, with the true number of keys a causal, windowed query reaches on average.
     """
     config = model.config
     vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
     lookup = 0 if config.tie_embeddings else model.embedding.numel()
     matmul = count_parameters(model).active - vectors - lookup
     pairs = sum(attended_pairs(config.window(layer), seq_len) for layer in range(config.num_layers))
-    return 6 * matmul + 12 * config.num_heads * config.head_dim * pairs / seq_len
+    return 2 * matmul + 4 * config.num_heads * config.head_dim * pairs / seq_len
+
+
+def training_flops_per_token(model: Transformer, seq_len: int) -> float:
+    """Model FLOPs of forward and backward: a matmul's two gradients cost it twice more (recompute not counted)."""
+    return 3 * forward_flops_per_token(model, seq_len)
 
 
 def attended_pairs(window: int | None, seq_len: int) -> int:

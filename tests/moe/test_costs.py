@@ -1,0 +1,144 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe.cache import Cache
+from moe.config import ModelConfig, RouterConfig
+from moe.costs import (
+    Parts,
+    active_parts,
+    cache_bytes,
+    count_parts,
+    farthest_token,
+    receptive_field,
+    training_bytes,
+    window_saving,
+)
+from moe.flops import count_parameters, forward_flops_per_token, meta_model, training_flops_per_token
+from moe.model import Transformer
+
+MIXED = ModelConfig(
+    dim=24,
+    num_layers=5,
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=8,
+    hidden_dim=40,
+    ffn="geglu",
+    num_experts=6,
+    top_k=2,
+    expert_hidden_dim=10,
+    expert_ffn="relu",
+    num_shared_experts=3,
+    first_k_dense=1,
+    moe_every=2,
+    vocab_size=50,
+    sliding_window=(4, 4, 4, 4, None),
+    tie_embeddings=True,
+)
+"""Dense, dense, MoE, dense, MoE."""
+
+
+def test_parts_by_hand() -> None:
+    parts = count_parts(meta_model(MIXED, RouterConfig()))
+    assert parts == Parts(
+        embedding=50 * 24,
+        head=0,
+        attention=5 * (2 * 24 * 48 + 2 * 24 * 16),
+        router=2 * 6 * 24,
+        routed_experts=2 * 6 * 2 * 24 * 10,
+        shared_experts=2 * 2 * 24 * 30,
+        dense_ffn=3 * 3 * 24 * 40,
+        norms=(2 * 5 + 1) * 24,
+    )
+    untied = count_parts(meta_model(dataclasses.replace(MIXED, tie_embeddings=False), RouterConfig()))
+    assert untied == dataclasses.replace(parts, head=50 * 24)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_parts_and_active_parts_sum_to_the_counts_of_the_model(top_k: int) -> None:
+    config = dataclasses.replace(MIXED, top_k=top_k)
+    model = meta_model(config, RouterConfig())
+    counts, parts = count_parameters(model), count_parts(model)
+    active = active_parts(parts, config)
+    assert (parts.total, active.total, parts.routed_experts) == counts
+    assert dataclasses.replace(active, routed_experts=0) == dataclasses.replace(parts, routed_experts=0)
+
+
+def test_a_dense_model_is_active_as_a_whole() -> None:
+    dense = ModelConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4, hidden_dim=12, vocab_size=9)
+    parts = count_parts(meta_model(dense, RouterConfig()))
+    assert active_parts(parts, dense) == parts and parts.dense_ffn == 2 * 3 * 8 * 12
+    assert parts.router == parts.routed_experts == parts.shared_experts == 0
+
+
+def test_forward_flops_are_those_that_torch_counts() -> None:
+    """Matmuls exactly; attention from the number of visible pairs, which a mask hides from torch's counter."""
+    config = dataclasses.replace(MIXED, expert_kernel="loop")
+    model = Transformer(config, RouterConfig(), torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    tokens = torch.randint(50, (2, 16))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens, torch.arange(16).expand(2, -1))
+    matmuls = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) == "aten.mm")
+    visible = 4 * sum(min(4, i + 1) for i in range(16)) + sum(i + 1 for i in range(16))
+    attention = 2 * 2 * 6 * 8 * visible / 16
+    assert forward_flops_per_token(model, 16) == matmuls / 32 + attention
+    assert training_flops_per_token(model, 16) == 3 * forward_flops_per_token(model, 16)
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+@pytest.mark.parametrize("context", [3, 17])
+def test_rolling_cache_is_what_the_cache_takes(dtype: str, torch_dtype: torch.dtype, context: int) -> None:
+    cache = Cache(MIXED, 3, max_len=context, dtype=torch_dtype)
+    counted = cache_bytes(MIXED, 3, context, dtype)
+    assert counted.rolling == cache.nbytes
+    full = Cache(dataclasses.replace(MIXED, sliding_window=None), 3, max_len=context, dtype=torch_dtype)
+    assert counted.full == full.nbytes
+
+
+def test_training_bytes() -> None:
+    assert dataclasses.astuple(training_bytes(10)) == (40, 40, 0, 80, 80, 160)
+    assert training_bytes(10, "fp32") == training_bytes(10)
+    assert dataclasses.astuple(training_bytes(10, "bf16")) == (20, 20, 40, 80, 120, 160)
+
+
+def test_receptive_field_is_null_with_any_full_layer() -> None:
+    assert receptive_field(MIXED) is farthest_token(MIXED) is None
+    windowed = dataclasses.replace(MIXED, sliding_window=(4, 4, 2, 1, 3))
+    assert receptive_field(windowed) == 14
+
+
+def test_farthest_token_is_the_oldest_that_moves_the_last_logit() -> None:
+    config = dataclasses.replace(MIXED, sliding_window=(4, 2, 3, 1, 2))
+    model = Transformer(config, RouterConfig(), torch.float64).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    tokens, positions = torch.full((1, 20), 7), torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        before = model(tokens, positions).logits_BSV[0, -1]
+        moved = []
+        for back in range(20):
+            other = tokens.clone()
+            other[0, 19 - back] = 8
+            moved.append((model(other, positions).logits_BSV[0, -1] - before).abs().max() > 1e-6)
+    assert max(back for back in range(20) if moved[back]) == farthest_token(config) == 7
+
+
+@pytest.mark.parametrize(("context", "window"), [(32, 4), (7, 1), (5, 5), (5, 9), (1, 1)])
+def test_window_saving_against_the_mask(context: int, window: int) -> None:
+    distance = torch.arange(context).unsqueeze(1) - torch.arange(context)
+    causal, seen = int((distance >= 0).sum()), int(((distance >= 0) & (distance < window)).sum())
+    saving = window_saving(context, window)
+    assert (saving.causal, saving.causal_windowed) == (causal, seen)
+    assert (saving.full, saving.windowed) == (context**2, context * min(window, context))
+    assert saving.saved_of_causal == 1 - seen / causal
+
+
+def test_the_savings_of_the_course() -> None:
+    saving = window_saving(32768, 4096)
+    assert (saving.full, saving.windowed) == (1_073_741_824, 134_217_728)
+    assert (f"{saving.saved:.1%}", f"{saving.saved_of_causal:.1%}") == ("87.5%", "76.6%")

@@ -1,0 +1,131 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from moe.config import RouterConfig
+from moe.costs import training_bytes
+from moe.init import init_parameters
+from moe.model import Transformer
+from scripts import describe as tool
+from scripts.boundary import CONF, plain
+from tests.test_conf import MODELS, composed
+from training.config import OptimConfig
+from training.optimizer import build_optimizer
+from training.strict import from_dict
+
+
+def configured(*overrides: str) -> tool.DescribeConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_dict(tool.DescribeConfig, plain(compose("describe", list(overrides))))
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """Exit status of the tool."""
+    monkeypatch.setattr(sys, "argv", ["describe.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    return ended.value.code
+
+
+def test_mixtral_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(monkeypatch, "model=mixtral_8x7b", "format=json", "dtype=fp16") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["total_params"], told["active_params"]) == (46_702_792_704, 12_879_925_248)
+    assert sum(told["params"].values()) == told["total_params"]
+    assert sum(told["active"].values()) == told["active_params"]
+    # The course prints 2.1 and 44.6 B: docs/models.md says why.
+    assert told["params"]["attention"] == 32 * (2 * 4096**2 + 2 * 4096 * 1024)
+    assert told["params"]["routed_experts"] == 8 * 3 * 4096 * 14336 * 32
+    assert told["weights_bytes"]["fp16"] == pytest.approx(93e9, rel=0.01)
+    assert told["kv_cache_bytes"]["full"] == told["kv_cache_bytes"]["rolling"] == 32768 * 32 * 2 * 8 * 128 * 2
+    assert told["receptive_field"] is None
+    assert (told["attention"][0]["context"], told["attention"][0]["window"]) == (32768, 4096)
+    assert told["attention"][0]["saved"] == 0.875
+
+
+def test_the_window_of_the_course() -> None:
+    told = tool.figures(configured("model=mixtral_8x7b", "model.sliding_window=4096", "batch=3"))
+    assert told["receptive_field"] == 131_072
+    assert told["kv_cache_bytes"]["rolling"] * 8 == told["kv_cache_bytes"]["full"] == 3 * 32768 * 32 * 2 * 8 * 128 * 2
+    full = tool.figures(configured("model=mixtral_8x7b"))
+    assert told["training_flops_per_token"] < full["training_flops_per_token"]
+    several = tool.figures(configured("model=mistral_tiny", "model.sliding_window=[64,null]"))
+    assert [saving["window"] for saving in several["attention"]] == [64]
+    assert several["receptive_field"] is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_preset_is_described_with_its_own_router(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(f"model={model}")
+    trained = composed([f"model={model}"])
+    assert (config.model, config.router) == (trained.model, trained.router)
+    tool.describe(config)
+    shown = capsys.readouterr().out
+    told = tool.figures(config)
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["total", f"{told['total_params']:,}", f"{told['active_params']:,}", "100.0%"] in rows
+    assert "87.5%" in shown or config.model.sliding_window is not None
+    assert ("MoE layers" in shown) == config.model.is_moe
+    assert not any(line.endswith(" ") for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_training_bytes_here_are_what_a_step_really_holds(precision: torch.dtype) -> None:
+    config = dataclasses.replace(composed(["model=deepseek_moe_tiny"]).model, vocab_size=64)
+    model = Transformer(config, RouterConfig(), precision)
+    init_parameters(model, seed=0)
+    optimizer = build_optimizer(list(model.parameters()), OptimConfig(lr=1e-3))
+    tokens = torch.randint(64, (4, 32))
+    model(tokens, torch.arange(32).expand(4, -1)).logits_BSV.float().logsumexp(-1).sum().backward()
+    optimizer.step()
+    parameters = list(model.parameters())
+    weights = sum(parameter.nbytes for parameter in parameters)
+    gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
+    moments = sum(state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    told = training_bytes(sum(parameter.numel() for parameter in parameters))
+    assert (told.weights, told.gradients, told.optimizer) == (weights, gradients, moments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["model=mixtral"], "model=mixtral: expected one of deepseek_moe_145b, "),
+        (["context=0"], "context=0: expected an integer >= 1"),
+        (["batch=-1"], "batch=-1: expected an integer >= 1"),
+        (["window=null"], "window=null: expected an integer"),
+        (["dtype=fp7"], "dtype=fp7: expected one of bf16, fp16, fp32"),
+        (["format=xml"], "format=xml: expected one of table, json"),
+        (["model.num_heads=7"], "model.num_kv_heads=8: expected a divisor of num_heads=7"),
+        (["model=switch_c", "router.normalize=true"], "router.normalize=true: expected auto or false with model.top_k"),
+        (["model.dim=1000000000000000000000"], "model: expected sizes that a tensor can have ("),
+        (["contxt=1"], "contxt=1: unknown key; the nearest valid key is context"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, *arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"error: {line}") and shown.err.count("\n") == 1
+
+
+def test_as_a_program_with_the_largest_model() -> None:
+    done = subprocess.run(
+        [sys.executable, "scripts/describe.py", "model=switch_c", "context=512"],
+        cwd=CONF.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1,571,053,346,720" in done.stdout and "\x1b" not in done.stdout
