@@ -6,7 +6,6 @@ than what a caller asks for at once. Pickle files (`.bin`, `.pth`, `.pt`) are ne
 
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -23,8 +22,8 @@ MAX_HEADER = 32 << 20
 """Bytes of a header that are parsed: more than 200,000 tensors fill."""
 MAX_JSON = 64 << 20
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
-OPEN_FILES = 4
-"""Files kept mapped. A mapped file's pages count as this process's memory, though the kernel takes them back."""
+MAPPED_BYTES = 256 << 20
+"""Read from one mapping of a file, before it is mapped anew: what was read counts as this process's memory."""
 
 
 class Found(NamedTuple):
@@ -50,7 +49,8 @@ class TensorDirectory:
         """
         self.directory = directory
         self.tensors: dict[str, Found] = {}
-        self._mapped: OrderedDict[Path, Any] = OrderedDict()
+        self._mapped: tuple[Path, Any] | None = None
+        self._bytes_read = 0
         placed = _read_index(directory / index) if (directory / index).exists() else None
         files = [single] if placed is None else sorted(set(placed.values()))
         for name in files:
@@ -71,16 +71,22 @@ class TensorDirectory:
         """
         found = self.tensors[name]
         try:
-            file = self._mapped.pop(found.file, None) or safe_open(found.file, framework="pt")
-            self._mapped[found.file] = file
-            while len(self._mapped) > OPEN_FILES:
-                self._mapped.popitem(last=False)
+            file = self._map(found.file, prod(shape) * found.dtype.itemsize)
             if shape == found.shape:
                 return file.get_tensor(name)  # type: ignore[no-any-return]
             part: Tensor = file.get_slice(name)[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{found.file}: {name}: cannot be read: {error}") from error
         return part
+
+    def _map(self, path: Path, size: int) -> Any:
+        """The file, of which `size` bytes are about to be read."""
+        self._bytes_read += size
+        if self._mapped is None or self._mapped[0] != path or self._bytes_read > MAPPED_BYTES:
+            self._mapped = None  # the old mapping goes before the new one comes
+            self._mapped = (path, safe_open(path, framework="pt"))
+            self._bytes_read = size
+        return self._mapped[1]
 
 
 def read_header(file: Path) -> dict[str, Found]:
