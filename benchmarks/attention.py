@@ -26,6 +26,8 @@ from moe.attention import AttentionCore
 from training.device import compute_dtype, pick_device
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+REPEATED = 8192
+"""Tokens a round: short rows come several times, because the first time their caches are those of the row before."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -141,7 +143,8 @@ def main() -> None:
     fastest = dict.fromkeys(pairs, float("inf"))
     for _ in range(options.rounds):
         for title, length in pairs:
-            fastest[title, length] = min(fastest[title, length], measure(calls[title][0], *data[length]))
+            for _ in range(max(1, REPEATED // length)):
+                fastest[title, length] = min(fastest[title, length], measure(calls[title][0], *data[length]))
     show(list(calls), fastest, {(t, length): peak_bytes(calls[t][0], *data[length]) for t, length in pairs})
 
 

@@ -79,8 +79,7 @@ def generate_text(config: GenerateConfig) -> None:
         die_with_parent()
         world = world_from_env()
         store = open_store(world, START_TIMEOUT_S)
-        request = share(store, world, "request", lambda: read_request(config))
-        work(config, request)
+        work(config, share(store, world, "request", lambda: read_request(config)), store)
         return
     request = read_request(config)
     launch = config.launch
@@ -145,8 +144,8 @@ def _read_messages(file: str) -> Any:
         raise ConfigError(f"messages={file}: expected a JSON list of messages ({reason})") from error
 
 
-def work(config: GenerateConfig, request: dict[str, Any]) -> None:
-    """One rank's life: all ranks compute, rank 0 speaks."""
+def work(config: GenerateConfig, request: dict[str, Any], store: Any = None) -> None:
+    """One rank's life: all ranks compute, rank 0 speaks. `store`: the ranks' key-value store, if it is open already."""
     from moe.generate import generate
     from parallel.apply import build_model
     from parallel.config import ParallelConfig
@@ -161,7 +160,7 @@ def work(config: GenerateConfig, request: dict[str, Any]) -> None:
     dtype = compute_dtype(config.precision, device)
     source = open_source(request["path"], check=False)
     text = open_text(source)
-    store = open_store(world, START_TIMEOUT_S)
+    store = store if store is not None else open_store(world, START_TIMEOUT_S)
     init_process_group(store, world.rank, world.world_size, device, START_TIMEOUT_S)
     mesh = build_mesh(device, ParallelConfig().expert_size(world.world_size, source.model.num_experts))
     model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, lean=True)
