@@ -4,7 +4,7 @@
     python scripts/upcycle.py source=models/Mistral-7B-v0.1 num_experts=64 top_k=8 granularity=8 out=runs/fine
     python train.py run.init_from=runs/upcycled ...
 
-docs/upcycling.md says what is equal to what, and why.
+docs/finetuning.md says what is equal to what, and why.
 """
 
 from dataclasses import dataclass
