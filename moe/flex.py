@@ -41,7 +41,9 @@ def block_mask(documents_BS: Tensor | None, window: int | None, length: int, dev
     of_documents = _masks.setdefault(documents_BS, {})
     key = (window, documents_BS._version)
     if key not in of_documents:
-        of_documents[key] = _make(mask_mod(documents_BS, window), documents_BS.shape[0], length, device)
+        # Of a copy: a mask that holds its own key would keep both alive for ever.
+        sees = mask_mod(documents_BS.clone(), window)
+        of_documents[key] = _make(sees, documents_BS.shape[0], length, device)
     made: BlockMask = of_documents[key]
     return made
 

@@ -1,6 +1,8 @@
 """Attention against a float64 mask, and RoPE against its definition."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -135,7 +137,34 @@ def test_mask_of_the_gpu_kernel_is_made_once_for_all_layers():
     documents[0, 70:] = 1
     changed = block_mask(documents, 5, 150, documents.device)
     assert changed is not first
+    gone = weakref.ref(changed)
+    del documents, changed, first
+    gc.collect()
+    assert gone() is None  # masks go with their documents
+    documents = torch.zeros(1, 150, dtype=torch.int32)
     assert block_mask(None, 5, 150, documents.device) is block_mask(None, 5, 150, documents.device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 0.05), (torch.float64, 1e-10)]
+)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("packed", [True, False])
+def test_gpu_kernels_forward_and_backward(dtype, tolerance, window, packed):
+    torch.manual_seed(1)
+    inputs = [torch.randn(2, h, 500, 64, device="cuda", dtype=dtype, requires_grad=True) for h in (8, 2, 2)]
+    documents = (torch.rand(2, 500, device="cuda") < 0.01).cumsum(1)
+    grad = torch.randn(2, 8, 500, 64, device="cuda", dtype=dtype)
+    wide = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    expected = masked_reference(*wide, documents.cpu() * packed, window)
+    got = AttentionCore(window)(*inputs, documents if packed else None)
+    torch.testing.assert_close(got.double().cpu(), expected, rtol=tolerance, atol=tolerance)
+    pairs = zip(
+        torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, wide, grad.double().cpu()), strict=True
+    )
+    for mine, reference in pairs:
+        torch.testing.assert_close(mine.double().cpu(), reference, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("window", "kv_heads"), [(5, 2), (None, 1), (20, 4)])
