@@ -1,0 +1,82 @@
+"""vLLM really serves what we export: its greedy tokens are transformers' and ours. `make test-serving` runs this.
+
+No default run collects this file (its name does not start with `test_`): it wants vLLM in an environment of its own,
+.venv-serving, and minutes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.tokenizer import Tokenizer, train_tokenizer
+from moe.config import ModelConfig, RouterConfig
+from moe.init import init_parameters
+from moe.model import Transformer
+from tests.foreign import filled, loaded, logits_of
+from training import checkpoint
+from training.export import export_model
+from training.run import save_config
+from training.source import open_source
+from training.strict import to_dict
+
+SERVER = Path(__file__).with_name("vllm_worker.py")
+PYTHON = Path(".venv-serving/bin/python")
+NEW_TOKENS = 24
+PROMPTS = ["The quick brown fox", "def main():\n    return", "1 + 1 ="]
+
+
+def run_directory(root: Path, window: int | None, dense: bool) -> None:
+    """A run with random weights, of sizes that vLLM's kernels take, and a tokenizer trained on this file's own text."""
+    text = Path(__file__).read_text()
+    root.mkdir(parents=True)
+    (root / "tokenizer.model").write_bytes(train_tokenizer([text], 400))
+    experts = {} if dense else {"num_experts": 4, "top_k": 2}
+    config = ModelConfig(
+        dim=128, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, hidden_dim=128, vocab_size=400,
+        sliding_window=window, init_std=0.15, **experts,
+    )  # fmt: skip
+    router = RouterConfig()
+    model = Transformer(config, router, torch.float32)
+    init_parameters(model, seed=3)
+    save_config(root, {"model": to_dict(config), "router": to_dict(router)})
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    checkpoint.save(root / "checkpoints", 1, tensors, {"step": 1}, keep=2)
+
+
+@pytest.mark.parametrize(
+    ("window", "dense"), [(None, False), (8, False), (8, True)], ids=["mixtral", "mixtral-window", "mistral-window"]
+)
+def test_vllm_generates_token_for_token_what_transformers_and_we_do(window, dense, tmp_path):
+    assert PYTHON.exists(), "make test-serving installs it"
+    run_directory(tmp_path / "run", window, dense)
+    out = tmp_path / "exported"
+    export_model(open_source(tmp_path / "run"), out, form="hf", dtype="fp32", shard_bytes=200_000, positions=256)
+    tokenizer = Tokenizer(out / "tokenizer.model")
+    expected = []
+    ours, theirs = filled(tmp_path / "run"), loaded(out)
+    for prompt in PROMPTS:
+        ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        tokens = torch.tensor([ids])
+        for _ in range(NEW_TOKENS):
+            tokens = torch.cat((tokens, logits_of(ours, tokens)[:, -1:].argmax(-1)), dim=1)
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert theirs.generate(torch.tensor([ids]), **options)[0].tolist() == tokens[0].tolist()
+        expected.append({"prompt": ids, "new": tokens[0, len(ids) :].tolist()})
+
+    request = {"model": str(out), "prompts": PROMPTS, "max_tokens": NEW_TOKENS}
+    served = subprocess.run(
+        [PYTHON, SERVER, json.dumps(request), tmp_path / "served.json"],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    sys.stdout.write(served.stdout[-3000:])
+    assert served.returncode == 0, served.stderr[-5000:]
+    assert json.loads((tmp_path / "served.json").read_text()) == expected
