@@ -50,11 +50,11 @@ def test_a_mistake_is_one_line_and_status_2(arguments: list[str], line: str) -> 
 
 
 def test_unknown_preset_lists_the_options() -> None:
-    done = train("model=tinyy")
+    done = train("model=mixtral_tinyy")
     options = ", ".join(sorted(path.stem for path in (boundary.CONF / "model").glob("*.yaml")))
     assert (done.returncode, done.stderr) == (
         2,
-        f"error: model=tinyy: expected one of {options}; the nearest is tiny\n",
+        f"error: model=mixtral_tinyy: expected one of {options}; the nearest is mixtral_tiny\n",
     )
 
 
