@@ -21,8 +21,11 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def loop_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
     """One matmul an expert: the readable reference, on CPUs as fast as the other. No rows for an expert, none back."""
-    groups = rows_RI.split(counts_e.tolist())
-    return torch.cat([F.linear(rows, weight) for rows, weight in zip(groups, weight_eOI.unbind(), strict=True)])
+    pairs = list(zip(rows_RI.split(counts_e.tolist()), weight_eOI.unbind(), strict=True))
+    if not torch.is_grad_enabled():
+        # One token reaches few experts, and a call costs more than its work. (A gradient wants every weight's part.)
+        pairs = [pair for pair in pairs if pair[0].shape[0]] or pairs[:1]
+    return torch.cat([F.linear(rows, weight) for rows, weight in pairs])
 
 
 def grouped_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
