@@ -205,7 +205,9 @@ class ForeignSource(ModelSource):
         for piece in pieces:
             self.pieces.setdefault(piece.ours, []).append(piece)
         check_tensors(path, found, pieces, self.format)
-        self.tokenizer = next(iter(sorted(path.glob(f"{TOKENIZER_FILE}*"))), None)
+        # Mistral's later releases name the version of their tokenizer (tokenizer.model.v3).
+        tokenizers = [path / TOKENIZER_FILE, *sorted(path.glob(f"{TOKENIZER_FILE}.v*"))]
+        self.tokenizer = next((file for file in tokenizers if file.is_file()), None)
         if self.model.tie_embeddings and self.format.tied in found:
             self._check_tied()
 
