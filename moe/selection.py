@@ -4,6 +4,7 @@ Shapes: B batch (sequences), S sequence, E experts, K top-k, G groups. Nothing h
 """
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -42,8 +43,11 @@ def choose_tokens(scores_BSE: Tensor, mask_BS: Tensor, capacity: int) -> Tensor:
 
 
 def expert_capacity(capacity_factor: float, top_k: int, seq_len: int, num_experts: int) -> int:
-    """Assignments an expert takes from one sequence of `seq_len` tokens."""
-    return math.ceil(capacity_factor * top_k * seq_len / num_experts)
+    """Assignments an expert takes from one sequence of `seq_len` tokens: C = ceil(capacity_factor * k * S / E).
+
+    Of the factor as it is written: in floating point 1.1 * 3200 / 16 is 220.00000000000003, and C would be 221.
+    """
+    return math.ceil(Fraction(repr(float(capacity_factor))) * top_k * seq_len / num_experts)
 
 
 def within_capacity(experts_BSK: Tensor, taken_BSK: Tensor, num_experts: int, capacity: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from moe.config import RouterConfig
 from moe.router import Router
-from moe.selection import top_k_stable, within_capacity
+from moe.selection import expert_capacity, top_k_stable, within_capacity
 
 
 def build(dim, experts, top_k, **config):
@@ -83,6 +83,11 @@ def test_dropped_assignments_have_no_weight_and_are_counted():
     assert routing.experts_TK.flatten().tolist() == [0, 0, 2, 2, 2, 2, 2, 2]
     assert routing.weights_TK[2:].eq(0).all() and routing.weights_TK[:2].gt(0).all()
     assert stats.dropped_B.tolist() == [6] and stats.counts_BE.tolist() == [[8, 0]]
+
+
+def test_capacity_is_of_the_factor_as_it_is_written():
+    for factor, top_k, seq_len, experts, capacity in ((1.1, 1, 3200, 16, 220), (1.25, 2, 6, 4, 4), (2, 1, 1, 8, 1)):
+        assert expert_capacity(factor, top_k, seq_len, experts) == capacity
 
 
 def test_a_later_token_changes_nothing_before_it_under_capacity():
