@@ -54,7 +54,7 @@ def read_config(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
     family = FAMILIES.get(kind) if isinstance(kind, str) else None
     named = raw.get("architectures") or []
     if family is None or (named and named != [family.architecture]):
-        shown = f"model_type={kind}" if family is None else f"architectures={named}"
+        shown = f"model_type={_shown(kind)}" if family is None else f"architectures={_shown(named)}"
         raise ModelError(f"{file}: {shown}: expected one of {', '.join(f.architecture for f in FAMILIES.values())}")
     fields = Fields(raw, file)
     for key, value in raw.items():
@@ -65,7 +65,7 @@ def read_config(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
         if value and key not in READ | IGNORED | NEUTRAL.keys():
             raise ModelError(f"{file}: {key}={_shown(value)}: a key that may change what the model computes, unknown")
     activation = raw.get("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ModelError(f"{file}: hidden_act={_shown(activation)}: expected one of {', '.join(ACTIVATIONS)}")
     heads = fields.integer("num_attention_heads")
     dim = fields.integer("hidden_size")
@@ -237,4 +237,5 @@ def _shown(value: object) -> str:
     """`value` as JSON writes it, on one short line."""
     text = {None: "null", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else None
     text = re.sub(r"\s+", " ", str(value)) if text is None else text
+    text = text if text.isprintable() else repr(text)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -33,10 +33,10 @@ class ExportConfig:
 def export_hf(config: ExportConfig) -> None:
     from training.export import export_model
     from training.model_directory import parse_size
-    from training.source import open_source
+    from training.source import open_given
 
     shard_bytes = parse_size(config.shard_size)
-    source = open_source(config.checkpoint)
+    source = open_given("checkpoint", config.checkpoint)
     size = export_model(
         source,
         Path(config.out),

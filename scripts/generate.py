@@ -106,9 +106,9 @@ def read_request(config: GenerateConfig) -> dict[str, Any]:
         ModelError, DataError, ConfigError: whatever of it is not there or not usable.
     """
     from scripts.text import encode_chat, encode_prompt, open_text
-    from training.source import open_source
+    from training.source import open_given
 
-    source = open_source(config.checkpoint)
+    source = open_given("checkpoint", config.checkpoint)
     text = open_text(source)
     if config.messages is not None:
         messages = _read_messages(config.messages)

@@ -27,10 +27,10 @@ def import_hf(config: ImportConfig) -> None:
     from moe.errors import ModelError
     from training.export import import_model
     from training.model_directory import parse_size
-    from training.source import open_source
+    from training.source import open_given
 
     shard_bytes = parse_size(config.shard_size)
-    source = open_source(config.source)
+    source = open_given("source", config.source)
     if source.kind == "run":
         raise ModelError(f"source={config.source}: expected a model in another format; this one is ours already")
     size = import_model(source, Path(config.out), config.dtype, shard_bytes)

@@ -37,7 +37,7 @@ def upcycle(config: UpcycleConfig) -> None:
     from moe.flops import count_parameters, meta_model
     from moe.upcycle import Upcycling, router_config
     from training.model_directory import parse_size
-    from training.source import open_source
+    from training.source import open_given
     from training.strict import located
     from training.upcycling import upcycle_model
 
@@ -53,9 +53,7 @@ def upcycle(config: UpcycleConfig) -> None:
             router=config.router,
             seed=config.seed,
         )
-        if not Path(config.source).is_dir():
-            raise ModelError(f"source={config.source}: expected the directory of a dense model; none found")
-        source = open_source(config.source)
+        source = open_given("source", config.source)
         if source.model.is_moe:
             raise ModelError(
                 f"source={config.source}: expected a dense model; found {source.model.num_experts} experts"

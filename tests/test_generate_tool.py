@@ -119,7 +119,7 @@ def test_chat_turns(run, directory, tokenizer, tmp_path):
         (["prompt=-"], "prompt=-: expected at least one line on stdin"),
         (["prompt=x", "stop="], "stop='': expected a text of at least one character"),
         (["prompt=x", "max_tokens=0"], "max_tokens=0: expected an integer >= 1"),
-        (["prompt=x", "checkpoint=/no/where"], "/no/where: expected a model directory; none found"),
+        (["prompt=x", "checkpoint=/no/where"], "checkpoint=/no/where: expected a model directory; none found"),
         (["messages=/no/where"], "messages=/no/where: expected a JSON file that can be read (No such file"),
         (["messages=-"], "messages=-: expected a JSON list of messages"),
     ],

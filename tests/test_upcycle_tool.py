@@ -122,7 +122,7 @@ def test_noise_is_that_of_the_seed(dense, tmp_path, monkeypatch, capsys):
         (["moe_every=3"], "moe_every=3: expected at most 2"),
         (["num_expert=4"], "num_expert=4: unknown key; the nearest valid key is num_experts"),
         (["router=expert_choice"], "router=expert_choice: expected one of softmax_topk, sigmoid_topk"),
-        (["source=nowhere"], "source=nowhere: expected the directory of a dense model; none found"),
+        (["source=nowhere"], "source=nowhere: expected a model directory; none found"),
         (["source={moe}"], "source={moe}: expected a dense model; found 4 experts"),
         (["out={dense}"], "out={dense}: expected a path where nothing is yet"),
     ],

@@ -7,7 +7,6 @@ gets and with what weight. Capacity, losses and jitter are the run's own.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from moe.errors import ModelError
 from training.strict import ConfigError, to_dict
 
 if TYPE_CHECKING:  # the command line does not wait for torch
@@ -28,17 +27,15 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
             and experiments give way to it.
 
     Raises:
-        ConfigError: a choice that contradicts the directory, or a directory that cannot be read.
+        ConfigError: a choice that contradicts the directory.
+        ModelError: a directory that cannot be read.
     """
     directory = raw.get("run", {}).get("init_from")
     if not isinstance(directory, str):
         return raw
-    from training.source import open_source
+    from training.source import open_given
 
-    try:
-        source = open_source(directory, check=False)
-    except ModelError as error:
-        raise ConfigError(f"run.init_from={directory}: {error}") from error
+    source = open_given("run.init_from", directory, check=False)
     typed = {override.partition("=")[0].lstrip("+~") for override in overrides}
     model, router = to_dict(source.model), to_dict(source.router)
     inherited = {"model": {key: value for key, value in model.items() if key not in FREE_MODEL_KEYS}}

@@ -140,6 +140,18 @@ def open_source(path: str | Path, *, check: bool = True, warn: Callable[[str], N
     )
 
 
+def open_given(key: str, path: str, *, check: bool = True) -> ModelSource:
+    """`open_source` for what a user gave as `key=path`, which its errors then start with.
+
+    Raises:
+        SourceError: as `open_source`.
+    """
+    try:
+        return open_source(path, check=check)
+    except SourceError as error:
+        raise SourceError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
 class RunSource(ModelSource):
     """A run's directory, or what a tool wrote like one: the weights of a checkpoint, without optimizer state."""
 
@@ -275,7 +287,7 @@ def _shapes_of(model: ModelConfig, router: RouterConfig, file: Path) -> dict[str
         if model.num_experts is not None and model.top_k is not None:
             router.check(model.num_experts, model.top_k)
         return tensor_shapes(model, router)
-    except (ValueError, RuntimeError) as error:  # torch refuses sizes beyond 2**63 bytes with a RuntimeError
+    except (ValueError, RuntimeError, TypeError) as error:  # torch's, of sizes beyond 2**63 bytes and numbers beyond it
         raise SourceError(f"{file}: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -307,4 +319,4 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-__all__ = ["Fill", "ModelSource", "SourceError", "blocks", "open_source", "read_run_config"]
+__all__ = ["Fill", "ModelSource", "SourceError", "blocks", "open_given", "open_source", "read_run_config"]

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from moe.config import ModelConfig, RouterConfig
+from moe.errors import ModelError
 from tests.foreign import saved
 from training.config import RunConfig
 from training.initial import start_from
@@ -109,10 +110,10 @@ def test_the_tokenizer_is_the_directorys_unless_one_is_given(mixtral, tmp_path):
 
 
 def test_a_directory_that_is_no_model_is_one_line(tmp_path):
-    with pytest.raises(ConfigError, match=r"^run.init_from=.*: expected a run"):
+    with pytest.raises(ModelError, match=r"^run.init_from=[^:]*: expected a run"):
         start_from(raw(tmp_path), [])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ConfigError, match="found neither"):
+    with pytest.raises(ModelError, match="found neither"):
         start_from(raw(tmp_path), [])
     with pytest.raises(ValueError, match="init_from='': expected a directory, or null"):
         RunConfig(experiment="x", init_from="")

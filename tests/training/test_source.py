@@ -110,6 +110,9 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_names(tmp_path):
     save_config(tmp_path, {"model": to_dict(dataclasses.replace(EVERYTHING, dim=4)), "router": to_dict(SIGMOID)})
     with pytest.raises(ModelError, match=r"of another shape: embedding \(found \[11, 8\], expected \[11, 4\]\)"):
         open_source(tmp_path)
+    save_config(tmp_path, {"model": to_dict(dataclasses.replace(EVERYTHING, dim=2**63)), "router": to_dict(SIGMOID)})
+    with pytest.raises(ModelError, match=r"config.yaml: "):
+        open_source(tmp_path)
 
 
 def part_of(config, router, first, held):
@@ -286,7 +289,7 @@ def test_rotary_buffers_are_ignored_and_a_tied_head_must_be_the_embedding(tmp_pa
         open_source(tmp_path)
 
 
-def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path):
+def test_absurd_values_are_refused_before_anything_is_built(tmp_path):
     saved("mixtral", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in (
@@ -294,6 +297,8 @@ def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path):
         ({"num_local_experts": 10**9}, "2 layers and 1000000000 experts, and only"),
         ({"hidden_size": 2**40}, "of another shape|config.json: "),
         ({"vocab_size": 2**47, "hidden_size": 2**47}, "of another shape|config.json: "),
+        ({"hidden_act": ["silu"]}, r"hidden_act=\['silu'\]: expected one of silu"),
+        ({"model_type": "a\x1b[2J\nb"}, r"model_type='a\\x1b\[2J b': expected one of"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ModelError, match=message):
