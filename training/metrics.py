@@ -15,15 +15,13 @@ from torch import Tensor
 Value: TypeAlias = float | int | list[float]
 Row: TypeAlias = dict[str, Value]
 
-# Strict JSON has no such numbers; `float()` and JavaScript's `Number()` both turn these strings back into them.
-NON_FINITE = ("NaN", "Infinity", "-Infinity")
-
 
 class MetricsWriter:
     """Writes `metrics.jsonl`: one strict-JSON object a line, flushed per row, so that a killed run loses no row.
 
     Floats keep full precision (`repr`, which reads back to the same bits); NaN and infinities are the strings "NaN",
-    "Infinity" and "-Infinity". Every row has an integer `step`, and rows are in order of it.
+    "Infinity" and "-Infinity", which strict JSON lacks and `float()` reads back. Every row has an integer `step`, and
+    rows are in order of it.
 
     With `resume_step` the rows of later steps are cut off first, and so is a last line that was torn by a kill: the
     file is replaced in one step, so that a kill meanwhile leaves either the old one or the new one. Without it the file
