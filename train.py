@@ -46,7 +46,7 @@ def train(config: Config) -> dict[str, Any]:
     from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
     from parallel.rendezvous import open_store, share, wait_for_all
     from training import checkpoint
-    from training.device import compute_dtype, make_deterministic, peak_flops, pick_device
+    from training.device import check_memory, compute_dtype, make_deterministic, peak_flops, pick_device
     from training.engine import NativeEngine
     from training.evaluate import evaluate
     from training.holdings import gather_holdings
@@ -84,7 +84,13 @@ def train(config: Config) -> dict[str, Any]:
     lock = lock_run(directory, name) if is_main else None
     model_config = with_vocabulary(config.model, store.tokenizer.vocab_size)
     whole = meta_model(model_config, config.router)
+    counts = count_parameters(whole)
     trained = trained_elements(whole, choose(whole, config.optim.train))
+    expert_size = config.parallel.expert_size(world.world_size, config.model.num_experts)
+    if device.type == "cpu":
+        copies = 4 if trained == counts.total else 1
+        itemsize = max(4, dtype.itemsize)
+        check_memory(counts.total, counts.experts, copies, itemsize, world.local_world_size, expert_size)
     found = share(
         agreed,
         world,
@@ -120,7 +126,7 @@ def train(config: Config) -> dict[str, Any]:
 
     # 4. The world: process group and mesh.
     init_process_group(agreed, world.rank, world.world_size, device, config.parallel.start_timeout_s)
-    mesh = build_mesh(device, config.parallel.expert_size(world.world_size, config.model.num_experts))
+    mesh = build_mesh(device, expert_size)
 
     # 5. Model and engine: meta device -> parallelism -> materialise -> initialise -> optimizer -> checkpoint.
     seed = config.run.seed if initial is None else None
@@ -131,7 +137,6 @@ def train(config: Config) -> dict[str, Any]:
     if state:
         checkpoint.load(Path(found), engine.tensors())
         engine.set_updates(state["updates"])
-    counts = count_parameters(whole)
     holdings = gather_holdings(model, mesh)
     if is_main:
         named = dataclasses.replace(config.run, name=name)

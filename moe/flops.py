@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from moe.config import ModelConfig, RouterConfig
+from moe.errors import ModelError
 from moe.experts import Experts
 from moe.model import Transformer
 
@@ -21,9 +22,17 @@ class ParameterCounts(NamedTuple):
 
 
 def meta_model(config: ModelConfig, router: RouterConfig) -> Transformer:
-    """The whole model without a byte of weights."""
-    with torch.device("meta"):
-        return Transformer(config, router, torch.float32)
+    """The whole model without a byte of weights.
+
+    Raises:
+        ModelError: a size or a number of bytes that no tensor has.
+    """
+    try:
+        with torch.device("meta"):
+            return Transformer(config, router, torch.float32)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ModelError(f"model: expected sizes that a tensor can have ({reason})") from error
 
 
 def count_parameters(model: Transformer) -> ParameterCounts:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from moe.config import ModelConfig, RouterConfig, expect
 from scripts.boundary import run_tool
-from training.strict import ConfigError, located, one_line, to_dict
+from training.strict import located, to_dict
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def figures(config: DescribeConfig) -> dict[str, Any]:
     """Everything the tool knows, JSON-able; bytes and counts are exact integers.
 
     Raises:
-        ConfigError: sizes beyond what a tensor can have.
+        ModelError: sizes beyond what a tensor can have.
     """
     from moe.costs import (
         BYTES,
@@ -71,10 +71,7 @@ def figures(config: DescribeConfig) -> dict[str, Any]:
     from moe.flops import forward_flops_per_token, meta_model, training_flops_per_token
 
     model = config.whole_model
-    try:
-        built = meta_model(model, config.router)
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise ConfigError(f"model: expected sizes that a tensor can have ({one_line(str(error))[:120]})") from error
+    built = meta_model(model, config.router)
     parts = count_parts(built)
     active = active_parts(parts, model)
     cache = cache_bytes(model, config.batch, config.context, config.dtype)

@@ -27,6 +27,29 @@ def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
     return device
 
 
+def check_memory(total: int, experts: int, copies: int, itemsize: int, local_ranks: int, expert_size: int) -> None:
+    """Refuse a run on CPUs whose weights and optimizer state alone are more than this host's memory.
+
+    Without this the system would end some process, not always ours, once memory is full.
+
+    Args:
+        total: parameters of the whole model; `experts`: of its routed experts, of which a rank holds 1/`expert_size`.
+        copies: numbers held for each parameter: 1, or 4 with its gradient and AdamW's two moments.
+        itemsize: bytes of one number.
+        local_ranks: ranks on this host.
+
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    needed = (total - experts + experts // expert_size) * copies * itemsize * local_ranks
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ConfigError(
+            f"train.device=cpu: expected a model that fits this host's {memory / 1e9:.1f} GB of memory; "
+            f"{total:,} parameters need {needed / 1e9:.1f} GB on {local_ranks} ranks, activations left out"
+        )
+
+
 def make_deterministic() -> None:
     """Refuse kernels whose result depends on timing. Call it before the first CUDA matmul."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
