@@ -159,7 +159,12 @@ def execute(
     check_tracking(config.tracking)
     if launched:
         die_with_parent()
-        return train(config)
+        try:
+            return train(config)
+        except USER_ERRORS:
+            if os.environ["RANK"] == "0" and config.run.name is not None:
+                discard_unstarted(Path(config.run.root) / config.run.name)
+            raise
     config = prepared(config)
     assert config.run.name is not None
     try:

@@ -144,3 +144,19 @@ def test_failed_jobs_are_rows_and_status_1(tmp_path: Path) -> None:
     assert len((tmp_path / "s" / "sweep.csv").read_text().splitlines()) == 5
     saved = yaml.safe_load((tmp_path / "s" / "3" / "config.yaml").read_text())
     assert (saved["run"]["name"], saved["model"]["top_k"], saved["data"]["paths"]) == ("s/3", 10, [])
+
+
+def test_a_refusal_under_torchrun_leaves_no_run_behind(tmp_path, monkeypatch):
+    config = composed(f"run.root={tmp_path}", "run.name=refused", "tracking=disabled")
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(boundary, "die_with_parent", lambda: None)
+
+    def refuse(config):
+        boundary.prepare_directory(config.run, config.run.name)
+        (tmp_path / "refused" / ".lock").touch()
+        raise ConfigError("model.vocab_size=1: expected more")
+
+    with pytest.raises(ConfigError):
+        boundary.execute(config, refuse)
+    assert list(tmp_path.iterdir()) == []
