@@ -51,10 +51,11 @@ def train(config: Config) -> dict[str, Any]:
     from training.evaluate import evaluate
     from training.holdings import gather_holdings
     from training.initial import find_initial
+    from training.manifest import CHECKPOINTS
     from training.metrics import router_metrics
     from training.outcome import evaluation_row, finish_run, finished_result, show_finished, show_start
     from training.recorder import Recorder
-    from training.resume import CHECKPOINTS, check_shared, checked_state, find_checkpoint
+    from training.resume import check_shared, checked_state, find_checkpoint
     from training.run import lock_run, prepare_directory, save_config, save_tokenizer, torchrun_name
     from training.schedule import learning_rate
     from training.source import open_source

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+CHECKPOINTS = "checkpoints"
+"""Directory of a run's checkpoints, in the run's own."""
 MANIFEST = "manifest.json"
 STEP_DIRECTORY = re.compile(r"step-(0|[1-9][0-9]*)")
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}-[0-9a-f]{16}\.safetensors")

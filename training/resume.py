@@ -13,11 +13,9 @@ from parallel.launch import World
 from parallel.rendezvous import share, wait_for_all
 from training.config import Config
 from training.initial import FREE_MODEL_KEYS, ROUTER_KEYS
-from training.manifest import CheckpointError, committed, newest_verified, read_state
+from training.manifest import CHECKPOINTS, CheckpointError, committed, newest_verified, read_state
 from training.run import RunError
 from training.strict import ConfigError, from_dict, to_dict
-
-CHECKPOINTS = "checkpoints"
 
 
 def check_shared(store: dist.Store, world: World, directory: Path, tokens: str) -> None:

@@ -24,16 +24,13 @@ from moe.experts import Experts
 from moe.mapping import Format, Piece, Shape, check_tensors, list_pieces, split_halves, tensor_shapes
 from moe.model import Transformer
 from moe.safetensors_dir import TensorDirectory, read_json, refuse
-from training.manifest import MANIFEST, CheckpointError, committed, newest_verified, read_manifest, verify
+from training.manifest import CHECKPOINTS, MANIFEST, CheckpointError, committed, newest_verified, read_manifest, verify
 from training.run import CONFIG_FILE, TOKENIZER_FILE
 from training.shards import DTYPES, Read, Region, local_part, plan_reads, read_shard
 from training.strict import ConfigError, from_dict
 
-CHECKPOINTS = "checkpoints"
 PREFIX = "model."
 """What precedes a weight's name in a checkpoint of ours, beside the optimizer's state."""
-SourceError = ModelError
-"""A model directory cannot be read, or is not what it says: one line."""
 COMPARED_ROWS = 4096
 
 T = TypeVar("T")
@@ -69,14 +66,14 @@ class ModelSource(ABC):
         """Fill each target, cast to its dtype.
 
         Raises:
-            SourceError: a file that cannot be read.
+            ModelError: a file that cannot be read.
         """
 
     def fill(self, model: Transformer) -> None:
         """Fill every parameter and buffer of `model`, which may hold a part of the experts only.
 
         Raises:
-            SourceError: it is another model than this one, or a file cannot be read.
+            ModelError: it is another model than this one, or a file cannot be read.
         """
         state = model.state_dict()
         refuse(self.path, "missing", state.keys() - self.shapes.keys())
@@ -95,7 +92,7 @@ class ModelSource(ABC):
             whole = self.shapes[name]
             if len(ends) != len(whole) or any(end > size for end, size in zip(ends, whole, strict=True)):
                 shape = list(tensor.shape)
-                raise SourceError(f"{self.path}: {name}: found {list(whole)}, expected {shape} at {region.offset}")
+                raise ModelError(f"{self.path}: {name}: found {list(whole)}, expected {shape} at {region.offset}")
             fills += [Fill(name, block, local[block.slices(region)]) for block in blocks(region)]
         with torch.no_grad():
             self.copy(fills)
@@ -117,11 +114,11 @@ def open_source(path: str | Path, *, check: bool = True, warn: Callable[[str], N
         warn: gets one line per damaged checkpoint of a run that is passed over; the default prints it to stderr.
 
     Raises:
-        SourceError: no model directory, or one that is damaged or unknown.
+        ModelError: no model directory, or one that is damaged or unknown.
     """
     path = Path(path)
     if not path.is_dir():
-        raise SourceError(f"{path}: expected a model directory; {'not a directory' if path.exists() else 'none found'}")
+        raise ModelError(f"{path}: expected a model directory; {'not a directory' if path.exists() else 'none found'}")
     if (path / MANIFEST).exists():
         return RunSource(path.parent.parent, path, check)
     if (path / CONFIG_FILE).exists():
@@ -133,8 +130,8 @@ def open_source(path: str | Path, *, check: bool = True, warn: Callable[[str], N
     if (path / hf.CONFIG).exists() or (path / mistral.CONFIG).exists():
         pickles = sorted(file.name for end in ("*.bin", "*.pth", "*.pt") for file in path.glob(end))
         seen = f"found {pickles[0]}: pickle, which runs code when it is loaded" if pickles else "found neither"
-        raise SourceError(f"{path}: expected {hf.SINGLE} or {mistral.SINGLE}, or their index; {seen}")
-    raise SourceError(
+        raise ModelError(f"{path}: expected {hf.SINGLE} or {mistral.SINGLE}, or their index; {seen}")
+    raise ModelError(
         f"{path}: expected a run ({CONFIG_FILE}), a checkpoint of one ({MANIFEST}), a Hugging Face model "
         f"({hf.CONFIG}) or one in Mistral's format ({mistral.CONFIG})"
     )
@@ -144,12 +141,12 @@ def open_given(key: str, path: str, *, check: bool = True) -> ModelSource:
     """`open_source` for what a user gave as `key=path`, which its errors then start with.
 
     Raises:
-        SourceError: as `open_source`.
+        ModelError: as `open_source`.
     """
     try:
         return open_source(path, check=check)
-    except SourceError as error:
-        raise SourceError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from error
+    except ModelError as error:
+        raise ModelError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from error
 
 
 class RunSource(ModelSource):
@@ -179,7 +176,7 @@ class RunSource(ModelSource):
         stored = self._saved[name]["dtype"]
         found = next((dtype for dtype, code in DTYPES.items() if code == stored), None)
         if found is None or not found.is_floating_point:
-            raise SourceError(f"{self.path}: {name}: found dtype {stored}, expected a floating-point one")
+            raise ModelError(f"{self.path}: {name}: found dtype {stored}, expected a floating-point one")
         return found
 
     def copy(self, fills: Iterable[Fill]) -> None:
@@ -203,7 +200,7 @@ class ForeignSource(ModelSource):
         module = hf if kind == "hf" else mistral
         config = path / module.CONFIG
         if not config.is_file():
-            raise SourceError(f"{path}: expected a {module.CONFIG} beside the weights")
+            raise ModelError(f"{path}: expected a {module.CONFIG} beside the weights")
         read_config = hf.read_config if kind == "hf" else mistral.read_params
         self.model, self.router = read_config(read_json(config), config)
         self.files = TensorDirectory(path, module.INDEX, module.SINGLE)
@@ -256,30 +253,30 @@ class ForeignSource(ModelSource):
             block = (start, 0), (min(COMPARED_ROWS, rows - start), width)
             same = same and torch.equal(self.files.read(head, *block), self.files.read(embedding, *block))
         if not same:
-            raise SourceError(f"{self.path}: {head}: expected {embedding} again, as the configuration ties them")
+            raise ModelError(f"{self.path}: {head}: expected {embedding} again, as the configuration ties them")
 
 
 def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
     """The sections `model` and `router` of a run's `config.yaml`.
 
     Raises:
-        SourceError: it cannot be read, or holds no such sections.
+        ModelError: it cannot be read, or holds no such sections.
     """
     import yaml
 
     try:
         text = file.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise SourceError(f"{file}: expected YAML without aliases (a few lines of them can stand for gigabytes)")
+            raise ModelError(f"{file}: expected YAML without aliases (a few lines of them can stand for gigabytes)")
         raw = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise SourceError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(raw, dict) or not {"model", "router"} <= raw.keys():
-        raise SourceError(f"{file}: expected the sections model and router")
+        raise ModelError(f"{file}: expected the sections model and router")
     try:
         return from_dict(ModelConfig, raw["model"], "model"), from_dict(RouterConfig, raw["router"], "router")
     except ConfigError as error:
-        raise SourceError(f"{file}: {error}") from error
+        raise ModelError(f"{file}: {error}") from error
 
 
 def _shapes_of(model: ModelConfig, router: RouterConfig, file: Path) -> dict[str, Shape]:
@@ -288,14 +285,14 @@ def _shapes_of(model: ModelConfig, router: RouterConfig, file: Path) -> dict[str
             router.check(model.num_experts, model.top_k)
         return tensor_shapes(model, router)
     except ValueError as error:
-        raise SourceError(f"{file}: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(f"{file}: {' '.join(str(error).split())[:200]}") from error
 
 
 def _limit_layers(model: ModelConfig, found: int, file: Path, per_expert: bool = False) -> None:
     """Refuse a model of more layers than `found` tensors can be, before a billion of them are built."""
     experts = model.num_experts if per_expert and model.num_experts is not None else 1
     if model.num_layers * experts > found:
-        raise SourceError(f"{file}: {model.num_layers} layers and {experts} experts, and only {found} tensors")
+        raise ModelError(f"{file}: {model.num_layers} layers and {experts} experts, and only {found} tensors")
 
 
 def _newest(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path:
@@ -304,7 +301,7 @@ def _newest(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path
     else:
         newest = next(iter(committed(checkpoints)), None)
     if newest is None:
-        raise SourceError(f"{checkpoints}: expected a checkpoint; found none")
+        raise ModelError(f"{checkpoints}: expected a checkpoint; found none")
     return newest
 
 
@@ -312,11 +309,11 @@ def _as_source_error(work: Callable[[], T]) -> T:
     try:
         return work()
     except CheckpointError as error:
-        raise SourceError(str(error)) from error
+        raise ModelError(str(error)) from error
 
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-__all__ = ["Fill", "ModelSource", "SourceError", "blocks", "open_given", "open_source", "read_run_config"]
+__all__ = ["Fill", "ModelError", "ModelSource", "blocks", "open_given", "open_source", "read_run_config"]
