@@ -100,23 +100,24 @@ def generate_text(config: GenerateConfig) -> None:
 
 
 def read_request(config: GenerateConfig) -> dict[str, Any]:
-    """The model directory (checked), what to call each row, and its token ids; JSON-able.
+    """The model directory (checked), what ends a text, what to call each row, and its token ids; JSON-able.
 
     Raises:
         ModelError, DataError, ConfigError: whatever of it is not there or not usable.
     """
-    from scripts.text import encode_chat, encode_prompt, open_text
+    from scripts.text import encode_chat, encode_prompt, end_marks, open_text
     from training.source import open_given
 
     source = open_given("checkpoint", config.checkpoint)
     text = open_text(source)
+    about = {"path": str(source.path), "ends": end_marks(source, text)}
     if config.messages is not None:
         messages = _read_messages(config.messages)
         try:
             ids = encode_chat(text, messages)
         except DataError as error:
             raise DataError(f"messages={config.messages}: {error}") from error
-        return {"path": str(source.path), "titles": [messages[-1]["content"]], "prompts": [ids]}
+        return about | {"titles": [messages[-1]["content"]], "prompts": [ids]}
     titles = list(config.prompts)
     if config.prompt == STDIN:
         titles += [line.rstrip("\r\n") for line in sys.stdin]
@@ -131,7 +132,7 @@ def read_request(config: GenerateConfig) -> dict[str, Any]:
         prompts = [encode_chat(text, [{"role": "user", "content": title}]) for title in titles]
     else:
         prompts = [encode_prompt(text, title) for title in titles]
-    return {"path": str(source.path), "titles": titles, "prompts": prompts}
+    return about | {"titles": titles, "prompts": prompts}
 
 
 def _read_messages(file: str) -> Any:
@@ -172,7 +173,7 @@ def work(config: GenerateConfig, request: dict[str, Any], store: Any = None) -> 
         request["prompts"],
         max_tokens=config.max_tokens,
         sampling=config.sampling(),
-        stop=[text.eos_id],
+        stop=request["ends"],
         prefill_chunk=config.prefill_chunk,
         on_token=report.on_token,
         on_end=report.on_end,

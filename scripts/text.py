@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from data import chat
 from moe.errors import ModelError
+from moe.safetensors_dir import read_json
 from training.source import ModelSource
 
 REPLACEMENT = "\ufffd"
@@ -54,6 +55,22 @@ def open_text(source: ModelSource) -> Text:
             f"found {text.vocab_size}"
         )
     return text
+
+
+def end_marks(source: ModelSource, text: Text) -> list[int]:
+    """Token ids that end a text: the tokenizer's, and what a Hugging Face directory's generation_config.json adds.
+
+    Raises:
+        ModelError: that file is there, and is no JSON object with ids.
+    """
+    file = source.path / "generation_config.json"
+    if source.kind != "hf" or not file.is_file():
+        return [text.eos_id]
+    given = read_json(file).get("eos_token_id")
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(number) is int for number in ids):
+        raise ModelError(f"{file}: eos_token_id={given}: expected a token id, or a list of them")
+    return sorted({text.eos_id, *ids})
 
 
 class HuggingFaceText:

@@ -17,9 +17,11 @@ from moe.init import init_parameters
 from moe.model import Transformer
 from scripts.boundary import CONF
 from scripts.generate import main
-from scripts.text import Growing, HuggingFaceText, Terminal
+from scripts.text import Growing, HuggingFaceText, Terminal, end_marks
+from tests.foreign import saved
 from training.model_directory import Block, write_model
 from training.shards import Region
+from training.source import open_source
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # sums\n" for i in range(200)]
 CONFIG = ModelConfig(
@@ -158,6 +160,17 @@ def test_without_a_sentencepiece_model_transformers_reads_the_tokenizer(tokenize
     assert (text.vocab_size, text.bos_id, text.eos_id) == (320, 0, 1)
     sample = "def f(a):  é 你好\n"
     assert text.decode([0, *text.encode(sample), 1]) == sample
+
+
+def test_a_hugging_face_directory_may_add_marks_of_the_end(tmp_path, tokenizer):
+    saved("mixtral", tmp_path)
+    file = tmp_path / "generation_config.json"
+    for given, expected in (("null", {2}), ("5", {2, 5}), ("[7, 5]", {2, 5, 7})):
+        file.write_text(f'{{"eos_token_id": {given}}}')
+        assert set(end_marks(open_source(tmp_path), tokenizer)) == expected
+    file.write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ModelError, match="eos_token_id=x: expected a token id, or a list of them"):
+        end_marks(open_source(tmp_path), tokenizer)
 
 
 @pytest.mark.parametrize("sample", ["a é 你好 🙂 def f(a, b):\n    return", "🙂🙂", " x", "\ufffd\ufffd y"])
