@@ -107,12 +107,14 @@ class RouterConfig:
         """Whether the `top_k` selected weights are renormalised to sum 1."""
         return top_k > 1 if self.normalize == "auto" else self.normalize
 
-    def check(self, num_experts: int, top_k: int) -> None:
-        """Refuse what only router and model together can know; called where both are (`training.config.Config`).
+    def check(self, num_experts: int | None, top_k: int | None) -> None:
+        """Refuse what only router and model together can know, wherever both are; in a dense model (None) nothing.
 
         Raises:
             ValueError: starts with the router's field.
         """
+        if num_experts is None or top_k is None:
+            return
         expect(
             not (top_k == 1 and self.normalize is True),
             "normalize",

@@ -80,7 +80,7 @@ def read_config(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
             dim=dim,
             num_layers=fields.integer("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads", heads if family.num_kv_heads is None else 8),
+            num_kv_heads=fields.integer("num_key_value_heads", family.num_kv_heads or heads),
             head_dim=head_dim,
             hidden_dim=fields.integer("intermediate_size"),
             ffn=ACTIVATIONS[activation],
@@ -171,6 +171,7 @@ def exportable(model: ModelConfig, router: RouterConfig) -> int | None:
     _expect(model.top_k > 1, "model.top_k", "at least 2 (Mixtral renormalises the weights)", model.top_k)
     _expect(router.normalizes(model.top_k), "router.normalize", "true", router.normalize)
     _expect(router.scale == 1, "router.scale", "1", router.scale)
+    # As many groups allowed as there are is no limit.
     _expect(router.num_groups == router.topk_groups, "router.num_groups", "null", router.num_groups)
     return windows.pop()
 

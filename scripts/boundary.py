@@ -21,12 +21,13 @@ from omegaconf.errors import OmegaConfBaseException
 from data.errors import DataError
 from moe.errors import ModelError
 from parallel.launch import WorkerFailure, die_with_parent, launch_workers, world_from_env
-from training.config import Config, RunConfig
+from training.config import Config, LaunchConfig, RunConfig
 from training.manifest import CheckpointError
 from training.run import RunError, choose_name, discard_unstarted, prepare_directory, save_config, save_result
 from training.strict import ConfigError, from_dict, leaf_keys, located, nearest, one_line, unknown_key
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 USER_ERRORS = (ConfigError, RunError, DataError, CheckpointError, ModelError)
@@ -168,23 +169,36 @@ def execute(
     config = prepared(config)
     assert config.run.name is not None
     try:
-        if launch.nproc > 1 or launch.max_restarts > 0 or fresh_processes:
-            results: dict[int, dict[str, Any]] = launch_workers(
-                _train_in_worker,
-                (train, config),
-                nproc=launch.nproc,
-                max_restarts=launch.max_restarts,
-                threads=launch.threads,
-            )
-            return results[0]
-        if launch.threads is not None:
-            import torch
-
-            torch.set_num_threads(launch.threads)
-        return train(config)
+        return in_processes(launch, train, config, fresh=fresh_processes)
     except Exception:
         discard_unstarted(Path(config.run.root) / config.run.name)
         raise
+
+
+def in_processes(launch: LaunchConfig, function: Callable[..., R], *arguments: Any, fresh: bool = False) -> R:
+    """`function(*arguments)` as `launch` wants it: here, or in own workers; returns what it returned (on rank 0).
+
+    Args:
+        function: of an importable module; it and `arguments` are pickled for workers.
+        fresh: start workers even for one process.
+
+    Raises:
+        WorkerFailure: a worker failed; with status 2 where it was a mistake of the user's.
+    """
+    if launch.nproc > 1 or launch.max_restarts > 0 or fresh:
+        results: dict[int, R] = launch_workers(
+            _in_worker,
+            (function, arguments),
+            nproc=launch.nproc,
+            max_restarts=launch.max_restarts,
+            threads=launch.threads,
+        )
+        return results[0]
+    if launch.threads is not None:
+        import torch
+
+        torch.set_num_threads(launch.threads)
+    return function(*arguments)
 
 
 def prepared(config: Config) -> Config:
@@ -296,8 +310,8 @@ def _refused_key(key: str, arguments: Sequence[str], cls: type) -> str:
     return str(unknown_key(key, value, keys))
 
 
-def _train_in_worker(train: Callable[[Config], dict[str, Any]], config: Config) -> dict[str, Any]:
+def _in_worker(function: Callable[..., R], arguments: tuple[Any, ...]) -> R:
     try:
-        return train(config)
+        return function(*arguments)
     except USER_ERRORS as error:
         raise SystemExit(2) from error

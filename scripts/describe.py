@@ -32,11 +32,10 @@ class DescribeConfig:
     def __post_init__(self) -> None:
         for field in ("batch", "context", "window", "vocab_size"):
             expect(getattr(self, field) >= 1, field, getattr(self, field), "an integer >= 1")
-        if self.model.num_experts is not None and self.model.top_k is not None:
-            try:
-                self.router.check(self.model.num_experts, self.model.top_k)
-            except ValueError as error:
-                raise located(error, "router") from error
+        try:
+            self.router.check(self.model.num_experts, self.model.top_k)
+        except ValueError as error:
+            raise located(error, "router") from error
 
     @property
     def whole_model(self) -> ModelConfig:

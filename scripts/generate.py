@@ -19,8 +19,8 @@ from typing import Any, Literal
 from data.errors import DataError
 from moe.config import expect
 from moe.sampling import Sampling
-from parallel.launch import die_with_parent, launch_workers, world_from_env
-from scripts.boundary import USER_ERRORS, run_tool
+from parallel.launch import die_with_parent, world_from_env
+from scripts.boundary import in_processes, run_tool
 from training.config import LaunchConfig
 from training.strict import ConfigError
 
@@ -81,22 +81,7 @@ def generate_text(config: GenerateConfig) -> None:
         store = open_store(world, START_TIMEOUT_S)
         work(config, share(store, world, "request", lambda: read_request(config)), store)
         return
-    request = read_request(config)
-    launch = config.launch
-    if launch.nproc > 1 or launch.max_restarts > 0:
-        launch_workers(
-            _work_in_worker,
-            (config, request),
-            nproc=launch.nproc,
-            max_restarts=launch.max_restarts,
-            threads=launch.threads,
-        )
-        return
-    if launch.threads is not None:
-        import torch
-
-        torch.set_num_threads(launch.threads)
-    work(config, request)
+    in_processes(config.launch, work, config, read_request(config))
 
 
 def read_request(config: GenerateConfig) -> dict[str, Any]:
@@ -239,13 +224,6 @@ class Report:
             "tokens_per_s": speed,
         }
         print(json.dumps({"results": results, **figures}, ensure_ascii=False, indent=2))
-
-
-def _work_in_worker(config: GenerateConfig, request: dict[str, Any]) -> None:
-    try:
-        work(config, request)
-    except USER_ERRORS as error:
-        raise SystemExit(2) from error
 
 
 def main() -> None:

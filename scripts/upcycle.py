@@ -7,7 +7,7 @@
 docs/finetuning.md says what is equal to what, and why.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -43,16 +43,7 @@ def upcycle(config: UpcycleConfig) -> None:
 
     shard_bytes = parse_size(config.shard_size)
     try:
-        plan = Upcycling(
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            granularity=config.granularity,
-            noise=config.noise,
-            first_k_dense=config.first_k_dense,
-            moe_every=config.moe_every,
-            router=config.router,
-            seed=config.seed,
-        )
+        plan = Upcycling(**{field.name: getattr(config, field.name) for field in fields(Upcycling)})
         source = open_given("source", config.source)
         if source.model.is_moe:
             raise ModelError(

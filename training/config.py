@@ -164,11 +164,10 @@ class Config:
     launch: LaunchConfig
 
     def __post_init__(self) -> None:
-        if self.model.num_experts is not None and self.model.top_k is not None:
-            try:
-                self.router.check(self.model.num_experts, self.model.top_k)
-            except ValueError as error:
-                raise located(error, "router") from error
+        try:
+            self.router.check(self.model.num_experts, self.model.top_k)
+        except ValueError as error:
+            raise located(error, "router") from error
         expect(
             not (self.model.expert_kernel == "grouped" and self.train.precision == "fp64"),
             "model.expert_kernel",

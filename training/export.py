@@ -16,7 +16,7 @@ from training.manifest import fsync
 from training.model_directory import Block, check_tokenizer, grouped, new_directory, write_model
 from training.run import TOKENIZER_FILE, write_atomically
 from training.shards import Part, Region, write_safetensors
-from training.source import Fill, ModelSource, blocks
+from training.source import ModelSource, blocks
 
 FORMATS = {
     "hf": (hf.CONFIG, hf.INDEX, hf.SINGLE, hf_names.PER_EXPERT),
@@ -45,16 +45,13 @@ def import_model(source: ModelSource, out: Path, dtype: Literal["fp32", "keep"],
     Raises:
         ModelError: a tensor that cannot be read, or an `out` that exists or cannot be written.
     """
-    assert source.model.vocab_size is not None
-    if source.tokenizer is not None:
-        check_tokenizer(source.tokenizer, source.model.vocab_size)
+    check_tokenizer(source)
 
     def block(name: str, region: Region) -> Block:
         stored = torch.float32 if dtype == "fp32" else source.dtype(name)
-        return Block(name, source.shapes[name], region, stored, partial(_read, source, name, region, stored))
+        return Block(name, source.shapes[name], region, stored, partial(source.read, name, region, stored))
 
-    whole = {name: Region((0,) * len(shape), shape) for name, shape in source.shapes.items()}
-    parts = [block(name, region) for name in whole for region in blocks(whole[name])]
+    parts = [block(name, region) for name, shape in source.shapes.items() for region in blocks(Region.whole(shape))]
     return write_model(out, source.model, source.router, parts, source.tokenizer, shard_bytes=shard_bytes)
 
 
@@ -84,11 +81,9 @@ def export_model(
         config = hf.write_config(source.model, source.router, str(stored).removeprefix("torch."), positions)
     else:
         config = mistral.write_params(source.model, source.router)
-    assert source.model.vocab_size is not None
-    if source.tokenizer is not None:
-        check_tokenizer(source.tokenizer, source.model.vocab_size)
-        if form == "hf":
-            _llama_tokenizer()  # an import that fails should fail before hours of writing
+    check_tokenizer(source)
+    if form == "hf" and source.tokenizer is not None:
+        _llama_tokenizer()  # an import that fails should fail before hours of writing
 
     by_tensor: dict[str, list[Piece]] = {}
     for piece in list_pieces(source.shapes, names, source.model.head_dim):
@@ -121,17 +116,11 @@ def export_model(
     return total
 
 
-def _read(source: ModelSource, name: str, region: Region, dtype: torch.dtype) -> Tensor:
-    target = torch.empty(region.shape, dtype=dtype)
-    source.copy([Fill(name, region, target)])
-    return target
-
-
 def _assemble(source: ModelSource, pieces: list[Piece], dtype: torch.dtype) -> Tensor:
     """One tensor of theirs out of ours."""
     whole = torch.empty(pieces[0].their_shape, dtype=dtype)
     for piece in pieces:
-        ours = _read(source, piece.ours, Region(piece.our_offset, piece.shape), dtype)
+        ours = source.read(piece.ours, Region(piece.our_offset, piece.shape), dtype)
         if piece.head_dim is not None:
             ours = interleave(ours, piece.head_dim)
         ours = ours.reshape(piece.shape[len(piece.shape) - whole.dim() :])

@@ -23,7 +23,7 @@ from moe.errors import ModelError
 from training.manifest import CHECKPOINTS, FORMAT, CheckpointError, fsync, write_manifest
 from training.run import TOKENIZER_FILE, save_config
 from training.shards import DTYPES, Part, Region, describe, write_parts
-from training.source import PREFIX
+from training.source import PREFIX, ModelSource
 from training.strict import to_dict
 
 T = TypeVar("T")
@@ -121,8 +121,8 @@ def grouped(items: list[T], size: Callable[[T], int], limit: int) -> list[list[T
     return groups
 
 
-def parse_size(text: str, key: str = "shard_size") -> int:
-    """Bytes of `5GB`, `500 MB`, `2GiB`, or a plain number.
+def parse_size(text: str) -> int:
+    """Bytes of a `shard_size`: `5GB`, `500 MB`, `2GiB`, or a plain number.
 
     Raises:
         ModelError: it is no such size, or less than a byte.
@@ -130,11 +130,11 @@ def parse_size(text: str, key: str = "shard_size") -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     factor = UNITS.get(found[2].upper()) if found else None
     if found is None or factor is None or float(found[1]) * factor < 1:
-        raise ModelError(f"{key}={text}: expected a size such as 5GB or 500MB")
+        raise ModelError(f"shard_size={text}: expected a size such as 5GB or 500MB")
     return int(float(found[1]) * factor)
 
 
-def check_tokenizer(file: Path, vocab_size: int) -> None:
+def check_tokenizer(source: ModelSource) -> None:
     """Refuse a tokenizer that makes ids beyond the embedding.
 
     Raises:
@@ -142,6 +142,10 @@ def check_tokenizer(file: Path, vocab_size: int) -> None:
     """
     import sentencepiece
 
+    file, vocab_size = source.tokenizer, source.model.vocab_size
+    assert vocab_size is not None
+    if file is None:
+        return
     try:
         ids = sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
     except (OSError, RuntimeError) as error:

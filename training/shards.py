@@ -39,6 +39,11 @@ class Region(NamedTuple):
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> "Region":
+        """All of a tensor of `shape`."""
+        return cls((0,) * len(shape), tuple(shape))
+
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
@@ -95,7 +100,7 @@ def local_part(name: str, tensor: Tensor) -> tuple[Tensor, Region] | None:
         CheckpointError: a placement (partial sums, an irregular stride) under which the local part is no rectangle.
     """
     local: Tensor = tensor.detach()
-    region = Region((0,) * tensor.ndim, tuple(tensor.shape))
+    region = Region.whole(tensor.shape)
     if isinstance(tensor, DTensor):
         if tensor.device_mesh.get_coordinate() is None:
             return None

@@ -69,6 +69,16 @@ class ModelSource(ABC):
             ModelError: a file that cannot be read.
         """
 
+    def read(self, name: str, region: Region, dtype: torch.dtype) -> Tensor:
+        """The block `region` of the tensor that we call `name`, as `dtype`.
+
+        Raises:
+            ModelError: a file that cannot be read.
+        """
+        target = torch.empty(region.shape, dtype=dtype)
+        self.copy([Fill(name, region, target)])
+        return target
+
     def fill(self, model: Transformer) -> None:
         """Fill every parameter and buffer of `model`, which may hold a part of the experts only.
 
@@ -158,8 +168,8 @@ class RunSource(ModelSource):
         tokenizer = root / TOKENIZER_FILE
         self.tokenizer = tokenizer if tokenizer.is_file() else None
         if check:
-            _as_source_error(lambda: verify(checkpoint))
-        saved = _as_source_error(lambda: read_manifest(checkpoint))["tensors"]
+            _as_model_error(lambda: verify(checkpoint))
+        saved = _as_model_error(lambda: read_manifest(checkpoint))["tensors"]
         self._saved = {name.removeprefix(PREFIX): record for name, record in saved.items() if name.startswith(PREFIX)}
         _limit_layers(self.model, len(self._saved), root / CONFIG_FILE)
         self.shapes = _shapes_of(self.model, self.router, root / CONFIG_FILE)
@@ -189,7 +199,7 @@ class RunSource(ModelSource):
             for file, reads in by_file.items():
                 read_shard(self.path / file, reads)
 
-        _as_source_error(read_all)
+        _as_model_error(read_all)
 
 
 class ForeignSource(ModelSource):
@@ -281,8 +291,7 @@ def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
 
 def _shapes_of(model: ModelConfig, router: RouterConfig, file: Path) -> dict[str, Shape]:
     try:
-        if model.num_experts is not None and model.top_k is not None:
-            router.check(model.num_experts, model.top_k)
+        router.check(model.num_experts, model.top_k)
         return tensor_shapes(model, router)
     except ValueError as error:
         raise ModelError(f"{file}: {' '.join(str(error).split())[:200]}") from error
@@ -297,7 +306,7 @@ def _limit_layers(model: ModelConfig, found: int, file: Path, per_expert: bool =
 
 def _newest(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path:
     if check:
-        newest = _as_source_error(lambda: newest_verified(checkpoints, warn))
+        newest = _as_model_error(lambda: newest_verified(checkpoints, warn))
     else:
         newest = next(iter(committed(checkpoints)), None)
     if newest is None:
@@ -305,7 +314,7 @@ def _newest(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path
     return newest
 
 
-def _as_source_error(work: Callable[[], T]) -> T:
+def _as_model_error(work: Callable[[], T]) -> T:
     try:
         return work()
     except CheckpointError as error:
@@ -314,6 +323,3 @@ def _as_source_error(work: Callable[[], T]) -> T:
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
-
-
-__all__ = ["Fill", "ModelError", "ModelSource", "blocks", "open_given", "open_source", "read_run_config"]

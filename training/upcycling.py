@@ -13,7 +13,7 @@ from moe.mapping import tensor_shapes
 from moe.upcycle import Upcycling, dense_name, expert_matrix, moe_config, router_config, router_matrix
 from training.model_directory import Block, check_tokenizer, write_model
 from training.shards import Region
-from training.source import Fill, ModelSource, blocks
+from training.source import ModelSource, blocks
 
 Read = Callable[[str], Tensor]
 
@@ -32,9 +32,7 @@ def upcycle_model(
         ValueError: the plan does not fit the model; starts with `<field>=<value>`.
     """
     model = moe_config(source.model, plan)
-    assert model.vocab_size is not None
-    if source.tokenizer is not None:
-        check_tokenizer(source.tokenizer, model.vocab_size)
+    check_tokenizer(source)
     parts = list(_parts(source, model, plan, dtype))
     return model, write_model(out, model, router_config(plan), parts, source.tokenizer, shard_bytes=shard_bytes)
 
@@ -43,7 +41,7 @@ def _parts(source: ModelSource, model: ModelConfig, plan: Upcycling, dtype: Lite
     # A matrix's experts are written one after another: the last matrix read serves them all.
     read = lru_cache(maxsize=1)(partial(_read, source))
     for name, shape in tensor_shapes(model, router_config(plan)).items():
-        whole = Region((0,) * len(shape), shape)
+        whole = Region.whole(shape)
         origin = dense_name(name)
         if origin is None:
             weight = partial(router_matrix, name, model.dim, model.init_std, plan)
@@ -71,7 +69,5 @@ def _expert(read: Read, name: str, expert: int, plan: Upcycling, stored: torch.d
 
 def _read(source: ModelSource, name: str) -> Tensor:
     """The dense model's tensor `name`, in fp32 or, where it is stored wider, in that."""
-    shape = source.shapes[name]
-    target = torch.empty(shape, dtype=torch.promote_types(source.dtype(name), torch.float32))
-    source.copy([Fill(name, Region((0,) * len(shape), shape), target)])
-    return target
+    wide = torch.promote_types(source.dtype(name), torch.float32)
+    return source.read(name, Region.whole(source.shapes[name]), wide)
