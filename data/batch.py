@@ -71,6 +71,15 @@ class Batch:
             tensors.append(places.view(len(rows), length))
         return cls(*tensors)
 
+    def part(self, index: int, parts: int) -> "Batch":
+        """The `index`-th of `parts` equal pieces of every row, [B, S / parts]."""
+        if parts == 1:
+            return self
+        length = self.tokens_BS.shape[1] // parts
+        place = slice(index * length, (index + 1) * length)
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: x[:, place] for name, x in tensors.items() if x is not None})
+
     def to(self, device: torch.device | str) -> "Batch":
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(**{name: x.to(device, non_blocking=True) for name, x in tensors.items() if x is not None})

@@ -66,6 +66,9 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, config.num_kv_heads * config.head_dim)
         self.wo = Linear(config.num_heads * config.head_dim, config.dim)
         self.core = AttentionCore(config.window(layer))
+        # Seams: tensor parallelism cuts the sequence between the projections and the rest of the model.
+        self.gather: nn.Module = nn.Identity()
+        self.scatter: nn.Module = nn.Identity()
 
     def forward(
         self,
@@ -79,6 +82,7 @@ class Attention(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
+        x_BSD = self.gather(x_BSD)
         q_BHSC = apply_rotary(heads(self.wq(x_BSD)), rotary)
         k_BGSC = apply_rotary(heads(self.wk(x_BSD)), rotary)
         v_BGSC = heads(self.wv(x_BSD))
@@ -86,4 +90,4 @@ class Attention(nn.Module):
             mixed_BHSC = self.core(q_BHSC, k_BGSC, v_BGSC, documents_BS)
         else:
             mixed_BHSC = cache.attend(q_BHSC, k_BGSC, v_BGSC)
-        return self.wo(mixed_BHSC.transpose(1, 2).flatten(2))
+        return self.scatter(self.wo(mixed_BHSC.transpose(1, 2).flatten(2)))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from moe.config import GATED, FeedForwardKind
 from moe.linear import Linear
+from moe.recompute import Recompute, recomputed
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -41,9 +42,18 @@ class FeedForward(nn.Module):
             self.w_gate = Linear(dim, hidden_dim)
         self.w_up = Linear(dim, hidden_dim)
         self.w_down = Linear(hidden_dim, dim)
+        # Seams: tensor parallelism cuts the sequence between this network and the rest of the model.
+        self.gather: nn.Module = nn.Identity()
+        self.scatter: nn.Module = nn.Identity()
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w_down(hidden(self.kind, lambda name: getattr(self, name)(x)))
+        x = self.gather(x)
+        return self.scatter(recomputed(self._apply_to, x) if self.recompute == "selective" else self._apply_to(x))
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        y: Tensor = self.w_down(hidden(self.kind, lambda name: getattr(self, name)(x)))
+        return y
 
     def extra_repr(self) -> str:
         return self.kind

@@ -12,6 +12,7 @@ from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
 from moe.feedforward import FeedForward
 from moe.linear import RMSNorm
+from moe.recompute import Recompute, recomputed
 from moe.router import Router, RouterStats
 
 
@@ -33,10 +34,11 @@ class MoELayer(nn.Module):
         self, x_BSD: Tensor, valid_BS: Tensor | None, noise_keys_BS: Tensor | None = None
     ) -> tuple[Tensor, RouterStats]:
         routing, stats = self.router(x_BSD, valid_BS, noise_keys_BS)
-        rows_RD, counts_e, plan = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
-        y_RD = self.experts(rows_RD, counts_e)
+        travelling_RD, counts_e, plan = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        shared_BSD = None if self.shared is None else self.shared(x_BSD)  # while the tokens travel
+        y_RD = self.experts(self.dispatcher.arrive(travelling_RD, plan), counts_e)
         y_BSD = self.dispatcher.combine(y_RD, routing, plan).view_as(x_BSD)
-        return y_BSD if self.shared is None else y_BSD + self.shared(x_BSD), stats
+        return y_BSD if shared_BSD is None else y_BSD + shared_BSD, stats
 
 
 class Block(nn.Module):
@@ -52,8 +54,25 @@ class Block(nn.Module):
             if config.is_moe_layer(layer)
             else FeedForward(config.dim, config.hidden_dim, config.ffn)
         )
+        self.recompute: Recompute = "none"
 
     def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents_BS: Tensor | None,
+        valid_BS: Tensor | None,
+        noise_keys_BS: Tensor | None,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, RouterStats | None]:
+        if self.recompute == "full" and cache is None:
+            result: tuple[Tensor, RouterStats | None] = recomputed(
+                self._forward, x_BSD, rotary, documents_BS, valid_BS, noise_keys_BS, None
+            )
+            return result
+        return self._forward(x_BSD, rotary, documents_BS, valid_BS, noise_keys_BS, cache)
+
+    def _forward(
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],
@@ -68,3 +87,6 @@ class Block(nn.Module):
             y_BSD, stats = self.ffn(normed_BSD, valid_BS, noise_keys_BS)
             return x_BSD + y_BSD, stats
         return x_BSD + self.ffn(normed_BSD), None
+
+    def extra_repr(self) -> str:
+        return "" if self.recompute == "none" else f"recompute={self.recompute}"

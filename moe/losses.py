@@ -69,8 +69,17 @@ class Auxiliary(NamedTuple):
     """Dropped assignments of the global micro-batch, over all layers."""
 
 
+def _nothing(counts: Tensor) -> Tensor:
+    return counts
+
+
 def auxiliary_losses(
-    stats: RouterStats, config: RouterConfig, reduce_counts: Callable[[Tensor], Tensor] = lambda counts: counts
+    stats: RouterStats,
+    config: RouterConfig,
+    reduce_counts: Callable[[Tensor], Tensor] = _nothing,
+    reduce_sequences: Callable[[Tensor], Tensor] = _nothing,
+    sequence_parts: int = 1,
+    layers: int | None = None,
 ) -> Auxiliary:
     """Balance and z-loss from the statistics of all MoE layers.
 
@@ -78,30 +87,39 @@ def auxiliary_losses(
         stats: stacked over layers.
         config: scope of the balance loss and reduction over layers.
         reduce_counts: sum of an integer tensor over all ranks that hold other tokens of the same micro-batch (seam:
-            data and context parallelism install an all-reduce; it stands outside of what recompute repeats).
+            an all-reduce; it stands outside of what recompute repeats).
+        reduce_sequences: the same over the `sequence_parts` ranks that hold other parts of the same sequences.
+        layers: MoE layers of the whole model, where `stats` is of a pipeline stage.
     """
-    layers, _, num_experts = stats.counts_BE.shape
+    here, _, num_experts = stats.counts_BE.shape
+    layers = here if layers is None else layers
+    if config.balance_scope != "global" and sequence_parts > 1:
+        whole = reduce_sequences(torch.cat((stats.counts_BE, stats.tokens_B.unsqueeze(-1)), dim=-1))
+        counts_LBE, tokens_LB = whole[..., :-1], whole[..., -1]
+    else:
+        counts_LBE, tokens_LB = stats.counts_BE, stats.tokens_B
     local_LE = stats.counts_BE.sum(dim=1)
-    sequences = (stats.tokens_B[0] > 0).sum()
+    # Every rank that holds a part of a sequence counts it: `sequence_parts` times in all.
+    sequences = (tokens_LB[0] > 0).sum()
     totals = torch.stack((stats.dropped_B.sum(), stats.tokens_B[0].sum(), sequences))
     reduced = reduce_counts(torch.cat((local_LE.flatten(), totals)))
-    counts_LE = reduced[:-3].view(layers, num_experts)
+    counts_LE = reduced[:-3].view(here, num_experts)
     dropped, tokens, sequences = reduced[-3:]
 
     if config.balance_scope == "global":
         balance_L = num_experts * (shares(counts_LE) * stats.prob_sum_BE.sum(dim=1)).sum(dim=-1)
     elif config.balance_scope == "rank":
-        balance_L = num_experts * (shares(local_LE) * stats.prob_sum_BE.sum(dim=1)).sum(dim=-1)
+        balance_L = num_experts * (shares(counts_LBE.sum(dim=1)) * stats.prob_sum_BE.sum(dim=1)).sum(dim=-1)
     else:
-        mean_prob_LBE = stats.prob_sum_BE / stats.tokens_B.clamp(min=1).unsqueeze(-1)
-        per_sequence_LB = num_experts * (shares(stats.counts_BE) * mean_prob_LBE).sum(dim=-1)
-        balance_L = per_sequence_LB.sum(dim=1) * (tokens.double() / sequences.clamp(min=1))
+        mean_prob_LBE = stats.prob_sum_BE / tokens_LB.clamp(min=1).unsqueeze(-1)
+        per_sequence_LB = num_experts * (shares(counts_LBE) * mean_prob_LBE).sum(dim=-1)
+        balance_L = per_sequence_LB.sum(dim=1) * (tokens.double() * sequence_parts / sequences.clamp(min=1))
     z_L = stats.z_sum_B.sum(dim=1)
     if config.layer_reduction == "hf_pooled":
-        counts = counts_LE if config.balance_scope == "global" else local_LE
+        counts = counts_LE if config.balance_scope == "global" else counts_LBE.sum(dim=1)
         return Auxiliary(_pooled(counts, stats, num_experts), z_L.mean(), counts_LE, dropped)
-    combine = torch.mean if config.layer_reduction == "mean" else torch.sum
-    return Auxiliary(combine(balance_L), combine(z_L), counts_LE, dropped)
+    share = layers if config.layer_reduction == "mean" else 1
+    return Auxiliary(balance_L.sum() / share, z_L.sum() / share, counts_LE, dropped)
 
 
 def _pooled(counts_LE: Tensor, stats: RouterStats, num_experts: int) -> Tensor:

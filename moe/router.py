@@ -34,6 +34,8 @@ class Routing(NamedTuple):
     num_experts: int
     complete: bool
     """Every assignment is dispatched (known without looking at the tensors)."""
+    capacity: int | None = None
+    """No expert gets more of these tokens; None where no bound is worth knowing."""
 
 
 class RouterStats(NamedTuple):
@@ -129,7 +131,14 @@ class Router(nn.Module):
             # A token may be taken by any number of experts; columns that no token here needs are not carried along.
             used = max(1, int(kept_BSK.sum(dim=-1).max())) if kept_BSK.numel() else 1
             experts_BSK, weights_BSK = experts_BSK[..., :used], weights_BSK[..., :used]
-        return Routing(experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), num_experts, complete), stats
+        capacity = self._bound(x_BSD.shape[0], x_BSD.shape[1])
+        return Routing(experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), num_experts, complete, capacity), stats
+
+    def _bound(self, batch: int, seq_len: int) -> int | None:
+        """Rows of an expert, at most. Of parts of sequences it would be far more than what comes."""
+        if self.capacity_factor is None and self.kind != "expert_choice":
+            return None
+        return batch * expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, self.weight.shape[0])
 
     def _logits(self, x_BSD: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
         wide = torch.promote_types(x_BSD.dtype, torch.float32)

@@ -1,16 +1,24 @@
 """From a configuration to the module that runs here, in one visible order.
 
-Build on the meta device -> apply parallelism -> materialise -> initialise: no rank ever holds more than its share.
+Build on the meta device -> pipeline -> tensor -> expert -> context -> recompute -> FSDP -> materialise -> initialise:
+no rank ever holds more than its share.
 """
+
+from collections.abc import Sequence
 
 import torch
 
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
 from moe.model import Transformer
+from moe.recompute import Recompute, set_recompute
 from moe.router import Router
+from parallel.context import install_rows, shard_attention
 from parallel.expert import shard_experts
+from parallel.fsdp import shard_weights
 from parallel.mesh import Mesh
+from parallel.placement import locator
+from parallel.tensor import cut_tensors
 
 
 def build_model(
@@ -21,6 +29,9 @@ def build_model(
     compute_dtype: torch.dtype,
     seed: int | None,
     lean: bool = False,
+    layers: Sequence[int] | None = None,
+    recompute: Recompute = "none",
+    offload: bool = False,
 ) -> Transformer:
     """This rank's part of the model; weights are fp32 (fp64 where `compute_dtype` is).
 
@@ -28,16 +39,31 @@ def build_model(
         seed: of the initial weights. None leaves them to the caller, who fills every one of them.
         lean: weights in `compute_dtype`, to which every forward pass would cast them anyway: the results are the same.
             For models that do not train. Routers, which compute in at least fp32, keep theirs.
+        layers: those of a pipeline stage; None: all.
+        recompute: what the backward pass computes again.
+        offload: with FSDP, keep weights in CPU memory.
     """
     with torch.device("meta"):
         model = Transformer(config, router, compute_dtype)
-    if mesh.expert.size() > 1:
-        shard_experts(model, mesh.expert)
+    if layers is not None:
+        model.keep(layers)
+    if mesh.tensor.size() > 1:
+        cut_tensors(model, mesh)
+    if mesh.expert.size() * mesh.expert_tensor.size() > 1:
+        shard_experts(model, mesh)
+    if mesh.context.size() > 1:
+        shard_attention(model, mesh.context)
+    if mesh.sequence.size() > 1:
+        install_rows(model, mesh.sequence)
+    set_recompute(model, recompute)
+    model.locate = locator(mesh)
     wide = torch.promote_types(compute_dtype, torch.float32)
     model.to(compute_dtype if lean else wide)
     for module in model.modules():
         if isinstance(module, Router):
             module.to(wide)
+    if mesh.layout.shard > 1:
+        shard_weights(model, mesh, offload=offload, keep_gathered=layers is not None)
     model.to_empty(device=mesh.device)
     if seed is not None:
         init_parameters(model, seed)

@@ -3,29 +3,37 @@
 Losses are already divided by the global token count (training/step.py), so gradients are summed, never averaged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.mesh import Mesh
+from parallel.placement import same_ranks
 
 BUCKET_BYTES = 64 * 2**20
 
 
-def sum_gradients(dense: list[nn.Parameter], experts: list[nn.Parameter], mesh: Mesh) -> None:
-    """Sum dense gradients over the world and expert gradients over the ranks that hold the same experts.
+def sum_gradients(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: frozenset[str] = frozenset()) -> None:
+    """Sum each gradient over the ranks that hold the same part of its parameter (after FSDP's own sum over the rest).
 
-    Given is what trains (all of an expert's ranks give the same, those of another expert may give more or nothing).
-    A parameter no token reached has no gradient on this rank: it takes part with zeros.
+    Given is what trains and lies here: all ranks that hold a part give the same, others may give more or nothing. A
+    parameter no token reached has no gradient on this rank: it takes part with zeros.
+
+    Args:
+        tied: names of parameters that the first and the last pipeline stage both hold.
     """
-    for parameters, group in ((dense, mesh.world), (experts, mesh.expert_data)):
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+    by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        by_group.setdefault(same_ranks(name, mesh), []).append(parameter.grad)
+    for group, gradients in by_group.items():
         if group.size() > 1:
-            _sum_in_buckets([parameter.grad for parameter in parameters if parameter.grad is not None], group)
+            _sum_in_buckets(gradients, group)
+    for name in sorted(tied & parameters.keys()):
+        dist.all_reduce(parameters[name].grad, group=mesh.ends)
 
 
 def _sum_in_buckets(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
@@ -61,26 +69,26 @@ def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
         yield bucket
 
 
-def global_grad_norm(dense: list[nn.Parameter], experts: list[nn.Parameter], mesh: Mesh) -> Tensor:
+def global_grad_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: frozenset[str] = frozenset()) -> Tensor:
     """L2 norm over every parameter element that trains, each counted once; call it after `sum_gradients`.
 
-    Returns an fp64 scalar that is the same on all ranks, NaN or infinite on all ranks if it is on one.
+    A part that m ranks hold counts 1/m on each of them. Returns an fp64 scalar that is the same on all ranks, NaN or
+    infinite on all ranks if it is on one.
     """
-    dense_square = _sum_of_squares(dense, mesh.device)
-    expert_square = _sum_of_squares(experts, mesh.device)
-    dist.all_reduce(expert_square, group=mesh.expert)
-    return (dense_square + expert_square).sqrt()
+    total = torch.zeros((), device=mesh.device, dtype=torch.float64)
+    by_copies: dict[int, list[Tensor]] = {}
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            copies = same_ranks(name, mesh).size() * (2 if name in tied else 1)
+            by_copies.setdefault(copies, []).append(parameter.grad)
+    for copies, gradients in by_copies.items():
+        norms = torch._foreach_norm(gradients)
+        total += torch.stack([norm.double() for norm in norms]).square().sum().to(total.device) / copies
+    dist.all_reduce(total, group=mesh.world)
+    return total.sqrt()
 
 
-def _sum_of_squares(parameters: list[nn.Parameter], device: torch.device) -> Tensor:
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
-        return torch.zeros((), device=device, dtype=torch.float64)
-    norms = torch._foreach_norm(gradients)
-    return torch.stack([norm.double() for norm in norms]).square().sum()
-
-
-def scale_gradients(parameters: list[nn.Parameter], factor: Tensor) -> None:
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
     for parameter in parameters:
         if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad.dtype))
+            parameter.grad.mul_(factor.to(parameter.grad))

@@ -1,29 +1,49 @@
-"""The world of processes, cut into axes.
+"""The world of processes, cut into axes, and the process groups along them (`parallel/layout.py` has the order)."""
 
-One mesh today: (expert_data, expert). `expert` is innermost, so that the ranks that exchange tokens in every layer
-are neighbours, inside one node where the launcher numbers them so; `expert_data` ranks hold the same experts and meet
-once per step, to sum gradients. Every rank is data parallel: each sees other sequences.
-"""
-
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel.layout import AXES, Layout
+
+EXPERT_AXES = ("pipeline", "expert_replicate", "expert_shard", "expert", "expert_tensor")
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Process groups of the axes. Keep it inside `main`: groups that outlive it abort the process at exit."""
+    """Process groups of this rank. Keep it inside `main`: groups that outlive it abort the process at exit."""
 
     device: torch.device
-    device_mesh: DeviceMesh
+    layout: Layout
     world: dist.ProcessGroup
+    stage: dist.ProcessGroup
+    """Ranks of this pipeline stage."""
+    pipeline: dist.ProcessGroup
+    """One rank of every stage: those at this rank's place in theirs."""
+    data: dist.ProcessGroup
+    """Ranks that see other rows, at the same part of the sequence."""
+    shard: dist.ProcessGroup
+    context: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    sequence: dist.ProcessGroup
+    """Ranks that see the same rows, in the order of their parts of them: context and tensor."""
     expert: dist.ProcessGroup
     """Ranks that hold different experts and exchange tokens."""
+    expert_tensor: dist.ProcessGroup
     expert_data: dist.ProcessGroup
     """Ranks that hold the same experts."""
+    expert_shard: dist.ProcessGroup
+    ends: dist.ProcessGroup | None
+    """The first and the last rank of `pipeline`; None on others, and without a pipeline."""
+    same_replicated: dist.ProcessGroup
+    """Ranks of the stage that hold, under FSDP, the same part of what tensor parallelism leaves whole."""
+    same_tensor: dist.ProcessGroup
+    """Ranks of the stage that hold the same part of what tensor parallelism cuts."""
+    same_experts: dist.ProcessGroup
+    """Ranks of the stage that hold the same part of the same experts."""
 
     @property
     def rank(self) -> int:
@@ -33,17 +53,67 @@ class Mesh:
     def world_size(self) -> int:
         return self.world.size()
 
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        found = [value for value in vars(self).values() if isinstance(value, dist.ProcessGroup)]
+        return list({id(group): group for group in found}.values())
 
-def build_mesh(device: torch.device, expert_size: int) -> Mesh:
-    """Cut the initialised world into `world / expert_size` x `expert_size`."""
-    world_size = dist.get_world_size()
-    assert world_size % expert_size == 0
-    mesh = init_device_mesh(
-        device.type, (world_size // expert_size, expert_size), mesh_dim_names=("expert_data", "expert")
-    )
+
+def build_mesh(device: torch.device, layout: Layout) -> Mesh:
+    """Cut the initialised world as `layout` says. Collective: every rank calls it, with the same layout."""
+    assert layout.world == dist.get_world_size(), (layout, dist.get_world_size())
     world = dist.group.WORLD
     assert world is not None
-    return Mesh(device, mesh, world, mesh.get_group("expert"), mesh.get_group("expert_data"))
+    expert_sizes = (
+        layout.pipeline,
+        layout.expert_data // layout.expert_shard,
+        layout.expert_shard,
+        layout.expert,
+        layout.expert_tensor,
+    )
+    ranks = torch.arange(layout.world)
+    dense = ranks.view([getattr(layout, axis) for axis in AXES])
+    experts = ranks.view(expert_sizes)
+    made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {(tuple(ranks.tolist()),): world}
+
+    def group(*axes: str) -> dist.ProcessGroup:
+        """This rank's group along `axes`, in rank order; groups of the same ranks are one."""
+        names, cube = (AXES, dense) if set(axes) <= set(AXES) else (EXPERT_AXES, experts)
+        along = [names.index(axis) for axis in axes]
+        size = math.prod(cube.shape[i] for i in along)
+        others = [i for i in range(len(names)) if i not in along]
+        parts = cube.permute(*others, *along).reshape(-1, size).tolist()
+        key = tuple(map(tuple, parts))
+        if key not in made:
+            own = next(part for part in parts if world.rank() in part)
+            if size == 1:  # no agreement with others needed: thousands of ranks need not hear of each other's
+                made[key] = dist.new_group(own, use_local_synchronization=True)
+            else:
+                made[key], _ = dist.new_subgroups_by_enumeration(parts)
+        return made[key]
+
+    columns = dense.flatten(1).t().tolist()
+    ends = dist.new_subgroups_by_enumeration([[c[0], c[-1]] for c in columns])[0] if layout.pipeline > 1 else None
+    return Mesh(
+        device=device,
+        layout=layout,
+        world=world,
+        stage=group("replicate", "shard", "context", "tensor"),
+        pipeline=group("pipeline"),
+        data=group("replicate", "shard"),
+        shard=group("shard"),
+        context=group("context"),
+        tensor=group("tensor"),
+        sequence=group("context", "tensor"),
+        expert=group("expert"),
+        expert_tensor=group("expert_tensor"),
+        expert_data=group("expert_replicate", "expert_shard"),
+        expert_shard=group("expert_shard"),
+        ends=ends,
+        same_replicated=group("replicate", "context", "tensor"),
+        same_tensor=group("replicate", "context"),
+        same_experts=group("expert_replicate"),
+    )
 
 
 def init_process_group(store: dist.Store, rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
@@ -61,7 +131,7 @@ def init_process_group(store: dist.Store, rank: int, world_size: int, device: to
 
 def set_timeout(mesh: Mesh, timeout_s: float) -> None:
     """Bound every collective from now on; start-up, which compiles and reads, was given longer."""
-    for group in (mesh.world, mesh.expert, mesh.expert_data):
+    for group in mesh.groups:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 

@@ -15,12 +15,12 @@ from moe.errors import ModelError
 from moe.generate import generate
 from moe.init import init_parameters
 from moe.model import Transformer
+from moe.region import Region
 from scripts.boundary import CONF
 from scripts.generate import main
 from scripts.text import Growing, HuggingFaceText, Terminal, end_marks
 from tests.foreign import saved
 from training.model_directory import Block, write_model
-from training.shards import Region
 from training.source import open_source
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # sums\n" for i in range(200)]

@@ -11,11 +11,11 @@ import torch
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
 from moe.model import Transformer
+from moe.region import Region
 from scripts import upcycle
 from scripts.boundary import CONF
 from training.metrics import read_metrics
 from training.model_directory import Block, write_model
-from training.shards import Region
 from training.source import open_source
 
 DENSE = ModelConfig(

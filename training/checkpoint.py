@@ -16,7 +16,7 @@ differs by rank needs names that do. While one rank writes longer than the proce
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.region import Held
 from training.manifest import (
     FORMAT,
     MANIFEST,
@@ -44,7 +45,7 @@ from training.shards import (
     Read,
     assign_owners,
     describe,
-    local_part,
+    held,
     plan_reads,
     read_shard,
     write_shard,
@@ -55,8 +56,8 @@ __all__ = ["CheckpointError", "committed", "load", "newest_verified", "read_stat
 T = TypeVar("T")
 
 
-def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int) -> Path:
-    """Save `tensors` (plain or DTensor) and rank 0's JSON-able `state` as `root/step-<step>`, and return that path.
+def save(root: Path, step: int, tensors: Mapping[str, Tensor | Held], state: dict[str, Any], *, keep: int) -> Path:
+    """Save `tensors` (whole, or this rank's parts) and rank 0's JSON-able `state`; returns `root/step-<step>`.
 
     Order: all ranks write and sync files in `root/.tmp-step-<step>`; rank 0 writes and syncs the manifest, renames the
     directory, syncs `root`, and deletes all but the `keep` newest checkpoints. A kill at any point leaves the older
@@ -80,15 +81,14 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
                 shutil.rmtree(debris)
             temporary.mkdir()
         holdings = {}
-        for name, tensor in tensors.items():
-            if tensor.dtype not in DTYPES:
+        for name, (local, shape, region) in ((name, held(tensor)) for name, tensor in tensors.items()):
+            if local.dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{name}: found dtype {tensor.dtype}, expected one of {', '.join(DTYPES.values())}"
+                    f"{name}: found dtype {local.dtype}, expected one of {', '.join(DTYPES.values())}"
                 )
-            part = local_part(name, tensor)
-            if part is not None:
-                parts[name] = part[0]
-            holdings[name] = Holding(DTYPES[tensor.dtype], tuple(tensor.shape), part[1] if part else None)
+            if region.numel:
+                parts[name] = local
+            holdings[name] = Holding(DTYPES[local.dtype], shape, region if region.numel else None)
         return holdings
 
     def write() -> tuple[str, dict[str, Any]]:
@@ -117,8 +117,8 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
     return final
 
 
-def load(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` (plain or DTensor) in place from the checkpoint `path`, whatever layout it was saved under.
+def load(path: Path, tensors: Mapping[str, Tensor | Held]) -> None:
+    """Fill `tensors` (whole, or this rank's parts) in place from the checkpoint `path`, whoever saved it.
 
     Hashes are not checked again: choose `path` with `newest_verified`, or call `verify` on one rank first.
 
@@ -132,18 +132,18 @@ def load(path: Path, tensors: dict[str, Tensor]) -> None:
 
     def prepare() -> list[str]:
         saved.update(read_manifest(path)["tensors"])
-        _refuse(path, "missing", [name for name in tensors if name not in saved])
-        shapes = {name: (tuple(saved[name]["shape"]), tuple(tensor.shape)) for name, tensor in tensors.items()}
-        dtypes = {name: (saved[name]["dtype"], DTYPES.get(tensor.dtype)) for name, tensor in tensors.items()}
+        wanted = {name: held(tensor) for name, tensor in tensors.items()}
+        _refuse(path, "missing", [name for name in wanted if name not in saved])
+        shapes = {name: (tuple(saved[name]["shape"]), shape) for name, (_, shape, _) in wanted.items()}
+        dtypes = {name: (saved[name]["dtype"], DTYPES.get(local.dtype)) for name, (local, _, _) in wanted.items()}
         for what, pairs in (("shape", shapes), ("dtype", dtypes)):
             different = [
                 f"{name} (found {found}, expected {own})" for name, (found, own) in pairs.items() if found != own
             ]
             _refuse(path, f"of another {what}", different)
-        for name, tensor in tensors.items():
-            part = local_part(name, tensor)
-            if part is not None:
-                for file, read in plan_reads(name, saved[name], *part):
+        for name, (local, _, region) in wanted.items():
+            if region.numel:
+                for file, read in plan_reads(name, saved[name], local, region):
                     reads.setdefault(file, []).append(read)
         return list(tensors)
 

@@ -1,28 +1,37 @@
-"""The engine: who owns weights, gradients and optimizer state, and turns a loss into an update.
+"""The engine: who owns weights, gradients and optimizer state, and turns micro-batches into an update.
 
 The step (training/step.py) is written against the protocol, so that another engine changes nothing around it.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from moe.model import Transformer
+from moe.model import Output, Transformer
+from moe.region import Held
 from parallel.gradients import global_grad_norm, scale_gradients, sum_gradients
 from parallel.mesh import Mesh
+from parallel.objective import Inputs, Objective
+from parallel.pipeline import Pipeline
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
-from training.trainable import Trainable, expert_modules, persistent_buffers
+from training.trainable import Trainable, persistent_buffers
 
 
 class Engine(Protocol):
-    model: Transformer
+    parts: list[Transformer]
+    """This rank's part of the model: one module, or in a pipeline one for each of its stages."""
     mesh: Mesh
 
-    def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradients."""
+    def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
+        """Forward and backward of all micro-batches: adds their gradients."""
+        ...
+
+    def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:
+        """Each part's output, without gradients; that of the last stage holds logits."""
         ...
 
     def step(self, lr: float) -> float:
@@ -32,7 +41,7 @@ class Engine(Protocol):
         """
         ...
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Held]:
         """Weights, buffers and moments under engine-neutral names, for saving and for loading in place."""
         ...
 
@@ -41,37 +50,60 @@ class Engine(Protocol):
         """Updates applied so far (AdamW's bias correction counts them)."""
         ...
 
-    def set_updates(self, updates: int) -> None: ...
+    def loaded(self, updates: int) -> None:
+        """`tensors()` have been filled from a checkpoint that had so many updates behind it."""
+        ...
 
 
 class NativeEngine:
-    """PyTorch's own AdamW on replicated dense weights and expert-parallel experts.
+    """PyTorch's own AdamW on the parts of weights that lie here, and a pipeline where there is one.
 
     Raises:
-        ConfigError: a pattern of `optim.train` matches nothing in `model`.
+        ConfigError: a pattern of `optim.train` matches nothing in the model.
     """
 
-    def __init__(self, model: Transformer, config: OptimConfig, mesh: Mesh) -> None:
-        self.model = model
+    def __init__(
+        self, parts: Sequence[Transformer], config: OptimConfig, mesh: Mesh, pipeline: Pipeline | None = None
+    ) -> None:
+        """`pipeline`: of these `parts`; None: they are one whole model."""
+        self.parts = list(parts)
         self.mesh = mesh
+        self.pipeline = pipeline
         self.max_grad_norm = config.max_grad_norm
-        self.trainable = Trainable(model, config.train)
-        self.dense = list(self.trainable.dense.values())
-        self.experts = list(self.trainable.experts.values())
-        self.optimizer = build_optimizer(self.dense + self.experts, config)
+        self.trainable = Trainable(self.parts, config.train)
+        self.parameters = self.trainable.parameters
+        self.optimizer = build_optimizer(list(self.parameters.values()), config)
+        shares_ends = pipeline is not None and self.parts[0].config.tie_embeddings
+        self.tied = frozenset(["embedding"] if shares_ends else [])
+        """Held by the first and by the last stage."""
         self._updates = 0
+
+    def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
+        if self.pipeline is not None:
+            self.pipeline.run(micro_batches, objective)
+            return
+        (model,) = self.parts
+        for number, inputs in enumerate(micro_batches):
+            self.backward(loss_of(model(**inputs), model, objective, number))
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    @torch.no_grad()
+    def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:
+        if self.pipeline is not None:
+            return self.pipeline.forward(inputs)
+        (model,) = self.parts
+        return [(model, model(**inputs))]
+
     def step(self, lr: float) -> float:
         self.trainable.take_gradients()
-        sum_gradients(self.dense, self.experts, self.mesh)
-        norm = global_grad_norm(self.dense, self.experts, self.mesh)
+        sum_gradients(self.parameters, self.mesh, self.tied)
+        norm = global_grad_norm(self.parameters, self.mesh, self.tied)
         value = norm.item()
         if math.isfinite(value):
             if self.max_grad_norm is not None and value > self.max_grad_norm:
-                scale_gradients(self.dense + self.experts, self.max_grad_norm / norm)
+                scale_gradients(self.parameters.values(), self.max_grad_norm / norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -79,32 +111,34 @@ class NativeEngine:
         self.trainable.drop_gradients()
         return value
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Held]:
         """Weights and persistent buffers of everything, moments of what trains.
 
-        A single expert that trains inside a stacked weight has moments of its own, `exp_avg.<weight>.<expert>`, plain
-        tensors that only the ranks that hold it name.
+        A single expert that trains inside a stacked weight has moments of its own, `exp_avg.<weight>.<expert>`, which
+        only the ranks that hold it name.
         """
-        of_experts = expert_modules(self.model)
-        held: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            held[f"model.{name}"] = self._placed(parameter.detach()) if name in of_experts else parameter.detach()
-        held |= {f"model.{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
-        for name, parameter in (self.trainable.dense | self.trainable.experts).items():
+        found: dict[str, Tensor | Held] = {}
+        for model in self.parts:
+            found |= {f"model.{name}": model.locate(name, parameter) for name, parameter in model.named_parameters()}
+            found |= {f"model.{name}": buffer for name, buffer in persistent_buffers(model).items()}
+        for name, weight in self.trainable.weights.items():
             for moment in ("exp_avg", "exp_avg_sq"):
-                tensor = self.optimizer.state[parameter][moment]
-                held[f"{moment}.{name}"] = self._placed(tensor) if name in of_experts else tensor
-        return held
-
-    def _placed(self, shard: Tensor) -> Tensor:
-        """This rank's experts as a part of the whole [E, ...]."""
-        return DTensor.from_local(shard, self.mesh.device_mesh, [Replicate(), Shard(0)], run_check=False)
+                found[f"{moment}.{name}"] = weight.held.like(self.optimizer.state[weight.parameter][moment])
+        return found
 
     @property
     def updates(self) -> int:
         return self._updates
 
-    def set_updates(self, updates: int) -> None:
+    def loaded(self, updates: int) -> None:
         self._updates = updates
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
+
+
+def loss_of(output: Output, model: Transformer, objective: Objective, micro_batch: int) -> Tensor:
+    """The loss of a whole model's output."""
+    loss = objective.predictions(output.logits_BSV, micro_batch)
+    if output.stats is not None:
+        loss = loss + objective.routing(output.stats, model.moe_layers, micro_batch)
+    return loss

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.batch import IGNORE, Batch
-from moe.model import Transformer
-from parallel.mesh import Mesh
-from training.step import forward
+from parallel.tensor import cross_entropy
+from training.engine import Engine
+from training.step import on_device
 
 
 class Evaluation(NamedTuple):
@@ -28,42 +28,57 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(
-    model: Transformer, batches: Iterable[Batch], domains: tuple[str, ...], token_bytes_V: Tensor, mesh: Mesh
-) -> Evaluation:
-    """Run every batch through the model; `batches` has the same length on every rank."""
-    model.eval()
+def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...], token_bytes_V: Tensor) -> Evaluation:
+    """Run every batch through the model; `batches` (whole rows) has the same length on every rank."""
+    mesh, config = engine.mesh, engine.parts[0].config
+    for model in engine.parts:
+        model.eval()
     nats, labels, size = (torch.zeros(len(domains), dtype=torch.float64, device=mesh.device) for _ in range(3))
-    load_GLE = None
+    shape = (len(domains), config.num_moe_layers, config.num_experts or 0)
+    load_GLE = torch.zeros(shape, dtype=torch.int64, device=mesh.device)
     for batch in batches:
-        output, batch = forward(model, batch, mesh.device)
-        predicted_BS = batch.labels_BS != IGNORE
-        wide = torch.promote_types(output.logits_BSV.dtype, torch.float32)
-        nats_N = F.cross_entropy(
-            output.logits_BSV.flatten(0, 1).to(wide), batch.labels_BS.flatten(), ignore_index=IGNORE, reduction="none"
-        )
-        domain_N = batch.domains_BS.flatten().long()
-        bytes_BS = token_bytes_V[batch.labels_BS.clamp(min=0)] * predicted_BS
-        for total, values in ((nats, nats_N), (labels, predicted_BS.flatten()), (size, bytes_BS.flatten())):
-            total.index_add_(0, domain_N, values.double())
-        if output.stats is not None:
-            counts = _load_by_domain(output.stats.experts_BSK, batch, len(domains), output.stats.counts_BE.shape[-1])
-            load_GLE = counts if load_GLE is None else load_GLE + counts
-    model.train()
-    for total in (nats, labels, size) if load_GLE is None else (nats, labels, size, load_GLE):
+        inputs, batch = on_device(batch, mesh)
+        for model, output in engine.forward(inputs):
+            # Ranks of `mesh.tensor` have the logits of the same tokens between them: one of them counts.
+            if model.is_last:
+                nats_BS = _nats(output.logits_BSV, batch.labels_BS, mesh.tensor)
+                if mesh.tensor.rank() == 0:
+                    predicted_BS = batch.labels_BS != IGNORE
+                    domain_N = batch.domains_BS.flatten().long()
+                    bytes_BS = token_bytes_V[batch.labels_BS.clamp(min=0)] * predicted_BS
+                    for total, values_BS in ((nats, nats_BS), (labels, predicted_BS), (size, bytes_BS)):
+                        total.index_add_(0, domain_N, values_BS.flatten().double())
+            if output.stats is not None:
+                domains_BS, valid_BS = model.own(batch.domains_BS), model.own(batch.documents_BS >= 0)
+                counts = _load_by_domain(output.stats.experts_BSK, domains_BS, valid_BS, *shape[::2])
+                load_GLE[:, model.moe_layers] += counts
+    for model in engine.parts:
+        model.train()
+    for total in (nats, labels, size, load_GLE):
         dist.all_reduce(total, group=mesh.world)
     bits = {
         name: value / math.log(2) / length if length else math.nan
         for name, value, length in zip(domains, nats.tolist(), size.tolist(), strict=True)
     }
     loss = (nats.sum() / labels.sum()).item()
-    return Evaluation(loss, bits, None if load_GLE is None else load_GLE.cpu())
+    return Evaluation(loss, bits, load_GLE.cpu() if config.is_moe else None)
 
 
-def _load_by_domain(experts_LBSK: Tensor, batch: Batch, num_domains: int, num_experts: int) -> Tensor:
+def _nats(logits_BSV: Tensor, labels_BS: Tensor, tensor: dist.ProcessGroup) -> Tensor:
+    """-log p(label) of every place, 0 where there is none. Collective over `tensor`, whose ranks hold parts of V."""
+    if tensor.size() > 1:
+        return cross_entropy(logits_BSV, labels_BS, tensor)
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    logits = logits_BSV.flatten(0, 1).to(wide)
+    return F.cross_entropy(logits, labels_BS.flatten(), ignore_index=IGNORE, reduction="none").view_as(labels_BS)
+
+
+def _load_by_domain(
+    experts_LBSK: Tensor, domains_BS: Tensor, valid_BS: Tensor, num_domains: int, num_experts: int
+) -> Tensor:
     layers = experts_LBSK.shape[0]
-    valid_N = (batch.documents_BS >= 0).flatten()
-    domain_N = batch.domains_BS.flatten().long()[valid_N]
+    valid_N = valid_BS.flatten()
+    domain_N = domains_BS.flatten().long()[valid_N]
     experts_LNK = experts_LBSK.flatten(1, 2)[:, valid_N]
     cell_LNK = domain_N.view(1, -1, 1) * num_experts + experts_LNK
     counts = [

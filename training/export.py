@@ -12,10 +12,11 @@ from torch import Tensor
 from moe import hf, hf_names, mistral
 from moe.errors import ModelError
 from moe.mapping import Piece, interleave, list_pieces
+from moe.region import Region
 from training.manifest import fsync
 from training.model_directory import Block, check_tokenizer, grouped, new_directory, write_model
 from training.run import TOKENIZER_FILE, write_atomically
-from training.shards import Part, Region, write_safetensors
+from training.shards import Part, write_safetensors
 from training.source import ModelSource, blocks
 
 FORMATS = {

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from moe.config import ModelConfig, RouterConfig
 from moe.errors import ModelError
+from moe.region import Region
 from training.manifest import CHECKPOINTS, FORMAT, CheckpointError, fsync, write_manifest
 from training.run import TOKENIZER_FILE, save_config
-from training.shards import DTYPES, Part, Region, describe, write_parts
+from training.shards import DTYPES, Part, describe, write_parts
 from training.source import PREFIX, ModelSource
 from training.strict import to_dict
 

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from moe.region import Held, Region, whole
 from training.manifest import CheckpointError
 
 # torch's dtypes under the names that the safetensors format gives them.
@@ -31,39 +30,6 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-class Region(NamedTuple):
-    """A rectangle of a tensor: its first corner and its size in every dim. `((), ())` is all of a 0-d tensor."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @classmethod
-    def whole(cls, shape: Sequence[int]) -> "Region":
-        """All of a tensor of `shape`."""
-        return cls((0,) * len(shape), tuple(shape))
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    def key(self, name: str) -> str:
-        """The region's name inside a file, e.g. `experts.w1[4:8,0:64]`."""
-        return f"{name}[{','.join(f'{o}:{o + n}' for o, n in zip(self.offset, self.shape, strict=True))}]"
-
-    def intersect(self, other: "Region") -> "Region | None":
-        """The rectangle common to both, None if there is none."""
-        starts = [max(a, b) for a, b in zip(self.offset, other.offset, strict=True)]
-        ends_self = (o + n for o, n in zip(self.offset, self.shape, strict=True))
-        ends_other = (o + n for o, n in zip(other.offset, other.shape, strict=True))
-        shape = [min(a, b) - start for a, b, start in zip(ends_self, ends_other, starts, strict=True)]
-        return Region(tuple(starts), tuple(shape)) if all(n > 0 for n in shape) else None
-
-    def slices(self, origin: "Region") -> tuple[slice, ...]:
-        """Indices of this region inside the tensor that holds `origin`."""
-        starts = (a - b for a, b in zip(self.offset, origin.offset, strict=True))
-        return tuple(slice(start, start + n) for start, n in zip(starts, self.shape, strict=True))
 
 
 class Holding(NamedTuple):
@@ -93,27 +59,9 @@ class Read(NamedTuple):
     target: Tensor
 
 
-def local_part(name: str, tensor: Tensor) -> tuple[Tensor, Region] | None:
-    """The part of a plain tensor or DTensor that this rank holds, and where it lies; None if it holds none.
-
-    Raises:
-        CheckpointError: a placement (partial sums, an irregular stride) under which the local part is no rectangle.
-    """
-    local: Tensor = tensor.detach()
-    region = Region.whole(tensor.shape)
-    if isinstance(tensor, DTensor):
-        if tensor.device_mesh.get_coordinate() is None:
-            return None
-        if any(placement.is_partial() for placement in tensor.placements):
-            raise CheckpointError(f"{name}: found placements {tensor.placements}, expected no partial sums")
-        local = tensor.to_local().detach()
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        region = Region(tuple(offset), tuple(shape))
-        if tuple(local.shape) != region.shape:
-            raise CheckpointError(
-                f"{name}: found a local part {tuple(local.shape)}, expected {region.shape} under {tensor.placements}"
-            )
-    return (local, region) if region.numel else None
+def held(tensor: Tensor | Held) -> Held:
+    """A plain tensor is taken to be whole."""
+    return tensor if isinstance(tensor, Held) else whole("", tensor)
 
 
 def assign_owners(holdings: list[dict[str, Holding]]) -> list[Chunk]:

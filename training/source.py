@@ -20,13 +20,13 @@ from torch import Tensor
 from moe import hf, hf_names, mistral
 from moe.config import ModelConfig, RouterConfig
 from moe.errors import ModelError
-from moe.experts import Experts
 from moe.mapping import Format, Piece, Shape, check_tensors, list_pieces, split_halves, tensor_shapes
 from moe.model import Transformer
+from moe.region import Region
 from moe.safetensors_dir import TensorDirectory, read_json, refuse
 from training.manifest import CHECKPOINTS, MANIFEST, CheckpointError, committed, newest_verified, read_manifest, verify
 from training.run import CONFIG_FILE, TOKENIZER_FILE
-from training.shards import DTYPES, Read, Region, local_part, plan_reads, read_shard
+from training.shards import DTYPES, Read, plan_reads, read_shard
 from training.strict import ConfigError, from_dict
 
 PREFIX = "model."
@@ -80,29 +80,22 @@ class ModelSource(ABC):
         return target
 
     def fill(self, model: Transformer) -> None:
-        """Fill every parameter and buffer of `model`, which may hold a part of the experts only.
+        """Fill every parameter and buffer of `model`, or the parts of them that lie here.
 
         Raises:
             ModelError: it is another model than this one, or a file cannot be read.
         """
         state = model.state_dict()
         refuse(self.path, "missing", state.keys() - self.shapes.keys())
-        refuse(self.path, "that the model has no place for", self.shapes.keys() - state.keys())
-        held_from = {f"{name}.": m.first_expert for name, m in model.named_modules() if isinstance(m, Experts)}
+        if all(layer is not None for layer in model.layers):  # else a pipeline stage, which lacks what others have
+            refuse(self.path, "that the model has no place for", self.shapes.keys() - state.keys())
         fills = []
         for name, tensor in state.items():
-            found = local_part(name, tensor)
-            if found is None:
+            local, shape, region = model.locate(name, tensor)
+            if shape != tuple(self.shapes[name]):
+                raise ModelError(f"{self.path}: {name}: found {list(self.shapes[name])}, expected {list(shape)}")
+            if region.numel == 0:
                 continue
-            local, region = found
-            first = next((first for prefix, first in held_from.items() if name.startswith(prefix)), 0)
-            if first:
-                region = Region((region.offset[0] + first, *region.offset[1:]), region.shape)
-            ends = [o + n for o, n in zip(region.offset, region.shape, strict=True)]
-            whole = self.shapes[name]
-            if len(ends) != len(whole) or any(end > size for end, size in zip(ends, whole, strict=True)):
-                shape = list(tensor.shape)
-                raise ModelError(f"{self.path}: {name}: found {list(whole)}, expected {shape} at {region.offset}")
             fills += [Fill(name, block, local[block.slices(region)]) for block in blocks(region)]
         with torch.no_grad():
             self.copy(fills)

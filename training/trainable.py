@@ -8,16 +8,20 @@ graph everywhere, and so does the all-to-all in it.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from moe.experts import Experts
+from moe.config import RouterConfig
+from moe.flops import meta_model
 from moe.model import Transformer
+from moe.region import Held, Region
 from moe.router import Router
+from parallel.placement import kind, local_of
 from training.strict import ConfigError, nearest
 
 EVERYTHING = "all"
@@ -26,7 +30,7 @@ OF_EXPERT = re.compile(r"expert:(\d+)")
 
 @dataclass(frozen=True)
 class Choice:
-    """What trains, by global names; the same on all ranks."""
+    """What trains, by names; the same on all ranks."""
 
     whole: frozenset[str]
     """Parameters that train in full."""
@@ -35,70 +39,72 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class ExpertPart:
-    """One expert's matrix inside a stacked parameter [e, ., .], as a parameter of its own for the optimizer."""
+class Weight:
+    """What the optimizer steps on: the part of one of the model's parameters that lies here, or of one expert in it."""
 
     name: str
-    """`<stacked parameter>.<global expert index>`"""
-    stacked: nn.Parameter
-    row: int
+    """The parameter's; of a single expert `<stacked parameter>.<global expert index>`."""
+    source: nn.Parameter
+    """The model's parameter; sharded by FSDP, or stacked over experts [e, ., .], it is more than this."""
+    row: int | None
+    """Of a single expert: its place among those here."""
+    held: Held
     parameter: nn.Parameter
-    """[., .]: shares the stacked parameter's memory."""
+    """A plain tensor that shares the source's memory (or the source itself)."""
 
     def take_gradient(self) -> None:
-        """A view of the stacked gradient becomes this part's."""
-        grad = self.stacked.grad
-        self.parameter.grad = None if grad is None else grad[self.row]
+        """The source's gradient, or the view of it that belongs to this weight."""
+        if self.parameter is self.source:
+            return
+        grad = None if self.source.grad is None else local_of(self.source.grad)[0]
+        self.parameter.grad = grad if grad is None or self.row is None else grad[self.row]
 
 
 class Trainable:
-    """Sets `requires_grad` all over `model` (possibly sharded) and holds what its optimizer is to step on.
+    """Sets `requires_grad` all over `models`, this rank's part of the model, and holds what an optimizer steps on.
 
     Raises:
         ConfigError: a pattern matches nothing.
     """
 
-    def __init__(self, model: Transformer, train: str | tuple[str, ...]) -> None:
-        choice = choose(model, train)
-        of_experts = expert_modules(model)
-        self.parts: list[ExpertPart] = []
-        self.dense: dict[str, nn.Parameter] = {}
-        """What every rank holds."""
-        self.experts: dict[str, nn.Parameter] = {}
-        """What belongs to the routed experts held here: stacked parameters or, where only some train, parts of them."""
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in choice.whole or name in choice.experts)
-            if name in choice.whole:
-                (self.experts if name in of_experts else self.dense)[name] = parameter
-            elif name in choice.experts:
-                self.parts += _parts(name, parameter, of_experts[name], choice.experts[name])
-        self.experts |= {part.name: part.parameter for part in self.parts}
+    def __init__(self, models: Sequence[Transformer], train: str | tuple[str, ...]) -> None:
+        choice = choose(meta_model(models[0].config, RouterConfig()), train)
+        self.weights: dict[str, Weight] = {}
+        for model in models:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in choice.whole or name in choice.experts)
+                held = model.locate(name, parameter)
+                if name in choice.whole:
+                    alone = isinstance(parameter, DTensor)
+                    own = nn.Parameter(held.local) if alone else parameter
+                    self.weights[name] = Weight(name, parameter, None, held, own)
+                elif name in choice.experts:
+                    parts = _parts(name, parameter, held, choice.experts[name])
+                    self.weights |= {part.name: part for part in parts}
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [*self.dense.values(), *self.experts.values()]
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: weight.parameter for name, weight in self.weights.items()}
 
     def take_gradients(self) -> None:
-        """After the last backward pass of a step: parts get theirs."""
-        for part in self.parts:
-            part.take_gradient()
+        """After the last backward pass of a step: weights that are not the model's own parameters get theirs."""
+        for weight in self.weights.values():
+            weight.take_gradient()
 
     def drop_gradients(self) -> None:
         """Free every gradient, those of stacked parameters that train in part included."""
-        for parameter in self.parameters:
-            parameter.grad = None
-        for part in self.parts:
-            part.stacked.grad = None
+        for weight in self.weights.values():
+            weight.parameter.grad = weight.source.grad = None
 
 
 def choose(model: Transformer, train: str | tuple[str, ...]) -> Choice:
-    """What `train` means for `model` (on the meta device, sharded or whole).
+    """What `train` means for the whole `model` (on the meta device, say).
 
     Raises:
         ConfigError: a pattern matches nothing; names the nearest that would.
     """
     num_experts = model.config.num_experts or 0
-    stacked = expert_modules(model)
+    stacked = [name for name, _ in model.named_parameters() if kind(name) == "experts"]
     routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     keywords = {
         EVERYTHING: {name for name, _ in model.named_parameters()},
@@ -143,16 +149,6 @@ def check_resumed(train: str | tuple[str, ...], saved: str | Iterable[str], chec
         )
 
 
-def expert_modules(model: nn.Module) -> dict[str, Experts]:
-    """Name of each stacked parameter -> the module of routed experts it belongs to."""
-    return {
-        f"{prefix}.{name}": module
-        for prefix, module in model.named_modules()
-        if isinstance(module, Experts)
-        for name, _ in module.named_parameters()
-    }
-
-
 def trained_elements(model: Transformer, choice: Choice) -> int:
     """Parameter elements of the whole (not sharded) `model` that train."""
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -166,13 +162,14 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
-def _parts(name: str, stacked: nn.Parameter, module: Experts, chosen: frozenset[int]) -> list[ExpertPart]:
-    held = range(module.first_expert, module.first_expert + module.held)
-    return [
-        ExpertPart(f"{name}.{index}", stacked, row, nn.Parameter(stacked.detach()[row]))
-        for row, index in enumerate(held)
-        if index in chosen
-    ]
+def _parts(name: str, source: nn.Parameter, held: Held, chosen: frozenset[int]) -> list[Weight]:
+    (first, *offset), shape = held.region.offset, held.local.shape[1:]
+    parts = []
+    for row, matrix in enumerate(held.local):
+        if first + row in chosen and matrix.numel():
+            own = Held(matrix, held.shape[1:], Region(tuple(offset), tuple(shape)))
+            parts.append(Weight(f"{name}.{first + row}", source, row, own, nn.Parameter(matrix)))
+    return parts
 
 
 def _matches_nothing(pattern: str, model: Transformer) -> ConfigError:

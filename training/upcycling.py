@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moe.config import ModelConfig
 from moe.mapping import tensor_shapes
+from moe.region import Region
 from moe.upcycle import Upcycling, dense_name, expert_matrix, moe_config, router_config, router_matrix
 from training.model_directory import Block, check_tokenizer, write_model
-from training.shards import Region
 from training.source import ModelSource, blocks
 
 Read = Callable[[str], Tensor]

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from data.batch import IGNORE, Batch
 from moe.config import ModelConfig, RouterConfig
 from parallel.apply import build_model
+from parallel.config import ParallelConfig
 from parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
+from tests.distributed.whole import gather_whole
 from training.config import OptimConfig
 from training.engine import NativeEngine
 from training.schedule import learning_rate
@@ -97,23 +98,16 @@ def run(rank: int, world: int, jobs: list[tuple[Job, int]]) -> tuple[list[dict],
 
 
 def run_job(rank: int, world: int, job: Job, expert_size: int) -> dict:
-    mesh = build_mesh(torch.device("cpu"), expert_size)
     model, router = CASES[job.case]
+    mesh = build_mesh(torch.device("cpu"), ParallelConfig(expert=expert_size).layout(world, model))
     optim = replace(OPTIM, train=job.train)
-    engine = NativeEngine(build_model(model, router, mesh, compute_dtype=job.dtype, seed=3), optim, mesh)
-    initial = full(engine)
+    engine = NativeEngine([build_model(model, router, mesh, compute_dtype=job.dtype, seed=3)], optim, mesh)
+    initial = gather_whole(engine.tensors())
     history = []
     for step in range(job.steps):
         batches = part_of(global_batch(step), rank, world)
         history.append(train_step(engine, batches, router, learning_rate(step, job.steps, OPTIM), seed=7))
-    return {"initial": initial, "final": full(engine), "history": history}
-
-
-def full(engine: NativeEngine) -> dict[str, torch.Tensor]:
-    return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-        for name, tensor in engine.tensors().items()
-    }
+    return {"initial": initial, "final": gather_whole(engine.tensors()), "history": history}
 
 
 @pytest.fixture(scope="module")
@@ -147,26 +141,16 @@ def test_every_layout_equals_one_process(expected, world):
     (In fp32 single weights may drift further: Adam turns the rounding of a gradient near zero into a whole step.)
     """
     jobs, results = world
-    for rank, (of_rank, _) in enumerate(results):
-        for (job, size), result in zip(jobs, of_rank, strict=True):
-            held = range(rank % size * 8 // size, (rank % size + 1) * 8 // size)
+    for of_rank, _ in results:
+        for (job, _), result in zip(jobs, of_rank, strict=True):
             exact = job.dtype == torch.float64
             assert_same_history(result, expected[job], 1e-9 if exact else 1e-5)
+            assert result["initial"].keys() == expected[job]["initial"].keys()
             for name, tensor in expected[job]["initial"].items():
-                if not has(held, name):
-                    continue
                 assert torch.equal(result["initial"][name], tensor), name
-            final = {name: tensor for name, tensor in expected[job]["final"].items() if has(held, name)}
-            assert final.keys() == result["final"].keys()
-            for name, tensor in final.items() if exact else ():
+            for name, tensor in expected[job]["final"].items() if exact else ():
                 scale = tensor.abs().max().item()
                 assert (result["final"][name] - tensor).abs().max().item() <= 1e-9 * scale, name
-
-
-def has(experts: range, name: str) -> bool:
-    """Moments of a single expert, `...w_up.3`, are where the expert is; everything else is everywhere."""
-    last = name.rpartition(".")[2]
-    return not last.isdigit() or int(last) in experts
 
 
 def test_the_parity_run_is_not_trivial(expected):
@@ -184,8 +168,8 @@ def test_the_parity_run_is_not_trivial(expected):
 
 def one_token_per_rank(rank: int, world: int) -> tuple[float, torch.Tensor]:
     """Most experts get no token, on every rank."""
-    mesh = build_mesh(torch.device("cpu"), world)
-    engine = NativeEngine(build_model(*CASES["mixtral"], mesh, compute_dtype=torch.float64, seed=3), OPTIM, mesh)
+    mesh = build_mesh(torch.device("cpu"), ParallelConfig().layout(world, MODEL))
+    engine = NativeEngine([build_model(*CASES["mixtral"], mesh, compute_dtype=torch.float64, seed=3)], OPTIM, mesh)
     one = torch.full((1, 1), rank)
     zero = torch.zeros(1, 1, dtype=torch.int64)
     result = train_step(engine, [Batch(one, one, zero, zero.int(), zero.to(torch.uint8))], CASES["mixtral"][1], 1e-3)

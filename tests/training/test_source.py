@@ -246,7 +246,7 @@ def test_bf16_stays_as_it_is_with_keep_and_becomes_fp32_without(tmp_path):
 
 
 def checkpoint_region(offset, shape):
-    from training.shards import Region
+    from moe.region import Region
 
     return Region(offset, shape)
 

@@ -1,0 +1,4 @@
+"""Pipeline parallelism (placeholder until it lands)."""
+
+
+class Pipeline: ...
