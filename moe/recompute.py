@@ -9,33 +9,16 @@ Statistics of the router are what the forward pass returned; those of the second
 counts twice.
 """
 
+from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 Recompute = Literal["none", "selective", "full"]
-DECISIONS = (torch.ops.aten.sort.stable, torch.ops.aten.sort.default)
-"""The operators behind top-k, capacity and the order of dispatched rows."""
-
-
-def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, whose intermediates exist again only while its backward pass runs."""
-    if not torch.is_grad_enabled():
-        return function(*arguments)
-    contexts = partial(create_selective_checkpoint_contexts, _keep_decisions)
-    # No random state to restore: nothing here draws from a generator (moe/noise.py hashes).
-    return checkpoint(
-        function,
-        *arguments,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=contexts,
-        determinism_check="none",
-    )
 
 
 def set_recompute(model: nn.Module, mode: Recompute) -> None:
@@ -45,7 +28,36 @@ def set_recompute(model: nn.Module, mode: Recompute) -> None:
             module.recompute = mode
 
 
-def _keep_decisions(context: Any, operator: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    overload = getattr(operator, "overloadpacket", operator)
-    packets = {decision.overloadpacket for decision in DECISIONS}
-    return CheckpointPolicy.MUST_SAVE if overload in packets else CheckpointPolicy.PREFER_RECOMPUTE
+def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, whose intermediates exist again only while its backward pass runs."""
+    if not torch.is_grad_enabled():
+        return function(*arguments)
+    # No random state to restore: nothing here draws from a generator (moe/noise.py hashes).
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_decided_once)
+
+
+class _Decisions(TorchDispatchMode):
+    """Sorting is behind top-k, capacity and the order of dispatched rows: its results are kept, or used again.
+
+    (torch's selective checkpoint contexts do that for any operator, but want the two passes to call the same operators
+    one for one, and FSDP gathers weights where it sees fit.)
+    """
+
+    def __init__(self, kept: deque[Any], again: bool) -> None:
+        super().__init__()
+        self.kept = kept
+        self.again = again
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "overloadpacket", None) is not torch.ops.aten.sort:
+            return function(*args, **kwargs or {})
+        if self.again:
+            return self.kept.popleft()
+        result = function(*args, **kwargs or {})
+        self.kept.append(tuple(part.detach() for part in result))
+        return result
+
+
+def _decided_once() -> tuple[_Decisions, _Decisions]:
+    kept: deque[Any] = deque()
+    return _Decisions(kept, again=False), _Decisions(kept, again=True)
