@@ -1,11 +1,12 @@
 """Grouped-query attention with an optional sliding window, over rows of packed documents.
 
-Shapes: B batch, S sequence, D model, H query heads, G key/value heads, C head dim, W window.
+Shapes: B batch, S sequence, X >= S places of keys, D model, H query heads, G key/value heads, C head dim, W window.
 
 The part that mixes positions is the *core*, a seam: `core(q, k, v, documents)`. The default is right on one device;
 context parallelism installs another.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,27 +22,32 @@ from moe.window import windowed_attention
 class AttentionCore(nn.Module):
     """Causal attention over the last `window` keys (the query's own included) of the same document.
 
-    With a window W < S, time grows as S·W and memory as S (Mistral 7B, arXiv 2310.06825): a fused kernel on GPUs,
+    With a window W < X, time grows as S·W and memory as X (Mistral 7B, arXiv 2310.06825): a fused kernel on GPUs,
     blocks of queries elsewhere and in fp64. Rows of one document without a window go to torch's own fused attention.
+
+    The queries are the last S of the X places: a part of a row sees the keys in front of it.
     """
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
         self.window = window
 
-    def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, documents_BS: Tensor | None) -> Tensor:
-        """Returns [B, H, S, C]. `documents_BS` (None: each row is one document) separates packed documents."""
-        length = q_BHSC.shape[2]
-        window = None if self.window is None or self.window >= length else self.window
-        if window is None and documents_BS is None:
-            return _causal(q_BHSC, k_BGSC, v_BGSC)
+    def forward(self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, documents_BX: Tensor | None) -> Tensor:
+        """Returns [B, H, S, C]. `documents_BX` (None: each row is one document) separates packed documents."""
+        length, places = q_BHSC.shape[2], k_BGXC.shape[2]
+        window = None if self.window is None or self.window >= places else self.window
+        if window is None and documents_BX is None and length == places:
+            return _causal(q_BHSC, k_BGXC, v_BGXC)
         if fits_flex(q_BHSC):
-            return flex(q_BHSC, k_BGSC, v_BGSC, documents_BS, window)
+            return flex(q_BHSC, k_BGXC, v_BGXC, documents_BX, window)
         if window is not None:
-            return windowed_attention(q_BHSC, k_BGSC, v_BGSC, documents_BS, window)
-        assert documents_BS is not None
-        same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
-        return masked_attention(q_BHSC, k_BGSC, v_BGSC, same_BSS.tril().unsqueeze(1))
+            return windowed_attention(q_BHSC, k_BGXC, v_BGXC, documents_BX, window)
+        earlier = places - length
+        if documents_BX is None:
+            same_BSX = torch.ones(1, length, places, dtype=torch.bool, device=q_BHSC.device)
+        else:
+            same_BSX = documents_BX[:, earlier:].unsqueeze(2) == documents_BX.unsqueeze(1)
+        return masked_attention(q_BHSC, k_BGXC, v_BGXC, same_BSX.tril(earlier).unsqueeze(1))
 
     def extra_repr(self) -> str:
         return "full" if self.window is None else f"window={self.window}"

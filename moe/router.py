@@ -5,7 +5,7 @@ Shapes: B batch (sequences), S sequence, T = B·S tokens, D model, E experts, K 
 Statistics are returned, one row a sequence, and never stored: whoever sums them decides over which tokens.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,28 @@ class RouterStats(NamedTuple):
     """The experts chosen for each token before any drop; E where there is none (padding: mask it)."""
 
 
+class Rows(Protocol):
+    """The seam to the rest of a sequence of which only a part of S places is here. No gradient passes through."""
+
+    def gather(self, x_BS: Tensor) -> Tensor:
+        """[B, S, ...] of every part -> the whole, in the order of the sequence, along dim 1."""
+        ...
+
+    def own(self, x_BS: Tensor) -> Tensor:
+        """The part of a whole that is here: the inverse of `gather`."""
+        ...
+
+
+class LocalRows(nn.Module):
+    """The whole sequence is here."""
+
+    def gather(self, x_BS: Tensor) -> Tensor:
+        return x_BS
+
+    def own(self, x_BS: Tensor) -> Tensor:
+        return x_BS
+
+
 class Router(nn.Module):
     """The kinds (docs/losses.md has sources and formulas); scores s = softmax(x W^T) or sigmoid(x W^T):
 
@@ -62,6 +84,9 @@ class Router(nn.Module):
     - `expert_choice`: each expert takes the tokens of the sequence that score highest with it.
 
     Logits, scores and losses are in at least fp32 whatever the model's dtype. Ties go to the lower index.
+
+    Capacity and expert choice are decided over whole sequences: `rows` fetches what they need of the other parts. The
+    statistics are of the tokens at hand.
     """
 
     bias: Tensor | None
@@ -79,6 +104,7 @@ class Router(nn.Module):
         self.jitter = config.jitter
         self.capacity_factor = config.capacity_factor
         self.drop_policy = config.drop_policy
+        self.rows: Rows = LocalRows()
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         # For selection only, moved by moe/balance.py after each optimizer step.
         self.register_buffer("bias", torch.zeros(num_experts) if config.kind == "sigmoid_topk" else None)
@@ -111,10 +137,11 @@ class Router(nn.Module):
             weights_BSK = weights_BSK / _positive(weights_BSK.sum(dim=-1, keepdim=True))
         if self.scale != 1:
             weights_BSK = weights_BSK * self.scale
-        kept_BSK = self._keep(scores_BSE.detach(), experts_BSK, taken_BSK)
+        counts_BE = count(experts_BSK, taken_BSK, num_experts)
+        kept_BSK = self._keep(scores_BSE.detach(), experts_BSK, taken_BSK, counts_BE)
 
         stats = RouterStats(
-            counts_BE=count(experts_BSK, taken_BSK, num_experts),
+            counts_BE=counts_BE,
             prob_sum_BE=(probs_BSE * mask_BS1).sum(dim=1),
             z_sum_B=(logits_BSE.logsumexp(dim=-1).square() * mask_BS1.squeeze(-1)).sum(dim=1),
             dropped_B=(taken_BSK - kept_BSK).sum(dim=(1, 2)),
@@ -153,9 +180,10 @@ class Router(nn.Module):
     def _choose(self, logits_BSE: Tensor, scores_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Experts [B, S, K], best first, and 1 where the assignment holds: not on padding. Expert choice: K = E."""
         if self.kind == "expert_choice":
-            seq_len, num_experts = scores_BSE.shape[1:]
+            whole_BSE = self.rows.gather(scores_BSE)
+            seq_len, num_experts = whole_BSE.shape[1:]
             capacity = expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, num_experts)
-            chosen_BSE = choose_tokens(scores_BSE, mask_BS, capacity)
+            chosen_BSE = self.rows.own(choose_tokens(whole_BSE, self.rows.gather(mask_BS), capacity))
             experts_BSE = top_k_stable(scores_BSE.masked_fill(~chosen_BSE, -torch.inf), num_experts)
             return experts_BSE, chosen_BSE.gather(-1, experts_BSE).long()
         # Logits order like their softmax, and keep apart what it rounds to the same number.
@@ -166,15 +194,22 @@ class Router(nn.Module):
         experts_BSK = top_k_stable(ranked_BSE, self.top_k)
         return experts_BSK, mask_BS.unsqueeze(-1).long().expand_as(experts_BSK)
 
-    def _keep(self, scores_BSE: Tensor, experts_BSK: Tensor, taken_BSK: Tensor) -> Tensor:
+    def _keep(self, scores_BSE: Tensor, experts_BSK: Tensor, taken_BSK: Tensor, counts_BE: Tensor) -> Tensor:
         """1 where the assignment fits into its expert's capacity."""
         if self.capacity_factor is None or self.kind == "expert_choice":
             return taken_BSK
-        seq_len, num_experts = scores_BSE.shape[1:]
-        capacity = expert_capacity(self.capacity_factor, self.top_k, seq_len, num_experts)
+        num_experts = counts_BE.shape[1]
         if self.drop_policy == "prob":
-            return taken_BSK * most_probable(scores_BSE, experts_BSK, taken_BSK, capacity)
-        return taken_BSK * within_capacity(experts_BSK, taken_BSK, num_experts, capacity)
+            held_BSK = scores_BSE.gather(-1, experts_BSK).masked_fill(taken_BSK == 0, -torch.inf)
+            whole_BSK, of_whole_BSK = self.rows.gather(held_BSK), self.rows.gather(experts_BSK)
+            capacity = expert_capacity(self.capacity_factor, self.top_k, whole_BSK.shape[1], num_experts)
+            return taken_BSK * self.rows.own(most_probable(whole_BSK, of_whole_BSK, num_experts, capacity))
+        # By position, all that matters of the earlier parts P is how many assignments they hold.
+        counts_BPE = self.rows.gather(counts_BE.unsqueeze(1))
+        before_BE = self.rows.own(counts_BPE.cumsum(dim=1) - counts_BPE).squeeze(1)
+        seq_len = counts_BPE.shape[1] * scores_BSE.shape[1]
+        capacity = expert_capacity(self.capacity_factor, self.top_k, seq_len, num_experts)
+        return taken_BSK * within_capacity(experts_BSK, taken_BSK, before_BE, capacity)
 
     def extra_repr(self) -> str:
         experts, dim = self.weight.shape

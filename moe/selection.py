@@ -50,24 +50,31 @@ def expert_capacity(capacity_factor: float, top_k: int, seq_len: int, num_expert
     return math.ceil(Fraction(repr(float(capacity_factor))) * top_k * seq_len / num_experts)
 
 
-def within_capacity(experts_BSK: Tensor, taken_BSK: Tensor, num_experts: int, capacity: int) -> Tensor:
+def within_capacity(experts_BSK: Tensor, taken_BSK: Tensor, before_BE: Tensor, capacity: int) -> Tensor:
     """1 where an assignment is among its expert's first `capacity` of the sequence, by position; 0 where it overflows.
 
     Later tokens are dropped first, so that no token can displace an earlier one (nothing leaks from the future).
+
+    Args:
+        before_BE: each expert's assignments in the part of the sequence before these tokens, int64.
     """
-    chosen_BSE = torch.zeros(*experts_BSK.shape[:2], num_experts, dtype=torch.int64, device=experts_BSK.device)
+    chosen_BSE = before_BE.new_zeros(*experts_BSK.shape[:2], before_BE.shape[-1])
     chosen_BSE.scatter_add_(-1, experts_BSK, taken_BSK)
-    place_BSK = chosen_BSE.cumsum(dim=1).gather(-1, experts_BSK)
+    place_BSK = (chosen_BSE.cumsum(dim=1) + before_BE.unsqueeze(1)).gather(-1, experts_BSK)
     return (place_BSK <= capacity).long()
 
 
-def most_probable(scores_BSE: Tensor, experts_BSK: Tensor, taken_BSK: Tensor, capacity: int) -> Tensor:
+def most_probable(scores_BSK: Tensor, experts_BSK: Tensor, num_experts: int, capacity: int) -> Tensor:
     """1 where an assignment is among its expert's `capacity` best-scored of the sequence; ties: the earlier token.
 
     A later token can displace an earlier one: this leaks the future.
+
+    Args:
+        scores_BSK: of the chosen experts; -inf where the assignment does not hold.
     """
-    chosen_BSE = torch.zeros_like(scores_BSE, dtype=torch.int64).scatter_add_(-1, experts_BSK, taken_BSK)
-    order_BSE = scores_BSE.masked_fill(chosen_BSE == 0, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    scores_BSE = scores_BSK.new_full((*experts_BSK.shape[:2], num_experts), -torch.inf)
+    scores_BSE.scatter_(-1, experts_BSK, scores_BSK)
+    order_BSE = scores_BSE.sort(dim=1, descending=True, stable=True).indices
     place = torch.arange(scores_BSE.shape[1], device=scores_BSE.device).view(1, -1, 1).expand_as(order_BSE)
     place_BSE = torch.empty_like(order_BSE).scatter_(1, order_BSE, place)
     return (place_BSE.gather(-1, experts_BSK) < capacity).long()

@@ -1,7 +1,7 @@
 """Sliding-window attention in blocks, forward and backward: time S·W, memory S, on any device and in any precision.
 
-Shapes: B batch, S sequence, H query heads, G key/value heads, r = H/G, C head dim, W window, Q queries of a block,
-X keys of a block, M blocks, n blocks worked on at once.
+Shapes: B batch, S queries, P >= S places of keys, H query heads, G key/value heads, r = H/G, C head dim, W window,
+Q queries of a block, X keys of a block, M blocks, n blocks worked on at once.
 
 A block of Q queries meets the X = Q + (W rounded up to Q) keys that end with its own. Scores exist for a few blocks at
 a time, as many as fit a CPU's cache, and the backward pass computes them again instead of keeping S·W of them
@@ -23,10 +23,17 @@ NOWHERE = -1
 
 
 def windowed_attention(
-    q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, documents_BS: Tensor | None, window: int
+    q_BHSC: Tensor, k_BGPC: Tensor, v_BGPC: Tensor, documents_BP: Tensor | None, window: int
 ) -> Tensor:
-    """Causal attention over the last `window` keys, the query's own included, of the same document; [B, H, S, C]."""
-    out: Tensor = _Windowed.apply(q_BHSC, k_BGSC, v_BGSC, documents_BS, window)
+    """Causal attention over the last `window` keys, the query's own included, of the same document; [B, H, S, C].
+
+    The queries are the last S of the P places.
+    """
+    out_of_sight = k_BGPC.shape[2] - q_BHSC.shape[2] - (window - 1)
+    if out_of_sight > 0:
+        k_BGPC, v_BGPC = k_BGPC[:, :, out_of_sight:], v_BGPC[:, :, out_of_sight:]
+        documents_BP = None if documents_BP is None else documents_BP[:, out_of_sight:]
+    out: Tensor = _Windowed.apply(q_BHSC, k_BGPC, v_BGPC, documents_BP, window)
     return out
 
 
@@ -41,7 +48,9 @@ class _Plan(NamedTuple):
     window: int
     queries: int
     before: int
-    """Places in front of the row, a multiple of `queries`, at least `window` - 1."""
+    """Places in front of the queries, a multiple of `queries`, at least `window` - 1."""
+    blank: int
+    """The first of these: the ones that hold no key."""
     blocks: int
     at_once: int
 
@@ -53,13 +62,23 @@ class _Plan(NamedTuple):
 def _plan(q: Tensor, k: Tensor, window: int) -> _Plan:
     batch, heads, length, channels = q.shape
     queries = MIN_QUERIES
-    while queries < min(window, MAX_QUERIES):
+    while queries < min(window, length, MAX_QUERIES):
         queries *= 2
     before = -(-window // queries) * queries
     blocks = -(-length // queries)
     at_once = max(1, SCORES_AT_ONCE // (batch * heads * queries * (before + queries)))
     return _Plan(
-        batch, k.shape[1], heads // k.shape[1], length, channels, window, queries, before, blocks, min(at_once, blocks)
+        batch=batch,
+        groups=k.shape[1],
+        ratio=heads // k.shape[1],
+        length=length,
+        channels=channels,
+        window=window,
+        queries=queries,
+        before=before,
+        blank=before - (k.shape[2] - length),
+        blocks=blocks,
+        at_once=min(at_once, blocks),
     )
 
 
@@ -70,8 +89,8 @@ class _Pieces:
         self.plan = plan
         behind = plan.blocks * plan.queries - plan.length
         self.q, self.behind = F.pad(q, (0, 0, 0, behind)), behind
-        self.k, self.v = (F.pad(x, (0, 0, plan.before, behind)) for x in (k, v))
-        self.documents = None if documents is None else F.pad(documents, (plan.before, behind), value=NOWHERE)
+        self.k, self.v = (F.pad(x, (0, 0, plan.blank, behind)) for x in (k, v))
+        self.documents = None if documents is None else F.pad(documents, (plan.blank, behind), value=NOWHERE)
         query = torch.arange(plan.queries, device=q.device).unsqueeze(1) + plan.before
         key = torch.arange(plan.keys, device=q.device).unsqueeze(0)
         self.out_of_reach_QX = (key > query) | (key <= query - plan.window)
@@ -119,10 +138,10 @@ class _Pieces:
             keys_BnX = self.documents[:, low:high].unfold(1, plan.keys, plan.queries)
             own_BnQ = keys_BnX[..., plan.before :]
             hidden = (hidden | (own_BnQ.unsqueeze(-1) != keys_BnX.unsqueeze(-2)))[:, None, :, None]
-        if low < plan.before:
+        if low < plan.blank:
             # Padding may carry the number of the places before the row, and those are no keys for it either.
             place = torch.arange(low, high, device=hidden.device).unfold(0, plan.keys, plan.queries)
-            hidden = hidden | (place < plan.before).view(1, 1, end - first, 1, 1, plan.keys)
+            hidden = hidden | (place < plan.blank).view(1, 1, end - first, 1, 1, plan.keys)
         return hidden
 
 
@@ -166,7 +185,7 @@ class _Windowed(torch.autograd.Function):
             grad_s = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
             pieces.add_by_key(grad_k, grad_s.transpose(1, 2) @ own, first, end)
             grad_q[:, :, first * plan.queries : end * plan.queries] = pieces.from_query(grad_s @ keys, first, end)
-        row = slice(plan.before, plan.before + plan.length)
+        row = slice(plan.blank, plan.before + plan.length)
         return (
             grad_q[:, :, : plan.length] * scale,
             grad_k[:, :, row].to(k.dtype),

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe.attention import Attention, AttentionCore
 from moe.config import ModelConfig
@@ -14,13 +15,13 @@ from moe.rope import apply_rotary, rotary_table
 
 
 def masked_reference(q, k, v, documents, window):
-    """Every query against every key in float64, one softmax over an explicit mask."""
-    groups = q.shape[1] // k.shape[1]
+    """Every query against every key in float64, one softmax over an explicit mask. Queries stand at the end."""
+    groups, earlier = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    i, j = torch.arange(q.shape[2]).unsqueeze(1), torch.arange(q.shape[2]).unsqueeze(0)
-    mask = (j <= i) & (j > i - (window or q.shape[2]))
-    mask = mask & (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
+    i, j = torch.arange(earlier, k.shape[2]).unsqueeze(1), torch.arange(k.shape[2]).unsqueeze(0)
+    mask = (j <= i) & (j > i - (window or k.shape[2]))
+    mask = mask & (documents[:, earlier:].unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
     return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
 
 
@@ -40,6 +41,32 @@ def test_core_equals_the_mask_forward_and_backward(length, window, kv_heads):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     for mine, reference in zip(torch.autograd.grad(got, (q, k, v), grad), expected_grads, strict=True):
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 20, 40, 64, None])
+@pytest.mark.parametrize(("earlier", "length"), [(1, 1), (3, 30), (30, 3), (39, 1), (25, 40)])
+def test_queries_that_end_the_row_see_the_keys_in_front_of_them(earlier, length, window):
+    torch.manual_seed(length)
+    places = earlier + length
+    shapes = [(3, 4, length, 6), (3, 2, places, 6), (3, 2, places, 6)]
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    documents = (torch.rand(3, places) < 0.1).cumsum(1)
+    documents[2, places // 2 :] = -1
+    grad = torch.randn_like(q)
+    for given in (documents, None):
+        expected = masked_reference(q, k, v, documents * (given is not None), window)
+        got = AttentionCore(window)(q, k, v, given)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        pairs = zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (got, expected)), strict=True)
+        for mine, reference in pairs:
+            torch.testing.assert_close(mine, reference, rtol=0, atol=1e-12)
+
+
+def test_window_wastes_no_work_on_keys_without_queries():
+    k = torch.randn(1, 2, 4096 + 16, 32)
+    with FlopCounterMode(display=False) as counter:
+        AttentionCore(48)(k[:, :, -16:], k, k, None)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 16 * (48 + 16) * 32  # two products of 2 heads, one block of 16
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -123,26 +150,30 @@ def test_mask_of_the_gpu_kernel(window, packed):
     q, k, v = (torch.randn(2, h, 150, 16) for h in (4, 2, 2))
     documents = (torch.rand(2, 150) < 0.05).cumsum(1)
     documents[1, 120:] = -1
-    expected = masked_reference(q.double(), k.double(), v.double(), documents * packed, window)
-    got = flex(q, k, v, documents if packed else None, window)
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+    for queries in (150, 130, 7):
+        q = q[:, :, -queries:]
+        expected = masked_reference(q.double(), k.double(), v.double(), documents * packed, window)
+        got = flex(q, k, v, documents if packed else None, window)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_mask_of_the_gpu_kernel_is_made_once_for_all_layers():
     documents = torch.zeros(1, 150, dtype=torch.int32)
-    first = block_mask(documents, 5, 150, documents.device)
-    assert block_mask(documents, 5, 150, documents.device) is first
-    assert block_mask(documents, None, 150, documents.device) is not first
-    assert block_mask(documents.clone(), 5, 150, documents.device) is not first
+    device = documents.device
+    first = block_mask(documents, 5, 150, 150, device)
+    assert block_mask(documents, 5, 150, 150, device) is first
+    assert block_mask(documents, None, 150, 150, device) is not first
+    assert block_mask(documents, 5, 140, 150, device) is not first
+    assert block_mask(documents.clone(), 5, 150, 150, device) is not first
     documents[0, 70:] = 1
-    changed = block_mask(documents, 5, 150, documents.device)
+    changed = block_mask(documents, 5, 150, 150, device)
     assert changed is not first
     gone = weakref.ref(changed)
     del documents, changed, first
     gc.collect()
     assert gone() is None  # masks go with their documents
-    documents = torch.zeros(1, 150, dtype=torch.int32)
-    assert block_mask(None, 5, 150, documents.device) is block_mask(None, 5, 150, documents.device)
+    assert block_mask(None, 5, 150, 150, device) is block_mask(None, 5, 150, 150, device)
+    assert block_mask(None, 5, 140, 150, device) is not block_mask(None, 5, 150, 150, device)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -151,11 +182,13 @@ def test_mask_of_the_gpu_kernel_is_made_once_for_all_layers():
 )
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("packed", [True, False])
-def test_gpu_kernels_forward_and_backward(dtype, tolerance, window, packed):
+@pytest.mark.parametrize("queries", [500, 300])
+def test_gpu_kernels_forward_and_backward(dtype, tolerance, window, packed, queries):
     torch.manual_seed(1)
-    inputs = [torch.randn(2, h, 500, 64, device="cuda", dtype=dtype, requires_grad=True) for h in (8, 2, 2)]
+    shapes = [(2, 8, queries, 64), (2, 2, 500, 64), (2, 2, 500, 64)]
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
     documents = (torch.rand(2, 500, device="cuda") < 0.01).cumsum(1)
-    grad = torch.randn(2, 8, 500, 64, device="cuda", dtype=dtype)
+    grad = torch.randn(2, 8, queries, 64, device="cuda", dtype=dtype)
     wide = [x.detach().double().cpu().requires_grad_() for x in inputs]
     expected = masked_reference(*wide, documents.cpu() * packed, window)
     got = AttentionCore(window)(*inputs, documents if packed else None)

@@ -71,7 +71,7 @@ def test_capacity_drops_later_tokens_and_is_counted_per_sequence():
     experts = torch.tensor([[[0], [0], [1], [0]], [[0], [0], [0], [0]]])
     taken = torch.ones_like(experts)
     taken[1, 0] = 0  # padding takes no place
-    kept = taken * within_capacity(experts, taken, 2, 2)
+    kept = taken * within_capacity(experts, taken, torch.zeros(2, 2, dtype=torch.int64), 2)
     assert kept.squeeze(-1).tolist() == [[1, 1, 1, 0], [0, 1, 1, 0]]
 
 

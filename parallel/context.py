@@ -1,0 +1,168 @@
+"""Context parallelism: each rank of a group holds a part of every row, S places in sequence order.
+
+Shapes: B batch, S places held here, A places before them that are fetched, X = A + S, H query heads, G key/value heads,
+C head dim, P ranks, n rows that travel to one rank.
+
+Queries stay; keys and values travel, as in the all-gather form of Llama 3 (arXiv 2407.21783, section 3.3.2): with few
+key/value heads they are small beside the queries, and packed documents need no more than a mask. Unlike there, a rank
+receives only what its queries can see: with a window W the last W - 1 places before its own, from as many neighbours
+as hold them, and without a window all places to its left, never those to its right. One exchange a layer and
+direction stands in for the rounds of a ring (arXiv 2310.01889).
+
+Parts are contiguous, so that a window reaches few neighbours and work is even. Without a window, later ranks see more
+keys and have more to do.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from moe.attention import Attention, AttentionCore
+from moe.router import Router
+from parallel.collectives import all_to_all_rows
+
+
+class ContextCore(nn.Module):
+    """Fetches the keys and values that the queries here see in earlier ranks' parts, and calls the core on them.
+
+    Every rank takes part in every exchange, forward and backward, whatever it sends. All hold equally many places.
+    """
+
+    def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.core = core
+        self.group = group
+
+    def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, documents_BS: Tensor | None) -> Tensor:
+        """Returns [B, H, S, C]. `documents_BS`: numbers that mean the same on all ranks, or None on all."""
+        reach = self._reach(k_BGSC.shape[2])
+        if reach == 0:
+            return self.core(q_BHSC, k_BGSC, v_BGSC, documents_BS)
+        k_BGXC, v_BGXC = _Fetch.apply(k_BGSC, v_BGSC, reach, self.group)
+        documents_BX = None if documents_BS is None else _documents(documents_BS, reach, self.group)
+        return self.core(q_BHSC, k_BGXC, v_BGXC, documents_BX)
+
+    def _reach(self, length: int) -> int:
+        """How far a query sees at most, beyond its rank's part; the same on all ranks."""
+        left = (self.group.size() - 1) * length
+        return left if self.core.window is None else min(self.core.window - 1, left)
+
+    def extra_repr(self) -> str:
+        window = self.core.window
+        halo = "all places" if window is None else f"the last {window - 1} places"
+        return (
+            f"{self.core.extra_repr()}, halo of {halo} before its own, rank {self.group.rank()} of {self.group.size()}"
+        )
+
+
+def rows_to_each(reach: int, length: int, source: int, ranks: int) -> list[int]:
+    """How many of the last places of rank `source`, which holds `length`, each rank needs to see `reach` back."""
+    return [min(max(reach - (rank - source - 1) * length, 0), length) if rank > source else 0 for rank in range(ranks)]
+
+
+def _splits(reach: int, length: int, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
+    """Rows to send to, and to receive from, each rank of the group."""
+    ranks, own = group.size(), group.rank()
+    receive = [rows_to_each(reach, length, source, ranks)[own] for source in range(ranks)]
+    return rows_to_each(reach, length, own, ranks), receive
+
+
+def _send_last(last: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Give each rank so many of the `last` places [.., ...]; returns [A, ...], in the order of the sequence."""
+    return all_to_all_rows(torch.cat([last[len(last) - rows :] for rows in send]), send, receive, group)
+
+
+class _Fetch(torch.autograd.Function):
+    """[B, G, S, C] -> [B, G, X, C], for keys and values in one exchange.
+
+    A place may serve several ranks: their gradients are added up in the order of the ranks, in at least fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, k: Tensor, v: Tensor, reach: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def, override]
+        ctx.reach, ctx.group, ctx.length = reach, group, k.shape[2]
+        send, receive = _splits(reach, ctx.length, group)
+        first = ctx.length - max(send)  # nobody needs those before
+        fetched_ABGC = _send_last(_by_place(k[:, :, first:], v[:, :, first:]), send, receive, group)
+        earlier_k, earlier_v = fetched_ABGC.permute(1, 2, 0, 3).chunk(2, dim=-1)
+        return torch.cat((earlier_k, k), dim=2), torch.cat((earlier_v, v), dim=2)
+
+    @staticmethod
+    def backward(ctx, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+        send, receive = _splits(ctx.reach, ctx.length, ctx.group)
+        earlier = sum(receive)
+        leaving = _by_place(grad_k[:, :, :earlier], grad_v[:, :, :earlier])
+        returned = all_to_all_rows(leaving, receive, send, ctx.group)
+        own_k, own_v = (
+            grad[:, :, earlier:].to(torch.promote_types(grad.dtype, torch.float32), copy=True)
+            for grad in (grad_k, grad_v)
+        )
+        for part_nBGC in returned.split(send):
+            last = ctx.length - len(part_nBGC)
+            from_k, from_v = part_nBGC.permute(1, 2, 0, 3).chunk(2, dim=-1)
+            own_k[:, :, last:] += from_k
+            own_v[:, :, last:] += from_v
+        return own_k.to(grad_k.dtype), own_v.to(grad_v.dtype), None, None
+
+
+def _by_place(k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values [B, G, n, C] side by side, places first: [n, B, G, 2·C]."""
+    return torch.cat((k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)), dim=-1)
+
+
+_fetched = WeakTensorKeyDictionary()
+"""documents -> {(group, reach, version): documents of all X places}, while the tensor lives: layers share them."""
+
+
+def _documents(documents_BS: Tensor, reach: int, group: dist.ProcessGroup) -> Tensor:
+    """[B, X]. Fetched by the first layer that asks; later ones, and recomputed ones, get the same tensor.
+
+    `AttentionCore` in turn makes one mask for all layers that give it the same tensor.
+    """
+    of_documents = _fetched.setdefault(documents_BS, {})
+    key = (group, reach, documents_BS._version)
+    if key not in of_documents:
+        send, receive = _splits(reach, documents_BS.shape[1], group)
+        earlier_BA = _send_last(documents_BS.t(), send, receive, group).t()
+        # A copy also where nothing is earlier: a value that is its own key would never go.
+        of_documents[key] = torch.cat((earlier_BA, documents_BS), dim=1)
+    fetched: Tensor = of_documents[key]
+    return fetched
+
+
+class GatheredRows(nn.Module):
+    """Whole sequences for routers that decide over them (`moe.router.Rows`): all-gathered over the group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group = group
+
+    def gather(self, x_BS: Tensor) -> Tensor:
+        """[B, S, ...] of each rank, equally long -> [B, P·S, ...]. Carries no gradient."""
+        assert not x_BS.requires_grad
+        sent = x_BS.contiguous()
+        parts = [torch.empty_like(sent) for _ in range(self.group.size())]
+        dist.all_gather(parts, sent, group=self.group)
+        return torch.cat(parts, dim=1)
+
+    def own(self, x_BS: Tensor) -> Tensor:
+        """[B, P·S, ...] -> [B, S, ...]: this rank's part."""
+        return x_BS.chunk(self.group.size(), dim=1)[self.group.rank()]
+
+    def extra_repr(self) -> str:
+        return f"all-gather over {self.group.size()} ranks"
+
+
+def shard_attention(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Let every attention of the model see the earlier ranks' parts of the rows; `group` is in sequence order."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.add_module("core", ContextCore(module.core, group))
+
+
+def install_rows(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Let every router of the model decide over whole sequences; `group` is in sequence order."""
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.rows = GatheredRows(group)
