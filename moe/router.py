@@ -163,7 +163,8 @@ class Router(nn.Module):
 
     def _bound(self, batch: int, seq_len: int) -> int | None:
         """Rows of an expert, at most. Of parts of sequences it would be far more than what comes."""
-        if self.capacity_factor is None and self.kind != "expert_choice":
+        whole = isinstance(self.rows, LocalRows)
+        if not whole or (self.capacity_factor is None and self.kind != "expert_choice"):
             return None
         return batch * expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, self.weight.shape[0])
 
