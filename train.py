@@ -39,24 +39,24 @@ def train(config: Config) -> dict[str, Any]:
     from data.loader import Loader, evaluation_batches
     from data.store import prepare
     from moe.flops import count_parameters, meta_model, training_flops_per_token
-    from moe.generate import generate
     from moe.sampling import Sampling
-    from parallel.apply import build_model
     from parallel.launch import world_from_env
-    from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
+    from parallel.mesh import build_mesh, close_process_group, init_process_group, set_timeout
     from parallel.rendezvous import open_store, share, wait_for_all
     from training import checkpoint
     from training.device import check_memory, compute_dtype, make_deterministic, peak_flops, pick_device
-    from training.engine import NativeEngine
+    from training.engines import build_engine, build_parts
     from training.evaluate import evaluate
     from training.holdings import gather_holdings
     from training.initial import find_initial
+    from training.layout import laid_out
     from training.manifest import CHECKPOINTS
     from training.metrics import router_metrics
     from training.outcome import evaluation_row, finish_run, finished_result, show_finished, show_start
     from training.recorder import Recorder
     from training.resume import check_shared, checked_state, find_checkpoint
     from training.run import lock_run, prepare_directory, save_config, save_tokenizer, torchrun_name
+    from training.sample import sample_tokens
     from training.schedule import learning_rate
     from training.source import open_source
     from training.step import train_step
@@ -87,11 +87,11 @@ def train(config: Config) -> dict[str, Any]:
     whole = meta_model(model_config, config.router)
     counts = count_parameters(whole)
     trained = trained_elements(whole, choose(whole, config.optim.train))
-    expert_size = config.parallel.expert_size(world.world_size, config.model.num_experts)
+    config, layout = laid_out(config, model_config, world)
     if device.type == "cpu":
         copies = 4 if trained == counts.total else 1
         itemsize = max(4, dtype.itemsize)
-        check_memory(counts.total, counts.experts, copies, itemsize, world.local_world_size, expert_size)
+        check_memory(counts.total, counts.experts, copies, itemsize, world.local_world_size, layout)
     found = share(
         agreed,
         world,
@@ -116,8 +116,8 @@ def train(config: Config) -> dict[str, Any]:
         seq_len=config.train.seq_len,
         global_batch=config.train.global_batch,
         accumulation=config.train.accumulation,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=layout.data_rank(world.rank),
+        world_size=layout.data,
         seed=config.run.seed,
         cross_documents=config.data.cross_documents,
     )
@@ -127,18 +127,20 @@ def train(config: Config) -> dict[str, Any]:
 
     # 4. The world: process group and mesh.
     init_process_group(agreed, world.rank, world.world_size, device, config.parallel.start_timeout_s)
-    mesh = build_mesh(device, expert_size)
+    mesh = build_mesh(device, layout)
 
     # 5. Model and engine: meta device -> parallelism -> materialise -> initialise -> optimizer -> checkpoint.
     seed = config.run.seed if initial is None else None
-    model = build_model(model_config, config.router, mesh, compute_dtype=dtype, seed=seed)
+    parts = build_parts(config, model_config, mesh, dtype, seed)
     if initial is not None:
-        open_source(initial, check=False).fill(model)
-    engine = NativeEngine(model, config.optim, mesh)
+        source = open_source(initial, check=False)
+        for part in parts:
+            source.fill(part)
+    engine = build_engine(config, parts, mesh)
     if state:
         checkpoint.load(Path(found), engine.tensors())
-        engine.set_updates(state["updates"])
-    holdings = gather_holdings(model, mesh)
+        engine.loaded(state["updates"])
+    holdings = gather_holdings(parts, mesh)
     if is_main:
         named = dataclasses.replace(config.run, name=name)
         save_config(directory, to_dict(dataclasses.replace(config, run=named, model=model_config)))
@@ -147,7 +149,7 @@ def train(config: Config) -> dict[str, Any]:
         if trained < counts.total:
             show_line(f"optim.train={shown(config.optim.train)}: {trained:,} of {counts.total:,} parameters train")
     token_bytes_V = torch.from_numpy(store.tokenizer.token_bytes()).to(device)
-    evaluation_rows = max(1, config.train.global_batch // config.train.accumulation // world.world_size)
+    evaluation_rows = max(1, config.train.global_batch // config.train.accumulation // layout.data)
     # The FLOPs of a step are those of training everything: with frozen weights there is no true utilisation to give.
     peak = peak_flops(device, dtype, config.train.peak_tflops) if trained == counts.total else None
     flops_per_token = training_flops_per_token(whole, config.train.seq_len)
@@ -158,11 +160,11 @@ def train(config: Config) -> dict[str, Any]:
             store.heldout,
             seq_len=config.train.seq_len,
             batch_rows=evaluation_rows,
-            rank=world.rank,
-            world_size=world.world_size,
+            rank=layout.data_rank(world.rank),
+            world_size=layout.data,
             cross_documents=config.data.cross_documents,
         )
-        return evaluate(model, batches, store.domains, token_bytes_V, mesh)
+        return evaluate(engine, batches, store.domains, token_bytes_V)
 
     # 6. The loop.
     evaluation, saved = None, found
@@ -223,15 +225,12 @@ def train(config: Config) -> dict[str, Any]:
         sample = None
         if config.run.sample_tokens:
             asked = instruction(config.run.prompt) if config.data.kind == "sft" else config.run.prompt
-            [sample_ids] = generate(
-                model,
-                [[store.tokenizer.bos_id, *store.tokenizer.encode(asked)]],
-                max_tokens=config.run.sample_tokens,
-                sampling=Sampling(temperature=SAMPLE_TEMPERATURE, seed=config.run.seed),
-                stop=[store.tokenizer.eos_id],
-                agree=lambda logits_BV: broadcast_from_first(logits_BV, mesh),
+            prompt = [store.tokenizer.bos_id, *store.tokenizer.encode(asked)]
+            sampling = Sampling(temperature=SAMPLE_TEMPERATURE, seed=config.run.seed)
+            sample_ids = sample_tokens(
+                engine, prompt, config.run.sample_tokens, sampling, store.tokenizer.eos_id, directory
             )
-            sample = store.tokenizer.decode(sample_ids)
+            sample = None if sample_ids is None else store.tokenizer.decode(sample_ids)
         close_process_group()  # no rank has to wait while rank 0 draws and uploads
         outcome: dict[str, Any] = {}
         if is_main:

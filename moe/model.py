@@ -50,8 +50,8 @@ class Transformer(nn.Module):
         own: seam: of masks and keys of all tokens, the part for the tokens that this rank routes.
     """
 
-    embedding: nn.Parameter | None
-    norm: RMSNorm | None
+    embedding: nn.Parameter
+    norm: RMSNorm
     head: Linear | None
 
     def __init__(self, config: ModelConfig, router: RouterConfig, compute_dtype: torch.dtype) -> None:
@@ -131,14 +131,13 @@ class Transformer(nn.Module):
         first, last = layers[0] == 0, layers[-1] == self.config.num_layers - 1
         for number in range(self.config.num_layers):
             if number not in layers:
-                self.layers[number] = None
+                setattr(self.layers, str(number), None)
         if not first and not (last and self.config.tie_embeddings):
-            self.embedding = None
+            self.embedding = None  # type: ignore[assignment]
         if not last:
-            self.norm = self.head = None
+            self.norm = self.head = None  # type: ignore[assignment]
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
-        assert self.embedding is not None
         x_BSD: Tensor = self.lookup(tokens_BS, self.embedding)
         return x_BSD
 
@@ -146,5 +145,4 @@ class Transformer(nn.Module):
         if self.head is not None:
             logits_BSV: Tensor = self.head(x_BSD)
             return logits_BSV
-        assert self.embedding is not None
         return F.linear(x_BSD, self.embedding.to(x_BSD.dtype))

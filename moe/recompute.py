@@ -25,7 +25,7 @@ def set_recompute(model: nn.Module, mode: Recompute) -> None:
     """Set it on every module that knows how."""
     for module in model.modules():
         if hasattr(module, "recompute"):
-            module.recompute = mode
+            setattr(module, "recompute", mode)  # noqa: B010 (its type is not nn.Module's to know)
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

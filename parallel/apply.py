@@ -43,8 +43,7 @@ def build_model(
         recompute: what the backward pass computes again.
         offload: with FSDP, keep weights in CPU memory.
     """
-    with torch.device("meta"):
-        model = Transformer(config, router, compute_dtype)
+    model = _unweighted(config, router, compute_dtype, lean)
     if layers is not None:
         model.keep(layers)
     if mesh.tensor.size() > 1:
@@ -57,14 +56,32 @@ def build_model(
         install_rows(model, mesh.sequence)
     set_recompute(model, recompute)
     model.locate = locator(mesh)
+    if mesh.layout.shard > 1:
+        shard_weights(model, mesh, offload=offload, keep_gathered=layers is not None)
+    model.to_empty(device="cpu" if offload else mesh.device)
+    if offload:  # FSDP moves what it holds; routers it does not
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.to(mesh.device)
+    if seed is not None:
+        init_parameters(model, seed)
+    return model
+
+
+def build_whole(config: ModelConfig, router: RouterConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The whole model on one device; weights in the compute dtype, and left to the caller. Not for training."""
+    model = _unweighted(config, router, dtype, lean=True)
+    model.to_empty(device=device)
+    return model
+
+
+def _unweighted(config: ModelConfig, router: RouterConfig, compute_dtype: torch.dtype, lean: bool) -> Transformer:
+    """On the meta device, in the dtypes that the weights will have."""
+    with torch.device("meta"):
+        model = Transformer(config, router, compute_dtype)
     wide = torch.promote_types(compute_dtype, torch.float32)
     model.to(compute_dtype if lean else wide)
     for module in model.modules():
         if isinstance(module, Router):
             module.to(wide)
-    if mesh.layout.shard > 1:
-        shard_weights(model, mesh, offload=offload, keep_gathered=layers is not None)
-    model.to_empty(device=mesh.device)
-    if seed is not None:
-        init_parameters(model, seed)
     return model

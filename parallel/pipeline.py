@@ -1,4 +1,235 @@
-"""Pipeline parallelism (placeholder until it lands)."""
+"""Pipeline parallelism: consecutive layers on different ranks, and micro-batches that travel through them.
+
+The schedules are torch's (`torch.distributed.pipelining`): 1F1B and its interleaved form (arXiv 2104.04473), and the
+interleaved zero bubble one (arXiv 2401.10241). Hidden states are all that travels: every rank of `mesh.pipeline` has
+the same rows at hand.
+
+Shapes: B rows of a micro-batch, S sequence of this context rank, s of it the part of this tensor rank, D model.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
+
+from moe.config import ModelConfig, RouterConfig
+from moe.experts import Experts
+from moe.layer import Block
+from moe.model import Output, Transformer
+from parallel.layout import Layout
+from parallel.mesh import Mesh
+from parallel.objective import Inputs, Objective
+
+Schedule = Literal["1f1b", "interleaved", "zero_bubble"]
 
 
-class Pipeline: ...
+def stage_layers(model: ModelConfig, stages: int, given: Sequence[int] | None = None) -> list[range]:
+    """The layers of each stage.
+
+    Args:
+        stages: at most as many as layers.
+        given: how many layers each stage has. None: such that the slowest stage is as fast as can be, then the next
+            slowest, and so on. Counted are the matmul parameters that a token meets, the head's with the last layer's.
+    """
+    counts = _balanced(_layer_costs(model), stages) if given is None else list(given)
+    assert len(counts) == stages and sum(counts) == model.num_layers, (counts, stages, model.num_layers)
+    ends = [sum(counts[: stage + 1]) for stage in range(stages)]
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def stages_of(rank: int, layout: Layout, schedule: Schedule) -> list[int]:
+    """Numbers of the stages on this rank of `mesh.pipeline`: one, or with the other schedules than 1F1B two."""
+    return [rank] if schedule == "1f1b" else [rank, rank + layout.pipeline]
+
+
+class Pipeline:
+    """The stages on this rank, and how micro-batches get through all of them.
+
+    Gradients are summed over micro-batches, not averaged. A stage without a weight that trains takes part all the same.
+    """
+
+    def __init__(self, parts: Sequence[Transformer], stages: Sequence[int], mesh: Mesh, schedule: Schedule) -> None:
+        """`parts`: the model's layers of each of `stages` (of `stages_of` this rank)."""
+        self.parts = list(parts)
+        self.stages = list(stages)
+        self.mesh = mesh
+        self.schedule = schedule
+        self.total = mesh.pipeline.size() * len(self.stages)
+        self._built: tuple[tuple[int, torch.Size], Any, list[_Stage]] | None = None
+        # NCCL wants all ranks of a group in its first communication; those that follow are between neighbours.
+        dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.pipeline)
+
+    def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
+        """Forward and backward of all micro-batches, which have one shape. Collective over the world.
+
+        Args:
+            micro_batches: the same on all ranks of `mesh.pipeline`. 1F1B wants as many as ranks P or more, the others
+                n of them that are a multiple of the rounds max(1, n // P).
+        """
+        schedule, stages = self._schedule_for(len(micro_batches), micro_batches[0]["tokens_BS"].shape)
+        for stage in stages:
+            stage.work = micro_batches, objective
+        numbers = torch.arange(len(micro_batches))
+        try:
+            schedule.step(number=numbers, target=numbers, return_outputs=False)
+        finally:
+            for stage in stages:
+                stage.work = None
+
+    @torch.no_grad()
+    def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:
+        """One batch, of any size, through all stages; each rank gets what its own parts return."""
+        group, ranks = self.mesh.pipeline, self.mesh.pipeline.size()
+        results = []
+        for number, part in zip(self.stages, self.parts, strict=True):
+            hidden_BsD = None
+            if number > 0:
+                shape = self._hidden_shape(inputs["tokens_BS"].shape)
+                hidden_BsD = torch.empty(shape, dtype=part.compute_dtype, device=self.mesh.device)
+                dist.recv(hidden_BsD, group=group, group_src=(number - 1) % ranks)
+            output: Output = part(**inputs, hidden_BSD=hidden_BsD)
+            if number < self.total - 1:
+                dist.send(output.logits_BSV.contiguous(), group=group, group_dst=(number + 1) % ranks)
+            for module in part.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # kept gathered for a backward pass that does not come
+            results.append((part, output))
+        return results
+
+    def _hidden_shape(self, tokens: torch.Size) -> tuple[int, int, int]:
+        return tokens[0], tokens[1] // self.mesh.tensor.size(), self.parts[0].config.dim
+
+    def _schedule_for(self, micro_batches: int, tokens: torch.Size) -> tuple[Any, list["_Stage"]]:
+        """torch's schedules are for so many micro-batches of one shape; a new one is made when either changes."""
+        key = (micro_batches, tokens)
+        if self._built is None or self._built[0] != key:
+            shape = self._hidden_shape(tokens)
+            stages = [
+                _Stage(part, number, self.total, self.mesh, shape)
+                for part, number in zip(self.parts, self.stages, strict=True)
+            ]
+            kind = {"interleaved": ScheduleInterleaved1F1B, "zero_bubble": ScheduleInterleavedZeroBubble}
+            schedule = (
+                Schedule1F1B(stages[0], micro_batches, loss_fn=_as_loss, scale_grads=False)
+                if self.schedule == "1f1b"
+                else kind[self.schedule](list(stages), micro_batches, loss_fn=_as_loss, scale_grads=False)
+            )
+            self._built = key, schedule, stages
+        return self._built[1:]
+
+
+class _Stage(PipelineStage):
+    """A part of the model as torch's schedules want one: hidden states in, hidden states or the loss out.
+
+    (It is no module around the part: torch looks whether the part itself is an `FSDPModule`.)
+    """
+
+    def __init__(self, part: Transformer, number: int, total: int, mesh: Mesh, shape: Sequence[int]) -> None:
+        def example(*sizes: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(*sizes, dtype=dtype, device="meta", requires_grad=True)
+
+        hidden = example(*shape, dtype=part.compute_dtype)
+        self.loss_dtype = torch.promote_types(part.compute_dtype, torch.float32)
+        super().__init__(
+            part,
+            number,
+            total,
+            mesh.device,
+            input_args=(hidden,) if number > 0 else (),
+            output_args=(example(1, dtype=self.loss_dtype) if part.is_last else hidden,),
+            group=mesh.pipeline,
+        )
+        self.part = part
+        self.work: tuple[Sequence[Inputs], Objective] | None = None
+
+    def forward_maybe_with_nosync(self, *received: Tensor, number: Tensor) -> Tensor:
+        """Of micro-batch `number`, a tensor of shape (1,)."""
+        assert self.work is not None
+        micro_batches, objective = self.work
+        micro_batch = int(number)
+        hidden_BsD = _with_contiguous_gradient(received[0]) if received else None
+        output: Output = self.part(**micro_batches[micro_batch], hidden_BSD=hidden_BsD)
+        losses = []
+        if output.stats is not None:
+            losses.append(objective.routing(output.stats, self.part.moe_layers, micro_batch))
+        if self.part.is_last:
+            losses.append(objective.predictions(output.logits_BSV, micro_batch))
+            return torch.stack([loss.to(self.loss_dtype) for loss in losses]).sum(dim=0, keepdim=True)
+        hidden_BsD = output.logits_BSV
+        for loss in losses:
+            hidden_BsD = _CarryLoss.apply(hidden_BsD, loss)
+        if not hidden_BsD.requires_grad:  # nothing trains up to here; torch wants a gradient to send back all the same
+            hidden_BsD = hidden_BsD.detach().requires_grad_()
+        return hidden_BsD.contiguous()
+
+
+class _CarryLoss(torch.autograd.Function):
+    """Hidden states pass; where their gradient comes back, the loss begins its own, with gradient 1.
+
+    (As Megatron-LM's `MoEAuxLossAutoScaler` does.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_BsD: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return hidden_BsD.clone()  # a view could not be detached, which the zero bubble schedule does
+
+    @staticmethod
+    def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        (loss,) = ctx.saved_tensors
+        return grad_BsD, torch.ones_like(loss)
+
+
+def _with_contiguous_gradient(hidden_BsD: Tensor) -> Tensor:
+    """The same; its gradient is in an order that can be sent."""
+    hidden_BsD = hidden_BsD.view_as(hidden_BsD)
+    hidden_BsD.register_hook(Tensor.contiguous)
+    return hidden_BsD
+
+
+def _as_loss(output: Tensor, _: Tensor) -> Tensor:
+    return output.sum()
+
+
+def _layer_costs(model: ModelConfig) -> list[int]:
+    """Matmul parameters that a token meets, by layer; the head's are with the last."""
+    with torch.device("meta"):
+        blocks = [Block(model, RouterConfig(), layer) for layer in range(model.num_layers)]
+    costs = [sum(weight.numel() for weight in block.parameters() if weight.dim() > 1) for block in blocks]
+    for layer, block in enumerate(blocks):
+        costs[layer] -= sum(_idle(module, model) for module in block.modules())
+    costs[-1] += (model.vocab_size or 0) * model.dim
+    return costs
+
+
+def _idle(module: nn.Module, model: ModelConfig) -> int:
+    """Parameters of experts that a token is not sent to."""
+    if not isinstance(module, Experts):
+        return 0
+    assert model.num_experts is not None and model.top_k is not None
+    parameters = sum(weight.numel() for weight in module.parameters())
+    return parameters // model.num_experts * (model.num_experts - model.top_k)
+
+
+def _balanced(costs: Sequence[int], stages: int) -> list[int]:
+    """Layers of each stage, such that their costs, the largest first, are the least in lexicographic order."""
+    best: dict[tuple[int, int], tuple[tuple[int, ...], list[int]]] = {(0, 0): ((), [])}
+    """Of (stages, layers): descending costs, layers of each stage."""
+    for stage in range(1, stages + 1):
+        for end in range(stage, len(costs) - (stages - stage) + 1):
+            best[stage, end] = min(
+                (tuple(sorted((*before, sum(costs[start:end])), reverse=True)), [*counts, end - start])
+                for start in range(stage - 1, end)
+                if (stage - 1, start) in best
+                for before, counts in [best[stage - 1, start]]
+            )
+    return best[stages, len(costs)][1]

@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataError
 from moe.errors import ModelError
-from parallel.launch import WorkerFailure, die_with_parent, launch_workers, world_from_env
+from parallel.launch import WorkerFailure, World, die_with_parent, launch_workers, world_from_env
 from training.config import Config, LaunchConfig, RunConfig
+from training.layout import laid_out
 from training.manifest import CheckpointError
 from training.run import RunError, choose_name, discard_unstarted, prepare_directory, save_config, save_result
 from training.strict import ConfigError, from_dict, leaf_keys, located, nearest, one_line, unknown_key
@@ -153,10 +154,10 @@ def execute(
 
     launch, launched = config.launch, "RANK" in os.environ
     try:
-        world_size = world_from_env().world_size if launched else launch.nproc
+        world = world_from_env() if launched else World(world_size=launch.nproc, local_world_size=launch.nproc)
     except ValueError as error:
         raise located(error, "") from error
-    check_world(config, world_size)
+    laid_out(config, config.model, world)
     check_tracking(config.tracking)
     if launched:
         die_with_parent()
@@ -215,24 +216,6 @@ def prepared(config: Config) -> Config:
     name = choose_name(config.run)
     prepare_directory(config.run, name)
     return replace(config, run=replace(config.run, name=name))
-
-
-def check_world(config: Config, world_size: int) -> None:
-    """Refuse a world that the experts or the batch cannot be spread over, before any process group exists.
-
-    Raises:
-        ConfigError: with the key to change.
-    """
-    try:
-        config.parallel.expert_size(world_size, config.model.num_experts)
-    except ValueError as error:
-        raise located(error, "parallel") from error
-    train = config.train
-    if train.global_batch % (train.accumulation * world_size):
-        raise ConfigError(
-            f"train.global_batch={train.global_batch}: expected a multiple of train.accumulation={train.accumulation} "
-            f"times the {world_size} processes"
-        )
 
 
 def record_failure(error: Exception, arguments: Sequence[str], cfg: DictConfig, directory: Path) -> None:

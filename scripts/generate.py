@@ -148,7 +148,7 @@ def work(config: GenerateConfig, request: dict[str, Any], store: Any = None) -> 
     text = open_text(source)
     store = store if store is not None else open_store(world, START_TIMEOUT_S)
     init_process_group(store, world.rank, world.world_size, device, START_TIMEOUT_S)
-    mesh = build_mesh(device, ParallelConfig().expert_size(world.world_size, source.model.num_experts))
+    mesh = build_mesh(device, ParallelConfig().layout(world.world_size, source.model))
     model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, lean=True)
     source.fill(model)
 

@@ -9,9 +9,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from parallel.launch import WorkerFailure
+from parallel.launch import WorkerFailure, World
 from scripts import boundary
 from training.config import Config
+from training.layout import laid_out
 from training.strict import ConfigError, from_dict
 
 ROOT = boundary.CONF.parent
@@ -99,14 +100,17 @@ def test_strict_conversion_of_what_hydra_composed(overrides: list[str], line: st
     assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
 
 
-def test_check_world() -> None:
-    boundary.check_world(composed("train.global_batch=8", "train.accumulation=2"), 4)
+def test_the_world_has_to_fit() -> None:
+    def lay_out(config: Config, ranks: int) -> None:
+        laid_out(config, config.model, World(world_size=ranks, local_world_size=ranks))
+
+    lay_out(composed("train.global_batch=8", "train.accumulation=2"), 4)
     with pytest.raises(
         ConfigError, match=r"^train.global_batch=8: expected a multiple of train.accumulation=2 times the 8"
     ):
-        boundary.check_world(composed("train.global_batch=8", "train.accumulation=2"), 8)
+        lay_out(composed("train.global_batch=8", "train.accumulation=2"), 8)
     with pytest.raises(ConfigError, match=r"^parallel.expert=3: expected a divisor of both model.num_experts=8 and"):
-        boundary.check_world(composed("parallel.expert=3"), 6)
+        lay_out(composed("parallel.expert=3"), 6)
 
 
 def test_local_rank_of_deepspeed_is_stripped() -> None:

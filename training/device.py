@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from parallel.layout import Layout
 from training.strict import ConfigError
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0}
@@ -27,13 +28,13 @@ def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
     return device
 
 
-def check_memory(total: int, experts: int, copies: int, itemsize: int, local_ranks: int, expert_size: int) -> None:
+def check_memory(total: int, experts: int, copies: int, itemsize: int, local_ranks: int, layout: Layout) -> None:
     """Refuse a run on CPUs whose weights and optimizer state alone are more than this host's memory.
 
     Without this the system would end some process, not always ours, once memory is full.
 
     Args:
-        total: parameters of the whole model; `experts`: of its routed experts, of which a rank holds 1/`expert_size`.
+        total: parameters of the whole model; `experts`: of its routed experts.
         copies: numbers held for each parameter: 1, or 4 with its gradient and AdamW's two moments.
         itemsize: bytes of one number.
         local_ranks: ranks on this host.
@@ -41,7 +42,11 @@ def check_memory(total: int, experts: int, copies: int, itemsize: int, local_ran
     Raises:
         ConfigError: it cannot fit.
     """
-    needed = (total - experts + experts // expert_size) * copies * itemsize * local_ranks
+    # What tensor parallelism leaves whole is little beside the rest.
+    dense_parts = layout.pipeline * layout.tensor * layout.shard
+    expert_parts = layout.pipeline * layout.expert * layout.expert_tensor * layout.expert_shard
+    held = (total - experts) // dense_parts + experts // expert_parts
+    needed = held * copies * itemsize * local_ranks
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise ConfigError(
@@ -78,3 +83,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 def _cpu_multiplies_bf16() -> bool:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,29 +1,31 @@
-"""What each rank really holds, counted on its own module and gathered."""
+"""What each rank really holds, counted on its own modules and gathered."""
 
 import socket
+from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from moe.experts import Experts
-from moe.flops import count_parameters
 from moe.model import Transformer
 from parallel.mesh import Mesh
+from parallel.placement import kind
 from training.report import RankHoldings
 
 
-def gather_holdings(model: Transformer, mesh: Mesh) -> list[RankHoldings]:
+def gather_holdings(parts: Sequence[Transformer], mesh: Mesh) -> list[RankHoldings]:
     """One entry a rank, in rank order, on every rank."""
-    counts = count_parameters(model)
-    experts = next((module for module in model.modules() if isinstance(module, Experts)), None)
-    held = [] if experts is None else range(experts.first_expert, experts.first_expert + experts.held)
+    held = {name: part.locate(name, weight) for part in parts for name, weight in part.named_parameters()}
+    of_experts = [weight for name, weight in held.items() if kind(name) == "experts"]
+    experts = {weight.region.offset[0] + row for weight in of_experts for row in range(weight.region.shape[0])}
+    layers = [number for part in parts for number, layer in enumerate(part.layers) if layer is not None]
     own = RankHoldings(
         rank=mesh.rank,
         host=socket.gethostname(),
         device=str(mesh.device),
-        experts=list(held),
-        parameters=counts.total,
-        bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        expert_parameters=counts.experts,
+        experts=sorted(experts),
+        layers=layers,
+        parameters=sum(weight.local.numel() for weight in held.values()),
+        bytes=sum(weight.local.numel() * weight.local.element_size() for weight in held.values()),
+        expert_parameters=sum(weight.local.numel() for weight in of_experts),
     )
     gathered: list[RankHoldings] = [own] * mesh.world_size
     dist.all_gather_object(gathered, own, group=mesh.world)

@@ -41,6 +41,8 @@ class RankHoldings:
     device: str
     experts: Sequence[int]
     """Global indices of its experts (of every MoE layer); empty in a dense model."""
+    layers: Sequence[int]
+    """Numbers of its layers: a pipeline stage holds some."""
     parameters: int
     bytes: int
     """Of the weights."""
@@ -48,17 +50,24 @@ class RankHoldings:
 
     def as_dict(self) -> dict[str, Any]:
         """As it stands in `result.json`."""
-        return asdict(self) | {"experts": list(self.experts)}
+        return asdict(self) | {"experts": list(self.experts), "layers": list(self.layers)}
 
     def expert_ranges(self) -> str:
         """`0-3`, `0,4,8-9`, or `none`."""
-        ranges: list[list[int]] = []
-        for expert in sorted(self.experts):
-            if ranges and ranges[-1][1] == expert - 1:
-                ranges[-1][1] = expert
-            else:
-                ranges.append([expert, expert])
-        return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges) or "none"
+        return _ranges(self.experts)
+
+    def layer_ranges(self) -> str:
+        return _ranges(self.layers)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and ranges[-1][1] == number - 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges) or "none"
 
 
 def show_corpus(summary: Sequence[Mapping[str, Any]], key: str, directory: Path) -> None:
@@ -149,6 +158,7 @@ def show_layout(ranks: Sequence[RankHoldings]) -> None:
             str(holding.rank),
             holding.host,
             holding.device,
+            holding.layer_ranges(),
             holding.expert_ranges(),
             f"{holding.parameters:,}",
             f"{holding.expert_parameters:,}",
@@ -163,15 +173,16 @@ def show_layout(ranks: Sequence[RankHoldings]) -> None:
             f"{between[0].rank} to {between[-1].rank}",
             f"{len(hosts)} hosts in all" if len(hosts) > 1 else ranks[0].host,
             ", ".join(sorted({holding.device.split(":")[0] for holding in between})),
+            f"{_span([len(holding.layers) for holding in between])} each",
             f"{_span(held)} each",
             _span([holding.parameters for holding in between]),
             _span([holding.expert_parameters for holding in between]),
             human_bytes(max(holding.bytes for holding in between)),
         ]
         rows = [rows[0], middle, rows[-1]]
-    columns = ["rank", "host", "device", "experts", "parameters", "of experts", "weights"]
+    columns = ["rank", "host", "device", "layers", "experts", "parameters", "of experts", "weights"]
     title = f"Layout: {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}"
-    show_table(title, columns, rows, left=["host", "device", "experts"])
+    show_table(title, columns, rows, left=["host", "device", "layers", "experts"])
 
 
 def _span(values: Sequence[int]) -> str:

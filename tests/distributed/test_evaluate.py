@@ -10,8 +10,11 @@ from data.loader import evaluation_batches
 from data.store import prepare
 from moe.config import ModelConfig, RouterConfig
 from parallel.apply import build_model
+from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
+from training.config import OptimConfig
+from training.engine import NativeEngine
 from training.evaluate import Evaluation, evaluate
 
 LENGTH = 24
@@ -19,7 +22,7 @@ LENGTH = 24
 
 def run(rank: int, world: int, cache: str) -> tuple[Evaluation, dict]:
     store = prepare(DataConfig(kind="embedded", cache=cache, vocab_size=400, **SIZES))
-    mesh = build_mesh(torch.device("cpu"), world)
+    mesh = build_mesh(torch.device("cpu"), Layout(replicate=world, expert=world))
     config = ModelConfig(
         dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8, num_experts=4, top_k=2,
         vocab_size=400, sliding_window=9, init_std=0.3,
@@ -29,7 +32,8 @@ def run(rank: int, world: int, cache: str) -> tuple[Evaluation, dict]:
     batches = evaluation_batches(
         store.heldout, seq_len=LENGTH, batch_rows=3, rank=rank, world_size=world, cross_documents=False
     )
-    result = evaluate(model, batches, store.domains, token_bytes, mesh)
+    engine = NativeEngine([model], OptimConfig(lr=1e-3), mesh)
+    result = evaluate(engine, batches, store.domains, token_bytes)
     return result, reference(model, store, token_bytes) if world == 1 else {}
 
 

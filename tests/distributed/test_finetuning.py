@@ -4,13 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from data.batch import IGNORE
 from moe.config import RouterConfig
 from parallel.apply import build_model
+from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_parity import MODEL, OPTIM, full, global_batch, part_of
+from tests.distributed.test_parity import MODEL, OPTIM, global_batch, part_of
+from tests.distributed.whole import gather_whole
 from training import checkpoint
 from training.engine import NativeEngine
 from training.manifest import read_manifest
@@ -21,9 +24,9 @@ TRAIN = ("router", "expert:3", "expert:4")
 
 
 def engine_of(expert_size: int, seed: int, train: str | tuple[str, ...] = TRAIN) -> NativeEngine:
-    mesh = build_mesh(torch.device("cpu"), expert_size)
+    mesh = build_mesh(torch.device("cpu"), Layout(replicate=dist.get_world_size(), expert=expert_size))
     model = build_model(MODEL, ROUTER, mesh, compute_dtype=torch.float64, seed=seed)
-    return NativeEngine(model, replace(OPTIM, train=train), mesh)
+    return NativeEngine([model], replace(OPTIM, train=train), mesh)
 
 
 def steps(engine: NativeEngine, first: int, last: int) -> None:
@@ -39,9 +42,9 @@ def interrupted(rank: int, world: int, root: Path) -> tuple[dict, dict, int]:
     steps(whole, 2, 4)
     other = engine_of(4, seed=7)
     checkpoint.load(path, other.tensors())
-    other.set_updates(2)
+    other.loaded(2)
     steps(other, 2, 4)
-    return full(whole), full(other), other.updates
+    return gather_whole(whole.tensors()), gather_whole(other.tensors()), other.updates
 
 
 def test_single_experts_are_saved_and_go_on_under_another_layout(tmp_path):
@@ -54,13 +57,10 @@ def test_single_experts_are_saved_and_go_on_under_another_layout(tmp_path):
         for layer in range(2)
         for part in ("router.weight", *(f"experts.{w}.{e}" for w in ("w_gate", "w_up", "w_down") for e in (3, 4)))
     }
-    whole = {name: tensor for of_rank, _, _ in results for name, tensor in of_rank.items()}
-    assert whole.keys() == saved.keys()
-    for _, other, updates in results:
-        assert updates == 4
+    for whole, other, updates in results:
+        assert updates == 4 and whole.keys() == other.keys() == saved.keys()
         for name, tensor in other.items():
             torch.testing.assert_close(tensor, whole[name], rtol=1e-9, atol=1e-12, msg=name)
-    assert {name for _, other, _ in results for name in other} == saved.keys()
 
 
 def without_labels(rank: int, world: int) -> list[StepResult]:
@@ -73,7 +73,7 @@ def without_labels(rank: int, world: int) -> list[StepResult]:
         if not nobody:
             rows["labels_BS"][0, 0] = 5
         results.append(train_step(engine, part_of(rows, rank, world), ROUTER, 1e-3))
-    assert all(parameter.isfinite().all() for parameter in engine.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in engine.parts[0].parameters())
     return results
 
 

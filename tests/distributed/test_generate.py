@@ -6,6 +6,7 @@ from moe.config import ModelConfig, RouterConfig
 from moe.generate import generate
 from moe.sampling import Sampling
 from parallel.apply import build_model
+from parallel.layout import Layout
 from parallel.mesh import broadcast_from_first, build_mesh
 from tests.distributed.harness import run_ranks
 
@@ -17,7 +18,7 @@ PROMPTS = [[1, 2, 3], [7], [5, 6, 7, 8, 9, 10, 11]]
 
 
 def run(rank: int, world: int) -> list[list[list[int]]]:
-    mesh = build_mesh(torch.device("cpu"), world)
+    mesh = build_mesh(torch.device("cpu"), Layout(replicate=world, expert=world))
     # Of all assignments, the capacity would drop most: generation must not care.
     router = RouterConfig(capacity_factor=0.1)
     results = []
@@ -47,7 +48,7 @@ def test_expert_parallel_generation_equals_a_single_process():
 
 
 def lean_run(rank: int, world: int) -> list[list[torch.Tensor]]:
-    mesh = build_mesh(torch.device("cpu"), world)
+    mesh = build_mesh(torch.device("cpu"), Layout(replicate=world, expert=world))
     tokens = torch.arange(30).view(2, 15)
     positions = torch.arange(15).expand(2, -1)
     router = RouterConfig(kind="sigmoid_topk", bias_update_rate=0.001)

@@ -59,7 +59,7 @@ def row_of(text: str, first: str) -> str:
 
 
 def holding(rank: int, experts: list[int]) -> RankHoldings:
-    return RankHoldings(rank, f"host{rank // 8}", "cpu", experts, 6_000_000 + rank, 24_000_000, 4_000_000)
+    return RankHoldings(rank, f"host{rank // 8}", "cpu", experts, range(4), 6_000_000 + rank, 24_000_000, 4_000_000)
 
 
 def test_human_numbers() -> None:
@@ -95,7 +95,7 @@ def test_layout(capsys: Capture) -> None:
     assert holding(0, []).expert_ranges() == "none"
     assert json.loads(json.dumps(holding(1, [4, 5]).as_dict()))["experts"] == [4, 5]
     show_layout([holding(0, [0, 1]), holding(1, [2, 3])])
-    assert row_of(plain(capsys), "1") == "1 host0 cpu 2-3 6,000,001 4,000,000 24.0 MB"
+    assert row_of(plain(capsys), "1") == "1 host0 cpu 0-3 2-3 6,000,001 4,000,000 24.0 MB"
     show_layout([holding(rank, [2 * rank, 2 * rank + 1]) for rank in range(64)])
     text = plain(capsys)
     assert len(text.splitlines()) == 6

@@ -13,6 +13,7 @@ from moe.errors import ModelError
 from moe.experts import Experts
 from moe.init import init_parameters
 from moe.model import Transformer
+from moe.region import Held, Region, whole
 from moe.safetensors_dir import TensorDirectory
 from tests.distributed.harness import run_ranks
 from tests.foreign import CASES, filled, logits_of, saved, tokens_of
@@ -118,9 +119,18 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_names(tmp_path):
 def part_of(config, router, first, held):
     """This model as one rank of expert parallelism holds it, every number NaN."""
     model = Transformer(config, router, torch.float32)
+
+    def locate(name, tensor):
+        if ".experts." not in name:
+            return whole(name, tensor)
+        rest = tuple(tensor.shape[1:])
+        return Held(
+            tensor.detach(), (config.num_experts, *rest), Region((first, *[0] * len(rest)), tuple(tensor.shape))
+        )
+
+    model.locate = locate
     for module in model.modules():
         if isinstance(module, Experts):
-            module.first_expert = first
             for name, parameter in list(module.named_parameters()):
                 setattr(module, name, torch.nn.Parameter(parameter.detach()[first : first + held].clone()))
     with torch.no_grad():
@@ -187,10 +197,11 @@ def fuse(directory, out):
 def _fill_a_shard(rank, world_size, path):
     from moe.dispatch import LocalDispatcher
     from parallel.apply import build_model
+    from parallel.layout import Layout
     from parallel.mesh import build_mesh
 
     source = open_source(path)
-    mesh = build_mesh(torch.device("cpu"), world_size)
+    mesh = build_mesh(torch.device("cpu"), Layout(replicate=world_size, expert=world_size))
     model = build_model(source.model, source.router, mesh, compute_dtype=torch.float32, seed=None)
     source.fill(model)
     assert not isinstance(model.layers[0].ffn.dispatcher, LocalDispatcher)
@@ -246,7 +257,6 @@ def test_bf16_stays_as_it_is_with_keep_and_becomes_fp32_without(tmp_path):
 
 
 def checkpoint_region(offset, shape):
-    from moe.region import Region
 
     return Region(offset, shape)
 

@@ -14,6 +14,7 @@ from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
 from moe.flops import count_parameters, meta_model
 from parallel.apply import build_model
+from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
 from training.config import OptimConfig
@@ -119,25 +120,25 @@ def train_all_cases(rank: int, world: int) -> dict[str, Outcome]:
 
 
 def steps_of(train: str | tuple[str, ...]) -> Outcome:
-    mesh = build_mesh(torch.device("cpu"), 1)
+    mesh = build_mesh(torch.device("cpu"), Layout(replicate=1, expert=1))
 
     def engine_of(choice: str | tuple[str, ...]) -> NativeEngine:
         model = build_model(MODEL, ROUTER, mesh, compute_dtype=torch.float64, seed=1)
-        return NativeEngine(model, replace(OPTIM, train=choice), mesh)
+        return NativeEngine([model], replace(OPTIM, train=choice), mesh)
 
     engine = engine_of(train)
-    initial = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+    initial = {name: tensor.clone() for name, tensor in engine.parts[0].state_dict().items()}
     norms = [train_step(engine, [batch(step)], ROUTER, 1e-2).grad_norm for step in range(3)]
-    final = {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
-    moments = {name: tensor.shape for name, tensor in engine.tensors().items() if not name.startswith("model.")}
-    left = sum(parameter.grad is not None for parameter in engine.model.parameters())
+    final = {name: tensor.clone() for name, tensor in engine.parts[0].state_dict().items()}
+    moments = {name: held.local.shape for name, held in engine.tensors().items() if not name.startswith("model.")}
+    left = sum(parameter.grad is not None for parameter in engine.parts[0].parameters())
     return Outcome(initial, final, moments, norms[0], norm_by_hand(engine_of("all"), train), left)
 
 
 def norm_by_hand(engine: NativeEngine, train: str | tuple[str, ...]) -> float:
     """From the gradients of a model of which everything trains, caught before the step uses them."""
     caught = {}
-    engine.step = lambda lr: caught.update({n: p.grad for n, p in engine.model.named_parameters()}) or 0.0
+    engine.step = lambda lr: caught.update({n: p.grad for n, p in engine.parts[0].named_parameters()}) or 0.0
     train_step(engine, [batch(0)], ROUTER, 1e-2)
     squares = 0.0
     for name in chosen(train):
