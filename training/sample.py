@@ -19,7 +19,7 @@ def sample_tokens(
 ) -> list[int] | None:
     """Token ids that follow `prompt`. Collective.
 
-    Generation knows whole sequences and whole layers. Where ranks hold parts of either, rank 0 reads the whole model
+    Generation knows whole sequences and whole weights. Where ranks hold parts of either, rank 0 reads the whole model
     from the run's newest checkpoint; None where it does not fit beside what is there, and on other ranks.
 
     Args:
@@ -27,7 +27,7 @@ def sample_tokens(
         directory: of the run, with a checkpoint of these weights.
     """
     mesh = engine.mesh
-    if mesh.layout.sequence == mesh.layout.pipeline == 1:
+    if mesh.layout.sequence == mesh.layout.pipeline == mesh.layout.shard == 1:
         (model,) = engine.parts
         [ids] = generate(
             model,

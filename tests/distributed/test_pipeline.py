@@ -163,7 +163,7 @@ def test_layers_are_cut_where_stages_cost_the_same():
     assert sorted(lengths(model, 3)) == [2, 3, 3] and lengths(model, 3)[-1] == 2
     heavy = replace(model, vocab_size=2 * layer // 16)  # a head like two layers
     assert lengths(heavy, 2) == [5, 3]
-    assert lengths(replace(model, vocab_size=layer), 4) == [3, 2, 2, 1]
+    assert lengths(replace(model, vocab_size=layer), 4) == [2, 2, 3, 1]  # a head like sixteen; the first have fewer
     assert lengths(model, 3, (1, 3, 4)) == [1, 3, 4]
     dense_first = replace(model, first_k_dense=2, hidden_dim=48, expert_hidden_dim=12)
     assert lengths(dense_first, 2) == [4, 4]
