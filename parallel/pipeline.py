@@ -84,6 +84,7 @@ class Pipeline:
         finally:
             for stage in stages:
                 stage.work = None
+                stage.clear_runtime_states()  # torch itself does so when the next step begins
 
     @torch.no_grad()
     def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:
