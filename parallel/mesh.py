@@ -1,7 +1,7 @@
 """The world of processes, cut into axes, and the process groups along them (`parallel/layout.py` has the order)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 
 import torch
@@ -114,6 +114,13 @@ def build_mesh(device: torch.device, layout: Layout) -> Mesh:
         same_tensor=group("replicate", "context"),
         same_experts=group("expert_replicate"),
     )
+
+
+def mesh_of_one(device: torch.device) -> Mesh:
+    """This rank alone, in a world of any size: what the others' results are compared with. Not collective."""
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    groups = {field.name: alone for field in fields(Mesh) if field.name not in ("device", "layout", "ends")}
+    return Mesh(device=device, layout=Layout(), ends=None, **groups)
 
 
 def init_process_group(store: dist.Store, rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
