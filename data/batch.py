@@ -71,14 +71,23 @@ class Batch:
             tensors.append(places.view(len(rows), length))
         return cls(*tensors)
 
-    def part(self, index: int, parts: int) -> "Batch":
-        """The `index`-th of `parts` equal pieces of every row, [B, S / parts]."""
+    def part(self, index: int, parts: int, zigzag: bool = False) -> "Batch":
+        """One of `parts` equal parts of every row, [B, S / parts]: the `index`-th.
+
+        Args:
+            zigzag: of twice as many pieces, the `index`-th from the start and the `index`-th from the end.
+        """
         if parts == 1:
             return self
-        length = self.tokens_BS.shape[1] // parts
-        place = slice(index * length, (index + 1) * length)
+        pieces = [index, 2 * parts - 1 - index] if zigzag else [index]
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: x[:, place] for name, x in tensors.items() if x is not None})
+        return Batch(
+            **{
+                name: torch.cat([x.chunk(parts * len(pieces), dim=1)[piece] for piece in pieces], dim=1)
+                for name, x in tensors.items()
+                if x is not None
+            }
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}

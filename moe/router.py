@@ -58,6 +58,9 @@ class RouterStats(NamedTuple):
 class Rows(Protocol):
     """The seam to the rest of a sequence of which only a part of S places is here. No gradient passes through."""
 
+    pieces: int
+    """Consecutive pieces of equal length that the part here consists of."""
+
     def gather(self, x_BS: Tensor) -> Tensor:
         """[B, S, ...] of every part -> the whole, in the order of the sequence, along dim 1."""
         ...
@@ -69,6 +72,8 @@ class Rows(Protocol):
 
 class LocalRows(nn.Module):
     """The whole sequence is here."""
+
+    pieces = 1
 
     def gather(self, x_BS: Tensor) -> Tensor:
         return x_BS
@@ -205,12 +210,14 @@ class Router(nn.Module):
             whole_BSK, of_whole_BSK = self.rows.gather(held_BSK), self.rows.gather(experts_BSK)
             capacity = expert_capacity(self.capacity_factor, self.top_k, whole_BSK.shape[1], num_experts)
             return taken_BSK * self.rows.own(most_probable(whole_BSK, of_whole_BSK, num_experts, capacity))
-        # By position, all that matters of the earlier parts P is how many assignments they hold.
-        counts_BPE = self.rows.gather(counts_BE.unsqueeze(1))
-        before_BE = self.rows.own(counts_BPE.cumsum(dim=1) - counts_BPE).squeeze(1)
-        seq_len = counts_BPE.shape[1] * scores_BSE.shape[1]
+        # By position, all that matters of the earlier pieces P of the sequence is how many assignments they hold.
+        batch, pieces = counts_BE.shape[0], self.rows.pieces
+        experts, taken = (x.unflatten(1, (pieces, -1)).flatten(0, 1) for x in (experts_BSK, taken_BSK))
+        counts_BPE = self.rows.gather(count(experts, taken, num_experts).unflatten(0, (batch, pieces)))
+        before = self.rows.own(counts_BPE.cumsum(dim=1) - counts_BPE).flatten(0, 1)
+        seq_len = counts_BPE.shape[1] * experts.shape[1]
         capacity = expert_capacity(self.capacity_factor, self.top_k, seq_len, num_experts)
-        return taken_BSK * within_capacity(experts_BSK, taken_BSK, before_BE, capacity)
+        return taken_BSK * within_capacity(experts, taken, before, capacity).view_as(taken_BSK)
 
     def extra_repr(self) -> str:
         experts, dim = self.weight.shape

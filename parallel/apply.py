@@ -51,9 +51,9 @@ def build_model(
     if mesh.expert.size() * mesh.expert_tensor.size() > 1:
         shard_experts(model, mesh)
     if mesh.context.size() > 1:
-        shard_attention(model, mesh.context)
+        shard_attention(model, mesh.context, mesh.layout.zigzag)
     if mesh.sequence.size() > 1:
-        install_rows(model, mesh.sequence)
+        install_rows(model, mesh.sequence, mesh.layout)
     set_recompute(model, recompute)
     model.locate = locator(mesh)
     if mesh.layout.shard > 1:

@@ -148,6 +148,12 @@ class _Scatter(torch.autograd.Function):
         return all_gather_dim(grad, ctx.dim, ctx.group), None, None
 
 
+def gather_dim(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """`all_gather_dim` with a gradient: the sum over ranks, of which each gets its part."""
+    whole: Tensor = _Gather.apply(part, dim, group)
+    return whole
+
+
 class GatherSequence(nn.Module):
     """[B, s, ...] of every rank -> [B, P·s, ...] on all; the gradient is summed over ranks and cut again.
 

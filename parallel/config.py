@@ -68,8 +68,11 @@ class ParallelConfig:
         """Pipeline stages on one rank."""
         return 1 if self.schedule == "1f1b" or self.pipeline == 1 else 2
 
-    def layout(self, world_size: int, model: ModelConfig) -> Layout:
+    def layout(self, world_size: int, model: ModelConfig, seq_len: int | None = None) -> Layout:
         """The sizes for a world, where none but `expert` and `replicate` is `auto`.
+
+        Args:
+            seq_len: of the rows; None: no context parallelism is meant.
 
         Raises:
             ValueError: the axes do not multiply to the world, or do not divide what they share out; starts with the
@@ -91,8 +94,16 @@ class ParallelConfig:
             self.expert_tensor,
             f"a divisor of {ranks}, the ranks of a stage",
         )
-        layout = replace(layout, expert=self._expert(ranks // self.expert_tensor, model))
-        return replace(layout, expert_tensor=self.expert_tensor)
+        expert = self._expert(ranks // self.expert_tensor, model)
+        zigzag = seq_len is not None and self._balances(model, layout, seq_len)
+        return replace(layout, expert=expert, expert_tensor=self.expert_tensor, zigzag=zigzag)
+
+    def _balances(self, model: ModelConfig, layout: Layout, seq_len: int) -> bool:
+        """Whether two pieces a rank are worth it (full attention in every layer) and possible."""
+        windowless = all(model.window(layer) is None for layer in range(model.num_layers))
+        # Tensor ranks cut what a context rank holds once more: each piece as a whole, or not at all.
+        whole = layout.tensor == 1 or layout.tensor % 2 == 0
+        return layout.context > 1 and windowless and whole and seq_len % (2 * layout.context) == 0
 
     def _expert(self, ranks: int, model: ModelConfig) -> int:
         if model.num_experts is None:
@@ -196,6 +207,12 @@ def check_layout(
         layout.pipeline,
         f"at least so many micro-batches, train.accumulation={fitting} instead of {accumulation}"
         + (" (a multiple of the stages)" if parallel.schedule != "1f1b" else ""),
+    )
+    expect(
+        not (parallel.schedule == "zero_bubble" and parallel.recompute == "full"),
+        "recompute",
+        "full",
+        "none or selective with parallel.schedule=zero_bubble (it runs a backward pass in two parts)",
     )
     expect(not pooled, "pipeline", layout.pipeline, "1 with router.layer_reduction=hf_pooled (it pools all layers)")
 

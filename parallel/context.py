@@ -9,8 +9,9 @@ receives only what its queries can see: with a window W the last W - 1 places be
 as hold them, and without a window all places to its left, never those to its right. One exchange a layer and
 direction stands in for the rounds of a ring (arXiv 2310.01889).
 
-Parts are contiguous, so that a window reaches few neighbours and work is even. Without a window, later ranks see more
-keys and have more to do.
+Parts are contiguous, so that a window reaches few neighbours and work is even. Where no layer has a window, later ranks
+would see more keys than earlier ones: each then holds two pieces, one counted from the start of the row and one from
+its end (`Layout.zigzag`), all of the row is gathered, and every rank has the same to do.
 """
 
 import torch
@@ -20,7 +21,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe.attention import Attention, AttentionCore
 from moe.router import Router
-from parallel.collectives import all_to_all_rows
+from parallel.collectives import all_gather_dim, all_to_all_rows, gather_dim
+from parallel.layout import Layout
 
 
 class ContextCore(nn.Module):
@@ -131,38 +133,101 @@ def _documents(documents_BS: Tensor, reach: int, group: dist.ProcessGroup) -> Te
     return fetched
 
 
+def piece_order(layout: Layout) -> list[list[int]]:
+    """For each rank that shares a row, in the order of `mesh.sequence`, its pieces' numbers in the sequence."""
+    if not layout.zigzag:
+        return [[rank] for rank in range(layout.sequence)]
+    by_context = [[rank, 2 * layout.context - 1 - rank] for rank in range(layout.context)]
+    if layout.tensor == 1:
+        return by_context
+    finer = layout.tensor // 2  # tensor ranks cut each of the two pieces
+    return [[piece * finer + part] for pieces in by_context for piece in pieces for part in range(finer)]
+
+
+class ZigzagCore(nn.Module):
+    """Gathers all keys and values of the row, and calls the core for each of the two pieces of queries here.
+
+    (The balanced order of Llama 3's context parallelism, arXiv 2407.21783, section 3.3.2.)
+    """
+
+    def __init__(self, core: AttentionCore, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        assert core.window is None
+        self.core = core
+        self.group = group
+
+    def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, documents_BS: Tensor | None) -> Tensor:
+        """Returns [B, H, S, C]; arguments as of `ContextCore`."""
+        ranks, rank, places = self.group.size(), self.group.rank(), k_BGSC.shape[2] // 2
+        order = _inverse([piece for own in range(ranks) for piece in (own, 2 * ranks - 1 - own)])
+        k, v = (_in_order(gather_dim(x, 2, self.group), 2, order) for x in (k_BGSC, v_BGSC))
+        mixed = []
+        for q, piece in zip(q_BHSC.chunk(2, dim=2), (rank, 2 * ranks - 1 - rank), strict=True):
+            end = (piece + 1) * places
+            documents = None if documents_BS is None else self._documents(documents_BS, order, end)
+            mixed.append(self.core(q, k[:, :, :end], v[:, :, :end], documents))
+        return torch.cat(mixed, dim=2)
+
+    def _documents(self, documents_BS: Tensor, order: list[int], end: int) -> Tensor:
+        """[B, X]; the same tensor for all layers, as in `_documents`."""
+        of_documents = _fetched.setdefault(documents_BS, {})
+        whole, part = ((self.group, reach, documents_BS._version) for reach in (-1, end))
+        if whole not in of_documents:
+            of_documents[whole] = _in_order(all_gather_dim(documents_BS, 1, self.group), 1, order)
+        if part not in of_documents:
+            of_documents[part] = of_documents[whole][:, :end]
+        documents_BX: Tensor = of_documents[part]
+        return documents_BX
+
+    def extra_repr(self) -> str:
+        return f"{self.core.extra_repr()}, two pieces of {2 * self.group.size()}, rank {self.group.rank()}"
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=lambda place: order[place])
+
+
+def _in_order(x: Tensor, dim: int, order: list[int]) -> Tensor:
+    """The equal pieces of `x` along `dim`, rearranged."""
+    pieces = x.chunk(len(order), dim)
+    return torch.cat([pieces[place] for place in order], dim)
+
+
 class GatheredRows(nn.Module):
     """Whole sequences for routers that decide over them (`moe.router.Rows`): all-gathered over the group."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, order: list[list[int]]) -> None:
+        """`order`: `piece_order`."""
         super().__init__()
         self.group = group
+        self.own_pieces = order[group.rank()]
+        self.pieces = len(self.own_pieces)
+        self.order = _inverse([piece for pieces in order for piece in pieces])
 
     def gather(self, x_BS: Tensor) -> Tensor:
         """[B, S, ...] of each rank, equally long -> [B, P·S, ...]. Carries no gradient."""
         assert not x_BS.requires_grad
-        sent = x_BS.contiguous()
-        parts = [torch.empty_like(sent) for _ in range(self.group.size())]
-        dist.all_gather(parts, sent, group=self.group)
-        return torch.cat(parts, dim=1)
+        return _in_order(all_gather_dim(x_BS, 1, self.group), 1, self.order)
 
     def own(self, x_BS: Tensor) -> Tensor:
         """[B, P·S, ...] -> [B, S, ...]: this rank's part."""
-        return x_BS.chunk(self.group.size(), dim=1)[self.group.rank()]
+        pieces = x_BS.chunk(len(self.order), dim=1)
+        return torch.cat([pieces[piece] for piece in self.own_pieces], dim=1)
 
     def extra_repr(self) -> str:
         return f"all-gather over {self.group.size()} ranks"
 
 
-def shard_attention(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Let every attention of the model see the earlier ranks' parts of the rows; `group` is in sequence order."""
+def shard_attention(model: nn.Module, group: dist.ProcessGroup, zigzag: bool = False) -> None:
+    """Let every attention of the model see what its queries need of the other ranks' parts of the rows."""
     for module in model.modules():
         if isinstance(module, Attention):
-            module.add_module("core", ContextCore(module.core, group))
+            core = ZigzagCore(module.core, group) if zigzag else ContextCore(module.core, group)
+            module.add_module("core", core)
 
 
-def install_rows(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Let every router of the model decide over whole sequences; `group` is in sequence order."""
+def install_rows(model: nn.Module, group: dist.ProcessGroup, layout: Layout) -> None:
+    """Let every router of the model decide over whole sequences; `group`: all ranks that share a row, in rank order."""
     for module in model.modules():
         if isinstance(module, Router):
-            module.rows = GatheredRows(group)
+            module.rows = GatheredRows(group, piece_order(layout))

@@ -62,6 +62,13 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
     _prefetch([block for block in model.layers if isinstance(block, Block)])
 
 
+def gather_no_more(model: nn.Module) -> None:
+    """Free gathered weights: after a forward pass without a backward pass, the root would keep its own."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _prefetch(blocks: list[Block]) -> None:
     """While a block computes, the weights of the next one travel, its experts' too."""
 

@@ -23,6 +23,9 @@ class Layout:
     tensor: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    zigzag: bool = False
+    """Each context rank holds two pieces of a row, one counted from its start and one from its end: the causal work of
+    all ranks is the same. (Else one, so that a window reaches few neighbours.)"""
 
     def __post_init__(self) -> None:
         assert self.stage % (self.expert * self.expert_tensor) == 0, self

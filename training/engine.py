@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe.model import Output, Transformer
 from moe.region import Held
+from parallel.fsdp import gather_no_more
 from parallel.gradients import global_grad_norm, scale_gradients, sum_gradients
 from parallel.mesh import Mesh
 from parallel.objective import Inputs, Objective
@@ -94,7 +95,9 @@ class NativeEngine:
         if self.pipeline is not None:
             return self.pipeline.forward(inputs)
         (model,) = self.parts
-        return [(model, model(**inputs))]
+        output = model(**inputs)
+        gather_no_more(model)
+        return [(model, output)]
 
     def step(self, lr: float) -> float:
         self.trainable.take_gradients()

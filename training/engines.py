@@ -8,6 +8,7 @@ from moe.config import ModelConfig
 from moe.model import Transformer
 from parallel.apply import build_model
 from parallel.mesh import Mesh
+from parallel.pipeline import Pipeline, stage_layers, stages_of
 from training.config import Config
 from training.engine import Engine, NativeEngine
 
@@ -21,6 +22,11 @@ def build_parts(
         dtype: of the computation.
         seed: of the initial weights; None leaves them to the caller.
     """
+    parallel = config.parallel
+    layers: list[range] | list[None] = [None]
+    if mesh.pipeline.size() > 1:
+        of_stages = stage_layers(model, mesh.pipeline.size() * parallel.stages_per_rank, parallel.stage_layers)
+        layers = [of_stages[stage] for stage in stages_of(mesh.pipeline.rank(), mesh.layout, parallel.schedule)]
     return [
         build_model(
             model,
@@ -28,11 +34,18 @@ def build_parts(
             mesh,
             compute_dtype=dtype,
             seed=seed,
-            recompute=config.parallel.recompute,
-            offload=config.parallel.offload,
+            layers=of_part,
+            recompute=parallel.recompute,
+            offload=parallel.offload,
         )
+        for of_part in layers
     ]
 
 
 def build_engine(config: Config, parts: Sequence[Transformer], mesh: Mesh) -> Engine:
-    return NativeEngine(parts, config.optim, mesh)
+    """The engine around `parts`, whose weights it takes as they are. Collective."""
+    if mesh.pipeline.size() == 1:
+        return NativeEngine(parts, config.optim, mesh)
+    schedule = config.parallel.schedule
+    stages = stages_of(mesh.pipeline.rank(), mesh.layout, schedule)
+    return NativeEngine(parts, config.optim, mesh, Pipeline(parts, stages, mesh, schedule))

@@ -21,7 +21,7 @@ def laid_out(config: Config, model: ModelConfig, world: World) -> tuple[Config, 
     """
     train, parallel = config.train, config.parallel
     try:
-        layout = parallel.layout(world.world_size, model)
+        layout = parallel.layout(world.world_size, model, train.seq_len)
         check_layout(
             layout,
             parallel,

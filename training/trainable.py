@@ -70,9 +70,13 @@ class Trainable:
     def __init__(self, models: Sequence[Transformer], train: str | tuple[str, ...]) -> None:
         choice = choose(meta_model(models[0].config, RouterConfig()), train)
         self.weights: dict[str, Weight] = {}
+        self.sources: list[nn.Parameter] = []
+        """What requires a gradient; it may hold nothing that trains here."""
         for model in models:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in choice.whole or name in choice.experts)
+                if parameter.requires_grad:
+                    self.sources.append(parameter)
                 held = model.locate(name, parameter)
                 if name in choice.whole:
                     alone = isinstance(parameter, DTensor)
@@ -94,7 +98,9 @@ class Trainable:
     def drop_gradients(self) -> None:
         """Free every gradient, those of stacked parameters that train in part included."""
         for weight in self.weights.values():
-            weight.parameter.grad = weight.source.grad = None
+            weight.parameter.grad = None
+        for source in self.sources:
+            source.grad = None
 
 
 def choose(model: Transformer, train: str | tuple[str, ...]) -> Choice:

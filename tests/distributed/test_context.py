@@ -11,7 +11,16 @@ from moe.attention import Attention, AttentionCore
 from moe.config import ModelConfig, RouterConfig
 from moe.router import Router
 from parallel import context
-from parallel.context import ContextCore, GatheredRows, install_rows, rows_to_each, shard_attention
+from parallel.context import (
+    ContextCore,
+    GatheredRows,
+    ZigzagCore,
+    install_rows,
+    piece_order,
+    rows_to_each,
+    shard_attention,
+)
+from parallel.layout import Layout
 from tests.distributed.harness import run_ranks
 
 BATCH, LENGTH = 2, 6
@@ -96,7 +105,7 @@ def module_on(rank, ranks):
     model = torch.nn.ModuleList([Attention(config, 0), Router(4, 4, 2, RouterConfig())])
     before = list(model.state_dict())
     shard_attention(model, group)
-    install_rows(model, group)
+    install_rows(model, group, Layout(context=group.size()))
     assert list(model.state_dict()) == before
     return repr(model)
 
@@ -113,10 +122,10 @@ def routers_on(rank, ranks):
         x[0] = x[0, 0]  # ties
         valid = torch.rand(3, ranks * LENGTH) < 0.8
         expected, whole = router(x, valid)
-        router.rows = GatheredRows(group)
-        with mock.patch.object(dist, "all_gather", wraps=dist.all_gather) as gather:
+        router.rows = GatheredRows(group, piece_order(Layout(context=group.size())))
+        with mock.patch.object(context, "all_gather_dim", wraps=context.all_gather_dim) as gather:
             got, stats = router(x[:, own], valid[:, own])
-        gathered.append([call.args[1].nbytes for call in gather.call_args_list])
+        gathered.append([call.args[0].nbytes for call in gather.call_args_list])
         experts, weights = (y.view(3, -1, y.shape[-1])[:, own].flatten(0, 1) for y in expected[:2])
         used = got.experts_TK.shape[1]
         assert torch.equal(got.experts_TK, experts[:, :used]) and experts[:, used:].eq(4).all()
@@ -129,7 +138,38 @@ def routers_on(rank, ranks):
     return gathered
 
 
+def zigzag_on(rank, ranks):
+    """Two pieces a rank: attention without a window, with and without documents, and routers, against the whole row."""
+    group, layout = dist.group.WORLD, Layout(context=ranks, zigzag=True)
+    own = torch.cat([torch.arange(2 * ranks * 3).chunk(2 * ranks)[piece] for piece in piece_order(layout)[rank]])
+    torch.manual_seed(2)
+    length = 2 * ranks * 3
+    q, k, v = (torch.randn(2, heads, length, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    documents = (torch.arange(length) >= torch.tensor([[length // 2], [5]])).int()
+    for packed in (None, documents):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        expected = AttentionCore(None)(*leaves, packed)
+        parts = [x[:, :, own].clone().requires_grad_() for x in (q, k, v)]
+        got = ZigzagCore(AttentionCore(None), group)(*parts, None if packed is None else packed[:, own])
+        torch.testing.assert_close(got, expected[:, :, own], **EXACT)
+        weights = torch.randn_like(expected)
+        (expected * weights).sum().backward()
+        (got * weights[:, :, own]).sum().backward()
+        for part, leaf in zip(parts, leaves, strict=True):
+            torch.testing.assert_close(part.grad, leaf.grad[:, :, own], **EXACT)
+    for config in ROUTERS:
+        router = Router(5, 4, 2, RouterConfig(**config)).double()
+        torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(3, length, 5, dtype=torch.float64)
+        expected, _ = router(x, None)
+        router.rows = GatheredRows(group, piece_order(layout))
+        got, _ = router(x[:, own], None)
+        used = got.experts_TK.shape[1]
+        assert torch.equal(got.experts_TK, expected.experts_TK.view(3, length, -1)[:, own].flatten(0, 1)[:, :used])
+
+
 def everything_on(rank, ranks):
+    zigzag_on(rank, ranks)
     return attention_on(rank, ranks), module_on(rank, ranks), routers_on(rank, ranks)
 
 
