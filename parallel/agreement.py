@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from parallel.errors import AgreementError
 from parallel.launch import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,10 +36,6 @@ MAY_DIFFER = {
 are not among them: all ranks write to, or read from, what rank 0 found there."""
 GRACE_S = 10.0
 """How long ranks wait for each other to take note of a refusal, and for rank 0 once it is known to be there."""
-
-
-class AgreementError(ValueError):
-    """The ranks were not started alike, or not all; the message is one line, the same on every rank that is there."""
 
 
 def check_agreement(store: dist.Store, world: World, facts: Mapping[str, Any], timeout_s: float) -> None:
@@ -104,11 +101,10 @@ def _lead(store: dist.Store, world: World, facts: Mapping[str, Any], timeout_s: 
     """Rank 0: collect, judge, and leave only when the others know, since it may host the store."""
     store.set(_key(0), _digest(facts))
     others = range(1, world.world_size)
-    come = _count_up_to(store, "come", len(others), timeout_s)
-    refusal = ""
-    if come < len(others):
-        refusal = _absent([rank for rank in others if not store.check([_key(rank)])], timeout_s)
-    else:
+    all_came = _count_up_to(store, "come", len(others), timeout_s)
+    absent = [] if all_came else [rank for rank in others if not store.check([_key(rank)])]
+    refusal = _absent(absent, timeout_s) if absent else ""
+    if not absent:
         digests = [digest.decode() for digest in store.multi_get([_key(rank) for rank in range(world.world_size)])]
         odd = next((rank for rank in others if digests[rank] != digests[0]), None)
         if odd is not None:
@@ -116,9 +112,9 @@ def _lead(store: dist.Store, world: World, facts: Mapping[str, Any], timeout_s: 
             theirs = json.loads(_get(store, "facts", timeout_s))
             refusal = _difference(dict(facts), theirs, [rank for rank in others if digests[rank] == digests[odd]])
             store.set("refusal", refusal)
-    if not store.check(["verdict"]):
+    if not store.check(["verdict"]):  # else it says who shows, and "refusal" has the line
         store.set("verdict", json.dumps({"refusal": refusal}))
-    _count_up_to(store, "known", come, GRACE_S)
+    _count_up_to(store, "known", len(others) - len(absent), GRACE_S)
     store.set("end", "")
     return refusal
 
@@ -138,7 +134,7 @@ def _follow(store: dist.Store, world: World, facts: Mapping[str, Any], timeout_s
     if refusal:
         # All ranks end together: a launcher kills those of its node that are left, and one of them has to print.
         with contextlib.suppress(dist.DistError):
-            _get(store, "end", GRACE_S)
+            store.wait(["end"], timedelta(seconds=GRACE_S))
     return str(refusal)
 
 
@@ -193,10 +189,12 @@ def _get(store: dist.Store, key: str, timeout_s: float) -> bytes:
     return value
 
 
-def _count_up_to(store: dist.Store, key: str, wanted: int, timeout_s: float) -> int:
-    """The counter, once it has reached `wanted` or time is up. Asked for again and again: a blocking wait of torch's
-    would print warnings of its own when it runs out."""
+def _count_up_to(store: dist.Store, key: str, wanted: int, timeout_s: float) -> bool:
+    """Whether the counter reached `wanted` in time. Asked for again and again: a blocking wait of torch's prints
+    warnings of its own when it runs out."""
     end = time.monotonic() + timeout_s
-    while (found := store.add(key, 0)) < wanted and time.monotonic() < end:
+    while store.add(key, 0) < wanted:
+        if time.monotonic() > end:
+            return False
         time.sleep(0.02)
-    return int(found)
+    return True

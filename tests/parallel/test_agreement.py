@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from parallel.agreement import MAY_DIFFER, AgreementError, check_agreement, facts_of, flatten, source_hashes
+from parallel.agreement import MAY_DIFFER, check_agreement, facts_of, flatten, source_hashes
+from parallel.errors import AgreementError
 from parallel.launch import World
 from training.config import Config
 from training.strict import leaf_keys
@@ -134,7 +135,8 @@ def test_facts_leave_out_what_may_differ_and_hold_what_was_decided(tmp_path: Pat
 
 SCRIPT = """
 import sys
-from parallel.agreement import AgreementError, check_agreement, facts_of
+from parallel.agreement import check_agreement, facts_of
+from parallel.errors import AgreementError
 from parallel.launch import world_from_env
 from parallel.rendezvous import open_store
 
