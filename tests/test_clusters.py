@@ -1,0 +1,141 @@
+"""The launchers for several nodes, as far as one machine can run them."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts.boundary import CONF
+from tests.test_train import TINY
+
+ROOT = CONF.parent
+NODE, SLURM, KUBERNETES = (ROOT / "scripts" / name for name in ("node.sh", "slurm.sbatch", "kubernetes.yaml"))
+DOCS = (ROOT / "docs" / "clusters.md").read_text()
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def wait_for(path: Path) -> str:
+    end = time.monotonic() + 20
+    while not (path.exists() and path.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return path.read_text()
+
+
+def clean_environment() -> dict[str, str]:
+    ours = ("NPROC", "PORT", "ADDRESS", "RESTARTS", "PYTHON", "HEAD", "NODES", "JOB", "OMP_NUM_THREADS", "NCCL_DEBUG")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+@pytest.mark.slow
+def test_two_nodes_on_one_machine_are_one_run(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"HEAD": "localhost", "NODES": "2", "JOB": "two", "NPROC": "1", "PORT": str(port), "ADDRESS": "localhost"}
+    environment = clean_environment() | place | {"PYTHON": sys.executable}
+    overrides = (*TINY, f"data.cache={tmp_path}/cache", f"run.root={tmp_path}/runs", "train.steps=2")
+    # a cache of its own is allowed to a node
+    agents = [
+        subprocess.Popen([NODE, *overrides, *own], env=environment, stderr=subprocess.PIPE, text=True)
+        for own in ((), (f"data.cache={tmp_path}/another",))
+    ]
+    ended = [(agent.communicate(timeout=180)[1], agent.returncode) for agent in agents]
+    assert [status for _, status in ended] == [0, 0], ended
+    [directory] = (tmp_path / "runs").iterdir()
+    result = json.loads((directory / "result.json").read_text())
+    assert directory.name == "default-two" and result["step"] == 2
+    assert [row["experts"] for row in result["ranks"]] == [[0, 1], [2, 3]]
+
+
+def test_node_script_names_what_is_missing_and_keeps_arguments_whole(tmp_path):
+    say = executable(tmp_path / "python", 'printf "%s\\n" "$@" "$OMP_NUM_THREADS" "$NCCL_DEBUG"')
+    environment = clean_environment() | {"HEAD": "node1", "NODES": "4", "PYTHON": str(say)}
+    refused = subprocess.run([NODE], env=environment, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: JOB=: expected a value")
+    arguments = ["data.paths=[a b.txt]", "run.prompt='x y'"]
+    said = subprocess.run(
+        [NODE, *arguments], env=environment | {"JOB": "j"}, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines() == [
+        "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "gpu", "--rdzv-backend", "c10d",
+        "--rdzv-endpoint", "node1:29400", "--rdzv-id", "j", "--max-restarts", "3", "train.py", *arguments, "1", "WARN",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """An environment in which `srun` runs one task here, and `scontrol` writes down what it is asked."""
+    executable(tmp_path / "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
+    executable(
+        tmp_path / "scontrol",
+        f'if [[ $1 == show ]]; then printf "n7\\nn8\\n"; else echo "$@" >> {tmp_path}/asked; fi',
+    )
+    job = {"JOB_ID": "41234", "JOB_NODELIST": "n[7-8]", "JOB_NUM_NODES": "2", "SUBMIT_DIR": str(ROOT)}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    return clean_environment() | {f"SLURM_{name}": value for name, value in job.items()} | {"PATH": path}
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_slurm_starts_the_node_script_and_ends_with_its_status(tmp_path, slurm, status):
+    python = executable(tmp_path / "python", f'echo "$@"; exit {status}')
+    environment = slurm | {"PYTHON": str(python), "SLURM_RESTART_COUNT": "2"}
+    ended = subprocess.run(
+        ["bash", SLURM, "train.steps=9"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == status, ended.stderr
+    assert "--nnodes 2 " in ended.stdout and "--rdzv-endpoint n7:21234 --rdzv-id slurm-41234-2" in ended.stdout
+    assert ended.stdout.endswith("train.py run.name=slurm-41234 run.resume=auto train.steps=9\n")
+
+
+def test_slurm_requeues_before_the_time_limit_and_goes_on_waiting(tmp_path, slurm):
+    python = executable(tmp_path / "python", f"echo on > {tmp_path}/started; sleep 1.5; exit 5")
+    batch = subprocess.Popen(["bash", SLURM], env=slurm | {"PYTHON": str(python)}, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "started")
+    batch.send_signal(signal.SIGUSR1)
+    assert wait_for(tmp_path / "asked") == "requeue 41234\n"
+    assert "requeueing job 41234" in batch.communicate(timeout=20)[1] and batch.returncode == 5
+
+
+def test_kubernetes_manifest_starts_the_node_script_the_same_way_in_every_pod():
+    [job] = yaml.safe_load_all(KUBERNETES.read_text())
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    replicas = job["spec"]["pytorchReplicaSpecs"]
+    assert replicas["Master"]["replicas"] == 1 and replicas["Master"]["template"] == replicas["Worker"]["template"]
+    spec = replicas["Master"]["template"]["spec"]
+    [container] = spec["containers"]
+    assert container["name"] == "pytorch" and os.access(ROOT / container["command"][0], os.X_OK)
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert environment["HEAD"] == f"{job['metadata']['name']}-master-0"
+    assert int(environment["NODES"]) == 1 + replicas["Worker"]["replicas"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounts.keys() == {volume["name"] for volume in spec["volumes"]} and mounts["shm"] == "/dev/shm"
+    assert f"run.root={mounts['runs']}" in container["args"] and f"data.cache={mounts['cache']}" in container["args"]
+    known = set(re.findall(r"^# ([A-Z]+) ", NODE.read_text(), re.MULTILINE))
+    assert {name for name in environment if "_" not in name} <= known
+
+
+def test_scripts_parse_and_the_page_explains_every_variable():
+    for script in (NODE, SLURM):
+        subprocess.run(["bash", "-n", script], check=True)
+        if shutil.which("shellcheck"):
+            subprocess.run(["shellcheck", "--shell=bash", script], check=True)
+    exported = re.findall(r"^export (\w+)=", NODE.read_text(), re.MULTILINE)
+    [job] = yaml.safe_load_all(KUBERNETES.read_text())
+    pod = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]
+    for name in {*exported, *(entry["name"] for entry in pod["env"] if "_" in entry["name"])}:
+        assert f"| `{name}` |" in DOCS, name
