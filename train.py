@@ -40,6 +40,7 @@ def train(config: Config) -> dict[str, Any]:
     from data.store import prepare
     from moe.flops import count_parameters, meta_model, training_flops_per_token
     from moe.sampling import Sampling
+    from parallel.agreement import check_agreement, facts_of
     from parallel.launch import world_from_env
     from parallel.mesh import build_mesh, close_process_group, init_process_group, set_timeout
     from parallel.rendezvous import open_store, share, wait_for_all
@@ -78,6 +79,8 @@ def train(config: Config) -> dict[str, Any]:
     # 2. This run: its name, its directory, its tokens, the checkpoint it goes on from. Rank 0 decides and tells the
     #    others through the launcher's key-value store: whatever is wrong shows before a process group exists.
     agreed = open_store(world, config.parallel.start_timeout_s)
+    facts = facts_of(to_dict(config), device.type, str(dtype))
+    check_agreement(agreed, world, facts, config.parallel.start_timeout_s)
     name = torchrun_name(config.run, lambda choose: share(agreed, world, "name", choose))
     directory = prepare_directory(config.run, name)
     store = prepare(config.data, verify=world.local_rank == 0, report=show_line if is_main else None)

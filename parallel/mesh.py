@@ -59,8 +59,17 @@ class Mesh:
         return list({id(group): group for group in found}.values())
 
 
-def build_mesh(device: torch.device, layout: Layout) -> Mesh:
-    """Cut the initialised world as `layout` says. Collective: every rank calls it, with the same layout."""
+Groups = dict[tuple[tuple[int, ...], ...], dist.ProcessGroup]
+"""All ranks, cut into the groups of one axis -> this rank's."""
+
+
+def build_mesh(device: torch.device, layout: Layout, made: Groups | None = None) -> Mesh:
+    """Cut the initialised world as `layout` says. Collective: every rank calls it, with the same layout.
+
+    Args:
+        made: groups of other layouts in this process, to be used again; new ones are added. (torch keeps what it knows
+            of DTensors by their ranks, so that groups cannot be taken down and made anew.)
+    """
     assert layout.world == dist.get_world_size(), (layout, dist.get_world_size())
     world = dist.group.WORLD
     assert world is not None
@@ -74,7 +83,8 @@ def build_mesh(device: torch.device, layout: Layout) -> Mesh:
     ranks = torch.arange(layout.world)
     dense = ranks.view([getattr(layout, axis) for axis in AXES])
     experts = ranks.view(expert_sizes)
-    made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {(tuple(ranks.tolist()),): world}
+    made = {} if made is None else made
+    made[(tuple(ranks.tolist()),)] = world
 
     def group(*axes: str) -> dist.ProcessGroup:
         """This rank's group along `axes`, in rank order; groups of the same ranks are one."""
@@ -82,18 +92,20 @@ def build_mesh(device: torch.device, layout: Layout) -> Mesh:
         along = [names.index(axis) for axis in axes]
         size = math.prod(cube.shape[i] for i in along)
         others = [i for i in range(len(names)) if i not in along]
-        parts = cube.permute(*others, *along).reshape(-1, size).tolist()
+        return of_parts(cube.permute(*others, *along).reshape(-1, size).tolist())
+
+    def of_parts(parts: list[list[int]]) -> dist.ProcessGroup:
         key = tuple(map(tuple, parts))
         if key not in made:
-            own = next(part for part in parts if world.rank() in part)
-            if size == 1:  # no agreement with others needed: thousands of ranks need not hear of each other's
+            own = next((part for part in parts if world.rank() in part), [])
+            if len(own) == 1:  # no agreement with others needed: thousands of ranks need not hear of each other's
                 made[key] = dist.new_group(own, use_local_synchronization=True)
             else:
                 made[key], _ = dist.new_subgroups_by_enumeration(parts)
         return made[key]
 
     columns = dense.flatten(1).t().tolist()
-    ends = dist.new_subgroups_by_enumeration([[c[0], c[-1]] for c in columns])[0] if layout.pipeline > 1 else None
+    ends = of_parts([[column[0], column[-1]] for column in columns]) if layout.pipeline > 1 else None
     return Mesh(
         device=device,
         layout=layout,

@@ -8,18 +8,33 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
+from parallel.errors import AgreementError
 from parallel.launch import World
 
 
 def open_store(world: World, timeout_s: float) -> dist.Store:
-    """The store that the ranks of this launch share; a private one in a world of one."""
+    """The store that the ranks of this launch share; a private one in a world of one.
+
+    It does not wait for the other ranks: `check_agreement` does, and can say which one is missing.
+
+    Raises:
+        AgreementError: nobody serves the store at the launcher's address.
+    """
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's agent serves it, unless told not to
+    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous("env://", world.rank, world.world_size, timeout=timeout))
-    store.set_timeout(timeout)
+    try:
+        store = dist.TCPStore(address, port, None, serves, timeout, wait_for_workers=False, multi_tenant=True)
+    except dist.DistNetworkError as error:
+        if serves:
+            raise
+        raise AgreementError(
+            f"rank 0 did not start within {timeout_s:g} s at {address}:{port} (parallel.start_timeout_s)"
+        ) from error
     # torchrun's own store outlives a restart of its workers, and so would what they told each other before.
     return dist.PrefixStore(f"attempt-{world.restart_count}", store)
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-USER_ERRORS = (ConfigError, RunError, DataError, CheckpointError, ModelError)
+USER_ERRORS = (ConfigError, RunError, DataError, CheckpointError, ModelError, AgreementError)
 
 
 def without_local_rank(arguments: Sequence[str]) -> list[str]:
