@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataError
 from moe.errors import ModelError
+from parallel.errors import AgreementError
 from parallel.launch import WorkerFailure, World, die_with_parent, launch_workers, world_from_env
 from training.config import Config, LaunchConfig, RunConfig
 from training.layout import laid_out
