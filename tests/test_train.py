@@ -118,14 +118,16 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, cache):
 
 @pytest.mark.slow
 def test_another_layout_gives_the_same_run_and_takes_over_its_checkpoint(tmp_path, cache):
-    """fp64: one process, two with expert parallelism (torchrun), and a run that changes from two to one on the way."""
+    """fp64: one process, two with expert parallelism (torchrun), and a run that goes through every axis on its way."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     run(tmp_path, cache, "run.name=one", "train.steps=6", "train.precision=fp64")
     run(tmp_path, cache, "run.name=two", "train.steps=6", "train.precision=fp64", launcher=torchrun)
-    schedule = ("train.precision=fp64", "optim.schedule=constant", "optim.warmup_steps=0")
-    run(tmp_path, cache, "run.name=changed", "train.steps=3", *schedule, launcher=torchrun)
-    run(tmp_path, cache, "run.name=changed", "train.steps=6", *schedule)
+    schedule = ("train.precision=fp64", "optim.schedule=constant", "optim.warmup_steps=0", "train.accumulation=2")
     run(tmp_path, cache, "run.name=constant", "train.steps=6", *schedule)
+    axes = ("expert", "tensor", "pipeline", "context", "shard", "expert_tensor")
+    for step, axis in enumerate(axes, start=1):
+        layout = (f"parallel.{axis}=2", f"train.steps={step}", "launch.nproc=2")
+        run(tmp_path, cache, "run.name=changed", *schedule, *layout)
     assert json.loads((tmp_path / "two" / "result.json").read_text())["ranks"][1]["experts"] == [2, 3]
     for left, right in (("one", "two"), ("constant", "changed")):
         for mine, other in zip(numbers(tmp_path / left), numbers(tmp_path / right), strict=True):
