@@ -1,0 +1,270 @@
+"""The promise: whatever the layout, a run computes what one process computes.
+
+Worlds of 2 and 4 run a layout of every kind, each with a model that its axes have not met yet; the rest is slow.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from data.batch import Batch
+from moe.model import Transformer
+from parallel.config import ParallelConfig
+from parallel.launch import World
+from parallel.mesh import Mesh, build_mesh, mesh_of_one
+from tests.distributed.harness import run_ranks
+from training import checkpoint, engines, parity
+from training.engine import NativeEngine
+from training.layout import laid_out
+from training.parity import (
+    TOLERANCES,
+    Differences,
+    Job,
+    Outcome,
+    Trial,
+    assemble,
+    configuration,
+    covering,
+    prove,
+    run_case,
+)
+from training.parity_cases import CASES, MODEL, OPTIM, rows_for
+from training.parity_layouts import chosen, layouts_for, parse_layout
+from training.step import train_step
+
+CPU = torch.device("cpu")
+STEPS = 3
+QUICK = {
+    2: (
+        *layouts_for(2)["single"],
+        "tensor=2+expert=2",
+        "shard=2+expert=2",
+        "context=2+expert_tensor=2",
+        "pipeline=2+schedule=interleaved",
+        "pipeline=2+schedule=zero_bubble",
+        "pipeline=2+stage_layers=1:3",
+        "expert=2+recompute=full",
+        "tensor=2+recompute=selective",
+        "shard=2+recompute=full",
+        "shard=2+expert=2+offload=true",
+    ),
+    4: (
+        "shard=4",
+        "expert=2",
+        "expert=4",
+        "tensor=4",
+        "context=4",
+        "pipeline=4",
+        "tensor=2+expert=4",
+        "context=2+expert=4",
+        "shard=2+expert=2",
+        "replicate=2+shard=2",
+        "expert=2+expert_tensor=2",
+        "pipeline=2+expert=2",
+        "pipeline=2+shard=2",
+        "pipeline=2+tensor=2+schedule=zero_bubble",
+        "tensor=2+context=2",
+        "shard=2+tensor=2",
+        "shard=2+context=2",
+    ),
+}
+MOVES = (("expert=2", "tensor=2"), ("shard=2", "context=2"), ("pipeline=2", "expert=2"))
+"""Layouts that a checkpoint is saved under, and goes on under."""
+
+
+def jobs_for(layouts: tuple[str, ...], world_size: int) -> list[Job]:
+    models = covering(layouts, list(CASES), world_size)
+    jobs = [Job(model, layout, parse_layout(layout)) for layout, model in zip(layouts, models, strict=True)]
+    # Under expert parallelism most ranks hold no expert that trains.
+    return [*jobs, *(Job("partly_frozen", layout, parse_layout(layout)) for layout in ("expert=2", "shard=2"))]
+
+
+def quick(rank: int, world: int, jobs: list[Job], directory: Path) -> dict:
+    """All of it in one world: starting processes costs more than most jobs."""
+    results = {"fp64": prove(jobs, CPU, steps=STEPS), "one token": one_token_per_rank(rank, world)}
+    if world == 2:
+        single = [Job("mixtral", layout, parse_layout(layout)) for layout in ("expert=2", "tensor=2", "context=2")]
+        results["fp32"] = prove(single, CPU, precision="fp32", steps=STEPS)
+        results["moved"] = [moved(directory / str(number), *move) for number, move in enumerate(MOVES)]
+        results["tampered"] = {name: tampered(name) for name in TAMPERED}
+        case = CASES["mixtral"]
+        results["alone"] = run_case(case, config_of("expert=1", 1), mesh_of_one(CPU))
+    return results
+
+
+@pytest.fixture(scope="module", params=QUICK)
+def world(request, tmp_path_factory) -> list[dict]:
+    """What each rank of a world returned."""
+    jobs = jobs_for(QUICK[request.param], request.param)
+    return run_ranks(quick, request.param, jobs, tmp_path_factory.mktemp("moved"))
+
+
+of_two = pytest.mark.parametrize("world", [2], indirect=True)
+
+
+def assert_proven(outcomes: list[Outcome], precision: str) -> None:
+    for outcome in outcomes:
+        assert outcome.refused is None, outcome
+        assert outcome.differences.within(TOLERANCES[precision]), outcome
+
+
+def test_every_layout_equals_one_process(world):
+    """fp64: figures, every gradient of the first step, weights, moments and buffers of the last to 1e-9."""
+    first = world[0]
+    assert len(first["fp64"]) >= len(QUICK[len(world)])
+    for precision in {"fp64", "fp32"} & first.keys():
+        assert_proven(first[precision], precision)
+
+
+def config_of(layout: str, world_size: int):
+    """For `mixtral`; with the rows of a world of 2."""
+    case = CASES["mixtral"]
+    config = configuration(case, parse_layout(layout), rows=rows_for(2), steps=2 * STEPS)
+    return laid_out(config, case.model, World(world_size=world_size))[0]
+
+
+def trial(layout: str) -> Trial:
+    config = config_of(layout, dist.get_world_size())
+    _, sizes = laid_out(config, config.model, World(world_size=dist.get_world_size()))
+    return Trial(CASES["mixtral"], config, build_mesh(CPU, sizes))
+
+
+def moved(root: Path, before: str, after: str) -> tuple[list, dict]:
+    """Half of the steps under one layout, a checkpoint, the other half under another."""
+    first = trial(before)
+    history = first.train(0, STEPS)
+    path = checkpoint.save(root, STEPS, first.engine.tensors(), {}, keep=2)
+    second = trial(after)
+    with torch.no_grad():
+        for part in second.engine.parts:
+            for parameter in part.parameters():
+                parameter.zero_()
+    checkpoint.load(path, second.engine.tensors())
+    second.engine.loaded(first.engine.updates)
+    return history + second.train(STEPS, 2 * STEPS), second.whole()
+
+
+@of_two
+def test_a_checkpoint_goes_on_under_another_layout(world):
+    alone = world[0]["alone"]
+    for move, (history, final) in zip(MOVES, world[0]["moved"], strict=True):
+        differences = parity.compare(alone._replace(history=history, final=final), alone)
+        assert differences.within(TOLERANCES["fp64"]), (move, differences)
+
+
+@of_two
+def test_the_parity_run_is_not_trivial(world):
+    """Clipping was active, weights moved, tokens were dropped under capacity, an expert got nothing, a part trained."""
+    alone = world[0]["alone"]
+    assert any(step.grad_norm > OPTIM.max_grad_norm for step in alone.history)
+    moved = alone.final["model.embedding"] - alone.initial["model.embedding"]
+    assert moved.abs().max() > 1e-2
+    assert alone.history[0].counts_LE[:, -1].eq(0).all() and alone.history[0].counts_LE[:, :-1].gt(0).all()
+    for name, gradient in alone.gradients.items():
+        if "experts" in name:
+            assert gradient[-1].eq(0).all() and all(expert.ne(0).any() for expert in gradient[:-1]), name
+
+
+def dropped_and_frozen(rank: int, world: int) -> None:
+    config = configuration(CASES["capacity"], ParallelConfig(expert=1), rows=16, steps=2)
+    assert all(step.dropped > 0 for step in run_case(CASES["capacity"], config, mesh_of_one(CPU)).history)
+    case = CASES["partly_frozen"]
+    result = run_case(case, configuration(case, ParallelConfig(expert=1), rows=16, steps=2), mesh_of_one(CPU))
+    for name, tensor in result.initial.items():
+        frozen = name.startswith("model.") and "router" not in name and "experts" not in name
+        assert torch.equal(result.final[name], tensor) == frozen, name
+        if "experts" in name:
+            moved = [not torch.equal(a, b) for a, b in zip(tensor, result.final[name], strict=True)]
+            assert name.startswith("exp_avg") or moved == [expert == 3 for expert in range(8)], name
+
+
+def test_capacity_drops_and_what_is_frozen_stays():
+    run_ranks(dropped_and_frozen, 1)
+
+
+def one_token_per_rank(rank: int, world: int) -> tuple[float, torch.Tensor]:
+    """Most experts get no token, on every rank."""
+    mesh = build_mesh(CPU, ParallelConfig().layout(world, MODEL))
+    config = replace(config_of("expert=1", 1), optim=OPTIM)
+    engine = NativeEngine(engines.build_parts(config, MODEL, mesh, torch.float64, 3), OPTIM, mesh)
+    one = torch.full((1, 1), rank)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    result = train_step(
+        engine, [Batch(one, one, zero, zero.int(), zero.to(torch.uint8))], CASES["mixtral"].router, 1e-3
+    )
+    return result.grad_norm, result.counts_LE
+
+
+def test_experts_without_tokens_neither_hang_nor_break(world):
+    results = [of_rank["one token"] for of_rank in world]
+    norm, counts_LE = results[0]
+    assert counts_LE.sum().item() == 2 * len(results) * MODEL.num_layers and (counts_LE == 0).any()
+    assert all(math.isfinite(other) and other == norm for other, _ in results)
+
+
+TAMPERED = {"layers.1.ffn.experts.w_up": "expert=2", "layers.2.attention.wq": "replicate=2"}
+"""A weight that is changed a little on one rank -> the layout; the other rank holds others, or the same."""
+
+
+def tampered(name: str) -> list[Outcome]:
+    layout = TAMPERED[name]
+
+    def build(config, model, mesh: Mesh, dtype, seed) -> list[Transformer]:
+        (part,) = parts = engines.build_parts(config, model, mesh, dtype, seed)
+        if mesh.world_size == 2 and mesh.rank == 1:
+            weight = next(parameter for own, parameter in part.named_parameters() if own.startswith(name))
+            weight.detach().view(-1)[0] += 1e-4
+        return parts
+
+    with mock.patch.object(parity, "build_parts", build):
+        return prove([Job("mixtral", layout, parse_layout(layout))], CPU, steps=2)
+
+
+@of_two
+def test_one_weight_of_one_rank_is_noticed(world):
+    by_name = {name: outcomes[0].differences for name, outcomes in world[0]["tampered"].items()}
+    for name, differences in by_name.items():
+        assert not differences.within(TOLERANCES["fp64"]) and not differences.same_start, name
+        assert differences.figures > 1e-9 and differences.gradients > 1e-9, name
+    # Two ranks that hold the same weight differently: there is no such weight.
+    assert [math.isinf(differences.weights) for differences in by_name.values()] == [False, True]
+
+
+def test_each_difference_counts():
+    good = Differences(0, 0, 0, 0, 0, True, True, 1.0)
+    assert good.within(TOLERANCES["fp64"])
+    for field in ("figures", "grad_norm", "gradients", "weights", "moments"):
+        assert not good._replace(**{field: 1e-8}).within(TOLERANCES["fp64"]), field
+    for field in ("same_start", "same_counts"):
+        assert not good._replace(**{field: False}).within(TOLERANCES["fp64"]), field
+
+
+def test_parts_are_put_together_and_gaps_and_contradictions_seen():
+    from moe.region import Held, Region
+
+    def part(values, row):
+        return Held(torch.tensor([values]), (2, 2), Region((row, 0), (1, 2)))
+
+    assert assemble([{"w": part([1.0, 2.0], 0)}, {"w": part([3.0, 4.0], 1)}])["w"].tolist() == [[1, 2], [3, 4]]
+    for others in ({}, {"w": part([1.0, 5.0], 0)}):
+        assert assemble([{"w": part([1.0, 2.0], 0)}, others])["w"].isnan().any()
+
+
+def everything(rank: int, world: int, jobs: list[Job]) -> list[Outcome]:
+    return prove(jobs, CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_all_layouts_equal_one_process(size):
+    layouts = chosen("all" if size < 8 else "triples", size)
+    models = covering(layouts, list(CASES)[1:], size)
+    pairs = [(model, layout) for layout, other in zip(layouts, models, strict=True) for model in ("mixtral", other)]
+    outcomes = run_ranks(everything, size, [Job(model, layout, parse_layout(layout)) for model, layout in pairs])[0]
+    assert_proven([outcome for outcome in outcomes if outcome.refused is None], "fp64")
+    assert sum(outcome.refused is None for outcome in outcomes) >= 0.9 * len(pairs)
