@@ -1,0 +1,292 @@
+"""The DeepSpeed engine computes what the native engine computes on one process, at every ZeRO stage and expert degree.
+
+One world of 2 runs everything but what needs 4 ranks. fp32 throughout: DeepSpeed has no fp64.
+"""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from data.batch import Batch
+from moe.generate import generate
+from parallel.apply import build_model
+from parallel.mesh import build_mesh
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_parity import ACCUMULATION, CASES, LENGTH, OPTIM, ROWS, assert_same_history, global_batch
+from tests.distributed.test_parity import part_of as rows_of
+from training import checkpoint
+from training.config import TrainConfig
+from training.deepspeed_config import EngineConfig, deepspeed_settings
+from training.deepspeed_engine import DeepSpeedEngine
+from training.engine import NativeEngine
+from training.evaluate import evaluate
+from training.schedule import learning_rate
+from training.step import StepResult, train_step
+
+pytest.importorskip("deepspeed")
+
+STEPS = 5
+TOLERANCE = 1e-5
+"""Of figures and, relative to a tensor's largest element, of weights and moments after 5 steps: fp32, and DeepSpeed
+clips to max / (norm + 1e-6)."""
+
+ODD = (replace(CASES["deepseek"][0], dim=9, num_heads=3, num_kv_heads=1, head_dim=2), CASES["deepseek"][1])
+"""Sizes that no world divides: partitions of stage 3 end in padding."""
+MODELS = CASES | {"odd": ODD}
+EVERYTHING_PARTITIONED = {
+    "zero_optimization": {
+        "stage3_param_persistence_threshold": 0,  # tiny parameters would stay whole
+        "stage3_prefetch_bucket_size": 100,
+        "sub_group_size": 3000,
+        "reduce_bucket_size": 1000,
+    }
+}
+
+
+class Job(NamedTuple):
+    case: str
+    stage: int
+    """0: the native engine."""
+    expert: int
+    train: str | tuple[str, ...] = "all"
+    dtype: torch.dtype = torch.float32
+
+
+TWO = [
+    *(Job("mixtral", stage, 2) for stage in (1, 2, 3)),
+    *(Job(case, stage, 2) for case in ("deepseek", "switch") for stage in (2, 3)),
+    Job("mixtral", 2, 1),
+    Job("mixtral", 3, 1),
+    Job("mixtral", 1, 2, "router"),
+    Job("mixtral", 2, 2, ("experts", "*norm*")),
+    Job("mixtral", 3, 2, "router"),
+    Job("mixtral", 2, 2, dtype=torch.bfloat16),
+]
+FOUR = [Job("mixtral", 3, 2), Job("deepseek", 2, 2), Job("switch", 1, 4), Job("odd", 3, 4)]
+
+
+def build(job: Job, world: int, directory: str, max_norm: float | None = OPTIM.max_grad_norm) -> Any:
+    mesh = build_mesh(torch.device("cpu"), job.expert)
+    model = build_model(*MODELS[job.case], mesh, compute_dtype=job.dtype, seed=3)
+    optim = replace(OPTIM, train=job.train, max_grad_norm=max_norm)
+    if not job.stage:
+        return NativeEngine(model, optim, mesh)
+    train = TrainConfig(steps=STEPS, seq_len=LENGTH, global_batch=ROWS, accumulation=ACCUMULATION)
+    settings = deepspeed_settings(
+        EngineConfig("deepspeed", job.stage, f"{directory}/ds.json"),  # type: ignore[arg-type]
+        train,
+        optim,
+        world,
+    )
+    return DeepSpeedEngine(model, optim, mesh, settings)
+
+
+def close(engine: Any) -> None:
+    if isinstance(engine, DeepSpeedEngine):
+        engine.close()
+
+
+def one_step(engine: Any, job: Job, step: int, rank: int, world: int) -> StepResult:
+    batches = rows_of(global_batch(step), rank, world)
+    return train_step(engine, batches, MODELS[job.case][1], learning_rate(step, STEPS, OPTIM), seed=7)
+
+
+def whole(engine: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+        for name, tensor in engine.tensors().items()
+    }
+
+
+def run_job(rank: int, world: int, job: Job, directory: str) -> dict:
+    engine = build(job, world, directory)
+    initial = whole(engine)
+    history = [one_step(engine, job, step, rank, world) for step in range(STEPS)]
+    final = whole(engine)
+    close(engine)
+    return {"initial": initial, "final": final, "history": history}
+
+
+def run(rank: int, world: int, jobs: list[Job], directory: str) -> list[dict]:
+    os.environ["LOCAL_RANK"] = str(rank)
+    return [run_job(rank, world, job, directory) for job in jobs]
+
+
+def run_two(rank: int, world: int, directory: str) -> dict:
+    results = run(rank, world, TWO, directory)
+    relay = [carry_on(rank, world, directory, step, Job("odd", *layout)) for step, layout in RELAY]
+    return {
+        "jobs": results,
+        "relay": relay,
+        "skipped": {stage: refuse_one_step(rank, world, directory, stage) for stage in (2, 3)},
+        "used": [use_between_steps(rank, world, directory, stage) for stage in (0, 3)],
+    }
+
+
+RELAY = [(2, (1, 2)), (3, (3, 1)), (4, (3, 2)), (5, (2, 2)), (6, (0, 2))]
+"""(step, (ZeRO stage, expert ranks)) that each goes on from the checkpoint of the one before."""
+
+
+def carry_on(rank: int, world: int, directory: str, step: int, job: Job) -> StepResult:
+    """Load the checkpoint of `step`, do one step, save the next."""
+    engine = build(job, world, directory)
+    tensors = engine.tensors()
+    checkpoint.load(Path(directory) / f"step-{step}", tensors)
+    if isinstance(engine, DeepSpeedEngine):
+        engine.loaded(tensors)
+    engine.set_updates(step)
+    result = one_step(engine, job, step, rank, world)
+    assert engine.updates == step + 1
+    checkpoint.save(Path(directory), step + 1, engine.tensors(), {}, keep=20)
+    close(engine)
+    return result
+
+
+def start_and_save(rank: int, world: int, directory: str) -> list[StepResult]:
+    """One process: all steps of the relay, with a checkpoint after the first two."""
+    job = Job("odd", 0, 1)
+    engine = build(job, world, directory)
+    history = []
+    for step in range(RELAY[-1][0] + 3):
+        if step == RELAY[0][0]:
+            checkpoint.save(Path(directory), step, engine.tensors(), {}, keep=20)
+        history.append(one_step(engine, job, step, rank, world))
+    return history
+
+
+def end_of_relay(rank: int, world: int, directory: str, step: int) -> StepResult:
+    return carry_on(rank, world, directory, step, Job("odd", 0, 1))
+
+
+def refuse_one_step(rank: int, world: int, directory: str, stage: int) -> dict:
+    """A loss that is not finite on the last rank only; then the same step without it, with which all begins anew."""
+    job = Job("mixtral", stage, 2)
+    engine = build(job, world, directory)
+    before = whole(engine)
+    backward = engine.backward
+    engine.backward = lambda loss: backward(loss * math.inf if rank == world - 1 else loss)
+    norm = one_step(engine, job, 0, rank, world).grad_norm
+    engine.backward = backward
+    updates, after = engine.updates, whole(engine)
+    again = one_step(engine, job, 0, rank, world)
+    close(engine)
+    same = all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    return {"norm": norm, "updates": updates, "same": same, "again": again}
+
+
+def use_between_steps(rank: int, world: int, directory: str, stage: int) -> dict:
+    """Evaluation and generation amid training, with weights that are whole only while they are used."""
+    job = Job("switch", stage, 2)
+    engine = build(job, world, directory, max_norm=None)
+    losses, figures, texts = [], [], []
+    for step in range(3):
+        losses.append(one_step(engine, job, step, rank, world).loss)
+        batches: list[Batch] = rows_of(global_batch(9), rank, world)
+        figures.append(evaluate(engine.model, batches, ("text",), torch.ones(40, dtype=torch.long), engine.mesh).loss)
+        texts.append(generate(engine.model, [[1, 2, 3]], max_tokens=4))
+    close(engine)
+    return {"losses": losses, "figures": figures, "texts": texts}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("deepspeed")
+    (path / "ds.json").write_text(json.dumps(EVERYTHING_PARTITIONED))
+    return str(path)
+
+
+def reference(job: Job) -> Job:
+    return job._replace(stage=0, expert=1)
+
+
+def run_reference(rank: int, world: int, directory: str) -> tuple[dict, list[StepResult]]:
+    references = {reference(job): run_job(rank, world, reference(job), directory) for job in (*TWO, *FOUR)}
+    return references, start_and_save(rank, world, directory)
+
+
+@pytest.fixture(scope="module")
+def expected(directory) -> tuple[dict, list[StepResult]]:
+    return run_ranks(run_reference, 1, directory)[0]
+
+
+@pytest.fixture(scope="module")
+def two(expected, directory) -> list[dict]:
+    return run_ranks(run_two, 2, directory)
+
+
+def assert_same(job: Job, result: dict, expected: dict) -> None:
+    exact = job.dtype == torch.float32  # bf16 turns the last bit of a sum into a bit of its own
+    assert_same_history(result, expected, TOLERANCE) if exact else assert_near(result, expected)
+    assert result["final"].keys() == expected["final"].keys()
+    for name, tensor in expected["initial"].items():
+        assert torch.equal(result["initial"][name], tensor), (job, name)
+    for name, tensor in expected["final"].items() if exact else ():
+        difference = (result["final"][name] - tensor).abs().max().item()
+        assert difference <= TOLERANCE * tensor.abs().max().item(), (job, name)
+
+
+def assert_near(result: dict, expected: dict) -> None:
+    for mine, theirs in zip(result["history"], expected["history"], strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=2e-3)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
+
+
+def test_two_ranks_equal_one_process(expected, two):
+    for of_rank in two:
+        for job, result in zip(TWO, of_rank["jobs"], strict=True):
+            assert_same(job, result, expected[0][reference(job)])
+
+
+@pytest.mark.slow
+def test_four_ranks_equal_one_process(expected, directory):
+    for of_rank in run_ranks(run, 4, FOUR, directory):
+        for job, result in zip(FOUR, of_rank, strict=True):
+            assert_same(job, result, expected[0][reference(job)])
+
+
+def test_the_parity_run_is_not_trivial(expected):
+    for job in (reference(job) for job in (*TWO, *FOUR)):
+        result = expected[0][job]
+        if job.train == "all":
+            assert any(step.grad_norm > OPTIM.max_grad_norm for step in result["history"])
+        moved = {name for name in result["initial"] if not torch.equal(result["initial"][name], result["final"][name])}
+        assert moved
+        if job.train == "router":
+            assert all("router" in name for name in moved)
+
+
+def test_checkpoints_move_between_engines_stages_and_worlds(expected, two, directory):
+    """native on 1 rank -> four layouts of DeepSpeed and the native engine on 2 ranks -> native on 1 rank."""
+    history = expected[1]
+    for (step, layout), result in zip(RELAY, two[0]["relay"], strict=True):
+        assert result.loss == pytest.approx(history[step].loss, rel=TOLERANCE), layout
+        assert result.grad_norm == pytest.approx(history[step].grad_norm, rel=TOLERANCE), layout
+    last = RELAY[-1][0] + 1
+    result = run_ranks(end_of_relay, 1, directory, last)[0]
+    assert result.loss == pytest.approx(history[last].loss, rel=TOLERANCE)
+    assert result.grad_norm == pytest.approx(history[last].grad_norm, rel=TOLERANCE)
+
+
+def test_a_norm_that_is_not_finite_changes_nothing(expected, two):
+    first = expected[0][Job("mixtral", 0, 1)]["history"][0]
+    for of_rank in two:
+        for stage, result in of_rank["skipped"].items():
+            assert not math.isfinite(result["norm"]), stage
+            assert (result["updates"], result["same"]) == (0, True), stage
+            assert result["again"].loss == pytest.approx(first.loss, rel=TOLERANCE), stage
+            assert result["again"].grad_norm == pytest.approx(first.grad_norm, rel=TOLERANCE), stage
+
+
+def test_partitioned_weights_serve_evaluation_and_generation(two):
+    for of_rank in two:
+        native, partitioned = of_rank["used"]
+        assert partitioned["losses"] == pytest.approx(native["losses"], rel=TOLERANCE)
+        assert partitioned["figures"] == pytest.approx(native["figures"], rel=TOLERANCE)
+        assert partitioned["texts"] == native["texts"]
