@@ -79,7 +79,8 @@ def train(config: Config) -> dict[str, Any]:
     # 2. This run: its name, its directory, its tokens, the checkpoint it goes on from. Rank 0 decides and tells the
     #    others through the launcher's key-value store: whatever is wrong shows before a process group exists.
     agreed = open_store(world, config.parallel.start_timeout_s)
-    facts = facts_of(to_dict(config), device.type, str(dtype))
+    libraries = ("deepspeed",) if config.engine.kind == "deepspeed" else ()
+    facts = facts_of(to_dict(config), device.type, str(dtype), libraries)
     check_agreement(agreed, world, facts, config.parallel.start_timeout_s)
     name = torchrun_name(config.run, lambda choose: share(agreed, world, "name", choose))
     directory = prepare_directory(config.run, name)
@@ -139,11 +140,13 @@ def train(config: Config) -> dict[str, Any]:
         source = open_source(initial, check=False)
         for part in parts:
             source.fill(part)
+    holdings = gather_holdings(parts, mesh)
     engine = build_engine(config, parts, mesh)
     if state:
-        checkpoint.load(Path(found), engine.tensors())
-        engine.loaded(state["updates"])
-    holdings = gather_holdings(parts, mesh)
+        tensors = engine.tensors()
+        checkpoint.load(Path(found), tensors)
+        engine.loaded(tensors, state["updates"])
+        del tensors
     if is_main:
         named = dataclasses.replace(config.run, name=name)
         save_config(directory, to_dict(dataclasses.replace(config, run=named, model=model_config)))
@@ -234,6 +237,7 @@ def train(config: Config) -> dict[str, Any]:
                 engine, prompt, config.run.sample_tokens, sampling, store.tokenizer.eos_id, directory
             )
             sample = None if sample_ids is None else store.tokenizer.decode(sample_ids)
+        engine.close()
         close_process_group()  # no rank has to wait while rank 0 draws and uploads
         outcome: dict[str, Any] = {}
         if is_main:

@@ -9,6 +9,7 @@ from typing import Literal
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig, expect
 from parallel.config import ParallelConfig
+from training.deepspeed_config import NATIVE, EngineConfig
 from training.strict import ConfigError, located
 
 
@@ -162,6 +163,7 @@ class Config:
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     launch: LaunchConfig
+    engine: EngineConfig = NATIVE
 
     def __post_init__(self) -> None:
         try:

@@ -43,6 +43,7 @@ class EngineConfig:
         )
 
 
+NATIVE = EngineConfig()
 NATIVE_AXES = ("tensor", "pipeline", "context", "shard", "expert_tensor")
 """Keys of `parallel` that only the native engine has."""
 

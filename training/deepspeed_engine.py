@@ -14,19 +14,25 @@ import math
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn import functional as F
 
-from moe.model import Transformer
+from moe.config import RouterConfig
+from moe.flops import meta_model
+from moe.model import Output, Transformer
+from moe.region import Held
 from parallel.mesh import Mesh
+from parallel.objective import Inputs, Objective
+from parallel.placement import kind
 from training.config import OptimConfig
 from training.deepspeed_config import check_choice, speaks
-from training.trainable import Trainable, choose, expert_modules, persistent_buffers, shown
+from training.engine import loss_of
+from training.trainable import Trainable, choose, persistent_buffers, shown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MARKER = "deepspeed_marker"
@@ -42,14 +48,18 @@ class DeepSpeedEngine:
         ConfigError: a pattern of `optim.train` matches nothing, or single experts (`check_choice`).
     """
 
-    def __init__(self, model: Transformer, config: OptimConfig, mesh: Mesh, settings: dict[str, Any]) -> None:
+    def __init__(self, parts: Sequence[Transformer], config: OptimConfig, mesh: Mesh, settings: dict[str, Any]) -> None:
         """`settings`: what `deepspeed_settings` returned."""
-        check_choice(choose(model, config.train).experts, shown(config.train))
+        (model,) = self.parts = list(parts)
+        choice = choose(meta_model(model.config, RouterConfig()), config.train)
+        check_choice(choice.experts, shown(config.train))
         self.model = model
+        located = ((name, model.locate(name, parameter)) for name, parameter in model.named_parameters())
+        self.places = {name: (held.shape, held.region) for name, held in located}
+        """Shape of the whole and region here: asked now, while parameters are whole."""
         self.mesh = mesh
         self.stage: int = settings["zero_optimization"]["stage"]
-        trainable = Trainable(model, config.train)
-        self.trained = trainable.dense | trainable.experts
+        self.trained = Trainable(self.parts, config.train).parameters
         deepspeed = _import(mesh.device, quiet=not speaks(settings))
         groups = _optimizer_groups(model, self.trained, config, mesh, self.stage)
         optimizer = torch.optim.AdamW(
@@ -61,6 +71,14 @@ class DeepSpeedEngine:
         self.zero = self.deepspeed.optimizer
         self._updates = 0
         self._allocate_moments()
+
+    def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
+        for number, inputs in enumerate(micro_batches):
+            self.backward(loss_of(self.model(**inputs), self.model, objective, number))
+
+    @torch.no_grad()
+    def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:
+        return [(self.model, self.model(**inputs))]
 
     def backward(self, loss: Tensor) -> None:
         # The model is called directly, so what DeepSpeed's own `forward` would have prepared is done here: without it
@@ -82,25 +100,27 @@ class DeepSpeedEngine:
         self._updates += math.isfinite(norm)
         return norm
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor | Held]:
         """Weights, buffers and moments under the names the native engine gives them, whole on every rank (experts: the
         rank's own). Gathering is collective. Buffers, and weights below stage 3, are the live ones; the rest are
         copies: after loading into the dict, give it to `loaded`.
         """
-        of_experts = expert_modules(self.model)
-        held: dict[str, Tensor] = {}
+        found: dict[str, Tensor | Held] = {}
         for name, parameter in self.model.named_parameters():
-            held[f"model.{name}"] = self._placed(self._weight(parameter), name in of_experts)
-        held |= {f"model.{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
+            found[f"model.{name}"] = Held(self._weight(parameter), *self.places[name])
+        found |= {f"model.{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
         for name, parameter in self.trained.items():
             for moment in MOMENTS:
-                held[f"{moment}.{name}"] = self._placed(self._moment(parameter, moment), name in of_experts)
-        return held
+                found[f"{moment}.{name}"] = Held(self._moment(parameter, moment), *self.places[name])
+        return found
 
     @torch.no_grad()
-    def loaded(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what was loaded into `tensors`, which `tensors()` returned. Collective."""
-        values = {key: held.to_local() if isinstance(held, DTensor) else held for key, held in tensors.items()}
+    def loaded(self, tensors: Mapping[str, Tensor | Held], updates: int) -> None:
+        """Collective."""
+        self._updates = updates
+        for state in self.zero.optimizer.state.values():
+            state["step"].fill_(updates)
+        values = {key: found.local if isinstance(found, Held) else found for key, found in tensors.items()}
         if self.stage == 3:
             self._take_partitioned(values)
             return
@@ -117,11 +137,6 @@ class DeepSpeedEngine:
     @property
     def updates(self) -> int:
         return self._updates
-
-    def set_updates(self, updates: int) -> None:
-        self._updates = updates
-        for state in self.zero.optimizer.state.values():
-            state["step"].fill_(updates)
 
     def close(self) -> None:
         """Before the process group goes: DeepSpeed keeps groups at module scope, where they may abort the exit."""
@@ -156,12 +171,6 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(parameter, moment)
-
-    def _placed(self, tensor: Tensor, of_experts: bool) -> Tensor:
-        """This rank's experts as a part of the whole [E, ...]."""
-        if not of_experts:
-            return tensor
-        return DTensor.from_local(tensor, self.mesh.device_mesh, [Replicate(), Shard(0)], run_check=False)
 
     def _take_partitioned(self, values: dict[str, Tensor]) -> None:
         """Stage 3: this rank's partition of every weight and moment, then the copies that forward passes use."""
@@ -198,7 +207,7 @@ def _optimizer_groups(
     """
     apart: set[str] = set()
     if mesh.expert.size() > 1:
-        apart = set(expert_modules(model))
+        apart = {name for name, _ in model.named_parameters() if kind(name) == "experts"}
     if apart:
         name = _mark_experts(model, apart, mesh)
         if stage == 3 or apart & trained.keys():  # below stage 3, experts that are frozen are none of ZeRO's business

@@ -4,7 +4,7 @@ The step (training/step.py) is written against the protocol, so that another eng
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -51,8 +51,12 @@ class Engine(Protocol):
         """Updates applied so far (AdamW's bias correction counts them)."""
         ...
 
-    def loaded(self, updates: int) -> None:
-        """`tensors()` have been filled from a checkpoint that had so many updates behind it."""
+    def loaded(self, tensors: Mapping[str, Tensor | Held], updates: int) -> None:
+        """`tensors`, as `tensors()` returned them, were filled from a checkpoint with so many updates behind it."""
+        ...
+
+    def close(self) -> None:
+        """The end, before the process group's."""
         ...
 
 
@@ -133,10 +137,13 @@ class NativeEngine:
     def updates(self) -> int:
         return self._updates
 
-    def loaded(self, updates: int) -> None:
+    def loaded(self, tensors: Mapping[str, Tensor | Held], updates: int) -> None:
         self._updates = updates
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
+
+    def close(self) -> None:
+        """Nothing outlives it."""
 
 
 def loss_of(output: Output, model: Transformer, objective: Objective, micro_batch: int) -> Tensor:

@@ -10,6 +10,7 @@ from parallel.apply import build_model
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline, stage_layers, stages_of
 from training.config import Config
+from training.deepspeed_config import deepspeed_settings
 from training.engine import Engine, NativeEngine
 
 
@@ -44,6 +45,11 @@ def build_parts(
 
 def build_engine(config: Config, parts: Sequence[Transformer], mesh: Mesh) -> Engine:
     """The engine around `parts`, whose weights it takes as they are. Collective."""
+    if config.engine.kind == "deepspeed":
+        from training.deepspeed_engine import DeepSpeedEngine
+
+        settings = deepspeed_settings(config.engine, config.train, config.optim, mesh.world_size)
+        return DeepSpeedEngine(parts, config.optim, mesh, settings)
     if mesh.pipeline.size() == 1:
         return NativeEngine(parts, config.optim, mesh)
     schedule = config.parallel.schedule

@@ -7,6 +7,7 @@ from parallel.config import check_layout
 from parallel.launch import World
 from parallel.layout import Layout
 from training.config import Config
+from training.deepspeed_config import check_engine, deepspeed_settings
 from training.strict import ConfigError, located
 
 
@@ -20,6 +21,12 @@ def laid_out(config: Config, model: ModelConfig, world: World) -> tuple[Config, 
         ConfigError: names the key to change.
     """
     train, parallel = config.train, config.parallel
+    if config.engine.kind == "deepspeed":
+        deepspeed_settings(config.engine, train, config.optim, world.world_size)
+    try:
+        check_engine(config.engine, parallel, train)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     try:
         layout = parallel.layout(world.world_size, model, train.seq_len)
         check_layout(

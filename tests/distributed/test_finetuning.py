@@ -41,8 +41,9 @@ def interrupted(rank: int, world: int, root: Path) -> tuple[dict, dict, int]:
     path = checkpoint.save(root, 2, whole.tensors(), {}, keep=2)
     steps(whole, 2, 4)
     other = engine_of(4, seed=7)
-    checkpoint.load(path, other.tensors())
-    other.loaded(2)
+    tensors = other.tensors()
+    checkpoint.load(path, tensors)
+    other.loaded(tensors, 2)
     steps(other, 2, 4)
     return gather_whole(whole.tensors()), gather_whole(other.tensors()), other.updates
 

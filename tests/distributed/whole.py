@@ -1,13 +1,16 @@
 """Putting tensors together from the parts that ranks hold, for comparison with a single process."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from moe.region import Held
 from training.parity import assemble
 from training.shards import held
+from training.step import StepResult
 
 
 def gather_whole(tensors: Mapping[str, Tensor | Held]) -> dict[str, Tensor]:
@@ -22,3 +25,12 @@ def gather_whole(tensors: Mapping[str, Tensor | Held]) -> dict[str, Tensor]:
     for name, tensor in whole.items():
         assert not tensor.isnan().any(), f"{name}: an element that no rank holds, or ranks differ"
     return whole
+
+
+def assert_same_history(mine: Sequence[StepResult], theirs: Sequence[StepResult], tolerance: float) -> None:
+    """Figures to a relative `tolerance`, counts exactly."""
+    for own, other in zip(mine, theirs, strict=True):
+        for field in ("loss", "ce", "balance", "z", "grad_norm"):
+            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=tolerance), field
+        assert torch.equal(own.counts_LE, other.counts_LE)
+        assert (own.dropped, own.tokens) == (other.dropped, other.tokens)
