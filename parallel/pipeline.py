@@ -8,11 +8,11 @@ Shapes: B rows of a micro-batch, S sequence of this context rank, s of it the pa
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -21,34 +21,10 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
-from moe.config import ModelConfig, RouterConfig
-from moe.experts import Experts
-from moe.layer import Block
 from moe.model import Output, Transformer
-from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.objective import Inputs, Objective
-
-Schedule = Literal["1f1b", "interleaved", "zero_bubble"]
-
-
-def stage_layers(model: ModelConfig, stages: int, given: Sequence[int] | None = None) -> list[range]:
-    """The layers of each stage.
-
-    Args:
-        stages: at most as many as layers.
-        given: how many layers each stage has. None: such that the slowest stage is as fast as can be, then the next
-            slowest, and so on. Counted are the matmul parameters that a token meets, the head's with the last layer's.
-    """
-    counts = _balanced(_layer_costs(model), stages) if given is None else list(given)
-    assert len(counts) == stages and sum(counts) == model.num_layers, (counts, stages, model.num_layers)
-    ends = [sum(counts[: stage + 1]) for stage in range(stages)]
-    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
-def stages_of(rank: int, layout: Layout, schedule: Schedule) -> list[int]:
-    """Numbers of the stages on this rank of `mesh.pipeline`: one, or with the other schedules than 1F1B two."""
-    return [rank] if schedule == "1f1b" else [rank, rank + layout.pipeline]
+from parallel.stages import Schedule
 
 
 class Pipeline:
@@ -199,38 +175,3 @@ def _with_contiguous_gradient(hidden_BsD: Tensor) -> Tensor:
 
 def _as_loss(output: Tensor, _: Tensor) -> Tensor:
     return output.sum()
-
-
-def _layer_costs(model: ModelConfig) -> list[int]:
-    """Matmul parameters that a token meets, by layer; the head's are with the last."""
-    with torch.device("meta"):
-        blocks = [Block(model, RouterConfig(), layer) for layer in range(model.num_layers)]
-    costs = [sum(weight.numel() for weight in block.parameters() if weight.dim() > 1) for block in blocks]
-    for layer, block in enumerate(blocks):
-        costs[layer] -= sum(_idle(module, model) for module in block.modules())
-    costs[-1] += (model.vocab_size or 0) * model.dim
-    return costs
-
-
-def _idle(module: nn.Module, model: ModelConfig) -> int:
-    """Parameters of experts that a token is not sent to."""
-    if not isinstance(module, Experts):
-        return 0
-    assert model.num_experts is not None and model.top_k is not None
-    parameters = sum(weight.numel() for weight in module.parameters())
-    return parameters // model.num_experts * (model.num_experts - model.top_k)
-
-
-def _balanced(costs: Sequence[int], stages: int) -> list[int]:
-    """Layers of each stage, such that their costs, the largest first, are the least in lexicographic order."""
-    best: dict[tuple[int, int], tuple[tuple[int, ...], list[int]]] = {(0, 0): ((), [])}
-    """Of (stages, layers): descending costs, layers of each stage."""
-    for stage in range(1, stages + 1):
-        for end in range(stage, len(costs) - (stages - stage) + 1):
-            best[stage, end] = min(
-                (tuple(sorted((*before, sum(costs[start:end])), reverse=True)), [*counts, end - start])
-                for start in range(stage - 1, end)
-                if (stage - 1, start) in best
-                for before, counts in [best[stage - 1, start]]
-            )
-    return best[stages, len(costs)][1]

@@ -5,16 +5,14 @@ left of either, once more.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from moe.region import Held, Region
+from parallel.inventory import Kind
 from parallel.mesh import Mesh
-
-Kind = Literal["whole", "replicated", "tensor", "experts"]
 
 TENSOR_DIMS = {
     "embedding": 0,

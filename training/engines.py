@@ -8,7 +8,8 @@ from moe.config import ModelConfig
 from moe.model import Transformer
 from parallel.apply import build_model
 from parallel.mesh import Mesh
-from parallel.pipeline import Pipeline, stage_layers, stages_of
+from parallel.pipeline import Pipeline
+from parallel.stages import stage_layers, stages_of
 from training.config import Config
 from training.deepspeed_config import deepspeed_settings
 from training.engine import Engine, NativeEngine

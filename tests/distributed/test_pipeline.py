@@ -14,7 +14,8 @@ from parallel.apply import build_model
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.pipeline import Pipeline, Schedule, stage_layers, stages_of
+from parallel.pipeline import Pipeline
+from parallel.stages import Schedule, stage_layers, stages_of
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_parity import CASES, MODEL, OPTIM, global_batch
 from tests.distributed.whole import gather_whole
