@@ -145,8 +145,9 @@ def moved(root: Path, before: str, after: str) -> tuple[list, dict]:
         for part in second.engine.parts:
             for parameter in part.parameters():
                 parameter.zero_()
-    checkpoint.load(path, second.engine.tensors())
-    second.engine.loaded(first.engine.updates)
+    tensors = second.engine.tensors()
+    checkpoint.load(path, tensors)
+    second.engine.loaded(tensors, first.engine.updates)
     return history + second.train(STEPS, 2 * STEPS), second.whole()
 
 
