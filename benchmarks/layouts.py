@@ -141,7 +141,9 @@ def work(options: argparse.Namespace) -> None:
                 times[name].append(elapsed)
     if world.rank == 0:
         show(times, options, device, size)
-    for engine, _ in running.values():
+    # What DeepSpeed holds is the process's, and goes with the first of its engines that is closed.
+    of_kind = {type(engine): engine for engine, _ in running.values()}
+    for engine in of_kind.values():
         engine.close()
     close_process_group()
 

@@ -55,7 +55,7 @@ def test_single_experts_are_saved_and_go_on_under_another_layout(tmp_path):
     moments = {name for name in saved if name.startswith("exp_avg.")}
     assert moments == {
         f"exp_avg.layers.{layer}.ffn.{part}"
-        for layer in range(2)
+        for layer in range(MODEL.num_layers)
         for part in ("router.weight", *(f"experts.{w}.{e}" for w in ("w_gate", "w_up", "w_down") for e in (3, 4)))
     }
     for whole, other, updates in results:
