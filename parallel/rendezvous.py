@@ -12,6 +12,9 @@ import torch.distributed as dist
 from parallel.errors import AgreementError
 from parallel.launch import World
 
+PORT_TIMEOUT_S = 20.0
+"""Seconds that rank 0 waits for a port that the launcher found free and somebody else has taken since."""
+
 
 def open_store(world: World, timeout_s: float) -> dist.Store:
     """The store that the ranks of this launch share; a private one in a world of one.
@@ -27,14 +30,20 @@ def open_store(world: World, timeout_s: float) -> dist.Store:
     # torchrun's agent serves it, unless told not to
     serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
-    try:
-        store = dist.TCPStore(address, port, None, serves, timeout, wait_for_workers=False, multi_tenant=True)
-    except dist.DistNetworkError as error:
-        if serves:
-            raise
-        raise AgreementError(
-            f"rank 0 did not start within {timeout_s:g} s at {address}:{port} (parallel.start_timeout_s)"
-        ) from error
+    deadline = time.monotonic() + min(timeout_s, PORT_TIMEOUT_S)
+    while True:
+        try:
+            store = dist.TCPStore(address, port, None, serves, timeout, wait_for_workers=False, multi_tenant=True)
+            break
+        except dist.DistNetworkError as error:
+            if not serves:
+                raise AgreementError(
+                    f"rank 0 did not start within {timeout_s:g} s at {address}:{port} (parallel.start_timeout_s)"
+                ) from error
+            # The launcher found the port free; somebody may have taken it since, and give it back.
+            if time.monotonic() > deadline:
+                raise AgreementError(f"MASTER_PORT={port}: expected a port that is free on this host") from error
+            time.sleep(0.5)
     # torchrun's own store outlives a restart of its workers, and so would what they told each other before.
     return dist.PrefixStore(f"attempt-{world.restart_count}", store)
 

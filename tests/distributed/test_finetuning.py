@@ -12,11 +12,11 @@ from parallel.apply import build_model
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_parity import MODEL, OPTIM, global_batch, part_of
 from tests.distributed.whole import gather_whole
 from training import checkpoint
 from training.engine import NativeEngine
 from training.manifest import read_manifest
+from training.parity_cases import MODEL, OPTIM, global_batch, part_of, rows_for
 from training.step import StepResult, train_step
 
 ROUTER = RouterConfig(balance_coef=0.05, z_coef=0.01)
@@ -32,7 +32,7 @@ def engine_of(expert_size: int, seed: int, train: str | tuple[str, ...] = TRAIN)
 def steps(engine: NativeEngine, first: int, last: int) -> None:
     for step in range(first, last):
         rank, world = engine.mesh.rank, engine.mesh.world_size
-        train_step(engine, part_of(global_batch(step), rank, world), ROUTER, 1e-3)
+        train_step(engine, part_of(global_batch(step, rows_for(4)), rank, world), ROUTER, 1e-3)
 
 
 def interrupted(rank: int, world: int, root: Path) -> tuple[dict, dict, int]:
@@ -69,7 +69,7 @@ def without_labels(rank: int, world: int) -> list[StepResult]:
     engine = engine_of(2, seed=3, train="all")
     results = []
     for nobody in (False, True):
-        rows = global_batch(0)
+        rows = global_batch(0, rows_for(4))
         rows["labels_BS"][:] = IGNORE
         if not nobody:
             rows["labels_BS"][0, 0] = 5

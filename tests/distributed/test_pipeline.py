@@ -17,19 +17,16 @@ from parallel.mesh import build_mesh
 from parallel.pipeline import Pipeline
 from parallel.stages import Schedule, stage_layers, stages_of
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_parity import CASES, MODEL, OPTIM, global_batch
-from tests.distributed.whole import gather_whole
+from tests.distributed.whole import assert_same_history, gather_whole
 from training.engine import NativeEngine
 from training.evaluate import evaluate
+from training.parity_cases import ACCUMULATION, CASES, MODEL, OPTIM, global_batch
 from training.schedule import learning_rate
 from training.step import train_step
 
-ACCUMULATION, STEPS, LENGTH = 4, 3, 10
-DEEP = {
-    "mixtral": (replace(CASES["mixtral"][0], num_layers=4), CASES["mixtral"][1]),
-    "switch": (replace(CASES["switch"][0], num_layers=4), CASES["switch"][1]),
-    "deepseek": (replace(CASES["deepseek"][0], num_layers=4, first_k_dense=2), CASES["deepseek"][1]),
-}
+ROWS, STEPS = 16, 3
+DEEP = {name: (case.model, case.router) for name, case in CASES.items()}
+DEEP["deepseek"] = (replace(DEEP["deepseek"][0], first_k_dense=2), DEEP["deepseek"][1])
 
 
 class Job(NamedTuple):
@@ -49,24 +46,15 @@ def pipeline(size: int, schedule: Schedule, recompute: Recompute = "none", **siz
 
 JOBS = {
     2: [
-        Job("mixtral", "all", pipeline(2, "1f1b"), (1, 3)),
         Job("mixtral", "all", pipeline(2, "interleaved")),
-        Job("mixtral", "all", pipeline(2, "zero_bubble")),
-        Job("switch", "all", pipeline(2, "1f1b")),
         Job("switch", "all", pipeline(2, "zero_bubble")),
-        Job("deepseek", "all", pipeline(2, "1f1b", "full"), (2, 2)),
-        Job("deepseek", "all", pipeline(2, "interleaved", "selective")),
-        Job("deepseek", "all", pipeline(2, "zero_bubble")),
         Job("deepseek", "router", pipeline(2, "1f1b"), (2, 2)),
-        Job("deepseek", "router", pipeline(2, "zero_bubble")),
+        Job("deepseek", "router", pipeline(2, "zero_bubble", "selective")),
     ],
     4: [
         Job("mixtral", "all", pipeline(4, "1f1b")),
-        Job("mixtral", "all", pipeline(2, "1f1b", expert=2)),
         Job("mixtral", "all", pipeline(2, "zero_bubble", expert=2)),
-        Job("deepseek", "all", pipeline(2, "1f1b", shard=2), (3, 1)),
         Job("mixtral", "all", pipeline(2, "interleaved", shard=2, expert=2)),
-        Job("mixtral", "all", pipeline(2, "zero_bubble", shard=2)),
         Job("deepseek", "router", pipeline(2, "1f1b", shard=2), (2, 2)),
         Job("switch", "all", pipeline(2, "interleaved", tensor=2)),
         Job("mixtral", "all", pipeline(2, "zero_bubble", "selective", context=2)),
@@ -77,7 +65,7 @@ JOBS = {
 
 def batches_of(step: int, micro_batches: int, rank: int, layout: Layout) -> list[Batch]:
     """This data rank's part of every micro-batch."""
-    rows = {name: tensor[:, :LENGTH].clone() for name, tensor in global_batch(step).items()}
+    rows = global_batch(step, ROWS)
     per_rank = len(rows["tokens_BS"]) // micro_batches // layout.data
     starts = [(m * layout.data + layout.data_rank(rank)) * per_rank for m in range(micro_batches)]
     return [Batch(**{name: rows[name][start : start + per_rank] for name in rows}) for start in starts]
@@ -123,7 +111,7 @@ def expected() -> dict[Job, dict]:
     return dict(zip(jobs, run_ranks(run, 1, jobs)[0], strict=True))
 
 
-@pytest.mark.parametrize("world", JOBS)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_pipeline_equals_one_process(expected, world):
     """fp64: weights, moments, figures of the steps and of evaluation to 1e-9. No gradient and no graph is left."""
     jobs = JOBS[world]
@@ -133,11 +121,7 @@ def test_every_pipeline_equals_one_process(expected, world):
 
 
 def assert_same(result: dict, expected: dict, job: Job) -> None:
-    for mine, theirs in zip(result["history"], expected["history"], strict=True):
-        for field in ("loss", "ce", "balance", "z", "grad_norm"):
-            assert getattr(mine, field) == pytest.approx(getattr(theirs, field), rel=1e-9), (job, field)
-        assert torch.equal(mine.counts_LE, theirs.counts_LE), job
-        assert (mine.dropped, mine.tokens) == (theirs.dropped, theirs.tokens), job
+    assert_same_history(result["history"], expected["history"], 1e-9)
     for mine, theirs in zip(result["evaluations"], expected["evaluations"], strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-9), job
         assert torch.equal(mine.load_GLE, theirs.load_GLE), job
@@ -149,8 +133,8 @@ def assert_same(result: dict, expected: dict, job: Job) -> None:
 
 
 def test_layers_are_cut_where_stages_cost_the_same():
-    """Counted by hand: attention 2·16·16 + 2·16·8, two of eight experts of 3·16·12 and a router of 8·16 a layer."""
-    layer = 2 * 16 * 16 + 2 * 16 * 8 + 2 * 3 * 16 * 12 + 8 * 16
+    """Counted by hand: attention 2·16·32 + 2·16·16, two of eight experts of 3·16·16 and a router of 8·16 a layer."""
+    layer = 2 * 16 * 32 + 2 * 16 * 16 + 2 * 3 * 16 * 16 + 8 * 16
 
     def lengths(model: ModelConfig, stages: int, given: tuple[int, ...] | None = None) -> list[int]:
         layers = stage_layers(model, stages, given)

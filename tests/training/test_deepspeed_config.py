@@ -10,9 +10,9 @@ import torch
 import training.deepspeed_config as module
 from moe.model import Transformer
 from parallel.config import ParallelConfig
-from tests.distributed.test_parity import CASES
 from training.config import OptimConfig, TrainConfig
 from training.deepspeed_config import EngineConfig, check_engine, deepspeed_settings, speaks
+from training.parity_cases import CASES
 from training.strict import ConfigError
 
 TRAIN = TrainConfig(steps=3, seq_len=8, global_batch=16, accumulation=2)
@@ -169,10 +169,10 @@ def test_single_experts_are_refused():
     from training.deepspeed_engine import DeepSpeedEngine
 
     with torch.device("meta"):
-        model = Transformer(*CASES["mixtral"], torch.float32)
+        model = Transformer(CASES["mixtral"].model, CASES["mixtral"].router, torch.float32)
     optim = OptimConfig(lr=1e-3, train=("router", "expert:3"))
     with pytest.raises(ConfigError, match=r"^optim\.train=\[router,expert:3\]: expected whole parameters"):
-        DeepSpeedEngine(model, optim, None, {})  # type: ignore[arg-type]
+        DeepSpeedEngine([model], optim, None, {})  # type: ignore[arg-type]
 
 
 def test_the_configuration_needs_neither_torch_nor_deepspeed():
