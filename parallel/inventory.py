@@ -5,9 +5,11 @@ What torch builds (`moe.model.Transformer`) and cuts (`parallel/placement.py`) i
 Letters: D model, H query heads, G key/value heads, C head dim, F hidden width, E experts, V vocabulary.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from moe.config import GATED, FeedForwardKind, ModelConfig
@@ -29,7 +31,7 @@ class Weight:
 
     @property
     def numel(self) -> int:
-        return _product(self.shape)
+        return math.prod(self.shape)
 
     def local_shape(self, layout: Layout) -> tuple[int, ...]:
         """After tensor and expert parallelism."""
@@ -40,17 +42,19 @@ class Weight:
             shape[self.dim] //= layout.expert_tensor if self.kind == "experts" else layout.tensor
         return tuple(shape)
 
-    def parts(self, layout: Layout) -> int:
-        """Ranks that FSDP shares it out among."""
-        return {"whole": 1, "experts": layout.expert_shard}.get(self.kind, layout.shard)
-
-    def largest_part(self, layout: Layout) -> int:
-        """Elements that the fullest rank holds. FSDP cuts along one dim, into parts of which the last may be shorter."""
-        shape, parts = list(self.local_shape(layout)), self.parts(layout)
+    def largest_part(self, layout: Layout, sharers: int) -> int:
+        """Elements that the fullest rank holds: FSDP cuts along one dim, and its last parts may be shorter."""
+        shape = list(self.local_shape(layout))
         # experts whole where they divide, else by their rows (parallel/fsdp.py)
-        dim = 1 if len(shape) == 3 and shape[0] % parts and shape[1] % parts == 0 else 0
-        shape[dim] = -(-shape[dim] // parts)
-        return _product(shape)
+        dim = 1 if len(shape) == 3 and shape[0] % sharers and shape[1] % sharers == 0 else 0
+        shape[dim] = -(-shape[dim] // sharers)
+        return math.prod(shape)
+
+
+def sharers(layout: Layout) -> dict[Kind, int]:
+    """Ranks that FSDP shares a weight out among."""
+    shard = layout.shard
+    return {"whole": 1, "replicated": shard, "tensor": shard, "experts": layout.expert_shard}
 
 
 def named_weights(model: ModelConfig) -> dict[str, Weight]:
@@ -61,9 +65,9 @@ def named_weights(model: ModelConfig) -> dict[str, Weight]:
     return named
 
 
-def count_weights(model: ModelConfig, layers: Iterable[int]) -> Counter[Weight]:
-    """How many there are of each, in the pipeline stage of these layers."""
-    layers = set(layers)
+@lru_cache(maxsize=4096)
+def count_weights(model: ModelConfig, layers: Sequence[int]) -> Counter[Weight]:
+    """How many there are of each, in the pipeline stage of these layers (a range or a tuple)."""
     counted = Counter(weight for _, weight in _ends(model, first=0 in layers, last=model.num_layers - 1 in layers))
     for is_moe, number in Counter(map(model.is_moe_layer, layers)).items():
         for _, weight in _block(model, is_moe):
@@ -110,10 +114,3 @@ def _network(prefix: str, kind: FeedForwardKind, hidden: int, dim: int) -> Itera
 
 def _inward(kind: FeedForwardKind) -> tuple[str, ...]:
     return ("w_gate", "w_up") if kind in GATED else ("w_up",)
-
-
-def _product(sizes: Iterable[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result

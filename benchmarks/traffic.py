@@ -1,0 +1,272 @@
+"""Bytes that each rank really sends in one optimizer step under each axis, beside the formulas of parallel/traffic.py.
+
+    python benchmarks/traffic.py                       # worlds of two and of four processes of this machine
+    python benchmarks/traffic.py --worlds 2 --dtype bf16 --accumulation 4
+
+Counted is every collective of the step, in the forward pass and in autograd's threads, ours and those of torch's FSDP
+and pipelines: all become operators of `c10d`, which a dispatch mode sees; one that it does not know is an error. A
+collective counts as a ring (parallel/traffic.py has the definition). `written` is the check from outside: what the
+kernel saw each process write. Where gloo sends as it is counted (all-reduce, all-to-all, point to point) that is the
+same but for headers; its all-gathers and reduce-scatters send more.
+
+Shapes: W window, S sequence.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.batch import Batch
+from moe.config import ModelConfig, RouterConfig
+from parallel.launch import World, launch_workers, world_from_env
+from parallel.layout import Layout
+from parallel.mesh import Groups, Mesh, build_mesh, close_process_group, init_process_group
+from parallel.plan import plan
+from parallel.rendezvous import open_store
+from training.config import TrainConfig
+from training.device import compute_dtype
+from training.engines import build_engine, build_parts
+from training.layout import laid_out
+from training.parity import configuration
+from training.parity_cases import Case
+from training.parity_layouts import parse_layout
+from training.step import train_step
+
+WINDOW = 16
+LENGTH = 8 * WINDOW
+MODEL = ModelConfig(
+    dim=64, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=8, hidden_dim=96, num_experts=4, top_k=4,
+    vocab_size=256, sliding_window=WINDOW,
+)  # fmt: skip
+CASES: Mapping[str, Case] = {
+    # every token goes to every expert, so that load is as even as the formula has it
+    "even load": Case(MODEL, RouterConfig()),
+    "top-2": Case(replace(MODEL, top_k=2), RouterConfig()),
+    "capacity": Case(replace(MODEL, top_k=2), RouterConfig(capacity_factor=1.25)),
+    "full attention": Case(replace(MODEL, sliding_window=None), RouterConfig()),
+    "dense, shared": Case(replace(MODEL, first_k_dense=1, num_shared_experts=1, tie_embeddings=True), RouterConfig()),
+}
+
+
+class Job(NamedTuple):
+    case: str
+    layout: str
+    zigzag: bool = True
+    """Two pieces of a row on each context rank, where the layout would have them."""
+
+    def __str__(self) -> str:
+        return f"{self.layout}, {self.case}" + ("" if self.zigzag else ", one piece a rank")
+
+
+JOBS: Mapping[int, list[Job]] = {
+    2: [
+        Job("even load", "replicate=2"),
+        Job("even load", "expert=2"),
+        Job("top-2", "expert=2"),
+        Job("capacity", "expert=2"),
+        Job("even load", "expert=2+recompute=full"),
+        Job("even load", "expert_tensor=2"),
+        Job("even load", "tensor=2"),
+        Job("dense, shared", "tensor=2"),
+        Job("dense, shared", "tensor=2+recompute=full"),
+        Job("even load", "context=2"),
+        Job("full attention", "context=2", zigzag=False),
+        Job("full attention", "context=2"),
+        Job("capacity", "context=2"),
+        Job("even load", "shard=2"),
+        Job("even load", "shard=2+expert=2"),
+        Job("even load", "shard=2+recompute=full"),
+        Job("even load", "pipeline=2"),
+        Job("dense, shared", "pipeline=2+schedule=interleaved"),
+    ],
+    4: [
+        Job("even load", "expert=4"),
+        Job("even load", "expert=2"),
+        Job("even load", "expert=2+expert_tensor=2"),
+        Job("even load", "tensor=4"),
+        Job("even load", "context=4"),
+        Job("full attention", "context=4", zigzag=False),
+        Job("full attention", "context=4"),
+        Job("even load", "shard=2+expert=2"),
+        Job("even load", "pipeline=2+shard=2"),
+        Job("even load", "tensor=2+expert=4"),
+    ],
+}
+
+
+class Traffic(TorchDispatchMode):
+    """While it is entered: the bytes that this rank sends, by axis."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.sent: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in function.namespace:
+            name = function.name().partition("::")[2]
+            scripts = (argument for argument in args if isinstance(argument, torch.ScriptObject))
+            group = next(ProcessGroup.unbox(script) for script in scripts if script._type().name() == "ProcessGroup")
+            tensor = args[1] if name in FROM_INPUT else args[0]  # as (output, input, ...)
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            size = sent_bytes(name, tensor, group, args)
+            if size:
+                self.sent[self._axis(tensor, group)] += size
+        return function(*args, **kwargs or {})
+
+    def _axis(self, tensor: Tensor, group: ProcessGroup) -> str:
+        """Told by who calls, by the kind of numbers, and by the ranks that are called."""
+        callers = set(_callers())
+        if not tensor.is_floating_point() or tensor.dtype == torch.float64:  # counts, and figures of the step
+            return "bookkeeping"
+        for axis, module in (("gradients", "parallel/gradients"), ("shard", "fsdp/"), ("pipeline", "pipelining/")):
+            if any(module in caller for caller in callers):
+                return axis
+        layout = self.mesh.layout
+        axes = ("tensor", "context", "expert_tensor", "expert")
+        return next(axis for axis in axes if getattr(layout, axis) > 1 and same(getattr(self.mesh, axis), group))
+
+
+def same(one: ProcessGroup, other: ProcessGroup) -> bool:
+    return dist.get_process_group_ranks(one) == dist.get_process_group_ranks(other)
+
+
+FROM_INPUT = ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_")
+
+
+def sent_bytes(name: str, tensor: Tensor, group: ProcessGroup, args: Any) -> float:
+    """What leaves this rank; `tensor`: what goes in."""
+    ranks, size = group.size(), tensor.numel() * tensor.element_size()
+    if name == "allreduce_":
+        return 2 * (ranks - 1) / ranks * size
+    if name == "_allgather_base_":
+        return (ranks - 1) * size
+    if name == "_reduce_scatter_base_":
+        return (ranks - 1) / ranks * size
+    if name == "alltoall_base_":
+        splits = args[4] or [tensor.shape[0] // ranks] * ranks
+        row = size // max(1, tensor.shape[0])
+        return row * (sum(splits) - splits[group.rank()])
+    if name in ("send", "recv_", "barrier"):
+        return size if name == "send" else 0
+    raise NotImplementedError(f"c10d::{name}: nobody has said yet what it sends")
+
+
+def _callers() -> Iterator[str]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_code.co_filename
+        frame = frame.f_back  # type: ignore[assignment]
+
+
+def written() -> int:
+    """Bytes this process has written so far, to sockets too, as Linux counts them; elsewhere 0."""
+    path = Path("/proc/self/io")
+    fields = dict(line.split(": ") for line in path.read_text().splitlines()) if path.exists() else {}
+    return int(fields.get("wchar", 0))
+
+
+class Measured(NamedTuple):
+    """Of one rank and one step."""
+
+    sent: dict[str, float]
+    written: int
+
+
+def measure(
+    job: Job, device: torch.device, options: argparse.Namespace, made: Groups
+) -> tuple[list[Measured], dict[str, float]]:
+    """What each rank sends, and what the formulas say. Collective over the initialised world."""
+    case, size = CASES[job.case], dist.get_world_size()
+    config = configuration(case, parse_layout(job.layout), rows=options.rows, steps=2)
+    train = TrainConfig(2, LENGTH, options.rows, accumulation=options.accumulation, precision=options.dtype)
+    config, layout = laid_out(replace(config, train=train), case.model, World(world_size=size, local_world_size=size))
+    layout = layout if job.zigzag else replace(layout, zigzag=False)
+    mesh = build_mesh(device, layout, made)
+    dtype = compute_dtype(options.dtype, device)
+    parts = build_parts(config, case.model, mesh, dtype, 0)
+    engine = build_engine(config, parts, mesh)
+    batches = batches_of(layout, mesh.rank, options)
+    train_step(engine, batches, case.router, 1e-3)  # the first also builds
+    dist.barrier()
+    before, traffic = written(), Traffic(mesh)
+    with traffic:
+        train_step(engine, batches, case.router, 1e-3)
+    own = Measured(dict(traffic.sent), written() - before)
+    of_ranks: list[Any] = [None] * size
+    dist.all_gather_object(of_ranks, own)
+    engine.close()
+    expected = plan(
+        layout,
+        config.parallel,
+        case.model,
+        case.router,
+        rows=batches[0].tokens_BS.shape[0],
+        seq_len=LENGTH,
+        accumulation=options.accumulation,
+        itemsize=dtype.itemsize,
+    )
+    return of_ranks, {str(axis): value for axis, value in expected.traffic.items()}
+
+
+def batches_of(layout: Layout, rank: int, options: argparse.Namespace) -> list[Batch]:
+    """This data rank's micro-batches: full rows of one document, the same tokens for all (nobody looks at them)."""
+    own = options.rows // options.accumulation // layout.data
+    tokens = torch.randint(0, 256, (own, LENGTH), generator=torch.Generator().manual_seed(layout.data_rank(rank)))
+    zeros = torch.zeros_like(tokens)
+    places = torch.arange(LENGTH).expand(own, -1).clone()
+    return [Batch(tokens, tokens, places, zeros.int(), zeros.to(torch.uint8))] * options.accumulation
+
+
+def work(options: argparse.Namespace) -> None:
+    world, device = world_from_env(), torch.device("cpu")
+    init_process_group(open_store(world, 300.0), world.rank, world.world_size, device, 300.0)
+    made: Groups = {}
+    rows: list[tuple[str, ...]] = []
+    for job in JOBS[world.world_size]:
+        of_ranks, expected = measure(job, device, options, made)
+        rows += lines(str(job), of_ranks, expected)
+    if world.rank == 0:
+        from training.terminal import show_table
+
+        title = f"{world.world_size} ranks, {options.dtype}, {options.accumulation} micro-batches, S = 8 W = {LENGTH}"
+        columns = ("layout, model", "axis", "sent", "formula", "ratio", "written")
+        show_table(f"Bytes a rank sends in a step, mean over ranks: {title}", columns, rows, left=["axis"])
+    close_process_group()
+
+
+def lines(name: str, of_ranks: list[Measured], expected: Mapping[str, float]) -> list[tuple[str, ...]]:
+    rows = []
+    for axis, formula in expected.items():
+        sent = sum(rank.sent.get(axis, 0) for rank in of_ranks) / len(of_ranks)
+        if sent or formula:
+            ratio = f"{sent / formula:.4f}" if formula else "-"
+            rows.append(("", axis, f"{sent:,.0f}", f"{formula:,.0f}", ratio, ""))
+    total = sum(sum(rank.sent.values()) for rank in of_ranks) / len(of_ranks)
+    seen = sum(rank.written for rank in of_ranks) / len(of_ranks)
+    return [(name, "all", f"{total:,.0f}", "", "", f"{seen:,.0f}"), *rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", type=int, nargs="*", choices=list(JOBS), default=list(JOBS))
+    parser.add_argument("--rows", type=int, default=8, help="of one step, all ranks together")
+    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    options = parser.parse_args()
+    for size in options.worlds:
+        launch_workers(work, (options,), nproc=size)
+
+
+if __name__ == "__main__":
+    main()
