@@ -45,7 +45,14 @@ def train(config: Config) -> dict[str, Any]:
     from parallel.mesh import build_mesh, close_process_group, init_process_group, set_timeout
     from parallel.rendezvous import open_store, share, wait_for_all
     from training import checkpoint
-    from training.device import check_memory, compute_dtype, make_deterministic, peak_flops, pick_device
+    from training.device import (
+        check_memory,
+        compute_dtype,
+        make_deterministic,
+        memory_of_a_rank,
+        peak_flops,
+        pick_device,
+    )
     from training.engines import build_engine, build_parts
     from training.evaluate import evaluate
     from training.holdings import gather_holdings
@@ -91,11 +98,14 @@ def train(config: Config) -> dict[str, Any]:
     whole = meta_model(model_config, config.router)
     counts = count_parameters(whole)
     trained = trained_elements(whole, choose(whole, config.optim.train))
-    config, layout = laid_out(config, model_config, world)
-    if device.type == "cpu":
-        copies = 4 if trained == counts.total else 1
-        itemsize = max(4, dtype.itemsize)
-        check_memory(counts.total, counts.experts, copies, itemsize, world.local_world_size, layout)
+    memory = share(agreed, world, "memory", lambda: memory_of_a_rank(device, world.local_world_size))
+    share_trained = trained / counts.total
+    config, plan, warning = laid_out(
+        config, model_config, world, memory=memory, itemsize=dtype.itemsize, trained=share_trained
+    )
+    layout = plan.layout
+    if device.type == "cpu" and config.engine.kind == "native":
+        check_memory(counts.total, plan.fullest.state, world.local_world_size)
     found = share(
         agreed,
         world,
@@ -151,7 +161,11 @@ def train(config: Config) -> dict[str, Any]:
         named = dataclasses.replace(config.run, name=name)
         save_config(directory, to_dict(dataclasses.replace(config, run=named, model=model_config)))
         save_tokenizer(directory, store.tokenizer.path)
-        show_start(store, model_config, counts, holdings, dtype, directory, found)
+        axes = str(layout) if world.world_size > 1 else ""
+        ours = plan if config.engine.kind == "native" else None
+        show_start(store, model_config, counts, holdings, axes, ours, dtype, directory, found)
+        if warning:
+            show_line(warning)
         if trained < counts.total:
             show_line(f"optim.train={shown(config.optim.train)}: {trained:,} of {counts.total:,} parameters train")
     token_bytes_V = torch.from_numpy(store.tokenizer.token_bytes()).to(device)

@@ -124,7 +124,8 @@ def work(options: argparse.Namespace) -> None:
     running: dict[str, tuple[Engine, list[Batch]]] = {}
     for name in names:
         try:
-            config, layout = laid_out(config_of(name, case, options), case.model, World(world_size=size))
+            config, plan, _ = laid_out(config_of(name, case, options), case.model, World(world_size=size))
+            layout = plan.layout
         except ConfigError as error:
             if world.rank == 0:
                 print(f"{name}: skipped, {error}")

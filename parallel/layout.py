@@ -72,6 +72,6 @@ class Layout:
         return place["replicate"] * self.shard + place["shard"]
 
     def __str__(self) -> str:
-        names = ("pipeline", "replicate", "shard", "context", "tensor", "expert", "expert_tensor")
+        names = (*AXES, "expert", "expert_tensor")
         sizes = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) > 1]
         return " ".join(sizes) or "one process"

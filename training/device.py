@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from parallel.layout import Layout
 from training.strict import ConfigError
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0}
@@ -28,30 +27,25 @@ def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
     return device
 
 
-def check_memory(total: int, experts: int, copies: int, itemsize: int, local_ranks: int, layout: Layout) -> None:
+def check_memory(parameters: int, state: int, local_ranks: int) -> None:
     """Refuse a run on CPUs whose weights and optimizer state alone are more than this host's memory.
 
     Without this the system would end some process, not always ours, once memory is full.
 
     Args:
-        total: parameters of the whole model; `experts`: of its routed experts.
-        copies: numbers held for each parameter: 1, or 4 with its gradient and AdamW's two moments.
-        itemsize: bytes of one number.
+        parameters: of the whole model.
+        state: bytes of weights, gradients and moments on one rank.
         local_ranks: ranks on this host.
 
     Raises:
         ConfigError: it cannot fit.
     """
-    # What tensor parallelism leaves whole is little beside the rest.
-    dense_parts = layout.pipeline * layout.tensor * layout.shard
-    expert_parts = layout.pipeline * layout.expert * layout.expert_tensor * layout.expert_shard
-    held = (total - experts) // dense_parts + experts // expert_parts
-    needed = held * copies * itemsize * local_ranks
+    needed = state * local_ranks
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise ConfigError(
             f"train.device=cpu: expected a model that fits this host's {memory / 1e9:.1f} GB of memory; "
-            f"{total:,} parameters need {needed / 1e9:.1f} GB on {local_ranks} ranks, activations left out"
+            f"{parameters:,} parameters need {needed / 1e9:.1f} GB on {local_ranks} ranks, activations left out"
         )
 
 
@@ -83,6 +77,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 def _cpu_multiplies_bf16() -> bool:
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def memory_of_a_rank(device: torch.device, local_ranks: int) -> int:
+    """Bytes of memory that one of `local_ranks` ranks on this host has at its disposal."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_ranks
 
 
 def free_bytes(device: torch.device) -> int:

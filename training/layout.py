@@ -3,19 +3,30 @@
 from dataclasses import replace
 
 from moe.config import ModelConfig
-from parallel.config import check_layout
+from parallel.auto import plain, resolve
 from parallel.launch import World
-from parallel.layout import Layout
+from parallel.plan import Plan, plan
 from training.config import Config
 from training.deepspeed_config import check_engine, deepspeed_settings
 from training.strict import ConfigError, located
 
 
-def laid_out(config: Config, model: ModelConfig, world: World) -> tuple[Config, Layout]:
-    """The configuration without `auto` axes, and the sizes of all axes. Needs no process group and no torch.
+def laid_out(
+    config: Config,
+    model: ModelConfig,
+    world: World,
+    *,
+    memory: int | None = None,
+    itemsize: int = 2,
+    trained: float = 1.0,
+) -> tuple[Config, Plan, str | None]:
+    """The configuration without `auto` axes, what it means, and a warning. Needs no process group and no torch.
 
     Args:
         model: `config.model`, with its vocabulary where it is known already.
+        memory: bytes of one rank's device, the same on all ranks; None: unknown.
+        itemsize: bytes of a number in the forward pass.
+        trained: share of the parameters that train.
 
     Raises:
         ConfigError: names the key to change.
@@ -23,26 +34,41 @@ def laid_out(config: Config, model: ModelConfig, world: World) -> tuple[Config, 
     train, parallel = config.train, config.parallel
     if config.engine.kind == "deepspeed":
         deepspeed_settings(config.engine, train, config.optim, world.world_size)
+        parallel = plain(parallel)
     try:
         check_engine(config.engine, parallel, train)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    weight_itemsize = 8 if train.precision == "fp64" else 4
     try:
-        layout = parallel.layout(world.world_size, model, train.seq_len)
-        check_layout(
-            layout,
+        choice = resolve(
             parallel,
             model,
-            seq_len=train.seq_len,
+            config.router,
+            world_size=world.world_size,
+            local_world_size=world.local_world_size,
+            global_batch=train.global_batch,
             accumulation=train.accumulation,
-            pooled=config.router.layer_reduction == "hf_pooled",
+            seq_len=train.seq_len,
+            memory=memory,
+            itemsize=itemsize,
+            weight_itemsize=weight_itemsize,
+            trained=trained,
         )
     except ValueError as error:
-        raise located(error, "parallel") from error
-    if train.global_batch % (train.accumulation * layout.data):
-        whose = "processes" if layout.data == world.world_size else "data-parallel ranks"
-        raise ConfigError(
-            f"train.global_batch={train.global_batch}: expected a multiple of train.accumulation={train.accumulation} "
-            f"times the {layout.data} {whose}"
-        )
-    return replace(config, parallel=parallel), layout
+        raise located(error, "train" if str(error).startswith("global_batch") else "parallel") from error
+    parallel = choice.parallel
+    layout = parallel.layout(world.world_size, model, train.seq_len)
+    made = plan(
+        layout,
+        parallel,
+        model,
+        config.router,
+        rows=train.global_batch // train.accumulation // layout.data,
+        seq_len=train.seq_len,
+        accumulation=train.accumulation,
+        itemsize=itemsize,
+        weight_itemsize=weight_itemsize,
+        trained=trained,
+    )
+    return replace(config, parallel=parallel), made, choice.warning

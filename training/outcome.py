@@ -11,6 +11,7 @@ import torch
 from data.store import Store
 from moe.config import ModelConfig
 from moe.flops import ParameterCounts
+from parallel.plan import Plan
 from training.config import Config
 from training.evaluate import Evaluation
 from training.metrics import read_metrics
@@ -23,6 +24,7 @@ from training.report import (
     show_layout,
     show_load,
     show_model,
+    show_plan,
     show_sample,
 )
 from training.run import RESULT_FILE, is_finished, save_result
@@ -36,11 +38,19 @@ def show_start(
     model: ModelConfig,
     counts: ParameterCounts,
     holdings: list[RankHoldings],
+    axes: str,
+    plan: Plan | None,
     dtype: torch.dtype,
     directory: Path,
     resumed: str | None,
 ) -> None:
-    """What is being built, once. `counts`: of the whole model."""
+    """What is being built, once.
+
+    Args:
+        counts: of the whole model.
+        axes: of the layout, as one writes them.
+        plan: None: another engine lays out memory.
+    """
     show_corpus(store.summary(), store.directory.name, store.directory)
     show_model(
         model,
@@ -51,7 +61,9 @@ def show_start(
         precision=f"{DTYPE_NAMES[dtype]} (torch {torch.__version__})",
         device=holdings[0].device,
     )
-    show_layout(holdings)
+    show_layout(holdings, axes)
+    if plan is not None:
+        show_plan(plan)
     show_line(f"run directory {directory}" + (f", going on from {Path(resumed).name}" if resumed else ""))
 
 

@@ -334,7 +334,8 @@ def prove(
         if first and job.model not in references:
             references[job.model] = run_case(case, plain, alone)
         config = configuration(case, job.parallel, rows=rows, steps=steps, precision=precision, engine=job.engine)
-        config, layout = laid_out(config, case.model, world)
+        config, plan, _ = laid_out(config, case.model, world)
+        layout = plan.layout
         result = run_case(case, config, build_mesh(device, layout, groups))
         cut = layout.pipeline * layout.shard * layout.tensor * layout.expert * layout.expert_tensor > 1
         if first:

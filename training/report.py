@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe.config import ModelConfig
+from parallel.plan import HEADER, Plan, describe, describe_traffic
 from training.heatmap import show_load
 from training.progress import Progress
 from training.terminal import human_bytes, human_count, human_time, show_fields, show_line, show_table
@@ -26,6 +27,7 @@ __all__ = [
     "show_layout",
     "show_load",
     "show_model",
+    "show_plan",
     "show_sample",
 ]
 
@@ -150,8 +152,12 @@ def _windows(model: ModelConfig) -> str:
     return " and ".join("all earlier tokens" if w is None else f"window of {w:,} tokens" for w in kinds)
 
 
-def show_layout(ranks: Sequence[RankHoldings]) -> None:
-    """A row per rank; beyond 16 ranks the first, the last and what lies between them."""
+def show_layout(ranks: Sequence[RankHoldings], axes: str) -> None:
+    """A row per rank; beyond 16 ranks the first, the last and what lies between them.
+
+    Args:
+        axes: what they are, as in `tensor=2 expert=4`.
+    """
 
     def row(holding: RankHoldings) -> list[str]:
         return [
@@ -181,8 +187,19 @@ def show_layout(ranks: Sequence[RankHoldings]) -> None:
         ]
         rows = [rows[0], middle, rows[-1]]
     columns = ["rank", "host", "device", "layers", "experts", "parameters", "of experts", "weights"]
-    title = f"Layout: {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}"
+    title = f"Layout: {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}{f', {axes}' if axes else ''}"
     show_table(title, columns, rows, left=["host", "device", "layers", "experts"])
+
+
+def show_plan(plan: Plan) -> None:
+    """What a rank of each pipeline stage is expected to need, and to send in one optimizer step."""
+    show_table("Memory of a rank (~ estimated)", HEADER, describe(plan, human_bytes), left=["layers"])
+    sent = describe_traffic(plan, human_bytes)
+    idle = sent.pop("idle", None)
+    if sent:
+        show_line("sent by a rank in one step: " + ", ".join(f"{axis} {size}" for axis, size in sent.items()))
+    if idle:
+        show_line(f"a pipeline rank idles {idle}")
 
 
 def _span(values: Sequence[int]) -> str:

@@ -131,7 +131,7 @@ def config_of(layout: str, world_size: int):
 
 def trial(layout: str) -> Trial:
     config = config_of(layout, dist.get_world_size())
-    _, sizes = laid_out(config, config.model, World(world_size=dist.get_world_size()))
+    sizes = laid_out(config, config.model, World(world_size=dist.get_world_size()))[1].layout
     return Trial(CASES["mixtral"], config, build_mesh(CPU, sizes))
 
 

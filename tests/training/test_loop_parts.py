@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from moe.config import ModelConfig, RouterConfig
-from parallel.layout import Layout
 from training.config import OptimConfig
 from training.device import check_memory
 from training.manifest import CheckpointError
@@ -19,12 +18,9 @@ from training.strict import ConfigError, to_dict
 
 def test_a_model_beyond_the_memory_of_the_host_is_refused(monkeypatch):
     monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 16}.__getitem__)
-    # 600 dense and 400 of experts on two ranks that hold half of these: 800 each, 4 numbers of 4 bytes, 25,600 bytes.
-    held = {"total": 1000, "experts": 400, "itemsize": 4, "local_ranks": 2, "layout": Layout(replicate=2, expert=2)}
-    check_memory(**held, copies=2)
+    check_memory(1000, state=8000, local_ranks=2)
     with pytest.raises(ConfigError, match=r"^train.device=cpu: expected a model that fits this host's .* 1,000 param"):
-        check_memory(**held, copies=4)
-    check_memory(**held | {"layout": Layout(), "local_ranks": 1}, copies=4)
+        check_memory(1000, state=8001, local_ranks=2)
 
 
 def test_cosine_by_hand():

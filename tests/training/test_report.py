@@ -94,9 +94,9 @@ def test_layout(capsys: Capture) -> None:
     assert holding(0, [0, 1, 2, 5, 7, 8]).expert_ranges() == "0-2,5,7-8"
     assert holding(0, []).expert_ranges() == "none"
     assert json.loads(json.dumps(holding(1, [4, 5]).as_dict()))["experts"] == [4, 5]
-    show_layout([holding(0, [0, 1]), holding(1, [2, 3])])
+    show_layout([holding(0, [0, 1]), holding(1, [2, 3])], "")
     assert row_of(plain(capsys), "1") == "1 host0 cpu 0-3 2-3 6,000,001 4,000,000 24.0 MB"
-    show_layout([holding(rank, [2 * rank, 2 * rank + 1]) for rank in range(64)])
+    show_layout([holding(rank, [2 * rank, 2 * rank + 1]) for rank in range(64)], "")
     text = plain(capsys)
     assert len(text.splitlines()) == 6
     assert "Layout: 64 ranks" in text and "8 hosts in all" in text and "6,000,001 to 6,000,062" in text
