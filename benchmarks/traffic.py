@@ -31,6 +31,7 @@ from moe.config import ModelConfig, RouterConfig
 from parallel.launch import World, launch_workers, world_from_env
 from parallel.layout import Layout
 from parallel.mesh import Groups, Mesh, build_mesh, close_process_group, init_process_group
+from parallel.plan import plan
 from parallel.rendezvous import open_store
 from training.config import TrainConfig
 from training.device import compute_dtype
@@ -189,8 +190,9 @@ def measure(
     case, size = CASES[job.case], dist.get_world_size()
     config = configuration(case, parse_layout(job.layout), rows=options.rows, steps=2)
     train = TrainConfig(2, LENGTH, options.rows, accumulation=options.accumulation, precision=options.dtype)
-    config, plan, _ = laid_out(replace(config, train=train), case.model, World(world_size=size, local_world_size=size))
-    layout = plan.layout
+    world = World(world_size=size, local_world_size=size)
+    config, ours, _ = laid_out(replace(config, train=train), case.model, world)
+    layout = ours.layout
     layout = layout if job.zigzag else replace(layout, zigzag=False)
     mesh = build_mesh(device, layout, made)
     dtype = compute_dtype(options.dtype, device)

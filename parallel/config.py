@@ -128,6 +128,7 @@ class ParallelConfig:
     def _wrong_product(self, world_size: int) -> ValueError:
         """Names an axis that was given, and the values nearest to it that would fit."""
         given = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) not in ("auto", 1)}
+        given = given or {"replicate": self.replicate}
         shown = " x ".join(f"{axis}={size}" for axis, size in given.items())
         exact = self.replicate != "auto"
         fits = []

@@ -108,7 +108,8 @@ def test_the_world_has_to_fit() -> None:
     with pytest.raises(
         ConfigError, match=r"^train.global_batch=8: expected a multiple of train.accumulation=2 times the 8"
     ):
-        lay_out(composed("train.global_batch=8", "train.accumulation=2"), 8)
+        given = [f"parallel.{axis}=1" for axis in ("tensor", "context", "pipeline")]
+        lay_out(composed("train.global_batch=8", "train.accumulation=2", *given), 8)
     with pytest.raises(ConfigError, match=r"^parallel.expert=3: expected a divisor of both model.num_experts=8 and"):
         lay_out(composed("parallel.expert=3"), 6)
 

@@ -100,7 +100,7 @@ def test_layout(capsys: Capture) -> None:
     text = plain(capsys)
     assert len(text.splitlines()) == 6
     assert "Layout: 64 ranks" in text and "8 hosts in all" in text and "6,000,001 to 6,000,062" in text
-    assert row_of(text, "63").split()[3] == "126-127"
+    assert row_of(text, "63").split()[4] == "126-127"
 
 
 def test_progress_lines_and_eta(capsys: Capture) -> None:
