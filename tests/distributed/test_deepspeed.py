@@ -38,7 +38,7 @@ STEPS = 5
 TOLERANCE = 1e-5
 """Of figures: fp32, and DeepSpeed clips to max / (norm + 1e-6)."""
 TENSOR_TOLERANCE = 5e-5
-"""Relative to a tensor's largest element, of weights and moments after 5 steps (squares of gradients among them)."""
+"""Relative to a tensor's largest element, of weights after 5 steps; moments, squares among them, four times that."""
 
 ROWS = rows_for(4)
 MODELS = {name: (case.model, case.router) for name, case in CASES.items()}
@@ -238,7 +238,8 @@ def assert_same(job: Job, result: dict, expected: dict) -> None:
         assert torch.equal(result["initial"][name], tensor), (job, name)
     for name, tensor in expected["final"].items() if exact else ():
         difference = (result["final"][name] - tensor).abs().max().item()
-        assert difference <= TENSOR_TOLERANCE * tensor.abs().max().item(), (job, name)
+        tolerance = TENSOR_TOLERANCE if name.startswith("model.") else 4 * TENSOR_TOLERANCE
+        assert difference <= tolerance * tensor.abs().max().item(), (job, name)
 
 
 def assert_near(result: dict, expected: dict) -> None:
