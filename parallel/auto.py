@@ -85,13 +85,15 @@ def resolve(
         search.require(parallel)
         return Choice(parallel)
     step = Step(0, seq_len, accumulation, itemsize, weight_itemsize, trained, parallel.recompute)
-    if not (parallel.offload and parallel.shard == "auto"):  # to offload, something has to be sharded
+    sharded = parallel.offload and parallel.shard == "auto"  # to offload, something has to be sharded
+    if not sharded:
         layout = search.valid(plain(parallel))
         if layout and (memory is None or search.needs(plain(parallel), layout, step) <= ROOM * memory):
             return Choice(plain(parallel))
     found = [(config, layout) for config in search.configs() if (layout := search.valid(config))]
     if not found:
-        search.require(plain(parallel))  # says why
+        first = next(search.configs(), None) if sharded else None
+        search.require(first or plain(parallel))  # says why
     needs = {layout: search.needs(config, layout, step) for config, layout in found}
     fitting = [pair for pair in found if memory is None or needs[pair[1]] <= ROOM * memory]
     warning = None

@@ -1,6 +1,6 @@
 """How the world of processes is cut into axes, mirrored by `conf/parallel`."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from moe.config import ModelConfig, expect
@@ -33,8 +33,8 @@ class ParallelConfig:
     stage_layers: tuple[int, ...] | None = None
     """Layers of each stage, in order; `null`: as even as they divide, the embedding and the head counted."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again instead of keeping: nothing; attention and the experts' hidden layers (no
-    communication is repeated); whole blocks (routing decisions are kept)."""
+    """What the backward pass computes again instead of keeping: nothing; the hidden layers of experts and dense
+    networks (no communication is repeated); whole blocks (routing decisions are kept)."""
     offload: bool = False
     """With `shard`: weights, gradients and optimizer state lie in CPU memory between uses."""
     start_timeout_s: float = 300.0
@@ -56,7 +56,13 @@ class ParallelConfig:
             "a list of integers >= 1",
         )
         expect(
-            stages is None or (self.pipeline != "auto" and len(stages) == self.pipeline * self.stages_per_rank),
+            stages is None or self.pipeline != "auto",
+            "stage_layers",
+            _shown(stages),
+            "a number for parallel.pipeline beside it, which is auto",
+        )
+        expect(
+            stages is None or len(stages) == self.pipeline * self.stages_per_rank,
             "stage_layers",
             _shown(stages),
             f"one number a stage, {self.stages_per_rank} x parallel.pipeline={self.pipeline}",
@@ -220,7 +226,3 @@ def check_layout(
 
 def _shown(stages: tuple[int, ...] | None) -> str:
     return "null" if stages is None else f"[{','.join(map(str, stages))}]"
-
-
-AUTO_FIELDS = tuple(field.name for field in fields(ParallelConfig) if field.name in AXES)
-"""Axes that `parallel/auto.py` may have to choose."""

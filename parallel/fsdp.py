@@ -63,7 +63,7 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
 
 
 def gather_no_more(model: nn.Module) -> None:
-    """Free gathered weights: after a forward pass without a backward pass, the root would keep its own."""
+    """Free what a forward pass without a backward pass left gathered: the root, or in a pipeline every unit."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -82,8 +82,9 @@ def global_grad_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: f
             copies = same_ranks(name, mesh).size() * (2 if name in tied else 1)
             by_copies.setdefault(copies, []).append(parameter.grad)
     for copies, gradients in by_copies.items():
-        norms = torch._foreach_norm(gradients)
-        total += torch.stack([norm.double() for norm in norms]).square().sum().to(total.device) / copies
+        # Under offload routers' gradients are on the device, and others in host memory.
+        norms = [norm.double().to(total.device) for norm in torch._foreach_norm(gradients)]
+        total += torch.stack(norms).square().sum() / copies
     dist.all_reduce(total, group=mesh.world)
     return total.sqrt()
 

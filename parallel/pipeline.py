@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -22,6 +21,7 @@ from torch.distributed.pipelining import (
 )
 
 from moe.model import Output, Transformer
+from parallel.fsdp import gather_no_more
 from parallel.mesh import Mesh
 from parallel.objective import Inputs, Objective
 from parallel.stages import Schedule
@@ -76,9 +76,7 @@ class Pipeline:
             output: Output = part(**inputs, hidden_BSD=hidden_BsD)
             if number < self.total - 1:
                 dist.send(output.logits_BSV.contiguous(), group=group, group_dst=(number + 1) % ranks)
-            for module in part.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()  # kept gathered for a backward pass that does not come
+            gather_no_more(part)
             results.append((part, output))
         return results
 

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, replace
@@ -25,13 +26,23 @@ from parallel.launch import WorkerFailure, World, die_with_parent, launch_worker
 from training.config import Config, LaunchConfig, RunConfig
 from training.layout import laid_out
 from training.manifest import CheckpointError
-from training.run import RunError, choose_name, discard_unstarted, prepare_directory, save_config, save_result
+from training.run import (
+    RunError,
+    choose_name,
+    discard_unstarted,
+    launched_directory,
+    prepare_directory,
+    save_config,
+    save_result,
+)
 from training.strict import ConfigError, from_dict, leaf_keys, located, nearest, one_line, unknown_key
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+PATIENCE_S = 3.0
+"""How long other ranks leave local rank 0 to print a mistake that all of them make."""
 USER_ERRORS = (ConfigError, RunError, DataError, CheckpointError, ModelError, AgreementError)
 
 
@@ -165,8 +176,9 @@ def execute(
         try:
             return train(config)
         except USER_ERRORS:
-            if os.environ["RANK"] == "0" and config.run.name is not None:
-                discard_unstarted(Path(config.run.root) / config.run.name)
+            begun = launched_directory(config.run) if os.environ["RANK"] == "0" else None
+            if begun is not None:
+                discard_unstarted(begun)
             raise
     config = prepared(config)
     assert config.run.name is not None
@@ -266,6 +278,8 @@ def end(error: Exception, arguments: Sequence[str], cls: type = Config) -> NoRet
         raise SystemExit(1)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
+    else:  # a launcher ends the other ranks as soon as one has ended: first the one that says why
+        time.sleep(PATIENCE_S)
     raise SystemExit(2)
 
 

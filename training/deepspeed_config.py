@@ -54,7 +54,9 @@ def check_engine(engine: EngineConfig, parallel: ParallelConfig, train: "TrainCo
         return
     for axis in NATIVE_AXES:
         size = getattr(parallel, axis, 1)
-        expect(size == 1, f"parallel.{axis}", size, "1 with engine=deepspeed (data and expert parallelism only)")
+        expected = "1 with engine=deepspeed (data and expert parallelism only)"
+        expect(size in (1, "auto"), f"parallel.{axis}", size, expected)
+    expect(not parallel.offload, "parallel.offload", True, "false with engine=deepspeed")
     expect(
         train.precision != "fp64",
         "train.precision",

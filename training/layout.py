@@ -32,13 +32,13 @@ def laid_out(
         ConfigError: names the key to change.
     """
     train, parallel = config.train, config.parallel
-    if config.engine.kind == "deepspeed":
-        deepspeed_settings(config.engine, train, config.optim, world.world_size)
-        parallel = plain(parallel)
     try:
         check_engine(config.engine, parallel, train)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if config.engine.kind == "deepspeed":
+        deepspeed_settings(config.engine, train, config.optim, world.world_size)
+        parallel = plain(parallel)
     weight_itemsize = 8 if train.precision == "fp64" else 4
     try:
         choice = resolve(

@@ -63,6 +63,12 @@ def torchrun_name(run: RunConfig, share: Callable[[Callable[[], str]], str]) -> 
     return share(lambda: _find_or_choose(run, launch_identity()))
 
 
+def launched_directory(run: RunConfig) -> Path | None:
+    """Where the run of this launch lies: as `torchrun_name` named it. None if it has not yet."""
+    name = run.name if run.name is not None else _find(run, launch_identity())
+    return None if name is None else Path(run.root) / name
+
+
 def launch_identity() -> dict[str, Any]:
     """What tells this launch from every other one, and stays when its workers are restarted: the agent process."""
     agent = os.getppid()
@@ -154,13 +160,21 @@ def write_atomically(path: Path, text: str) -> Path:
     return path
 
 
-def _find_or_choose(run: RunConfig, identity: dict[str, Any]) -> str:
-    root = Path(run.root)
-    for path in sorted(root.glob(f"*/{LAUNCH_FILE}")):
+def _find(run: RunConfig, identity: dict[str, Any]) -> str | None:
+    """The run that the launch has begun already."""
+    for path in sorted(Path(run.root).glob(f"*/{LAUNCH_FILE}")):
         if path.parent.name.startswith(f"{run.experiment}-"):
             with contextlib.suppress(OSError, ValueError):
                 if json.loads(path.read_text()) == identity:
                     return path.parent.name
+    return None
+
+
+def _find_or_choose(run: RunConfig, identity: dict[str, Any]) -> str:
+    found = _find(run, identity)
+    if found is not None:
+        return found
+    root = Path(run.root)
     run_id = identity["run_id"]
     name = f"{run.experiment}-{''.join(c if c.isalnum() or c in '._-' else '-' for c in run_id)}"
     if run_id in SHARED_RUN_IDS or (root / name).exists():

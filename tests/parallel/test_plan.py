@@ -268,6 +268,7 @@ def test_too_large_for_all_ranks_together() -> None:
         (4, (8, 1, 512), {"expert": 3}, r"expert=3: expected a divisor of both model.num_experts=4 and"),
         (4, (8, 1, 512), {"pipeline": 4}, r"pipeline=4: expected at most"),
         (1, (8, 1, 512), {"offload": True}, r"offload=true: expected parallel.shard > 1"),
+        (2, (7, 1, 512), {"offload": True}, r"global_batch=7: .* the 2 data-parallel ranks, the nearest: 6 or 8$"),
     ],
 )
 def test_what_nothing_can_mend(world: int, batch: tuple[int, int, int], given: dict, line: str) -> None:

@@ -146,6 +146,8 @@ def test_what_only_the_native_engine_can():
     check_engine(EngineConfig(), Wide(), fp64)
     with pytest.raises(ValueError, match=r"^parallel\.tensor=2: expected 1 with engine=deepspeed"):
         check_engine(deepspeed, Wide(), TRAIN)
+    with pytest.raises(ValueError, match=r"^parallel\.offload=true: expected false with engine=deepspeed"):
+        check_engine(deepspeed, ParallelConfig(shard="auto", offload=True), TRAIN)
     with pytest.raises(ValueError, match=r"^train\.precision=fp64: expected auto, bf16 or fp32 with engine=deepspeed"):
         check_engine(deepspeed, ParallelConfig(), fp64)
 

@@ -13,6 +13,7 @@ from training.run import (
     RunError,
     choose_name,
     is_finished,
+    launched_directory,
     lock_run,
     prepare_directory,
     save_config,
@@ -56,8 +57,9 @@ def test_restarted_workers_find_the_name_of_their_launch(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
     run = config(tmp_path)
+    assert launched_directory(run) is None
     first = torchrun_name(run, lambda choose: choose())
-    assert first == "exp-1"
+    assert first == "exp-1" and launched_directory(run) == tmp_path / first
     assert choose_name(run) == "exp-2"
     # same agent (this process's parent), after a restart
     assert torchrun_name(run, lambda choose: choose()) == first
