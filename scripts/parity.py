@@ -135,11 +135,12 @@ def show_outcomes(config: ParityConfig, outcomes: "Sequence[Outcome]", where: st
     from training.terminal import show_line, show_table
 
     rows: list[tuple[str, ...]] = []
-    skipped: dict[str, list[str]] = {}
+    skipped: dict[str, dict[str, int]] = {}
     for outcome in outcomes:
         job, found = outcome.job, outcome.differences
         if found is None:
-            skipped.setdefault(outcome.refused or "", []).append(f"{job.layout} ({job.model}, {job.engine})")
+            of_reason = skipped.setdefault(outcome.refused or "", {})
+            of_reason[job.layout] = of_reason.get(job.layout, 0) + 1
             continue
         numbers = (found.figures, found.grad_norm, found.gradients, found.weights, found.moments)
         rows.append(
@@ -171,10 +172,9 @@ def show_outcomes(config: ParityConfig, outcomes: "Sequence[Outcome]", where: st
         rows,
         left=("model", "engine"),
     )
-    if skipped:
-        show_table(
-            "skipped", ("layouts", "because"), [(", ".join(names), why) for why, names in skipped.items()], ("because",)
-        )
+    show_line()
+    for reason, layouts in skipped.items():
+        show_line(f"skipped ({reason}): " + ", ".join(f"{name} x {number}" for name, number in layouts.items()))
     missed = sum(row[-1] != "ok" for row in rows)
     tolerance = TOLERANCES[config.precision]
     weights = f"{tolerance.weights:g}" if math.isfinite(tolerance.weights) else "not held against anything"
