@@ -59,6 +59,7 @@ def test_torchrun_and_a_miss(tmp_path):
         ("layouts=exprt", "layouts=exprt: expected one of all, single, pairs"),
         ("layouts=tensor=3", "layouts=tensor=3: expected a layout that fits; parallel.tensor=3"),
         ("layouts=tensr=2", "parallel.tensr=2"),
+        ("layouts=tensor=²", "parallel.tensor=²: expected auto or an integer"),
         ("models=mixtrall", "models=mixtrall: expected one of cover, all, mixtral"),
         ("engines=deep", "engines=deep: expected one of native"),
         ("steps=1", "steps=1: expected an integer >= 2"),

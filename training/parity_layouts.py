@@ -85,9 +85,9 @@ def parse_layout(text: str) -> ParallelConfig:
     for item in text.split("+"):
         key, _, value = item.partition("=")
         if key == "stage_layers":
-            values[key] = [int(number) if number.isdigit() else number for number in value.split(":")]
+            values[key] = [int(number) if number.isdecimal() else number for number in value.split(":")]
         else:
-            values[key] = int(value) if value.isdigit() else value == "true" if value in ("true", "false") else value
+            values[key] = int(value) if value.isdecimal() else value == "true" if value in ("true", "false") else value
     return from_dict(ParallelConfig, values, "parallel")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from parallel.auto import CHOSEN
 from training.plots import plot_sweep
 from training.terminal import human_count, show_line, show_table
 
@@ -26,6 +27,8 @@ _RESULT_KEYS = (
 _OWN_COLUMNS = ("model.num_experts", "model.top_k")
 _PER_JOB = ("run.name", "run.root", "model.vocab_size")
 """Keys that differ between jobs although nobody swept them (a job that failed early never learnt its vocabulary)."""
+_CHOSEN = tuple(f"parallel.{axis}" for axis in CHOSEN)
+"""Keys whose `auto` becomes a number in a run; a job that failed early still has `auto`, and nobody swept it."""
 _MAX_ERROR = 160
 
 
@@ -92,7 +95,10 @@ def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys, sorted, whose value is not the same in all configs that exist."""
     known = [config for config in configs if config]
     keys = sorted({key for config in known for key in config} - {*_OWN_COLUMNS, *_PER_JOB})
-    return [key for key in keys if len({repr(config.get(key)) for config in known}) > 1]
+    found = {key: {repr(config.get(key)) for config in known} for key in keys}
+    for key in _CHOSEN:
+        found.get(key, set()).discard(repr("auto"))
+    return [key for key in keys if len(found[key]) > 1]
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -217,7 +217,10 @@ def write_job(sweep: Path, job: int, experts: int | None, lr: float, result: Map
     directory = sweep / str(job)
     directory.mkdir()
     model = f"model: {{num_experts: {experts or 'null'}, top_k: {2 if experts else 'null'}}}"
-    (directory / "config.yaml").write_text(f"run: {{name: s/{job}}}\n{model}\noptim: {{lr: {lr}, eps: 0.1}}\n")
+    # a run writes down the axes that it chose, a job that failed has none
+    parallel = f"parallel: {{tensor: {1 if result and result['status'] == 'finished' else 'auto'}}}"
+    optim = f"optim: {{lr: {lr}, eps: 0.1}}"
+    (directory / "config.yaml").write_text(f"run: {{name: s/{job}}}\n{model}\n{optim}\n{parallel}\n")
     if result is not None:
         (directory / "result.json").write_text(json.dumps(result))
 
