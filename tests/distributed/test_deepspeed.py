@@ -63,14 +63,10 @@ class Job(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-TWO = [
-    Job("mixtral", 1, 2),
-    Job("deepseek", 2, 2),
-    Job("switch", 3, 2),
+TWO = [Job("mixtral", 1, 2), Job("deepseek", 2, 2), Job("switch", 3, 2)]
+MORE = [
     Job("mixtral", 2, 2, ("experts", "*norm*")),
     Job("mixtral", 3, 1, "router"),
-]
-MORE = [
     *(Job("mixtral", stage, 2) for stage in (2, 3)),
     Job("deepseek", 3, 2),
     Job("switch", 2, 2),
@@ -132,12 +128,12 @@ def run_two(rank: int, world: int, directory: str) -> dict:
     return {
         "jobs": results,
         "relay": relay,
-        "skipped": {stage: refuse_one_step(rank, world, directory, stage) for stage in (2, 3)},
+        "skipped": {3: refuse_one_step(rank, world, directory, 3)},
         "used": [use_between_steps(rank, world, directory, stage) for stage in (0, 3)],
     }
 
 
-RELAY = [(2, (1, 2)), (3, (3, 1)), (4, (3, 2)), (5, (2, 2)), (6, (0, 2))]
+RELAY = [(2, (1, 2)), (3, (3, 1)), (4, (2, 2)), (5, (0, 2))]
 """(step, (ZeRO stage, expert ranks)) that each goes on from the checkpoint of the one before."""
 
 
@@ -211,15 +207,22 @@ def reference(job: Job) -> Job:
     return job._replace(stage=0, expert=1)
 
 
-def run_reference(rank: int, world: int, directory: str) -> tuple[dict, list[StepResult]]:
-    jobs = dict.fromkeys(reference(job) for job in (*TWO, *MORE, *FOUR))
-    references = {job: run_job(rank, world, job, directory) for job in jobs}
-    return references, start_and_save(rank, world, directory)
+def run_references(rank: int, world: int, jobs: list[Job], directory: str) -> dict[Job, dict]:
+    return {job: run_job(rank, world, job, directory) for job in dict.fromkeys(map(reference, jobs))}
+
+
+def run_alone(rank: int, world: int, directory: str) -> tuple[dict[Job, dict], list[StepResult]]:
+    return run_references(rank, world, TWO, directory), start_and_save(rank, world, directory)
 
 
 @pytest.fixture(scope="module")
-def expected(directory) -> tuple[dict, list[StepResult]]:
-    return run_ranks(run_reference, 1, directory)[0]
+def expected(directory) -> tuple[dict[Job, dict], list[StepResult]]:
+    return run_ranks(run_alone, 1, directory)[0]
+
+
+@pytest.fixture(scope="module")
+def more_expected(directory) -> dict[Job, dict]:
+    return run_ranks(run_references, 1, [*MORE, *FOUR], directory)[0]
 
 
 @pytest.fixture(scope="module")
@@ -255,32 +258,28 @@ def test_two_ranks_equal_one_process(expected, two):
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_process_with_everything_else(expected, directory):
+def test_two_ranks_equal_one_process_with_everything_else(more_expected, directory):
     for of_rank in run_ranks(run, 2, MORE, directory):
         for job, result in zip(MORE, of_rank, strict=True):
-            assert_same(job, result, expected[0][reference(job)])
+            assert_same(job, result, more_expected[reference(job)])
 
 
 @pytest.mark.slow
-def test_four_ranks_equal_one_process(expected, directory):
+def test_four_ranks_equal_one_process(more_expected, directory):
     for of_rank in run_ranks(run, 4, FOUR, directory):
         for job, result in zip(FOUR, of_rank, strict=True):
-            assert_same(job, result, expected[0][reference(job)])
+            assert_same(job, result, more_expected[reference(job)])
 
 
 def test_the_parity_run_is_not_trivial(expected):
-    for job in (reference(job) for job in (*TWO, *MORE, *FOUR)):
+    for job in map(reference, TWO):
         result = expected[0][job]
-        if job.train == "all":
-            assert any(step.grad_norm > OPTIM.max_grad_norm for step in result["history"])
-        moved = {name for name in result["initial"] if not torch.equal(result["initial"][name], result["final"][name])}
-        assert moved
-        if job.train == "router":
-            assert all("router" in name for name in moved)
+        assert any(step.grad_norm > OPTIM.max_grad_norm for step in result["history"])
+        assert any(not torch.equal(tensor, result["final"][name]) for name, tensor in result["initial"].items())
 
 
 def test_checkpoints_move_between_engines_stages_and_worlds(expected, two, directory):
-    """native on 1 rank -> four layouts of DeepSpeed and the native engine on 2 ranks -> native on 1 rank."""
+    """native on 1 rank -> three layouts of DeepSpeed and the native engine on 2 ranks -> native on 1 rank."""
     history = expected[1]
     for (step, layout), result in zip(RELAY, two[0]["relay"], strict=True):
         assert result.loss == pytest.approx(history[step].loss, rel=TOLERANCE), layout
