@@ -20,6 +20,7 @@ def tool(*arguments: str, launcher: tuple[str, ...] = (), script: str = "scripts
     return subprocess.run(command, cwd=CONF.parent, env=environment, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_own_workers_and_a_table():
     layouts = "expert=2,tensor=2+recompute=full,pipeline=2"
     ended = tool(f"layouts={layouts}", "models=pooled", "steps=2", "launch.nproc=2")

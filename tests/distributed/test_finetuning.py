@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -48,6 +49,7 @@ def interrupted(rank: int, world: int, root: Path) -> tuple[dict, dict, int]:
     return gather_whole(whole.tensors()), gather_whole(other.tensors()), other.updates
 
 
+@pytest.mark.slow
 def test_single_experts_are_saved_and_go_on_under_another_layout(tmp_path):
     """Saved by four ranks with two expert shards, loaded into four: weights and moments of four steps are the same."""
     results = run_ranks(interrupted, 4, tmp_path)
