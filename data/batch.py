@@ -71,19 +71,14 @@ class Batch:
             tensors.append(places.view(len(rows), length))
         return cls(*tensors)
 
-    def part(self, index: int, parts: int, zigzag: bool = False) -> "Batch":
-        """One of `parts` equal parts of every row, [B, S / parts]: the `index`-th.
-
-        Args:
-            zigzag: of twice as many pieces, the `index`-th from the start and the `index`-th from the end.
-        """
-        if parts == 1:
+    def part(self, pieces: Sequence[int], of: int) -> "Batch":
+        """Of every row cut into `of` equal pieces, those of the numbers `pieces`, one behind the other."""
+        if len(pieces) == of:
             return self
-        pieces = [index, 2 * parts - 1 - index] if zigzag else [index]
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(
             **{
-                name: torch.cat([x.chunk(parts * len(pieces), dim=1)[piece] for piece in pieces], dim=1)
+                name: torch.cat([x.chunk(of, dim=1)[piece] for piece in pieces], dim=1)
                 for name, x in tensors.items()
                 if x is not None
             }

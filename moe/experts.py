@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moe.config import GATED, FeedForwardKind
 from moe.feedforward import hidden
-from moe.recompute import Recompute, recomputed
+from moe.recompute import Recompute, recomputes
 
 GROUPED_WIDTH = 8
 """Grouped matmuls want rows of whole 16 bytes: eight bf16 numbers."""
@@ -71,13 +71,8 @@ class Experts(nn.Module):
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
 
+    @recomputes("selective")
     def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
-        if self.recompute == "selective":
-            y_RD: Tensor = recomputed(self._apply_to, rows_RD, counts_e)
-            return y_RD
-        return self._apply_to(rows_RD, counts_e)
-
-    def _apply_to(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
         def apply(x_RI: Tensor, weight_eOI: Tensor) -> Tensor:
             return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moe.config import GATED, FeedForwardKind
 from moe.linear import Linear
-from moe.recompute import Recompute, recomputed
+from moe.recompute import Recompute, recomputes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -48,9 +48,9 @@ class FeedForward(nn.Module):
         self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.gather(x)
-        return self.scatter(recomputed(self._apply_to, x) if self.recompute == "selective" else self._apply_to(x))
+        return self.scatter(self._apply_to(self.gather(x)))
 
+    @recomputes("selective")
     def _apply_to(self, x: Tensor) -> Tensor:
         y: Tensor = self.w_down(hidden(self.kind, lambda name: getattr(self, name)(x)))
         return y

@@ -12,7 +12,7 @@ from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
 from moe.feedforward import FeedForward
 from moe.linear import RMSNorm
-from moe.recompute import Recompute, recomputed
+from moe.recompute import Recompute, recomputes
 from moe.router import Router, RouterStats
 
 
@@ -56,23 +56,8 @@ class Block(nn.Module):
         )
         self.recompute: Recompute = "none"
 
+    @recomputes("full")
     def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        documents_BS: Tensor | None,
-        valid_BS: Tensor | None,
-        noise_keys_BS: Tensor | None,
-        cache: LayerCache | None,
-    ) -> tuple[Tensor, RouterStats | None]:
-        if self.recompute == "full" and cache is None:
-            result: tuple[Tensor, RouterStats | None] = recomputed(
-                self._forward, x_BSD, rotary, documents_BS, valid_BS, noise_keys_BS, None
-            )
-            return result
-        return self._forward(x_BSD, rotary, documents_BS, valid_BS, noise_keys_BS, cache)
-
-    def _forward(
         self,
         x_BSD: Tensor,
         rotary: tuple[Tensor, Tensor],

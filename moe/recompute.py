@@ -11,7 +11,8 @@ counts twice.
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 Recompute = Literal["none", "selective", "full"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def set_recompute(model: nn.Module, mode: Recompute) -> None:
@@ -26,6 +28,20 @@ def set_recompute(model: nn.Module, mode: Recompute) -> None:
     for module in model.modules():
         if hasattr(module, "recompute"):
             setattr(module, "recompute", mode)  # noqa: B010 (its type is not nn.Module's to know)
+
+
+def recomputes(mode: Recompute) -> Callable[[Method], Method]:
+    """Decorator of a module's method: it is `recomputed` where the module's attribute `recompute` is `mode`."""
+
+    def decorate(method: Method) -> Method:
+        @wraps(method)
+        def run(self: Any, *arguments: Any) -> Any:
+            bound = method.__get__(self)
+            return recomputed(bound, *arguments) if self.recompute == mode else bound(*arguments)
+
+        return cast(Method, run)
+
+    return decorate
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,41 +1,14 @@
 """Collectives that gradients flow through."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows_RD, send, receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return _exchange(grad_RD, ctx.receive, ctx.send, ctx.group), None, None, None
-
-
-def _exchange(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    arrived = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=group)
-    return arrived
-
-
-def all_to_all_rows(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send the first `send[0]` rows to rank 0 of the group, the next `send[1]` to rank 1, ...; any may be 0.
-
-    Args:
-        rows_RD: rows in the order of their destinations.
-        send: rows for each rank of the group.
-        receive: rows from each rank of the group.
-
-    Returns:
-        [sum(receive), D], in the order of their sources. Its gradient travels the way back.
-    """
-    return _AllToAllRows.apply(rows_RD, send, receive, group)
+Collective = Callable[[Tensor, int, dist.ProcessGroup], Tensor]
+"""(tensor, dim, group) -> tensor."""
 
 
 class Travelling:
@@ -105,6 +78,20 @@ def arrived(rows_RD: Tensor, travelling: Travelling) -> Tensor:
     return rows
 
 
+def all_to_all_rows(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Send the first `send[0]` rows to rank 0 of the group, the next `send[1]` to rank 1, ...; any may be 0.
+
+    Args:
+        rows_RD: rows in the order of their destinations.
+        send: rows for each rank of the group.
+        receive: rows from each rank of the group.
+
+    Returns:
+        [sum(receive), D], in the order of their sources. Its gradient travels the way back.
+    """
+    return arrived(*depart(rows_RD, send, receive, group))
+
+
 # torch 2.13 renamed both and warns of the old names; 2.11 has only those.
 _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 _reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
@@ -126,32 +113,29 @@ def reduce_scatter_dim(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Ten
     return part.movedim(0, dim)
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return all_gather_dim(part, dim, group)
+class _Along(torch.autograd.Function):
+    """`there(x, dim, group)`, whose gradient comes `back` by its mirror image."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return reduce_scatter_dim(grad, ctx.dim, ctx.group), None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return reduce_scatter_dim(whole, dim, group)
+    def forward(ctx: Any, x: Tensor, there: Collective, back: Collective, dim: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.back, ctx.dim, ctx.group = back, dim, group
+        return there(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return all_gather_dim(grad, ctx.dim, ctx.group), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+        return ctx.back(grad, ctx.dim, ctx.group), None, None, None, None
 
 
 def gather_dim(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """`all_gather_dim` with a gradient: the sum over ranks, of which each gets its part."""
-    whole: Tensor = _Gather.apply(part, dim, group)
+    whole: Tensor = _Along.apply(part, all_gather_dim, reduce_scatter_dim, dim, group)
     return whole
+
+
+def scatter_dim(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """`reduce_scatter_dim` with a gradient: every rank's part of it, joined."""
+    part: Tensor = _Along.apply(whole, reduce_scatter_dim, all_gather_dim, dim, group)
+    return part
 
 
 class GatherSequence(nn.Module):
@@ -165,8 +149,7 @@ class GatherSequence(nn.Module):
         self.group = group
 
     def forward(self, part_BSD: Tensor) -> Tensor:
-        whole: Tensor = _Gather.apply(part_BSD, 1, self.group)
-        return whole
+        return gather_dim(part_BSD, 1, self.group)
 
     def extra_repr(self) -> str:
         return f"over {self.group.size()} ranks"
@@ -176,8 +159,7 @@ class ScatterSequence(GatherSequence):
     """[B, P·s, ...], partial sums on every rank -> this rank's [B, s, ...] of the sum."""
 
     def forward(self, whole_BSD: Tensor) -> Tensor:
-        part: Tensor = _Scatter.apply(whole_BSD, 1, self.group)
-        return part
+        return scatter_dim(whole_BSD, 1, self.group)
 
 
 class OwnSequence(GatherSequence):

@@ -137,7 +137,7 @@ def piece_order(layout: Layout) -> list[list[int]]:
     """For each rank that shares a row, in the order of `mesh.sequence`, its pieces' numbers in the sequence."""
     if not layout.zigzag:
         return [[rank] for rank in range(layout.sequence)]
-    by_context = [[rank, 2 * layout.context - 1 - rank] for rank in range(layout.context)]
+    by_context = [layout.pieces_of(rank) for rank in range(layout.context)]
     if layout.tensor == 1:
         return by_context
     finer = layout.tensor // 2  # tensor ranks cut each of the two pieces
@@ -158,11 +158,11 @@ class ZigzagCore(nn.Module):
 
     def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, documents_BS: Tensor | None) -> Tensor:
         """Returns [B, H, S, C]; arguments as of `ContextCore`."""
-        ranks, rank, places = self.group.size(), self.group.rank(), k_BGSC.shape[2] // 2
-        order = _inverse([piece for own in range(ranks) for piece in (own, 2 * ranks - 1 - own)])
+        layout, places = Layout(context=self.group.size(), zigzag=True), k_BGSC.shape[2] // 2
+        order = _inverse([piece for pieces in piece_order(layout) for piece in pieces])
         k, v = (_in_order(gather_dim(x, 2, self.group), 2, order) for x in (k_BGSC, v_BGSC))
         mixed = []
-        for q, piece in zip(q_BHSC.chunk(2, dim=2), (rank, 2 * ranks - 1 - rank), strict=True):
+        for q, piece in zip(q_BHSC.chunk(2, dim=2), layout.pieces_of(self.group.rank()), strict=True):
             end = (piece + 1) * places
             documents = None if documents_BS is None else self._documents(documents_BS, order, end)
             mixed.append(self.core(q, k[:, :, :end], v[:, :, :end], documents))

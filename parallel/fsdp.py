@@ -11,7 +11,7 @@ and compute in at least fp32.
 import itertools
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard
 from moe.layer import Block, MoELayer
 from moe.model import Transformer
 from moe.router import Router
+from parallel.inventory import shard_dim
 from parallel.mesh import Mesh
 
 
@@ -42,7 +43,7 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
             module,
             mesh=over,
             reshard_after_forward=reshard,
-            shard_placement_fn=lambda parameter: Shard(_dim(parameter, over.size())),
+            shard_placement_fn=lambda parameter: Shard(shard_dim(parameter.shape, over.size())),
             mp_policy=policy,
             offload_policy=place,
             ignored_params=routers,
@@ -80,10 +81,3 @@ def _prefetch(blocks: list[Block]) -> None:
         assert isinstance(block, FSDPModule) and isinstance(following, FSDPModule)
         block.set_modules_to_forward_prefetch(units(following))
         following.set_modules_to_backward_prefetch(list(reversed(units(block))))
-
-
-def _dim(parameter: Tensor, parts: int) -> int:
-    """Experts whole where they divide, else a part of each one's rows; matrices by rows."""
-    if parameter.dim() == 3 and parameter.shape[0] % parts and parameter.shape[1] % parts == 0:
-        return 1
-    return 0

@@ -1,6 +1,7 @@
 """Every weight of a model by name, shape and how axes cut it: read off the configuration, without torch and in no time.
 
-What torch builds (`moe.model.Transformer`) and cuts (`parallel/placement.py`) is the same; tests hold them together.
+What torch builds (`moe.model.Transformer`) has the same names and shapes; a test holds them together. How axes cut them
+is said here, and only here.
 
 Letters: D model, H query heads, G key/value heads, C head dim, F hidden width, E experts, V vocabulary.
 """
@@ -19,6 +20,42 @@ Kind = Literal["whole", "replicated", "tensor", "experts"]
 """Which axes cut it: none (routers), FSDP alone, tensor parallelism, or expert parallelism."""
 
 
+TENSOR_DIMS = {
+    "embedding": 0,
+    "head": 0,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w_gate": 0,
+    "w_up": 0,
+    "w_down": 1,
+}
+"""Weights [out, in] that tensor parallelism cuts, and along which dim: heads, hidden units, or the vocabulary."""
+EXPERT_TENSOR_DIMS = {"w_gate": 1, "w_up": 1, "w_down": 2}
+"""The same for stacked experts: their hidden units."""
+
+
+def kind(name: str) -> Kind:
+    """Which axes cut the parameter `name`: expert parallelism, tensor parallelism, FSDP alone, or (routers) none."""
+    if ".experts." in name:
+        return "experts"
+    if ".router." in name:
+        return "whole"
+    return "tensor" if _leaf(name) in TENSOR_DIMS else "replicated"
+
+
+def cut_dim(name: str) -> int | None:
+    """The dim along which tensor parallelism (of experts: `expert_tensor`) cuts the parameter; None: it does not."""
+    dims = {"experts": EXPERT_TENSOR_DIMS, "tensor": TENSOR_DIMS}.get(kind(name), {})
+    return dims.get(_leaf(name))
+
+
+def shard_dim(shape: Sequence[int], parts: int) -> int:
+    """Along which FSDP cuts what is left: experts whole where they divide, else each one's rows; matrices by rows."""
+    return 1 if len(shape) == 3 and shape[0] % parts and shape[1] % parts == 0 else 0
+
+
 @dataclass(frozen=True)
 class Weight:
     shape: tuple[int, ...]
@@ -28,6 +65,10 @@ class Weight:
     """What tensor parallelism cuts it along, or `expert_tensor` where it is of experts."""
     root: bool = False
     """Outside of the blocks: embedding, last norm, head."""
+
+    @classmethod
+    def named(cls, name: str, *shape: int, root: bool = False) -> "Weight":
+        return cls(shape, kind(name), cut_dim(name), root)
 
     @property
     def numel(self) -> int:
@@ -45,8 +86,7 @@ class Weight:
     def largest_part(self, layout: Layout, sharers: int) -> int:
         """Elements that the fullest rank holds: FSDP cuts along one dim, and its last parts may be shorter."""
         shape = list(self.local_shape(layout))
-        # experts whole where they divide, else by their rows (parallel/fsdp.py)
-        dim = 1 if len(shape) == 3 and shape[0] % sharers and shape[1] % sharers == 0 else 0
+        dim = shard_dim(shape, sharers)
         shape[dim] = -(-shape[dim] // sharers)
         return math.prod(shape)
 
@@ -77,40 +117,44 @@ def count_weights(model: ModelConfig, layers: Sequence[int]) -> Counter[Weight]:
 
 def _ends(model: ModelConfig, first: bool, last: bool) -> Iterator[tuple[str, Weight]]:
     """What is outside of the blocks; a tied embedding is needed at both ends."""
-    matrix = Weight((model.vocab_size or 0, model.dim), "tensor", 0, root=True)
+    shapes: dict[str, tuple[int, ...]] = {}
     if first or (last and model.tie_embeddings):
-        yield "embedding", matrix
+        shapes["embedding"] = (model.vocab_size or 0, model.dim)
     if last:
-        yield "norm.weight", Weight((model.dim,), "replicated", root=True)
+        shapes["norm.weight"] = (model.dim,)
         if not model.tie_embeddings:
-            yield "head.weight", matrix
+            shapes["head.weight"] = (model.vocab_size or 0, model.dim)
+    return ((name, Weight.named(name, *shape, root=True)) for name, shape in shapes.items())
 
 
 def _block(model: ModelConfig, is_moe: bool) -> Iterator[tuple[str, Weight]]:
     dim, heads = model.dim, model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
-    yield "attention_norm.weight", Weight((dim,), "replicated")
-    yield "ffn_norm.weight", Weight((dim,), "replicated")
+    shapes: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
     for name, width in (("wq", heads), ("wk", kv_heads), ("wv", kv_heads)):
-        yield f"attention.{name}.weight", Weight((width, dim), "tensor", 0)
-    yield "attention.wo.weight", Weight((dim, heads), "tensor", 1)
+        shapes[f"attention.{name}.weight"] = (width, dim)
+    shapes["attention.wo.weight"] = (dim, heads)
     if not is_moe:
-        yield from _network("ffn", model.ffn, model.hidden_dim, dim)
-        return
-    experts, width = model.num_experts or 0, model.expert_width
-    yield "ffn.router.weight", Weight((experts, dim), "whole")
-    for name in _inward(model.expert_kind):
-        yield f"ffn.experts.{name}", Weight((experts, width, dim), "experts", 1)
-    yield "ffn.experts.w_down", Weight((experts, dim, width), "experts", 2)
-    if model.num_shared_experts:
-        yield from _network("ffn.shared", model.expert_kind, model.num_shared_experts * width, dim)
+        shapes |= _network("ffn", model.ffn, model.hidden_dim, dim)
+    else:
+        experts, width = model.num_experts or 0, model.expert_width
+        shapes["ffn.router.weight"] = (experts, dim)
+        for name in _inward(model.expert_kind):
+            shapes[f"ffn.experts.{name}"] = (experts, width, dim)
+        shapes["ffn.experts.w_down"] = (experts, dim, width)
+        if model.num_shared_experts:
+            shapes |= _network("ffn.shared", model.expert_kind, model.num_shared_experts * width, dim)
+    return ((name, Weight.named(name, *shape)) for name, shape in shapes.items())
 
 
-def _network(prefix: str, kind: FeedForwardKind, hidden: int, dim: int) -> Iterator[tuple[str, Weight]]:
-    for name in _inward(kind):
-        yield f"{prefix}.{name}.weight", Weight((hidden, dim), "tensor", 0)
-    yield f"{prefix}.w_down.weight", Weight((dim, hidden), "tensor", 1)
+def _network(prefix: str, kind: FeedForwardKind, hidden: int, dim: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.{name}.weight": (hidden, dim) for name in _inward(kind)}
+    return shapes | {f"{prefix}.w_down.weight": (dim, hidden)}
 
 
 def _inward(kind: FeedForwardKind) -> tuple[str, ...]:
     return ("w_gate", "w_up") if kind in GATED else ("w_up",)
+
+
+def _leaf(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

@@ -59,6 +59,15 @@ class Layout:
         """Of these, ranks that share the experts' weights out among them (FSDP): as many of `shard` as fit."""
         return math.gcd(self.shard, self.expert_data)
 
+    @property
+    def pieces(self) -> int:
+        """Pieces of a row that context ranks hold between them."""
+        return self.context * (2 if self.zigzag else 1)
+
+    def pieces_of(self, context_rank: int) -> list[int]:
+        """Numbers, in the sequence, of the pieces that a context rank holds."""
+        return [context_rank, self.pieces - 1 - context_rank] if self.zigzag else [context_rank]
+
     def place(self, rank: int) -> dict[str, int]:
         """The rank's index on every axis."""
         place = {}

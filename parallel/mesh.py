@@ -23,8 +23,6 @@ class Mesh:
     """Ranks of this pipeline stage."""
     pipeline: dist.ProcessGroup
     """One rank of every stage: those at this rank's place in theirs."""
-    data: dist.ProcessGroup
-    """Ranks that see other rows, at the same part of the sequence."""
     shard: dist.ProcessGroup
     context: dist.ProcessGroup
     tensor: dist.ProcessGroup
@@ -112,7 +110,6 @@ def build_mesh(device: torch.device, layout: Layout, made: Groups | None = None)
         world=world,
         stage=group("replicate", "shard", "context", "tensor"),
         pipeline=group("pipeline"),
-        data=group("replicate", "shard"),
         shard=group("shard"),
         context=group("context"),
         tensor=group("tensor"),

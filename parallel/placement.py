@@ -1,7 +1,7 @@
-"""Where this rank's part of a parameter lies in the whole: one table, read by whoever cuts, draws, saves or counts.
+"""Where this rank's part of a parameter lies in the whole: asked by whoever cuts, draws, saves or counts.
 
-Tensor parallelism cuts what the names below say, expert parallelism the experts, and FSDP (`parallel.shard`) what is
-left of either, once more.
+Tensor parallelism cuts what `parallel/inventory.py` names, expert parallelism the experts, and FSDP (`parallel.shard`)
+what is left of either, once more.
 """
 
 from collections.abc import Callable
@@ -11,40 +11,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from moe.region import Held, Region
-from parallel.inventory import Kind
+from parallel.inventory import cut_dim, kind
 from parallel.mesh import Mesh
-
-TENSOR_DIMS = {
-    "embedding": 0,
-    "head": 0,
-    "wq": 0,
-    "wk": 0,
-    "wv": 0,
-    "wo": 1,
-    "w_gate": 0,
-    "w_up": 0,
-    "w_down": 1,
-}
-"""Weights [out, in] that tensor parallelism cuts, and along which dim: heads, hidden units, or the vocabulary."""
-EXPERT_TENSOR_DIMS = {"w_gate": 1, "w_up": 1, "w_down": 2}
-"""The same for stacked experts: their hidden units."""
-
-
-def kind(name: str) -> Kind:
-    """Which axes cut the parameter `name`: expert parallelism, tensor parallelism, FSDP alone, or (routers) none."""
-    if ".experts." in name:
-        return "experts"
-    if ".router." in name:
-        return "whole"
-    return "tensor" if _leaf(name) in TENSOR_DIMS else "replicated"
 
 
 def cuts(name: str, mesh: Mesh) -> dict[int, dist.ProcessGroup]:
     """Dim -> the group whose ranks each hold one of its equal, contiguous parts (FSDP's cut apart)."""
-    which = kind(name)
-    if which == "experts":
-        return {0: mesh.expert, EXPERT_TENSOR_DIMS[_leaf(name)]: mesh.expert_tensor}
-    return {TENSOR_DIMS[_leaf(name)]: mesh.tensor} if which == "tensor" else {}
+    dim = cut_dim(name)
+    if dim is None:
+        return {}
+    return {0: mesh.expert, dim: mesh.expert_tensor} if kind(name) == "experts" else {dim: mesh.tensor}
 
 
 def own_part(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:
@@ -91,7 +67,3 @@ def same_ranks(name: str, mesh: Mesh) -> dist.ProcessGroup:
         "tensor": mesh.same_tensor,
         "experts": mesh.same_experts,
     }[kind(name)]
-
-
-def _leaf(name: str) -> str:
-    return name.removesuffix(".weight").rpartition(".")[2]

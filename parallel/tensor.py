@@ -19,8 +19,9 @@ from moe.feedforward import FeedForward
 from moe.losses import IGNORE
 from moe.model import Lookup, Transformer
 from parallel.collectives import GatherSequence, OwnSequence, ScatterSequence
+from parallel.inventory import kind
 from parallel.mesh import Mesh
-from parallel.placement import kind, own_part
+from parallel.placement import own_part
 
 
 class CutLookup(nn.Module):
@@ -41,7 +42,7 @@ class CutLookup(nn.Module):
 
 
 def cut_tensors(model: Transformer, mesh: Mesh) -> None:
-    """Keep this rank's part of the weights that `parallel/placement.py` names, and install the seams around them."""
+    """Keep this rank's part of the weights that `parallel/inventory.py` names, and install the seams around them."""
     group = mesh.tensor
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):

@@ -26,12 +26,12 @@ from moe.config import RouterConfig
 from moe.flops import meta_model
 from moe.model import Output, Transformer
 from moe.region import Held
+from parallel.inventory import kind
 from parallel.mesh import Mesh
 from parallel.objective import Inputs, Objective
-from parallel.placement import kind
 from training.config import OptimConfig
 from training.deepspeed_config import check_choice, speaks
-from training.engine import loss_of
+from training.engine import run_whole
 from training.trainable import Trainable, choose, persistent_buffers, shown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,8 +73,7 @@ class DeepSpeedEngine:
         self._allocate_moments()
 
     def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
-        for number, inputs in enumerate(micro_batches):
-            self.backward(loss_of(self.model(**inputs), self.model, objective, number))
+        run_whole(self.model, micro_batches, objective, self.backward)
 
     @torch.no_grad()
     def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:

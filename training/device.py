@@ -40,8 +40,7 @@ def check_memory(parameters: int, state: int, local_ranks: int) -> None:
     Raises:
         ConfigError: it cannot fit.
     """
-    needed = state * local_ranks
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed, memory = state * local_ranks, _host_memory()
     if needed > memory:
         raise ConfigError(
             f"train.device=cpu: expected a model that fits this host's {memory / 1e9:.1f} GB of memory; "
@@ -83,7 +82,11 @@ def memory_of_a_rank(device: torch.device, local_ranks: int) -> int:
     """Bytes of memory that one of `local_ranks` ranks on this host has at its disposal."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // local_ranks
+    return _host_memory() // local_ranks
+
+
+def _host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_bytes(device: torch.device) -> int:

@@ -4,7 +4,7 @@ The step (training/step.py) is written against the protocol, so that another eng
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -87,9 +87,7 @@ class NativeEngine:
         if self.pipeline is not None:
             self.pipeline.run(micro_batches, objective)
             return
-        (model,) = self.parts
-        for number, inputs in enumerate(micro_batches):
-            self.backward(loss_of(model(**inputs), model, objective, number))
+        run_whole(self.parts[0], micro_batches, objective, self.backward)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -146,9 +144,13 @@ class NativeEngine:
         """Nothing outlives it."""
 
 
-def loss_of(output: Output, model: Transformer, objective: Objective, micro_batch: int) -> Tensor:
-    """The loss of a whole model's output."""
-    loss = objective.predictions(output.logits_BSV, micro_batch)
-    if output.stats is not None:
-        loss = loss + objective.routing(output.stats, model.moe_layers, micro_batch)
-    return loss
+def run_whole(
+    model: Transformer, micro_batches: Sequence[Inputs], objective: Objective, backward: Callable[[Tensor], None]
+) -> None:
+    """`Engine.run` of a model that is whole here, layer by layer."""
+    for number, inputs in enumerate(micro_batches):
+        output: Output = model(**inputs)
+        loss = objective.predictions(output.logits_BSV, number)
+        if output.stats is not None:
+            loss = loss + objective.routing(output.stats, model.moe_layers, number)
+        backward(loss)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from moe.model import Transformer
+from parallel.inventory import kind
 from parallel.mesh import Mesh
-from parallel.placement import kind
 from training.report import RankHoldings
 
 

@@ -58,7 +58,7 @@ def on_device(batch: Batch, mesh: Mesh, seed: int = 0) -> tuple[dict[str, Any], 
     """
     padded = bool((batch.documents_BS < 0).any())
     packed = bool((batch.documents_BS != 0).any())
-    batch = batch.part(mesh.context.rank(), mesh.context.size(), mesh.layout.zigzag).to(mesh.device)
+    batch = batch.part(mesh.layout.pieces_of(mesh.context.rank()), mesh.layout.pieces).to(mesh.device)
     inputs = {
         "tokens_BS": batch.tokens_BS,
         "positions_BS": batch.positions_BS,

@@ -21,7 +21,8 @@ from moe.flops import meta_model
 from moe.model import Transformer
 from moe.region import Held, Region
 from moe.router import Router
-from parallel.placement import kind, local_of
+from parallel.inventory import kind
+from parallel.placement import local_of
 from training.strict import ConfigError, nearest
 
 EVERYTHING = "all"
@@ -79,8 +80,7 @@ class Trainable:
                     self.sources.append(parameter)
                 held = model.locate(name, parameter)
                 if name in choice.whole:
-                    alone = isinstance(parameter, DTensor)
-                    own = nn.Parameter(held.local) if alone else parameter
+                    own = nn.Parameter(held.local) if isinstance(parameter, DTensor) else parameter
                     self.weights[name] = Weight(name, parameter, None, held, own)
                 elif name in choice.experts:
                     parts = _parts(name, parameter, held, choice.experts[name])

@@ -18,10 +18,9 @@ from parallel.apply import build_model
 from parallel.auto import Choice, resolve
 from parallel.config import ParallelConfig
 from parallel.context import rows_to_each
-from parallel.inventory import named_weights
+from parallel.inventory import EXPERT_TENSOR_DIMS, TENSOR_DIMS, kind, named_weights
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.placement import EXPERT_TENSOR_DIMS, TENSOR_DIMS, kind
 from parallel.plan import (
     HEADER,
     Plan,
