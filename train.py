@@ -16,10 +16,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from scripts import boundary
+from common.strict import from_dict
+from scripts import cli as boundary
 from training.config import Config, with_vocabulary
 from training.initial import start_from
-from training.strict import from_dict
 
 MAX_REFUSED = 5
 """Steps in a row whose gradient norm is not finite (each changes no weight) before the run gives up."""
@@ -35,16 +35,19 @@ def train(config: Config) -> dict[str, Any]:
 
     import torch
 
-    from data.chat import instruction
+    from common.strict import to_dict
+    from data.corpora.chat import instruction
     from data.loader import Loader, evaluation_batches
-    from data.store import prepare
-    from moe.flops import count_parameters, meta_model, training_flops_per_token
-    from moe.sampling import Sampling
-    from parallel.agreement import check_agreement, facts_of
-    from parallel.launch import world_from_env
+    from data.tokens.store import prepare
+    from moe.accounting.flops import count_parameters, meta_model, training_flops_per_token
+    from moe.generation.sampling import Sampling
     from parallel.mesh import build_mesh, close_process_group, init_process_group, set_timeout
-    from parallel.rendezvous import open_store, share, wait_for_all
-    from training import checkpoint
+    from parallel.startup.launch import world_from_env
+    from parallel.startup.preflight import check_ranks_agree, collect_facts
+    from parallel.startup.rendezvous import open_store, share, wait_for_all
+    from training.build import build_engine, build_parts
+    from training.checkpoint import checkpoint
+    from training.checkpoint.manifest import CHECKPOINTS
     from training.device import (
         check_memory,
         compute_dtype,
@@ -53,24 +56,21 @@ def train(config: Config) -> dict[str, Any]:
         peak_flops,
         pick_device,
     )
-    from training.engines import build_engine, build_parts
     from training.evaluate import evaluate
-    from training.holdings import gather_holdings
+    from training.formats.reader import open_model
     from training.initial import find_initial
-    from training.layout import laid_out
-    from training.manifest import CHECKPOINTS
-    from training.metrics import router_metrics
-    from training.outcome import evaluation_row, finish_run, finished_result, show_finished, show_start
-    from training.recorder import Recorder
+    from training.layout import resolve_layout
+    from training.report.metrics import router_metrics
+    from training.report.rank_summary import gather_rank_summaries
+    from training.report.recorder import Recorder
+    from training.report.run_report import evaluation_row, finish_run, finished_result, show_finished, show_start
+    from training.report.terminal import show_line
     from training.resume import check_shared, checked_state, find_checkpoint
     from training.run import lock_run, prepare_directory, save_config, save_tokenizer, torchrun_name
     from training.sample import sample_tokens
     from training.schedule import learning_rate
-    from training.source import open_source
     from training.step import train_step
-    from training.strict import to_dict
-    from training.terminal import show_line
-    from training.trainable import check_resumed, choose, shown, trained_elements
+    from training.trainable import check_same_choice, choose_trainable, format_patterns, trained_elements
 
     started = time.monotonic()
     steps, log_every, eval_every = config.train.steps, config.train.log_every, config.train.eval_every
@@ -87,8 +87,8 @@ def train(config: Config) -> dict[str, Any]:
     #    others through the launcher's key-value store: whatever is wrong shows before a process group exists.
     agreed = open_store(world, config.parallel.start_timeout_s)
     libraries = ("deepspeed",) if config.engine.kind == "deepspeed" else ()
-    facts = facts_of(to_dict(config), device.type, str(dtype), libraries)
-    check_agreement(agreed, world, facts, config.parallel.start_timeout_s)
+    facts = collect_facts(to_dict(config), device.type, str(dtype), libraries)
+    check_ranks_agree(agreed, world, facts, config.parallel.start_timeout_s)
     name = torchrun_name(config.run, lambda choose: share(agreed, world, "name", choose))
     directory = prepare_directory(config.run, name)
     store = prepare(config.data, verify=world.local_rank == 0, report=show_line if is_main else None)
@@ -97,10 +97,10 @@ def train(config: Config) -> dict[str, Any]:
     model_config = with_vocabulary(config.model, store.tokenizer.vocab_size)
     whole = meta_model(model_config, config.router)
     counts = count_parameters(whole)
-    trained = trained_elements(whole, choose(whole, config.optim.train))
+    trained = trained_elements(whole, choose_trainable(whole, config.optim.train))
     memory = share(agreed, world, "memory", lambda: memory_of_a_rank(device, world.local_world_size))
     share_trained = trained / counts.total
-    config, plan, warning = laid_out(
+    config, plan, warning = resolve_layout(
         config, model_config, world, memory=memory, itemsize=dtype.itemsize, trained=share_trained
     )
     layout = plan.layout
@@ -114,7 +114,7 @@ def train(config: Config) -> dict[str, Any]:
     )
     state = checked_state(found, model_config, config.router, steps) if found else None
     if state:
-        check_resumed(config.optim.train, state.get("train", "all"), str(found))
+        check_same_choice(config.optim.train, state.get("train", "all"), str(found))
     fresh = config.run.init_from if found is None else None
     initial = share(agreed, world, "initial", lambda: find_initial(fresh, warn=show_line))
     finished = share(agreed, world, "finished", lambda: finished_result(directory, steps))
@@ -147,15 +147,15 @@ def train(config: Config) -> dict[str, Any]:
     seed = config.run.seed if initial is None else None
     parts = build_parts(config, model_config, mesh, dtype, seed)
     if initial is not None:
-        source = open_source(initial, check=False)
+        source = open_model(initial, check=False)
         for part in parts:
             source.fill(part)
-    holdings = gather_holdings(parts, mesh)
+    holdings = gather_rank_summaries(parts, mesh)
     engine = build_engine(config, parts, mesh)
     if state:
         tensors = engine.tensors()
         checkpoint.load(Path(found), tensors)
-        engine.loaded(tensors, state["updates"])
+        engine.finish_loading(tensors, state["updates"])
         del tensors
     if is_main:
         named = dataclasses.replace(config.run, name=name)
@@ -167,7 +167,9 @@ def train(config: Config) -> dict[str, Any]:
         if warning:
             show_line(warning)
         if trained < counts.total:
-            show_line(f"optim.train={shown(config.optim.train)}: {trained:,} of {counts.total:,} parameters train")
+            show_line(
+                f"optim.train={format_patterns(config.optim.train)}: {trained:,} of {counts.total:,} parameters train"
+            )
     token_bytes_V = torch.from_numpy(store.tokenizer.token_bytes()).to(device)
     evaluation_rows = max(1, config.train.global_batch // config.train.accumulation // layout.data)
     # The FLOPs of a step are those of training everything: with frozen weights there is no true utilisation to give.
@@ -305,7 +307,7 @@ def main() -> None:
     except Exception as error:
         boundary.end(error, sys.argv[1:])
     if sweep_dir is not None:
-        from training.sweep import sweep_table
+        from training.report.sweep import sweep_table
 
         if any(row["status"] != "finished" for row in sweep_table(sweep_dir)):
             raise SystemExit(1)

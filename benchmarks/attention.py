@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moe.attention import AttentionCore
+from moe.attention.attention import AttentionCore
 from training.device import compute_dtype, pick_device
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)

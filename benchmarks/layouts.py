@@ -20,21 +20,21 @@ from typing import cast
 import torch
 import torch.distributed as dist
 
+from common.errors import ConfigError
 from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
-from parallel.launch import World, launch_workers, world_from_env
 from parallel.mesh import Groups, build_mesh, close_process_group, init_process_group
-from parallel.rendezvous import open_store
+from parallel.startup.launch import World, launch_workers, world_from_env
+from parallel.startup.rendezvous import open_store
+from training.build import build_engine, build_parts
 from training.config import Config, TrainConfig
 from training.device import compute_dtype, pick_device
 from training.engine import Engine
-from training.engines import build_engine, build_parts
-from training.layout import laid_out
-from training.parity import EngineKind, configuration
-from training.parity_cases import ACCUMULATION, Case
-from training.parity_layouts import parse_layout
+from training.layout import resolve_layout
+from training.parity.cases import ACCUMULATION, Case
+from training.parity.layouts import parse_layout
+from training.parity.trial import EngineKind, configuration
 from training.step import train_step
-from training.strict import ConfigError
 
 BASELINE = "replicate={}"
 LAYOUTS = (
@@ -124,7 +124,7 @@ def work(options: argparse.Namespace) -> None:
     running: dict[str, tuple[Engine, list[Batch]]] = {}
     for name in names:
         try:
-            config, plan, _ = laid_out(config_of(name, case, options), case.model, World(world_size=size))
+            config, plan, _ = resolve_layout(config_of(name, case, options), case.model, World(world_size=size))
             layout = plan.layout
         except ConfigError as error:
             if world.rank == 0:
@@ -151,7 +151,7 @@ def work(options: argparse.Namespace) -> None:
 
 def show(times: dict[str, list[float]], options: argparse.Namespace, device: torch.device, size: int) -> None:
     """Times, and their ratio to the first layout's: of the fastest rounds, and within each round."""
-    from training.terminal import show_table
+    from training.report.terminal import show_table
 
     baseline = next(iter(times.values()))
     rows = []

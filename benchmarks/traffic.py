@@ -1,11 +1,11 @@
-"""Bytes that each rank really sends in one optimizer step under each axis, beside the formulas of parallel/traffic.py.
+"""Bytes that each rank sends in one optimizer step under each axis, beside the formulas of `parallel.planning.traffic`.
 
     python benchmarks/traffic.py                       # worlds of two and of four processes of this machine
     python benchmarks/traffic.py --worlds 2 --dtype bf16 --accumulation 4
 
 Counted is every collective of the step, in the forward pass and in autograd's threads, ours and those of torch's FSDP
 and pipelines: all become operators of `c10d`, which a dispatch mode sees; one that it does not know is an error. A
-collective counts as a ring (parallel/traffic.py has the definition). `written` is the check from outside: what the
+collective counts as a ring (`parallel.planning.traffic` defines it). `written` is the check from outside: what the
 kernel saw each process write. Where gloo sends as it is counted (all-reduce, all-to-all, point to point) that is the
 same but for headers; its all-gathers and reduce-scatters send more.
 
@@ -28,18 +28,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
-from parallel.launch import World, launch_workers, world_from_env
 from parallel.layout import Layout
 from parallel.mesh import Groups, Mesh, build_mesh, close_process_group, init_process_group
-from parallel.plan import plan
-from parallel.rendezvous import open_store
+from parallel.planning.plan import plan
+from parallel.startup.launch import World, launch_workers, world_from_env
+from parallel.startup.rendezvous import open_store
+from training.build import build_engine, build_parts
 from training.config import TrainConfig
 from training.device import compute_dtype
-from training.engines import build_engine, build_parts
-from training.layout import laid_out
-from training.parity import configuration
-from training.parity_cases import Case
-from training.parity_layouts import parse_layout
+from training.layout import resolve_layout
+from training.parity.cases import Case
+from training.parity.layouts import parse_layout
+from training.parity.trial import configuration
 from training.step import train_step
 
 WINDOW = 16
@@ -191,7 +191,7 @@ def measure(
     config = configuration(case, parse_layout(job.layout), rows=options.rows, steps=2)
     train = TrainConfig(2, LENGTH, options.rows, accumulation=options.accumulation, precision=options.dtype)
     world = World(world_size=size, local_world_size=size)
-    config, ours, _ = laid_out(replace(config, train=train), case.model, world)
+    config, ours, _ = resolve_layout(replace(config, train=train), case.model, world)
     layout = ours.layout
     layout = layout if job.zigzag else replace(layout, zigzag=False)
     mesh = build_mesh(device, layout, made)
@@ -239,7 +239,7 @@ def work(options: argparse.Namespace) -> None:
         of_ranks, expected = measure(job, device, options, made)
         rows += lines(str(job), of_ranks, expected)
     if world.rank == 0:
-        from training.terminal import show_table
+        from training.report.terminal import show_table
 
         title = f"{world.world_size} ranks, {options.dtype}, {options.accumulation} micro-batches, S = 8 W = {LENGTH}"
         columns = ("layout, model", "axis", "sent", "formula", "ratio", "written")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from data.errors import DataError
+from common.errors import DataError
 from data.packing import IGNORE, Row
 
 DTYPES = {

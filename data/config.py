@@ -6,18 +6,7 @@ A `ValueError` raised here starts with `<field>=<value>: expected ...`; the Hydr
 from dataclasses import dataclass
 from typing import Literal
 
-from data.errors import DataError
-
-
-def expect(holds: bool, field: str, value: object, expected: str) -> None:
-    """Raise `DataError("<field>=<value>: expected <expected>")` unless `holds`."""
-    if not holds:
-        raise DataError(f"{field}={shown(value)}: expected {expected}")
-
-
-def shown(value: object) -> str:
-    """`value` as one writes it in YAML or on the command line."""
-    return "null" if value is None else f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+from common.checks import expect
 
 
 @dataclass(frozen=True)
@@ -65,7 +54,7 @@ class DataConfig:
     max_documents: int | None = None
     """`files`, `hub`, `sft`: stop after so many documents."""
     messages_key: str = "messages"
-    """`sft`: the entry of a line that holds the messages (`data.chat`)."""
+    """`sft`: the entry of a line that holds the messages (`data.corpora.chat`)."""
 
     def __post_init__(self) -> None:
         expect(bool(self.cache), "cache", repr(self.cache), "a directory")

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import DataError
 from data.batch import Batch
-from data.errors import DataError
 from data.packing import Row, padding_row
-from data.split import TokenSplit
+from data.tokens.split import TokenSplit
 
 
 def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:

@@ -1,27 +1,56 @@
-"""What a model is: frozen dataclasses that validate themselves, mirrored by `conf/model` and `conf/router`.
+"""A model's configuration: frozen dataclasses that validate themselves, mirrored by `conf/model` and `conf/router`.
 
-A `ValueError` raised here starts with `<field>=<value>: expected ...`; the Hydra boundary puts the section before it.
+An error raised here starts with `<field>=<value>: expected ...`. The section is put before the field where the command
+line is converted. This module does not import torch, so that the command line can refuse a mistake in a moment.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
-FeedForwardKind = Literal["swiglu", "geglu", "relu", "gelu"]
-GATED = ("swiglu", "geglu")
+from common.checks import expect
+from common.registry import Registry
 
 
-def expect(holds: bool, field: str, value: object, expected: str) -> None:
-    """Raise `ValueError("<field>=<value>: expected <expected>")` unless `holds`."""
-    if not holds:
-        shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
-        raise ValueError(f"{field}={shown}: expected {expected}")
+class FeedForwardSpec(NamedTuple):
+    """One kind of feed-forward network, as far as its shapes go. `moe.feedforward` has the activation functions."""
+
+    gated: bool
+    """Three matrices, `act(gate) * up` (arXiv 2002.05202), instead of two, `act(up)`."""
+    label: str
+    """The kind's name in tables."""
+
+
+FEED_FORWARDS: Registry[FeedForwardSpec] = Registry("model.ffn")
+"""Kinds of feed-forward networks, by the name that `model.ffn` and `model.expert_ffn` take."""
+for _kind, _spec in {
+    "swiglu": FeedForwardSpec(gated=True, label="SwiGLU"),
+    "geglu": FeedForwardSpec(gated=True, label="GeGLU"),
+    "relu": FeedForwardSpec(gated=False, label="ReLU"),
+    "gelu": FeedForwardSpec(gated=False, label="GELU"),
+}.items():
+    FEED_FORWARDS.add(_kind, _spec)
+
+
+def is_gated(kind: str) -> bool:
+    """Whether a feed-forward network of this kind has a gate matrix."""
+    return FEED_FORWARDS[kind].gated
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How tokens choose experts, and the auxiliary losses on that choice (docs/losses.md has the formulas)."""
+    """How tokens choose experts, and the auxiliary losses on that choice (docs/losses.md has the formulas).
 
-    kind: Literal["softmax_topk", "sigmoid_topk", "expert_choice"] = "softmax_topk"
+    The built-in kinds share this dataclass. A router of a plugin can register a subclass with further keys
+    (docs/extending.md).
+    """
+
+    MEANING: ClassVar[tuple[str, ...]] = ("kind", "normalize", "scale", "num_groups", "topk_groups")
+    """The keys that decide which experts a token gets and with what weight. They belong to the trained weights, so a
+    resumed run must not change them. A subclass adds its own."""
+
+    kind: str = "softmax_topk"
+    """`softmax_topk`, `sigmoid_topk`, `expert_choice`, or a kind that a plugin registers."""
     normalize: Literal["auto"] | bool = "auto"
     """Renormalise the k weights to sum 1. `auto`: for k > 1 yes, for k = 1 no (Switch)."""
     scale: float = 1.0
@@ -48,6 +77,7 @@ class RouterConfig:
     """Loss-free balancing (arXiv 2408.15664): step of the selection bias after each optimizer step; sigmoid only."""
 
     def __post_init__(self) -> None:
+        ROUTER_CONFIGS.check(self.kind)
         capacity = self.capacity_factor
         expect(capacity is None or capacity > 0, "capacity_factor", capacity, "a number > 0, or null for dropless")
         expect(self.balance_coef >= 0, "balance_coef", self.balance_coef, "a number >= 0")
@@ -103,6 +133,16 @@ class RouterConfig:
             )
             expect(self.capacity_factor is not None, "drop_policy", "prob", "a router.capacity_factor beside it")
 
+    @classmethod
+    def class_for(cls, raw: Mapping[str, Any]) -> "type[RouterConfig]":
+        """The dataclass to build from the plain section `raw`: the one that is registered for its `kind`."""
+        return ROUTER_CONFIGS.get(raw.get("kind", cls.kind), cls)
+
+    def weight_shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every parameter of one layer's router. The router creates exactly these parameters, and
+        layouts, plans and parameter counts read them here."""
+        return {"weight": (num_experts, dim)}
+
     def normalizes(self, top_k: int) -> bool:
         """Whether the `top_k` selected weights are renormalised to sum 1."""
         return top_k > 1 if self.normalize == "auto" else self.normalize
@@ -144,6 +184,12 @@ class RouterConfig:
         )
 
 
+ROUTER_CONFIGS: Registry[type[RouterConfig]] = Registry("router.kind")
+"""The configuration dataclass of every kind of router; `moe.router.ROUTERS` has the modules."""
+for _name in ("softmax_topk", "sigmoid_topk", "expert_choice"):
+    ROUTER_CONFIGS.add(_name, RouterConfig)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer (RMSNorm, rotary positions), with MoE layers or, `num_experts` null, without."""
@@ -155,13 +201,14 @@ class ModelConfig:
     head_dim: int
     hidden_dim: int
     """Width of a dense feed-forward network, and of an expert where `expert_hidden_dim` is null."""
-    ffn: FeedForwardKind = "swiglu"
-    """Of dense layers. `swiglu`, `geglu`: three matrices (arXiv 2002.05202); `relu`, `gelu`: two."""
+    ffn: str = "swiglu"
+    """Feed-forward network of the dense layers. `swiglu`, `geglu`: three matrices (arXiv 2002.05202); `relu`, `gelu`:
+    two; or a kind that a plugin registers."""
     num_experts: int | None = None
     """Routed experts of a MoE layer."""
     top_k: int | None = None
     expert_hidden_dim: int | None = None
-    expert_ffn: FeedForwardKind | None = None
+    expert_ffn: str | None = None
     """`null`: as `ffn`."""
     num_shared_experts: int = 0
     """Experts of the same width that see every token (DeepSeekMoE), beside the routed ones."""
@@ -181,6 +228,9 @@ class ModelConfig:
     """`grouped`: torch's grouped matmul; `loop`: the readable reference; `auto`: the faster of both here."""
 
     def __post_init__(self) -> None:
+        for field in ("ffn", "expert_ffn"):
+            kind = getattr(self, field)
+            expect(kind is None or kind in FEED_FORWARDS, field, kind, f"one of {', '.join(FEED_FORWARDS)}")
         for field in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "moe_every"):
             expect(getattr(self, field) >= 1, field, getattr(self, field), "an integer >= 1")
         for field in ("num_experts", "top_k", "vocab_size", "expert_hidden_dim"):
@@ -265,7 +315,7 @@ class ModelConfig:
         return self.hidden_dim if self.expert_hidden_dim is None else self.expert_hidden_dim
 
     @property
-    def expert_kind(self) -> FeedForwardKind:
+    def expert_kind(self) -> str:
         """Kind of the experts' feed-forward networks."""
         return self.ffn if self.expert_ffn is None else self.expert_ffn
 

@@ -34,11 +34,11 @@ class Dispatcher(Protocol):
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
         """Rows [R, D] for the experts held here, their counts [e], and the plan to undo it.
 
-        The rows may still be on their way, and in another order: `arrive` is to be called before they are read.
+        The rows may still be on their way, and in another order: `wait_rows` is to be called before they are read.
         """
         ...
 
-    def arrive(self, rows_RD: Tensor, plan: Any) -> Tensor:
+    def wait_rows(self, rows_RD: Tensor, plan: Any) -> Tensor:
         """The rows, here, grouped by expert."""
         ...
 
@@ -80,7 +80,7 @@ class LocalDispatcher(nn.Module):
         counts_E = order.new_full((routing.num_experts,), routing.capacity)
         return _Scatter.apply(x_TD, plan), counts_E, plan
 
-    def arrive(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
+    def wait_rows(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
         return rows_RD
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: LocalPlan) -> Tensor:

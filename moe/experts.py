@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.config import GATED, FeedForwardKind
+from moe.config import is_gated
 from moe.feedforward import hidden
 from moe.recompute import Recompute, recomputes
 
@@ -59,14 +59,14 @@ class Experts(nn.Module):
     `first_expert` is the global index of the first expert held here: expert parallelism keeps a contiguous range.
     """
 
-    def __init__(self, num_experts: int, dim: int, hidden_dim: int, kind: FeedForwardKind, kernel: str) -> None:
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, kind: str, kernel: str) -> None:
         super().__init__()
         self.first_expert = 0
         self.kind = kind
         self.kernel_name = kernel
         self.kernel: Kernel = KERNELS[kernel]
         self.recompute: Recompute = "none"
-        if kind in GATED:
+        if is_gated(kind):
             self.w_gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))

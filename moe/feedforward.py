@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.config import GATED, FeedForwardKind
+from moe.config import is_gated
 from moe.linear import Linear
 from moe.recompute import Recompute, recomputes
 
@@ -21,13 +21,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def hidden(kind: FeedForwardKind, project: Callable[[str], Tensor]) -> Tensor:
+def hidden(kind: str, project: Callable[[str], Tensor]) -> Tensor:
     """The hidden layer: `act(gate) * up` for the gated kinds (arXiv 2002.05202), `act(up)` for the plain ones.
 
     Args:
         project: `project(name)` applies the matrix of that name, `w_gate` or `w_up`, to the input.
     """
-    if kind in GATED:
+    if is_gated(kind):
         return ACTIVATIONS[kind](project("w_gate")) * project("w_up")
     return ACTIVATIONS[kind](project("w_up"))
 
@@ -35,10 +35,10 @@ def hidden(kind: FeedForwardKind, project: Callable[[str], Tensor]) -> Tensor:
 class FeedForward(nn.Module):
     """w_down(hidden(x)): one expert that takes every token."""
 
-    def __init__(self, dim: int, hidden_dim: int, kind: FeedForwardKind) -> None:
+    def __init__(self, dim: int, hidden_dim: int, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        if kind in GATED:
+        if is_gated(kind):
             self.w_gate = Linear(dim, hidden_dim)
         self.w_up = Linear(dim, hidden_dim)
         self.w_down = Linear(hidden_dim, dim)

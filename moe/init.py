@@ -20,7 +20,7 @@ ROW_BLOCK = 256
 
 
 def init_parameters(model: Transformer, seed: int) -> None:
-    """Fill every parameter in place, or the part of it that lies here (`model.locate`).
+    """Fill every parameter in place, or the part of it that lies here (`model.local_shard`).
 
     Matrices: normal with standard deviation `init_std`; those that write into the residual stream (`wo`, `w_down`)
     divided by sqrt(2·num_layers), so that the stream's variance does not grow with depth (GPT-2). Norms: 1.
@@ -32,7 +32,7 @@ def init_parameters(model: Transformer, seed: int) -> None:
         for buffer in model.buffers():
             buffer.zero_()
         for name, parameter in model.named_parameters():
-            local, shape, region = model.locate(name, parameter)
+            local, shape, region = model.local_shard(name, parameter)
             if len(shape) == 1:
                 local.fill_(1.0)
                 continue

@@ -5,8 +5,8 @@ Shapes: B batch, S sequence, D model, R routed rows, e experts held here.
 
 from torch import Tensor, nn
 
-from moe.attention import Attention
-from moe.cache import LayerCache
+from moe.attention.attention import Attention
+from moe.attention.cache import LayerCache
 from moe.config import ModelConfig, RouterConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
@@ -36,7 +36,7 @@ class MoELayer(nn.Module):
         routing, stats = self.router(x_BSD, valid_BS, noise_keys_BS)
         travelling_RD, counts_e, plan = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         shared_BSD = None if self.shared is None else self.shared(x_BSD)  # while the tokens travel
-        y_RD = self.experts(self.dispatcher.arrive(travelling_RD, plan), counts_e)
+        y_RD = self.experts(self.dispatcher.wait_rows(travelling_RD, plan), counts_e)
         y_BSD = self.dispatcher.combine(y_RD, routing, plan).view_as(x_BSD)
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD, stats
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.cache import Cache
+from moe.attention.cache import Cache
 from moe.config import ModelConfig, RouterConfig
 from moe.layer import Block
 from moe.linear import Linear, RMSNorm
-from moe.region import Held, whole
+from moe.region import LocalShard, whole_shard
 from moe.rope import rotary_table
 from moe.router import RouterStats
 
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
     norm and the head.
 
     Attributes:
-        locate: seam: this rank's part of the parameter or buffer of a name.
+        local_shard: seam: this rank's part of the parameter or buffer of a name.
         lookup: seam: embeds the tokens that this rank routes; tensor parallelism cuts vocabulary and sequence.
         gather: seam: puts the sequence together again before the head.
         own: seam: of masks and keys of all tokens, the part for the tokens that this rank routes.
@@ -65,14 +65,14 @@ class Transformer(nn.Module):
             raise ValueError("vocab_size=None: expected an integer >= 1 (or a tokenizer to take it from)")
         self.config = config
         self.compute_dtype = compute_dtype
-        self.locate: Callable[[str, Tensor], Held] = whole
+        self.local_shard: Callable[[str, Tensor], LocalShard] = whole_shard
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(Block(config, router, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
         self.lookup: nn.Module = Lookup(compute_dtype)
         self.gather: nn.Module = nn.Identity()
-        self.own: nn.Module = nn.Identity()
+        self.slice_local: nn.Module = nn.Identity()
 
     def forward(
         self,
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         """
         config = self.config
         x_BSD = self._embed(tokens_BS) if hidden_BSD is None else hidden_BSD
-        valid_BS, noise_keys_BS = self.own(valid_BS), self.own(noise_keys_BS)
+        valid_BS, noise_keys_BS = self.slice_local(valid_BS), self.slice_local(noise_keys_BS)
         rotary = rotary_table(positions_BS, config.head_dim, config.rope_theta, self.compute_dtype)
         if cache is not None:
             cache.begin(positions_BS, valid_BS)

@@ -40,7 +40,7 @@ class Region(NamedTuple):
         return tuple(slice(start, start + n) for start, n in zip(starts, self.shape, strict=True))
 
 
-class Held(NamedTuple):
+class LocalShard(NamedTuple):
     """This rank's part of a parameter, a buffer, or what belongs to it (a gradient, a moment)."""
 
     local: Tensor
@@ -50,12 +50,12 @@ class Held(NamedTuple):
     region: Region
     """Where the part lies in the whole."""
 
-    def like(self, local: Tensor) -> "Held":
+    def like(self, local: Tensor) -> "LocalShard":
         """Another tensor that lies at the same place."""
         assert local.shape == self.local.shape, (local.shape, self.local.shape)
         return self._replace(local=local)
 
 
-def whole(name: str, tensor: Tensor) -> Held:
+def whole_shard(name: str, tensor: Tensor) -> LocalShard:
     """`tensor`, all of which is here."""
-    return Held(tensor.detach(), tuple(tensor.shape), Region.whole(tensor.shape))
+    return LocalShard(tensor.detach(), tuple(tensor.shape), Region.whole(tensor.shape))

@@ -65,7 +65,7 @@ class Rows(Protocol):
         """[B, S, ...] of every part -> the whole, in the order of the sequence, along dim 1."""
         ...
 
-    def own(self, x_BS: Tensor) -> Tensor:
+    def slice_local(self, x_BS: Tensor) -> Tensor:
         """The part of a whole that is here: the inverse of `gather`."""
         ...
 
@@ -78,7 +78,7 @@ class LocalRows(nn.Module):
     def gather(self, x_BS: Tensor) -> Tensor:
         return x_BS
 
-    def own(self, x_BS: Tensor) -> Tensor:
+    def slice_local(self, x_BS: Tensor) -> Tensor:
         return x_BS
 
 
@@ -189,7 +189,7 @@ class Router(nn.Module):
             whole_BSE = self.rows.gather(scores_BSE)
             seq_len, num_experts = whole_BSE.shape[1:]
             capacity = expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, num_experts)
-            chosen_BSE = self.rows.own(choose_tokens(whole_BSE, self.rows.gather(mask_BS), capacity))
+            chosen_BSE = self.rows.slice_local(choose_tokens(whole_BSE, self.rows.gather(mask_BS), capacity))
             experts_BSE = top_k_stable(scores_BSE.masked_fill(~chosen_BSE, -torch.inf), num_experts)
             return experts_BSE, chosen_BSE.gather(-1, experts_BSE).long()
         # Logits order like their softmax, and keep apart what it rounds to the same number.
@@ -209,12 +209,12 @@ class Router(nn.Module):
             held_BSK = scores_BSE.gather(-1, experts_BSK).masked_fill(taken_BSK == 0, -torch.inf)
             whole_BSK, of_whole_BSK = self.rows.gather(held_BSK), self.rows.gather(experts_BSK)
             capacity = expert_capacity(self.capacity_factor, self.top_k, whole_BSK.shape[1], num_experts)
-            return taken_BSK * self.rows.own(most_probable(whole_BSK, of_whole_BSK, num_experts, capacity))
+            return taken_BSK * self.rows.slice_local(most_probable(whole_BSK, of_whole_BSK, num_experts, capacity))
         # By position, all that matters of the earlier pieces P of the sequence is how many assignments they hold.
         batch, pieces = counts_BE.shape[0], self.rows.pieces
         experts, taken = (x.unflatten(1, (pieces, -1)).flatten(0, 1) for x in (experts_BSK, taken_BSK))
         counts_BPE = self.rows.gather(count(experts, taken, num_experts).unflatten(0, (batch, pieces)))
-        before = self.rows.own(counts_BPE.cumsum(dim=1) - counts_BPE).flatten(0, 1)
+        before = self.rows.slice_local(counts_BPE.cumsum(dim=1) - counts_BPE).flatten(0, 1)
         seq_len = counts_BPE.shape[1] * experts.shape[1]
         capacity = expert_capacity(self.capacity_factor, self.top_k, seq_len, num_experts)
         return taken_BSK * within_capacity(experts, taken, before, capacity).view_as(taken_BSK)

@@ -18,7 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe.config import ModelConfig, RouterConfig, expect
+from common.checks import expect
+from moe.config import ModelConfig, RouterConfig
 from moe.init import fill_rows
 
 

@@ -17,8 +17,8 @@ from parallel.context import install_rows, shard_attention
 from parallel.expert import shard_experts
 from parallel.fsdp import shard_weights
 from parallel.mesh import Mesh
-from parallel.placement import locator
-from parallel.tensor import cut_tensors
+from parallel.tensor import shard_tensors
+from parallel.weight_shards import shard_locator
 
 
 def build_model(
@@ -28,7 +28,7 @@ def build_model(
     *,
     compute_dtype: torch.dtype,
     seed: int | None,
-    lean: bool = False,
+    inference_weights: bool = False,
     layers: Sequence[int] | None = None,
     recompute: Recompute = "none",
     offload: bool = False,
@@ -37,17 +37,18 @@ def build_model(
 
     Args:
         seed: of the initial weights. None leaves them to the caller, who fills every one of them.
-        lean: weights in `compute_dtype`, to which every forward pass would cast them anyway: the results are the same.
-            For models that do not train. Routers, which compute in at least fp32, keep theirs.
+        inference_weights: keep the weights in `compute_dtype`, for models that do not train. The results do not change,
+            because every forward pass casts the weights to `compute_dtype`. Routers compute in at least fp32 and keep
+            their fp32 weights.
         layers: those of a pipeline stage; None: all.
         recompute: what the backward pass computes again.
         offload: with FSDP, keep weights in CPU memory.
     """
-    model = _unweighted(config, router, compute_dtype, lean)
+    model = _build_on_meta(config, router, compute_dtype, inference_weights)
     if layers is not None:
         model.keep(layers)
     if mesh.tensor.size() > 1:
-        cut_tensors(model, mesh)
+        shard_tensors(model, mesh)
     if mesh.expert.size() * mesh.expert_tensor.size() > 1:
         shard_experts(model, mesh)
     if mesh.context.size() > 1:
@@ -55,7 +56,7 @@ def build_model(
     if mesh.sequence.size() > 1:
         install_rows(model, mesh.sequence, mesh.layout)
     set_recompute(model, recompute)
-    model.locate = locator(mesh)
+    model.local_shard = shard_locator(mesh)
     if mesh.layout.shard > 1:
         shard_weights(model, mesh, offload=offload, keep_gathered=layers is not None)
     model.to_empty(device="cpu" if offload else mesh.device)
@@ -68,19 +69,23 @@ def build_model(
     return model
 
 
-def build_whole(config: ModelConfig, router: RouterConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+def build_whole_model(
+    config: ModelConfig, router: RouterConfig, device: torch.device, dtype: torch.dtype
+) -> Transformer:
     """The whole model on one device; weights in the compute dtype, and left to the caller. Not for training."""
-    model = _unweighted(config, router, dtype, lean=True)
+    model = _build_on_meta(config, router, dtype, inference_weights=True)
     model.to_empty(device=device)
     return model
 
 
-def _unweighted(config: ModelConfig, router: RouterConfig, compute_dtype: torch.dtype, lean: bool) -> Transformer:
+def _build_on_meta(
+    config: ModelConfig, router: RouterConfig, compute_dtype: torch.dtype, inference_weights: bool
+) -> Transformer:
     """On the meta device, in the dtypes that the weights will have."""
     with torch.device("meta"):
         model = Transformer(config, router, compute_dtype)
     wide = torch.promote_types(compute_dtype, torch.float32)
-    model.to(compute_dtype if lean else wide)
+    model.to(compute_dtype if inference_weights else wide)
     for module in model.modules():
         if isinstance(module, Router):
             module.to(wide)

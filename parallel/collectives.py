@@ -11,7 +11,7 @@ Collective = Callable[[Tensor, int, dist.ProcessGroup], Tensor]
 """(tensor, dim, group) -> tensor."""
 
 
-class Travelling:
+class RowExchange:
     """An exchange of rows that has begun and is waited for later, forward and backward."""
 
     def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
@@ -35,21 +35,21 @@ class Travelling:
         return coming
 
 
-class _Depart(torch.autograd.Function):
+class _StartExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, travelling: Travelling) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, travelling: RowExchange) -> Tensor:
         ctx.travelling = travelling
         return travelling.begin(rows_RD, travelling.send, travelling.receive)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        # `grad_RD` came from `_Arrive` to say when; the gradient itself has another number of rows.
+        # `grad_RD` came from `_FinishExchange` to say when; the gradient itself has another number of rows.
         return ctx.travelling.wait(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _FinishExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, travelling: Travelling) -> Tensor:
+    def forward(ctx: Any, rows_RD: Tensor, travelling: RowExchange) -> Tensor:
         ctx.travelling = travelling
         travelling.wait()
         ctx.mark_dirty(rows_RD)  # its numbers change while it lies there
@@ -62,19 +62,21 @@ class _Arrive(torch.autograd.Function):
         return grad_RD, None
 
 
-def depart(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> tuple[Tensor, Travelling]:
-    """`all_to_all_rows` without waiting: the result may be read after `arrived` only.
+def start_exchange(
+    rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup
+) -> tuple[Tensor, RowExchange]:
+    """`all_to_all_rows` without waiting: the result may be read after `finish_exchange` only.
 
     What is computed in between overlaps with the exchange, and its gradient with the exchange on the way back: autograd
     runs the later of two independent parts of a graph first.
     """
-    travelling = Travelling(send, receive, group)
-    return _Depart.apply(rows_RD, travelling), travelling
+    travelling = RowExchange(send, receive, group)
+    return _StartExchange.apply(rows_RD, travelling), travelling
 
 
-def arrived(rows_RD: Tensor, travelling: Travelling) -> Tensor:
-    """The rows of `depart`, now here."""
-    rows: Tensor = _Arrive.apply(rows_RD, travelling)
+def finish_exchange(rows_RD: Tensor, travelling: RowExchange) -> Tensor:
+    """The rows of `start_exchange`, now here."""
+    rows: Tensor = _FinishExchange.apply(rows_RD, travelling)
     return rows
 
 
@@ -89,7 +91,7 @@ def all_to_all_rows(rows_RD: Tensor, send: list[int], receive: list[int], group:
     Returns:
         [sum(receive), D], in the order of their sources. Its gradient travels the way back.
     """
-    return arrived(*depart(rows_RD, send, receive, group))
+    return finish_exchange(*start_exchange(rows_RD, send, receive, group))
 
 
 # torch 2.13 renamed both and warns of the old names; 2.11 has only those.
@@ -162,7 +164,7 @@ class ScatterSequence(GatherSequence):
         return scatter_dim(whole_BSD, 1, self.group)
 
 
-class OwnSequence(GatherSequence):
+class SliceSequence(GatherSequence):
     """Of a mask or keys for [B, P·s] tokens, this rank's [B, s]; None stays None."""
 
     def forward(self, whole_BS: Tensor | None) -> Tensor | None:  # type: ignore[override]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from moe.config import ModelConfig, expect
+from common.checks import expect
+from moe.config import ModelConfig
 from parallel.layout import AXES, Layout
 
 Size = Literal["auto"] | int
@@ -11,7 +12,7 @@ Size = Literal["auto"] | int
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the parallel axes, and what goes with them. `auto` is resolved by `parallel/auto.py`."""
+    """Sizes of the parallel axes, and what goes with them. `auto` is resolved by `parallel/planning/auto.py`."""
 
     expert: Size = "auto"
     """Ranks over which one set of experts is spread; they may be data-, context- and tensor-parallel ranks.

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from moe.attention import Attention, AttentionCore
+from moe.attention.attention import Attention, AttentionCore
 from moe.router import Router
 from parallel.collectives import all_gather_dim, all_to_all_rows, gather_dim
 from parallel.layout import Layout
@@ -209,7 +209,7 @@ class GatheredRows(nn.Module):
         assert not x_BS.requires_grad
         return _in_order(all_gather_dim(x_BS, 1, self.group), 1, self.order)
 
-    def own(self, x_BS: Tensor) -> Tensor:
+    def slice_local(self, x_BS: Tensor) -> Tensor:
         """[B, P·S, ...] -> [B, S, ...]: this rank's part."""
         pieces = x_BS.chunk(len(self.order), dim=1)
         return torch.cat([pieces[piece] for piece in self.own_pieces], dim=1)

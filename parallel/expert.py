@@ -19,21 +19,21 @@ from moe.layer import MoELayer
 from moe.model import Transformer
 from moe.router import Routing
 from parallel.collectives import (
-    Travelling,
+    RowExchange,
     all_gather_dim,
     all_gather_rows,
     all_to_all_rows,
-    arrived,
-    depart,
+    finish_exchange,
     reduce_scatter_rows,
+    start_exchange,
 )
 from parallel.mesh import Mesh
-from parallel.placement import own_part
+from parallel.weight_shards import local_slice
 
 
 class AllToAllPlan(NamedTuple):
     local: LocalPlan
-    travelling: Travelling
+    travelling: RowExchange
     send: list[int]
     """Rows sent to each rank of the group."""
     receive: list[int]
@@ -61,7 +61,7 @@ class AllToAllDispatcher(nn.Module):
         self.local = LocalDispatcher()
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, AllToAllPlan]:
-        """The rows are on their way: `arrive` waits for them."""
+        """The rows are on their way: `wait_rows` waits for them."""
         rows_RD, counts_E, local = self.local.dispatch(x_TD, routing, static=routing.capacity is not None)
         ranks = self.group.size()
         if routing.capacity is None:
@@ -87,12 +87,12 @@ class AllToAllDispatcher(nn.Module):
         by_expert_R = expert_of_row_R.argsort(stable=True)
         by_source_R = torch.empty_like(by_expert_R)
         by_source_R[by_expert_R] = torch.arange(rows, device=x_TD.device)
-        rows_RD, travelling = depart(rows_RD, send, receive, self.group)
+        rows_RD, travelling = start_exchange(rows_RD, send, receive, self.group)
         plan = AllToAllPlan(local, travelling, send, receive, gathered, by_expert_R, by_source_R)
         return rows_RD, arriving_Qe.sum(dim=0), plan
 
-    def arrive(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
-        rows_RD = arrived(rows_RD, plan.travelling)
+    def wait_rows(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
+        rows_RD = finish_exchange(rows_RD, plan.travelling)
         if self.tensor.size() > 1:
             rows_RD = all_gather_rows(rows_RD, plan.gathered, self.tensor)
         return _Permute.apply(rows_RD, plan.by_expert_R, plan.by_source_R)
@@ -135,4 +135,4 @@ def shard_experts(model: Transformer, mesh: Mesh) -> None:
         experts: Experts = layer.experts
         experts.first_expert = mesh.expert.rank() * (experts.held // mesh.expert.size())
         for name, parameter in list(experts.named_parameters()):
-            setattr(experts, name, nn.Parameter(own_part(f"{prefix}.experts.{name}", parameter, mesh)))
+            setattr(experts, name, nn.Parameter(local_slice(f"{prefix}.experts.{name}", parameter, mesh)))

@@ -19,8 +19,8 @@ from torch.distributed.tensor import Shard
 from moe.layer import Block, MoELayer
 from moe.model import Transformer
 from moe.router import Router
-from parallel.inventory import shard_dim
 from parallel.mesh import Mesh
+from parallel.weight_specs import shard_dim
 
 
 def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathered: bool) -> None:
@@ -31,7 +31,7 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
         keep_gathered: keep weights between forward and backward (a pipeline runs many of both in between).
     """
     wide = torch.promote_types(model.compute_dtype, torch.float32)
-    # A lean model holds its weights in the compute dtype already; either way they are used in it.
+    # A inference_weights model holds its weights in the compute dtype already; either way they are used in it.
     policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=wide, cast_forward_inputs=False)
     place: OffloadPolicy = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     dense = DeviceMesh.from_group(mesh.shard, mesh.device.type, mesh_dim_names=("shard",))
@@ -63,7 +63,7 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
     _prefetch([block for block in model.layers if isinstance(block, Block)])
 
 
-def gather_no_more(model: nn.Module) -> None:
+def free_gathered_weights(model: nn.Module) -> None:
     """Free what a forward pass without a backward pass left gathered: the root, or in a pipeline every unit."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

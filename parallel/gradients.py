@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.mesh import Mesh
-from parallel.placement import same_ranks
+from parallel.weight_shards import replica_group
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -28,7 +28,7 @@ def sum_gradients(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: froz
     for name, parameter in parameters.items():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        by_group.setdefault(same_ranks(name, mesh), []).append(parameter.grad)
+        by_group.setdefault(replica_group(name, mesh), []).append(parameter.grad)
     for group, gradients in by_group.items():
         if group.size() > 1:
             _sum_in_buckets(gradients, group)
@@ -79,7 +79,7 @@ def global_grad_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: f
     by_copies: dict[int, list[Tensor]] = {}
     for name, parameter in parameters.items():
         if parameter.grad is not None:
-            copies = same_ranks(name, mesh).size() * (2 if name in tied else 1)
+            copies = replica_group(name, mesh).size() * (2 if name in tied else 1)
             by_copies.setdefault(copies, []).append(parameter.grad)
     for copies, gradients in by_copies.items():
         # Under offload routers' gradients are on the device, and others in host memory.

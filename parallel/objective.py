@@ -14,10 +14,10 @@ Inputs = Mapping[str, Any]
 class Objective(Protocol):
     """What is differentiated: one part of the loss for each place in the model where it arises."""
 
-    def predictions(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
+    def compute_prediction_loss(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
         """The part that the logits of the micro-batch have, a scalar."""
         ...
 
-    def routing(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
+    def compute_routing_loss(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
         """The part that the router statistics of these MoE layers have, a scalar."""
         ...

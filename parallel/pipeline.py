@@ -21,7 +21,7 @@ from torch.distributed.pipelining import (
 )
 
 from moe.model import Output, Transformer
-from parallel.fsdp import gather_no_more
+from parallel.fsdp import free_gathered_weights
 from parallel.mesh import Mesh
 from parallel.objective import Inputs, Objective
 from parallel.stages import Schedule
@@ -76,7 +76,7 @@ class Pipeline:
             output: Output = part(**inputs, hidden_BSD=hidden_BsD)
             if number < self.total - 1:
                 dist.send(output.logits_BSV.contiguous(), group=group, group_dst=(number + 1) % ranks)
-            gather_no_more(part)
+            free_gathered_weights(part)
             results.append((part, output))
         return results
 
@@ -135,9 +135,9 @@ class _Stage(PipelineStage):
         output: Output = self.part(**micro_batches[micro_batch], hidden_BSD=hidden_BsD)
         losses = []
         if output.stats is not None:
-            losses.append(objective.routing(output.stats, self.part.moe_layers, micro_batch))
+            losses.append(objective.compute_routing_loss(output.stats, self.part.moe_layers, micro_batch))
         if self.part.is_last:
-            losses.append(objective.predictions(output.logits_BSV, micro_batch))
+            losses.append(objective.compute_prediction_loss(output.logits_BSV, micro_batch))
             return torch.stack([loss.to(self.loss_dtype) for loss in losses]).sum(dim=0, keepdim=True)
         hidden_BsD = output.logits_BSV
         for loss in losses:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 from moe.config import ModelConfig
-from parallel.inventory import named_weights
 from parallel.layout import Layout
+from parallel.weight_specs import named_weights
 
 Schedule = Literal["1f1b", "interleaved", "zero_bubble"]
 

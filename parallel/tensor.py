@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.attention import Attention
+from moe.attention.attention import Attention
 from moe.feedforward import FeedForward
 from moe.losses import IGNORE
 from moe.model import Lookup, Transformer
-from parallel.collectives import GatherSequence, OwnSequence, ScatterSequence
-from parallel.inventory import kind
+from parallel.collectives import GatherSequence, ScatterSequence, SliceSequence
 from parallel.mesh import Mesh
-from parallel.placement import own_part
+from parallel.weight_shards import local_slice
+from parallel.weight_specs import kind
 
 
-class CutLookup(nn.Module):
+class ShardedLookup(nn.Module):
     """Each rank looks up the tokens that its rows of the embedding are for; summed, and the sequence cut."""
 
     def __init__(self, inner: Lookup, group: dist.ProcessGroup) -> None:
@@ -41,19 +41,19 @@ class CutLookup(nn.Module):
         return part
 
 
-def cut_tensors(model: Transformer, mesh: Mesh) -> None:
-    """Keep this rank's part of the weights that `parallel/inventory.py` names, and install the seams around them."""
+def shard_tensors(model: Transformer, mesh: Mesh) -> None:
+    """Keep this rank's part of the weights that `parallel/weight_specs.py` names, and install the seams around them."""
     group = mesh.tensor
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             name = f"{prefix}.{leaf}" if prefix else leaf
             if kind(name) == "tensor":
-                setattr(module, leaf, nn.Parameter(own_part(name, parameter, mesh)))
+                setattr(module, leaf, nn.Parameter(local_slice(name, parameter, mesh)))
         if isinstance(module, Attention | FeedForward):
             module.gather, module.scatter = GatherSequence(group), ScatterSequence(group)
     assert isinstance(model.lookup, Lookup)
-    model.lookup = CutLookup(model.lookup, group)
-    model.gather, model.own = GatherSequence(group), OwnSequence(group)
+    model.lookup = ShardedLookup(model.lookup, group)
+    model.gather, model.slice_local = GatherSequence(group), SliceSequence(group)
 
 
 def cross_entropy(logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -61,11 +61,11 @@ def cross_entropy(logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGrou
 
     Every rank of `group` returns the same; each one's gradient is that of its own part of the logits.
     """
-    nats: Tensor = _CutCrossEntropy.apply(logits_BSv, labels_BS, group)
+    nats: Tensor = _ShardedCrossEntropy.apply(logits_BSv, labels_BS, group)
     return nats
 
 
-class _CutCrossEntropy(torch.autograd.Function):
+class _ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)

@@ -11,9 +11,10 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from moe.config import ModelConfig, RouterConfig, expect
-from scripts.boundary import run_tool
-from training.strict import located, to_dict
+from common.checks import expect
+from common.strict import located, to_dict
+from moe.config import ModelConfig, RouterConfig
+from scripts.cli import run_tool
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def figures(config: DescribeConfig) -> dict[str, Any]:
     Raises:
         ModelError: sizes beyond what a tensor can have.
     """
-    from moe.costs import (
+    from moe.accounting.costs import (
         BYTES,
         active_parts,
         cache_bytes,
@@ -67,7 +68,7 @@ def figures(config: DescribeConfig) -> dict[str, Any]:
         training_bytes,
         window_saving,
     )
-    from moe.flops import forward_flops_per_token, meta_model, training_flops_per_token
+    from moe.accounting.flops import forward_flops_per_token, meta_model, training_flops_per_token
 
     model = config.whole_model
     built = meta_model(model, config.router)
@@ -99,7 +100,7 @@ def figures(config: DescribeConfig) -> dict[str, Any]:
 
 def show_report(config: DescribeConfig, report: dict[str, Any]) -> None:
     """The figures for a person."""
-    from training.terminal import show_fields
+    from training.report.terminal import show_fields
 
     show_fields("model", _shape(config))
     _show_parameters(report)
@@ -143,7 +144,7 @@ def _router(router: RouterConfig, model: ModelConfig) -> str:
 
 
 def _show_parameters(report: dict[str, Any]) -> None:
-    from training.terminal import human_count, show_fields, show_table
+    from training.report.terminal import human_count, show_fields, show_table
 
     total, active = report["total_params"], report["active"]
     rows = [
@@ -164,7 +165,7 @@ def _show_parameters(report: dict[str, Any]) -> None:
 
 
 def _show_memory(config: DescribeConfig, report: dict[str, Any]) -> None:
-    from training.terminal import human_bytes, show_fields, show_table
+    from training.report.terminal import human_bytes, show_fields, show_table
 
     weights, cache = report["weights_bytes"], report["kv_cache_bytes"]
     show_fields("weights alone", {dtype: human_bytes(size) for dtype, size in weights.items()})
@@ -195,7 +196,7 @@ def _show_memory(config: DescribeConfig, report: dict[str, Any]) -> None:
 
 
 def _show_attention(config: DescribeConfig, report: dict[str, Any]) -> None:
-    from training.terminal import show_fields, show_table
+    from training.report.terminal import show_fields, show_table
 
     field, farthest = report["receptive_field"], report["farthest_token"]
     show_fields(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moe.config import expect
-from scripts.boundary import run_tool
+from common.checks import expect
+from scripts.cli import run_tool
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class ExportConfig:
 
 
 def export_hf(config: ExportConfig) -> None:
-    from training.export import export_model
-    from training.model_directory import parse_size
-    from training.source import open_given
+    from training.formats.export import export_model
+    from training.formats.model_directory import parse_size
+    from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)
-    source = open_given("checkpoint", config.checkpoint)
+    source = open_model_for_key("checkpoint", config.checkpoint)
     size = export_model(
         source,
         Path(config.out),

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.errors import DataError
-from moe.config import expect
-from moe.sampling import Sampling
-from parallel.launch import die_with_parent, world_from_env
-from scripts.boundary import in_processes, run_tool
+from common.checks import expect
+from common.errors import ConfigError, DataError
+from moe.generation.sampling import Sampling
+from parallel.startup.launch import die_with_parent, world_from_env
+from scripts.cli import in_processes, run_tool
 from training.config import LaunchConfig
-from training.strict import ConfigError
 
 START_TIMEOUT_S = 300.0
 STDIN = "-"
@@ -74,7 +73,7 @@ class GenerateConfig:
 def generate_text(config: GenerateConfig) -> None:
     """Read and tokenize what is asked, once; then generate here or in own workers."""
     if "RANK" in os.environ:
-        from parallel.rendezvous import open_store, share
+        from parallel.startup.rendezvous import open_store, share
 
         die_with_parent()
         world = world_from_env()
@@ -91,9 +90,9 @@ def read_request(config: GenerateConfig) -> dict[str, Any]:
         ModelError, DataError, ConfigError: whatever of it is not there or not usable.
     """
     from scripts.text import encode_chat, encode_prompt, end_marks, open_text
-    from training.source import open_given
+    from training.formats.reader import open_model_for_key
 
-    source = open_given("checkpoint", config.checkpoint)
+    source = open_model_for_key("checkpoint", config.checkpoint)
     text = open_text(source)
     about = {"path": str(source.path), "ends": end_marks(source, text)}
     if config.messages is not None:
@@ -132,24 +131,24 @@ def _read_messages(file: str) -> Any:
 
 def work(config: GenerateConfig, request: dict[str, Any], store: Any = None) -> None:
     """One rank's life: all ranks compute, rank 0 speaks. `store`: the ranks' key-value store, if it is open already."""
-    from moe.generate import generate
+    from moe.generation.generate import generate
     from parallel.apply import build_model
     from parallel.config import ParallelConfig
     from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group
-    from parallel.rendezvous import open_store
+    from parallel.startup.rendezvous import open_store
     from scripts.text import open_text
     from training.device import compute_dtype, pick_device
-    from training.source import open_source
+    from training.formats.reader import open_model
 
     world = world_from_env()
     device = pick_device(config.device, world.local_rank, world.local_world_size)
     dtype = compute_dtype(config.precision, device)
-    source = open_source(request["path"], check=False)
+    source = open_model(request["path"], check=False)
     text = open_text(source)
     store = store if store is not None else open_store(world, START_TIMEOUT_S)
     init_process_group(store, world.rank, world.world_size, device, START_TIMEOUT_S)
     mesh = build_mesh(device, ParallelConfig().layout(world.world_size, source.model))
-    model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, lean=True)
+    model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, inference_weights=True)
     source.fill(model)
 
     report = Report(config, request, text, speaks=world.rank == 0)
@@ -172,10 +171,10 @@ class Report:
     """What the user sees, and when each row ends: every rank decides, so that all agree, and one shows."""
 
     def __init__(self, config: GenerateConfig, request: dict[str, Any], text: Any, *, speaks: bool) -> None:
-        from scripts.text import Growing, Terminal
+        from scripts.text import StreamedText, Terminal
 
         self.config, self.request, self.speaks = config, request, speaks
-        self.rows = [Growing(text.decode, prompt, config.all_stops) for prompt in request["prompts"]]
+        self.rows = [StreamedText(text.decode, prompt, config.all_stops) for prompt in request["prompts"]]
         self.terminal = Terminal(request["titles"]) if speaks and config.format == "text" else None
         self.began, self.first = time.monotonic(), 0.0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from scripts.boundary import run_tool
+from scripts.cli import run_tool
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class ImportConfig:
 
 
 def import_hf(config: ImportConfig) -> None:
-    from moe.errors import ModelError
-    from training.export import import_model
-    from training.model_directory import parse_size
-    from training.source import open_given
+    from common.errors import ModelError
+    from training.formats.export import import_model
+    from training.formats.model_directory import parse_size
+    from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)
-    source = open_given("source", config.source)
+    source = open_model_for_key("source", config.source)
     if source.kind == "run":
         raise ModelError(f"source={config.source}: expected a model in another format; this one is ours already")
     size = import_model(source, Path(config.out), config.dtype, shard_bytes)

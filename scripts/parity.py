@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
-from moe.config import expect
-from parallel.launch import World, die_with_parent, world_from_env
-from scripts.boundary import in_processes, run_tool
+from common.checks import expect
+from common.errors import ConfigError
+from parallel.startup.launch import World, die_with_parent, world_from_env
+from scripts.cli import in_processes, run_tool
 from training.config import LaunchConfig
-from training.strict import ConfigError
 
 if TYPE_CHECKING:  # the command line does not wait for torch
-    from training.parity import Differences, Job, Outcome
+    from training.parity.trial import Differences, Job, Outcome
 
 START_TIMEOUT_S = 300.0
 COVER, EVERY = "cover", "all"
@@ -60,9 +60,9 @@ def jobs_for(config: ParityConfig, world_size: int) -> "list[Job]":
     Raises:
         ConfigError: a name that stands for nothing, or nothing that could be run.
     """
-    from training.parity import ENGINES, EngineKind, Job, covering, refusal
-    from training.parity_cases import CASES
-    from training.parity_layouts import chosen, parse_layout
+    from training.parity.cases import CASES
+    from training.parity.layouts import chosen, parse_layout
+    from training.parity.trial import ENGINES, EngineKind, Job, covering, refusal
 
     names = _named("models", config.models, (COVER, EVERY, *CASES))
     engines = _named("engines", config.engines, ENGINES)
@@ -93,10 +93,10 @@ def work(config: ParityConfig, jobs: "Sequence[Job]") -> bool:
     import torch.distributed as dist
 
     from parallel.mesh import close_process_group, init_process_group
-    from parallel.rendezvous import open_store
+    from parallel.startup.rendezvous import open_store
     from training.device import pick_device
-    from training.parity import prove
-    from training.terminal import show_line
+    from training.parity.trial import prove
+    from training.report.terminal import show_line
 
     world = world_from_env()
     device = pick_device(config.device, world.local_rank, world.local_world_size)
@@ -124,15 +124,15 @@ def work(config: ParityConfig, jobs: "Sequence[Job]") -> bool:
 
 
 def _verdict(differences: "Differences", config: ParityConfig) -> str:
-    from training.parity import TOLERANCES
+    from training.parity.trial import TOLERANCES
 
     return "ok" if differences.within(TOLERANCES[config.precision]) else "MISS"
 
 
 def show_outcomes(config: ParityConfig, outcomes: "Sequence[Outcome]", where: str) -> None:
     """The table, what was skipped and why, and the sum of it."""
-    from training.parity import TOLERANCES
-    from training.terminal import show_line, show_table
+    from training.parity.trial import TOLERANCES
+    from training.report.terminal import show_line, show_table
 
     rows: list[tuple[str, ...]] = []
     skipped: dict[str, dict[str, int]] = {}

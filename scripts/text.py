@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from data import chat
-from moe.errors import ModelError
-from moe.safetensors_dir import read_json
-from training.source import ModelSource
+from common.errors import ModelError
+from data.corpora import chat
+from training.formats.reader import ModelReader
+from training.formats.safetensors import read_json
 
 REPLACEMENT = "\ufffd"
 """What a decoder puts for bytes that are no whole character (yet)."""
@@ -28,7 +28,7 @@ class Text(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
-def open_text(source: ModelSource) -> Text:
+def open_text(source: ModelReader) -> Text:
     """The tokenizer of a model directory: its sentencepiece model, else (Hugging Face) what transformers makes of it.
 
     Raises:
@@ -37,7 +37,7 @@ def open_text(source: ModelSource) -> Text:
     """
     text: Text
     if source.tokenizer is not None:
-        from data.tokenizer import Tokenizer
+        from data.tokens.tokenizer import Tokenizer
 
         text = Tokenizer(source.tokenizer)
     elif source.kind == "hf":
@@ -57,7 +57,7 @@ def open_text(source: ModelSource) -> Text:
     return text
 
 
-def end_marks(source: ModelSource, text: Text) -> list[int]:
+def end_marks(source: ModelReader, text: Text) -> list[int]:
     """Token ids that end a text: the tokenizer's, and what a Hugging Face directory's generation_config.json adds.
 
     Raises:
@@ -107,7 +107,7 @@ def encode_prompt(text: Text, prompt: str) -> list[int]:
 
 
 def encode_chat(text: Text, messages: Any) -> list[int]:
-    """A conversation that ends with the user, in the [INST] format of data/chat.py.
+    """A conversation that ends with the user, in the [INST] format of data/corpora/chat.py.
 
     Raises:
         DataError: it is no such conversation.
@@ -116,7 +116,7 @@ def encode_chat(text: Text, messages: Any) -> list[int]:
     return chat.encode(chat.prompt(messages), as_tokenizer)[0]
 
 
-class Growing:
+class StreamedText:
     """The text of one row, token by token: whole characters only, and nothing that may be the start of a stop string.
 
     Attributes:

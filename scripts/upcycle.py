@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from scripts.boundary import run_tool
+from scripts.cli import run_tool
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class UpcycleConfig:
 
 
 def upcycle(config: UpcycleConfig) -> None:
-    from moe.errors import ModelError
-    from moe.flops import count_parameters, meta_model
+    from common.errors import ModelError
+    from common.strict import located
+    from moe.accounting.flops import count_parameters, meta_model
     from moe.upcycle import Upcycling, router_config
-    from training.model_directory import parse_size
-    from training.source import open_given
-    from training.strict import located
-    from training.upcycling import upcycle_model
+    from training.formats.model_directory import parse_size
+    from training.formats.reader import open_model_for_key
+    from training.formats.upcycling import upcycle_model
 
     shard_bytes = parse_size(config.shard_size)
     try:
         plan = Upcycling(**{field.name: getattr(config, field.name) for field in fields(Upcycling)})
-        source = open_given("source", config.source)
+        source = open_model_for_key("source", config.source)
         if source.model.is_moe:
             raise ModelError(
                 f"source={config.source}: expected a dense model; found {source.model.num_experts} experts"

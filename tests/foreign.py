@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moe.model import Transformer
-from training.source import ModelSource, open_source
+from training.formats.reader import ModelReader, open_model
 
 VOCAB = 53
 
@@ -64,10 +64,10 @@ def loaded(directory: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", **eager)
 
 
-def filled(source: ModelSource | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+def filled(source: ModelReader | Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """Our model with the weights of `source`; NaN wherever it gave none."""
     if isinstance(source, Path):
-        source = open_source(source)
+        source = open_model(source)
     model = Transformer(source.model, source.router, dtype).to(dtype)
     with torch.no_grad():
         for tensor in model.state_dict().values():

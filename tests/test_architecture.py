@@ -8,10 +8,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
-    "data": set[str](),
-    "moe": set[str](),
-    "parallel": {"moe"},
-    "training": {"data", "moe", "parallel"},
+    "common": set[str](),
+    "data": {"common"},
+    "moe": {"common"},
+    "parallel": {"common", "moe"},
+    "training": {"common", "data", "moe", "parallel"},
 }
 OURS = {*ROOMS, "scripts", "train", "tests", "benchmarks"}
 HEAVY = {"datasets", "wandb", "matplotlib", "transformers", "sentencepiece", "deepspeed"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.boundary import CONF
+from scripts.cli import CONF
 from tests.test_train import TINY
 
 ROOT = CONF.parent

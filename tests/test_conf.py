@@ -7,10 +7,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from moe.flops import count_parameters, meta_model
-from scripts.boundary import CONF, plain
+from common.strict import from_dict, to_dict
+from moe.accounting.flops import count_parameters, meta_model
+from scripts.cli import CONF, plain
 from training.config import Config, with_vocabulary
-from training.strict import from_dict, to_dict
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

@@ -9,16 +9,16 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from common.strict import from_dict
+from moe.accounting.costs import training_bytes
 from moe.config import RouterConfig
-from moe.costs import training_bytes
 from moe.init import init_parameters
 from moe.model import Transformer
 from scripts import describe as tool
-from scripts.boundary import CONF, plain
+from scripts.cli import CONF, plain
 from tests.test_conf import MODELS, composed
 from training.config import OptimConfig
 from training.optimizer import build_optimizer
-from training.strict import from_dict
 
 
 def configured(*overrides: str) -> tool.DescribeConfig:

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from data.config import DataConfig
-from data.store import Store, prepare
+from data.tokens.store import Store, prepare
 from moe.model import Transformer
-from scripts.boundary import CONF
-from training.metrics import read_metrics
-from training.source import open_source
+from scripts.cli import CONF
+from training.formats.reader import open_model
+from training.report.metrics import read_metrics
 
 SHAPE = ["train.seq_len=96", "train.log_every=1", "train.precision=fp64", "tracking=disabled", "launch.threads=1"]
 
@@ -30,7 +30,7 @@ def run(*overrides: str) -> None:
 
 
 def model_of(directory: Path) -> Transformer:
-    source = open_source(directory)
+    source = open_model(directory)
     model = Transformer(source.model, source.router, torch.float64).double()
     source.fill(model)
     return model

@@ -10,15 +10,15 @@ import pytest
 import torch
 import yaml
 
-from data import chat
 from data.config import DataConfig
-from data.corpus import open_corpus
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.corpora import chat
+from data.corpora.corpus import open_corpus
+from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from scripts import export_hf, import_hf
-from scripts.boundary import CONF
+from scripts.cli import CONF
 from tests.foreign import filled, saved
 from tests.test_train import TINY, numbers
-from training.source import open_source
+from training.formats.reader import open_model
 
 VOCAB = 503
 """Of models here; the tokenizer has 500 ids."""
@@ -216,7 +216,7 @@ def test_training_starts_from_a_foreign_model_under_every_layout(model, tmp_path
         assert all(torch.equal(a[name], b[name]) for name in b)
     held = [rank["experts"] for rank in json.loads((runs / "on-2" / "result.json").read_text())["ranks"]]
     assert held == [[0, 1], [2, 3]]
-    assert open_source(runs / "on-1").tokenizer.read_bytes() == (model / "tokenizer.model").read_bytes()
+    assert open_model(runs / "on-1").tokenizer.read_bytes() == (model / "tokenizer.model").read_bytes()
     one, two = (numbers(runs / f"on-{nproc}")[0]["train/loss"] for nproc in (1, 2))
     assert one == pytest.approx(two, abs=1e-5)
 

@@ -9,19 +9,19 @@ import sys
 import pytest
 import torch
 
-from data.tokenizer import Tokenizer, train_tokenizer
+from common.errors import ModelError
+from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from moe.config import ModelConfig, RouterConfig
-from moe.errors import ModelError
-from moe.generate import generate
+from moe.generation.generate import generate
 from moe.init import init_parameters
 from moe.model import Transformer
 from moe.region import Region
-from scripts.boundary import CONF
+from scripts.cli import CONF
 from scripts.generate import main
-from scripts.text import Growing, HuggingFaceText, Terminal, end_marks
+from scripts.text import HuggingFaceText, StreamedText, Terminal, end_marks
 from tests.foreign import saved
-from training.model_directory import Block, write_model
-from training.source import open_source
+from training.formats.model_directory import Block, write_model
+from training.formats.reader import open_model
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # sums\n" for i in range(200)]
 CONFIG = ModelConfig(
@@ -167,26 +167,26 @@ def test_a_hugging_face_directory_may_add_marks_of_the_end(tmp_path, tokenizer):
     file = tmp_path / "generation_config.json"
     for given, expected in (("null", {2}), ("5", {2, 5}), ("[7, 5]", {2, 5, 7})):
         file.write_text(f'{{"eos_token_id": {given}}}')
-        assert set(end_marks(open_source(tmp_path), tokenizer)) == expected
+        assert set(end_marks(open_model(tmp_path), tokenizer)) == expected
     file.write_text('{"eos_token_id": "x"}')
     with pytest.raises(ModelError, match="eos_token_id=x: expected a token id, or a list of them"):
-        end_marks(open_source(tmp_path), tokenizer)
+        end_marks(open_model(tmp_path), tokenizer)
 
 
 @pytest.mark.parametrize("sample", ["a é 你好 🙂 def f(a, b):\n    return", "🙂🙂", " x", "\ufffd\ufffd y"])
 def test_text_grows_by_whole_characters(tokenizer, sample):
-    growing = Growing(tokenizer.decode, [tokenizer.bos_id, *tokenizer.encode("def")], [])
+    growing = StreamedText(tokenizer.decode, [tokenizer.bos_id, *tokenizer.encode("def")], [])
     parts = [growing.add(token) for token in [*tokenizer.encode(sample), tokenizer.eos_id]]
     assert "".join(parts) + growing.end() == growing.text == sample
     assert sample.startswith("\ufffd") or not any("\ufffd" in part for part in parts)
-    cut = Growing(tokenizer.decode, [], [])
+    cut = StreamedText(tokenizer.decode, [], [])
     assert [cut.add(token) for token in tokenizer.encode("é")[:1]] == [""]
     assert cut.end() == "\ufffd"  # half a character is all there is
 
 
 def test_stop_strings_end_a_text_wherever_they_lie_in_the_tokens(tokenizer):
     for stops, said in ((["\n"], "def f(a):"), (["a):\n  r", "zz"], "def f("), (["f(b"], None), (["f(", "ef"], "d")):
-        growing = Growing(tokenizer.decode, [tokenizer.bos_id], stops)
+        growing = StreamedText(tokenizer.decode, [tokenizer.bos_id], stops)
         parts = []
         for token in tokenizer.encode("def f(a):\n  return def"):
             parts.append(growing.add(token))

@@ -7,11 +7,11 @@ from importlib.util import find_spec
 
 import pytest
 
-from scripts.boundary import CONF
+from common.errors import ConfigError
+from scripts.cli import CONF
 from scripts.parity import ParityConfig, jobs_for
-from training.parity_cases import CASES
-from training.parity_layouts import chosen, layouts_for, parse_layout
-from training.strict import ConfigError
+from training.parity.cases import CASES
+from training.parity.layouts import chosen, layouts_for, parse_layout
 
 
 def tool(*arguments: str, launcher: tuple[str, ...] = (), script: str = "scripts/parity.py"):
@@ -32,7 +32,8 @@ def test_own_workers_and_a_table():
 
 MISS = """
 import sys
-from training import parity, engines
+from training.parity.trial import trial as parity
+from training import build as engines
 
 def build(config, model, mesh, dtype, seed):
     return engines.build_parts(config, model, mesh, dtype, seed + (mesh.world_size == 2))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.boundary import CONF
-from training.metrics import read_metrics
+from scripts.cli import CONF
+from training.report.metrics import read_metrics
 
 TINY = [
     "model=mixtral_tiny", "data.code_bytes=60000", "data.prose_bytes=40000", "data.arithmetic_bytes=40000",

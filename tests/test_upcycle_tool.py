@@ -13,10 +13,10 @@ from moe.init import init_parameters
 from moe.model import Transformer
 from moe.region import Region
 from scripts import upcycle
-from scripts.boundary import CONF
-from training.metrics import read_metrics
-from training.model_directory import Block, write_model
-from training.source import open_source
+from scripts.cli import CONF
+from training.formats.model_directory import Block, write_model
+from training.formats.reader import open_model
+from training.report.metrics import read_metrics
 
 DENSE = ModelConfig(
     dim=32,
@@ -51,7 +51,7 @@ def write(out: Path, config: ModelConfig, dtype: torch.dtype = torch.float32) ->
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    source = open_source(path)
+    source = open_model(path)
     model = Transformer(source.model, source.router, dtype).to(dtype)
     for tensor in model.state_dict().values():
         tensor.fill_(torch.nan)
@@ -79,7 +79,7 @@ def test_the_directory_computes_what_the_dense_one_does(dense, tmp_path, monkeyp
     model = load(tmp_path / "moe", torch.float64)
     assert f"parameters: {sum(p.numel() for p in model.parameters()):,}, " in out
     assert [path.name for path in tmp_path.iterdir()] == ["moe"]
-    source = open_source(tmp_path / "moe")
+    source = open_model(tmp_path / "moe")
     assert (source.model.num_experts, source.model.sliding_window) == (8, (7, None))
     assert source.router == RouterConfig(kind="sigmoid_topk" if extra else "softmax_topk")
     torch.testing.assert_close(logits(model), logits(load(dense, torch.float64)), atol=1e-12, rtol=1e-12)
@@ -90,7 +90,7 @@ def test_dtype_keep_keeps_what_weights_are_stored_in(tmp_path, monkeypatch, caps
     for dtype in ("keep", "fp32"):
         arguments = [f"source={small}", f"out={tmp_path / dtype}", f"dtype={dtype}", "top_k=4", "granularity=2"]
         assert run(monkeypatch, capsys, *arguments)[0] == 0
-    kept, wide = open_source(tmp_path / "keep"), open_source(tmp_path / "fp32")
+    kept, wide = open_model(tmp_path / "keep"), open_model(tmp_path / "fp32")
     assert {kept.dtype(name) for name in kept.shapes if ".router." not in name} == {torch.bfloat16}
     assert {wide.dtype(name) for name in wide.shapes} == {torch.float32}
     for name, tensor in load(tmp_path / "keep").state_dict().items():

@@ -6,11 +6,12 @@ Sections validate their own fields; `Config` validates what only two sections to
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from common.checks import expect
+from common.errors import ConfigError
+from common.strict import located
 from data.config import DataConfig
-from moe.config import ModelConfig, RouterConfig, expect
+from moe.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig
-from training.deepspeed_config import NATIVE, EngineConfig
-from training.strict import ConfigError, located
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,29 @@ class TrackingConfig:
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "mixwright"
     entity: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Who owns weights, gradients and optimizer state."""
+
+    kind: Literal["native", "deepspeed"] = "native"
+    zero_stage: Literal[1, 2, 3] = 2
+    """`deepspeed` only: what is partitioned over the ranks that hold the same weights (arXiv 1910.02054). 1: optimizer
+    state; 2: gradients, too; 3: weights, too."""
+    ds_config: str | None = None
+    """`deepspeed` only: path of a JSON file in DeepSpeed's format, for what Mixwright leaves to it; `null`: none."""
+
+    def __post_init__(self) -> None:
+        expect(self.kind in ("native", "deepspeed"), "kind", self.kind, "native or deepspeed")
+        expect(self.zero_stage in (1, 2, 3), "zero_stage", self.zero_stage, "one of 1, 2, 3")
+        expect(self.ds_config != "", "ds_config", "''", "a JSON file of DeepSpeed's, or null")
+        expect(
+            self.ds_config is None or self.kind == "deepspeed", "ds_config", self.ds_config, "null with engine=native"
+        )
+
+
+NATIVE = EngineConfig()
 
 
 @dataclass(frozen=True)

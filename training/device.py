@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from training.strict import ConfigError
+from common.errors import ConfigError
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0}
 """Dense bf16 tensor-core peak of one GPU by what its name contains, from NVIDIA's data sheets (SXM versions)."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from moe.model import Output, Transformer
-from moe.region import Held
-from parallel.fsdp import gather_no_more
+from moe.region import LocalShard
+from parallel.fsdp import free_gathered_weights
 from parallel.gradients import global_grad_norm, scale_gradients, sum_gradients
 from parallel.mesh import Mesh
 from parallel.objective import Inputs, Objective
@@ -42,7 +42,7 @@ class Engine(Protocol):
         """
         ...
 
-    def tensors(self) -> dict[str, Tensor | Held]:
+    def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Weights, buffers and moments under engine-neutral names, for saving and for loading in place."""
         ...
 
@@ -51,7 +51,7 @@ class Engine(Protocol):
         """Updates applied so far (AdamW's bias correction counts them)."""
         ...
 
-    def loaded(self, tensors: Mapping[str, Tensor | Held], updates: int) -> None:
+    def finish_loading(self, tensors: Mapping[str, Tensor | LocalShard], updates: int) -> None:
         """`tensors`, as `tensors()` returned them, were filled from a checkpoint with so many updates behind it."""
         ...
 
@@ -80,7 +80,7 @@ class NativeEngine:
         self.optimizer = build_optimizer(list(self.parameters.values()), config)
         shares_ends = pipeline is not None and self.parts[0].config.tie_embeddings
         self.tied = frozenset(["embedding"] if shares_ends else [])
-        """Held by the first and by the last stage."""
+        """LocalShard by the first and by the last stage."""
         self._updates = 0
 
     def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
@@ -98,11 +98,11 @@ class NativeEngine:
             return self.pipeline.forward(inputs)
         (model,) = self.parts
         output = model(**inputs)
-        gather_no_more(model)
+        free_gathered_weights(model)
         return [(model, output)]
 
     def step(self, lr: float) -> float:
-        self.trainable.take_gradients()
+        self.trainable.collect_gradients()
         sum_gradients(self.parameters, self.mesh, self.tied)
         norm = global_grad_norm(self.parameters, self.mesh, self.tied)
         value = norm.item()
@@ -113,18 +113,20 @@ class NativeEngine:
                 group["lr"] = lr
             self.optimizer.step()
             self._updates += 1
-        self.trainable.drop_gradients()
+        self.trainable.clear_gradients()
         return value
 
-    def tensors(self) -> dict[str, Tensor | Held]:
+    def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Weights and persistent buffers of everything, moments of what trains.
 
         A single expert that trains inside a stacked weight has moments of its own, `exp_avg.<weight>.<expert>`, which
         only the ranks that hold it name.
         """
-        found: dict[str, Tensor | Held] = {}
+        found: dict[str, Tensor | LocalShard] = {}
         for model in self.parts:
-            found |= {f"model.{name}": model.locate(name, parameter) for name, parameter in model.named_parameters()}
+            found |= {
+                f"model.{name}": model.local_shard(name, parameter) for name, parameter in model.named_parameters()
+            }
             found |= {f"model.{name}": buffer for name, buffer in persistent_buffers(model).items()}
         for name, weight in self.trainable.weights.items():
             for moment in ("exp_avg", "exp_avg_sq"):
@@ -135,7 +137,7 @@ class NativeEngine:
     def updates(self) -> int:
         return self._updates
 
-    def loaded(self, tensors: Mapping[str, Tensor | Held], updates: int) -> None:
+    def finish_loading(self, tensors: Mapping[str, Tensor | LocalShard], updates: int) -> None:
         self._updates = updates
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
@@ -150,7 +152,7 @@ def run_whole(
     """`Engine.run` of a model that is whole here, layer by layer."""
     for number, inputs in enumerate(micro_batches):
         output: Output = model(**inputs)
-        loss = objective.predictions(output.logits_BSV, number)
+        loss = objective.compute_prediction_loss(output.logits_BSV, number)
         if output.stats is not None:
-            loss = loss + objective.routing(output.stats, model.moe_layers, number)
+            loss = loss + objective.compute_routing_loss(output.stats, model.moe_layers, number)
         backward(loss)

@@ -49,7 +49,7 @@ def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...],
                     for total, values_BS in ((nats, nats_BS), (labels, predicted_BS), (size, bytes_BS)):
                         total.index_add_(0, domain_N, values_BS.flatten().double())
             if output.stats is not None:
-                domains_BS, valid_BS = model.own(batch.domains_BS), model.own(batch.documents_BS >= 0)
+                domains_BS, valid_BS = model.slice_local(batch.domains_BS), model.slice_local(batch.documents_BS >= 0)
                 counts = _load_by_domain(output.stats.experts_BSK, domains_BS, valid_BS, *shape[::2])
                 load_GLE[:, model.moe_layers] += counts
     for model in engine.parts:

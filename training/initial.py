@@ -7,10 +7,11 @@ gets and with what weight. Capacity, losses and jitter are the run's own.
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from training.strict import ConfigError, to_dict
+from common.errors import ConfigError
+from common.strict import to_dict
 
 if TYPE_CHECKING:  # the command line does not wait for torch
-    from training.source import ModelSource
+    from training.formats.reader import ModelReader
 
 FREE_MODEL_KEYS = ("expert_kernel", "init_std")
 """Keys of the model that say nothing about its weights."""
@@ -33,9 +34,9 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     directory = raw.get("run", {}).get("init_from")
     if not isinstance(directory, str):
         return raw
-    from training.source import open_given
+    from training.formats.reader import open_model_for_key
 
-    source = open_given("run.init_from", directory, check=False)
+    source = open_model_for_key("run.init_from", directory, check=False)
     typed = {override.partition("=")[0].lstrip("+~") for override in overrides}
     model, router = to_dict(source.model), to_dict(source.router)
     inherited = {"model": {key: value for key, value in model.items() if key not in FREE_MODEL_KEYS}}
@@ -66,12 +67,12 @@ def find_initial(directory: str | None, warn: Callable[[str], None]) -> str | No
     Raises:
         ModelError: nothing there is whole.
     """
-    from training.source import open_source
+    from training.formats.reader import open_model
 
-    return None if directory is None else str(open_source(directory, warn=warn).path)
+    return None if directory is None else str(open_model(directory, warn=warn).path)
 
 
-def _agrees(key: str, given: Any, inherited: Any, source: "ModelSource") -> bool:
+def _agrees(key: str, given: Any, inherited: Any, source: "ModelReader") -> bool:
     if key == "vocab_size" and given is None:
         return True  # null stands for whatever it is
     if key == "normalize":

@@ -2,16 +2,17 @@
 
 from dataclasses import replace
 
+from common.errors import ConfigError
+from common.strict import located
 from moe.config import ModelConfig
-from parallel.auto import plain, resolve
-from parallel.launch import World
-from parallel.plan import Plan, plan
+from parallel.planning.auto import plain, resolve
+from parallel.planning.plan import Plan, plan
+from parallel.startup.launch import World
 from training.config import Config
-from training.deepspeed_config import check_engine, deepspeed_settings
-from training.strict import ConfigError, located
+from training.deepspeed.settings import check_engine, deepspeed_settings
 
 
-def laid_out(
+def resolve_layout(
     config: Config,
     model: ModelConfig,
     world: World,

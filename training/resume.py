@@ -7,15 +7,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data.errors import DataError
+from common.errors import CheckpointError, ConfigError, DataError, RunError
+from common.strict import from_dict, to_dict
 from moe.config import ModelConfig, RouterConfig
-from parallel.launch import World
-from parallel.rendezvous import share, wait_for_all
+from parallel.startup.launch import World
+from parallel.startup.rendezvous import share, wait_for_all
+from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified, read_state
 from training.config import Config
 from training.initial import FREE_MODEL_KEYS, ROUTER_KEYS
-from training.manifest import CHECKPOINTS, CheckpointError, committed, newest_verified, read_state
-from training.run import RunError
-from training.strict import ConfigError, from_dict, to_dict
 
 
 def check_shared(store: dist.Store, world: World, directory: Path, tokens: str) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from common.errors import RunError
+from common.files import write_atomically
 from training.config import RunConfig
 
 LAUNCH_FILE = "launch.json"
@@ -19,10 +21,6 @@ CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.model"
 SHARED_RUN_IDS = ("", "none", "default")
 """Values of TORCHELASTIC_RUN_ID that many launches have."""
-
-
-class RunError(ValueError):
-    """The run cannot live where it should; the message is one line that names the key."""
 
 
 def choose_name(run: RunConfig) -> str:
@@ -147,17 +145,6 @@ def save_tokenizer(directory: Path, file: Path) -> None:
 def save_result(directory: Path, result: Mapping[str, Any]) -> Path:
     """Write the plain mapping as `result.json` in `directory`, whole or not at all; returns the file."""
     return write_atomically(directory / RESULT_FILE, json.dumps(dict(result), indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> Path:
-    """Replace the file by `text`: a reader, or a kill in between, sees the old file or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return path
 
 
 def _find(run: RunConfig, identity: dict[str, Any]) -> str | None:

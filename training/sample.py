@@ -4,14 +4,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moe.flops import count_parameters, meta_model
-from moe.generate import generate
-from moe.sampling import Sampling
-from parallel.apply import build_whole
+from moe.accounting.flops import count_parameters, meta_model
+from moe.generation.generate import generate
+from moe.generation.sampling import Sampling
+from parallel.apply import build_whole_model
 from parallel.mesh import broadcast_from_first
 from training.device import free_bytes
 from training.engine import Engine
-from training.source import open_source
+from training.formats.reader import open_model
 
 
 def sample_tokens(
@@ -40,11 +40,11 @@ def sample_tokens(
         return ids
     own = None
     if mesh.rank == 0:
-        source = open_source(directory, check=False)
+        source = open_model(directory, check=False)
         dtype = engine.parts[0].compute_dtype
         needed = count_parameters(meta_model(source.model, source.router)).total * dtype.itemsize
         if needed < free_bytes(mesh.device) / 2:
-            model = build_whole(source.model, source.router, mesh.device, dtype)
+            model = build_whole_model(source.model, source.router, mesh.device, dtype)
             source.fill(model)
             [own] = generate(model, [prompt], max_tokens=max_tokens, sampling=sampling, stop=[end])
     dist.barrier(mesh.world)

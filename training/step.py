@@ -90,7 +90,7 @@ class StepLoss:
         """Of the whole step, for the layers of this stage."""
         self.dropped = torch.zeros((), dtype=torch.int64, device=mesh.device)
 
-    def predictions(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
+    def compute_prediction_loss(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
         labels_BS = self.batches[micro_batch].labels_BS
         if self.mesh.tensor.size() > 1:
             ce_sum = cross_entropy(logits_BSV, labels_BS, self.mesh.tensor).sum()
@@ -100,7 +100,7 @@ class StepLoss:
             self.sums[0] += ce_sum.detach()
         return ce_sum / self.labels
 
-    def routing(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
+    def compute_routing_loss(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
         aux = auxiliary_losses(
             stats,
             self.router,

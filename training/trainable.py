@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from common.errors import ConfigError
+from common.text import nearest
+from moe.accounting.flops import meta_model
 from moe.config import RouterConfig
-from moe.flops import meta_model
 from moe.model import Transformer
-from moe.region import Held, Region
+from moe.region import LocalShard, Region
 from moe.router import Router
-from parallel.inventory import kind
-from parallel.placement import local_of
-from training.strict import ConfigError, nearest
+from parallel.weight_shards import local_of
+from parallel.weight_specs import kind
 
 EVERYTHING = "all"
 OF_EXPERT = re.compile(r"expert:(\d+)")
@@ -40,7 +41,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Weight:
+class TrainableWeight:
     """What the optimizer steps on: the part of one of the model's parameters that lies here, or of one expert in it."""
 
     name: str
@@ -49,11 +50,11 @@ class Weight:
     """The model's parameter; sharded by FSDP, or stacked over experts [e, ., .], it is more than this."""
     row: int | None
     """Of a single expert: its place among those here."""
-    held: Held
+    held: LocalShard
     parameter: nn.Parameter
     """A plain tensor that shares the source's memory (or the source itself)."""
 
-    def take_gradient(self) -> None:
+    def collect_gradient(self) -> None:
         """The source's gradient, or the view of it that belongs to this weight."""
         if self.parameter is self.source:
             return
@@ -69,8 +70,8 @@ class Trainable:
     """
 
     def __init__(self, models: Sequence[Transformer], train: str | tuple[str, ...]) -> None:
-        choice = choose(meta_model(models[0].config, RouterConfig()), train)
-        self.weights: dict[str, Weight] = {}
+        choice = choose_trainable(meta_model(models[0].config, RouterConfig()), train)
+        self.weights: dict[str, TrainableWeight] = {}
         self.sources: list[nn.Parameter] = []
         """What requires a gradient; it may hold nothing that trains here."""
         for model in models:
@@ -78,10 +79,10 @@ class Trainable:
                 parameter.requires_grad_(name in choice.whole or name in choice.experts)
                 if parameter.requires_grad:
                     self.sources.append(parameter)
-                held = model.locate(name, parameter)
+                held = model.local_shard(name, parameter)
                 if name in choice.whole:
                     own = nn.Parameter(held.local) if isinstance(parameter, DTensor) else parameter
-                    self.weights[name] = Weight(name, parameter, None, held, own)
+                    self.weights[name] = TrainableWeight(name, parameter, None, held, own)
                 elif name in choice.experts:
                     parts = _parts(name, parameter, held, choice.experts[name])
                     self.weights |= {part.name: part for part in parts}
@@ -90,12 +91,12 @@ class Trainable:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: weight.parameter for name, weight in self.weights.items()}
 
-    def take_gradients(self) -> None:
+    def collect_gradients(self) -> None:
         """After the last backward pass of a step: weights that are not the model's own parameters get theirs."""
         for weight in self.weights.values():
-            weight.take_gradient()
+            weight.collect_gradient()
 
-    def drop_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         """Free every gradient, those of stacked parameters that train in part included."""
         for weight in self.weights.values():
             weight.parameter.grad = None
@@ -103,7 +104,7 @@ class Trainable:
             source.grad = None
 
 
-def choose(model: Transformer, train: str | tuple[str, ...]) -> Choice:
+def choose_trainable(model: Transformer, train: str | tuple[str, ...]) -> Choice:
     """What `train` means for the whole `model` (on the meta device, say).
 
     Raises:
@@ -141,17 +142,17 @@ def patterns(train: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({train} if isinstance(train, str) else set(train)))
 
 
-def shown(train: str | Iterable[str]) -> str:
+def format_patterns(train: str | Iterable[str]) -> str:
     """`optim.train` as one writes it on the command line."""
     return train if isinstance(train, str) else f"[{','.join(train)}]"
 
 
-def check_resumed(train: str | tuple[str, ...], saved: str | Iterable[str], checkpoint: str) -> None:
+def check_same_choice(train: str | tuple[str, ...], saved: str | Iterable[str], checkpoint: str) -> None:
     """Raise ConfigError unless `optim.train` is what the checkpoint was saved with: its moments are of that choice."""
     if patterns(train) != patterns(saved):
         raise ConfigError(
-            f"optim.train={shown(train)}: expected {shown(saved)} as in the checkpoint {checkpoint}, or another "
-            "run.name (its optimizer state is of the weights that train)"
+            f"optim.train={format_patterns(train)}: expected {format_patterns(saved)} as in the checkpoint "
+            f"{checkpoint}, or another run.name (its optimizer state is of the weights that train)"
         )
 
 
@@ -168,13 +169,13 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
-def _parts(name: str, source: nn.Parameter, held: Held, chosen: frozenset[int]) -> list[Weight]:
+def _parts(name: str, source: nn.Parameter, held: LocalShard, chosen: frozenset[int]) -> list[TrainableWeight]:
     (first, *offset), shape = held.region.offset, held.local.shape[1:]
     parts = []
     for row, matrix in enumerate(held.local):
         if first + row in chosen and matrix.numel():
-            own = Held(matrix, held.shape[1:], Region(tuple(offset), tuple(shape)))
-            parts.append(Weight(f"{name}.{first + row}", source, row, own, nn.Parameter(matrix)))
+            own = LocalShard(matrix, held.shape[1:], Region(tuple(offset), tuple(shape)))
+            parts.append(TrainableWeight(f"{name}.{first + row}", source, row, own, nn.Parameter(matrix)))
     return parts
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig
-from data.store import Store, prepare
+from data.tokens.store import Store, prepare
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 import pytest
 
-from data.chat import Segment, encode, prompt, render
-from data.errors import DataError
-from data.store import Store
+from common.errors import DataError
+from data.corpora.chat import Segment, encode, prompt, render
+from data.tokens.store import Store
 
 
 def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:

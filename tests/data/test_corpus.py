@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import DataError
 from data.config import DataConfig
-from data.corpus import open_corpus
-from data.embedded import EmbeddedCorpus, docstrings, without_docstrings, without_repeats
-from data.errors import DataError
-from data.files import PIECE_CHARS, FilesCorpus
-from data.heldout import HeldoutChoice
-from data.store import Store, prepare
+from data.corpora.corpus import open_corpus
+from data.corpora.embedded import EmbeddedCorpus, docstrings, without_docstrings, without_repeats
+from data.corpora.files import PIECE_CHARS, FilesCorpus
+from data.tokens.heldout import HeldoutChoice
+from data.tokens.store import Store, prepare
 
 MODULE = '''"""Module words."""
 import os

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
+from common.errors import DataError
 from data.batch import IGNORE, Batch
-from data.errors import DataError
 from data.loader import Loader, epoch_order, evaluation_batches
-from data.store import Store
+from data.tokens.store import Store
 
 SEQ_LEN = 64
 

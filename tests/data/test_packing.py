@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import DataError
 from data.batch import IGNORE, Batch
-from data.errors import DataError
 from data.packing import pack_row, padding_row
 
 # Three documents <s>=1 ... </s>=2, of domains 0, 1, 0: [1 5 6 2] [1 7 2] [1 8 9 2]. Documents start at 0, 4, 7.

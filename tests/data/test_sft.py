@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import build
-from data.build import baselines
-from data.chat import encode, render
+from common.errors import ConfigError, DataError
 from data.config import DataConfig
-from data.errors import DataError
+from data.corpora.chat import encode, render
 from data.loader import Loader
 from data.packing import IGNORE, pack_row, whole_document_rows
-from data.store import Store, prepare
+from data.tokens import build
+from data.tokens.build import baselines
+from data.tokens.store import Store, prepare
 
 SEQ_LEN = 256
 
@@ -190,5 +190,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"a.txt: expected a file of conversations, .jsonl or .jsonl.gz$"):
         prepare(DataConfig(kind="sft", paths=(f"{tmp_path}/a.txt",), cache=str(tmp_path / "cache")))
-    with pytest.raises(DataError, match=r"^paths=\[\]: expected at least one file or glob$"):
+    with pytest.raises(ConfigError, match=r"^paths=\[\]: expected at least one file or glob$"):
         DataConfig(kind="sft")

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import build
-from data.build import baselines, manifest_sha256, sha256
+from common.errors import DataError
+from common.files import sha256_of
 from data.config import DataConfig
-from data.errors import DataError
 from data.packing import IGNORE
-from data.store import Store, prepare
+from data.tokens import build
+from data.tokens.build import baselines, manifest_sha256
+from data.tokens.store import Store, prepare
 
 
 @pytest.mark.parametrize("seq_len", [7, 64, 100_000])
@@ -121,7 +122,7 @@ def test_a_token_beyond_the_vocabulary_is_named(store: Store, tmp_path: Path) ->
     tokens[5] = 500
     tokens.tofile(copy / "train-00000.bin")
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["files"]["train-00000.bin"]["sha256"] = sha256(copy / "train-00000.bin")
+    manifest["files"]["train-00000.bin"]["sha256"] = sha256_of(copy / "train-00000.bin")
     manifest["sha256"] = manifest_sha256(manifest)
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"train-00000.bin: expected token ids below vocab_size 500, found 500$"):

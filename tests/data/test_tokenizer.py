@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import DataError
 from data.config import DataConfig
-from data.corpus import open_corpus
-from data.errors import DataError
-from data.store import Store, prepare
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.corpora.corpus import open_corpus
+from data.tokens.store import Store, prepare
+from data.tokens.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 HARD = [
@@ -115,7 +115,7 @@ def test_a_vocabulary_that_does_not_fit_the_text_names_one_that_does(size: int, 
 
 def test_the_embedded_corpus_does_not_depend_on_the_hash_seed(tiny: DataConfig) -> None:
     program = (
-        "import hashlib; from data.embedded import EmbeddedCorpus; c = EmbeddedCorpus(60_000, 40_000, 30_000);"
+        "import hashlib; from data.corpora.embedded import EmbeddedCorpus; c = EmbeddedCorpus(60_000, 40_000, 30_000);"
         "print(c.fingerprint(), hashlib.sha256(repr(list(c.documents())).encode()).hexdigest())"
     )
     run = [sys.executable, "-c", program]

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.region import Held, Region
+from common.errors import CheckpointError
+from moe.region import LocalShard, Region
 from tests.distributed.harness import run_ranks
-from training import checkpoint
-from training.checkpoint import CheckpointError, load, read_state, save, verify
+from training.checkpoint import checkpoint
+from training.checkpoint.checkpoint import load, read_state, save, verify
 
 SHAPES = {"w1": (8, 3, 5), "uneven": (5, 2), "matrix": (6, 4)}
 
@@ -23,7 +24,7 @@ def values(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=dtype).reshape(shape)
 
 
-def held(name: str, cuts: dict[int, tuple[int, int]], fill: bool, dtype: torch.dtype = torch.float32) -> Held:
+def held(name: str, cuts: dict[int, tuple[int, int]], fill: bool, dtype: torch.dtype = torch.float32) -> LocalShard:
     """The part of a global tensor that is the `index`-th of `parts` as torch.chunk cuts, along each dim of `cuts`."""
     part, offset = values(name, dtype), [0] * len(SHAPES[name])
     for dim, (index, parts) in cuts.items():
@@ -31,14 +32,14 @@ def held(name: str, cuts: dict[int, tuple[int, int]], fill: bool, dtype: torch.d
         start = min(index * -(-length // parts), length)
         offset[dim], part = start, part.narrow(dim, start, min(-(-length // parts), length - start))
     local = part.clone() if fill else torch.full_like(part, -1)
-    return Held(local, SHAPES[name], Region(tuple(offset), tuple(part.shape)))
+    return LocalShard(local, SHAPES[name], Region(tuple(offset), tuple(part.shape)))
 
 
-def expert_layout(rank: int, world_size: int, ep: int, fill: bool) -> dict[str, Tensor | Held]:
+def expert_layout(rank: int, world_size: int, ep: int, fill: bool) -> dict[str, Tensor | LocalShard]:
     """Experts over `ep` ranks and replicated over the rest; dense tensors plain; others sharded unevenly, or twice."""
     row, column = divmod(rank, ep)
     rows = {0: (column, ep)}
-    tensors: dict[str, Tensor | Held] = {
+    tensors: dict[str, Tensor | LocalShard] = {
         "w1": held("w1", rows, fill),
         "w1.exp_avg": held("w1", rows, fill, torch.float64),
         "uneven": held("uneven", rows, fill),
@@ -90,8 +91,8 @@ def payload_bytes(shard: Path) -> int:
 def outcome(rank: int, world_size: int, root: Path, case: str) -> str:
     """The error that `case` ends with on this rank, after an older checkpoint was saved."""
     save(root, 1, {"dense": torch.ones(4)}, {}, keep=2)
-    part = Held(torch.ones(2), (2 * world_size,), Region((2 * rank,), (2,)))
-    tensors: dict[str, Tensor | Held] = {"dense": torch.ones(4), "own": part}
+    part = LocalShard(torch.ones(2), (2 * world_size,), Region((2 * rank,), (2,)))
+    tensors: dict[str, Tensor | LocalShard] = {"dense": torch.ones(4), "own": part}
     original = checkpoint.write_shard
     if case == "full disk" and rank == 1:
         checkpoint.write_shard = fail_in_write  # type: ignore[assignment]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe.attention import Attention, AttentionCore
+from moe.attention.attention import Attention, AttentionCore
 from moe.config import ModelConfig, RouterConfig
 from moe.router import Router
 from parallel import context

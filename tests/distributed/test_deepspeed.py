@@ -14,21 +14,21 @@ import pytest
 import torch
 
 from data.batch import Batch
-from moe.generate import generate
+from moe.generation.generate import generate
 from parallel.apply import build_model
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
 from tests.distributed.whole import assert_same_history, gather_whole
-from training import checkpoint
-from training.config import TrainConfig
-from training.deepspeed_config import EngineConfig, deepspeed_settings
-from training.deepspeed_engine import DeepSpeedEngine
+from training.checkpoint import checkpoint
+from training.config import EngineConfig, TrainConfig
+from training.deepspeed.engine import DeepSpeedEngine
+from training.deepspeed.settings import deepspeed_settings
 from training.engine import NativeEngine
 from training.evaluate import evaluate
-from training.parity_cases import ACCUMULATION, CASES, LENGTH, OPTIM, rows_for
-from training.parity_cases import global_batch as global_rows
-from training.parity_cases import part_of as rows_of
+from training.parity.cases import ACCUMULATION, CASES, LENGTH, OPTIM, rows_for
+from training.parity.cases import global_batch as global_rows
+from training.parity.cases import part_of as rows_of
 from training.schedule import learning_rate
 from training.step import StepResult, train_step
 
@@ -142,7 +142,7 @@ def carry_on(rank: int, world: int, directory: str, step: int, job: Job) -> Step
     engine = build(job, world, directory)
     tensors = engine.tensors()
     checkpoint.load(Path(directory) / f"step-{step}", tensors)
-    engine.loaded(tensors, step)
+    engine.finish_loading(tensors, step)
     result = one_step(engine, job, step, rank, world)
     assert engine.updates == step + 1
     checkpoint.save(Path(directory), step + 1, engine.tensors(), {}, keep=20)

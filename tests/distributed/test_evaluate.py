@@ -7,7 +7,7 @@ import torch
 from data.batch import IGNORE
 from data.config import DataConfig
 from data.loader import evaluation_batches
-from data.store import prepare
+from data.tokens.store import prepare
 from moe.config import ModelConfig, RouterConfig
 from parallel.apply import build_model
 from parallel.layout import Layout

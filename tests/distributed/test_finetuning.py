@@ -14,10 +14,10 @@ from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
 from tests.distributed.whole import gather_whole
-from training import checkpoint
+from training.checkpoint import checkpoint
+from training.checkpoint.manifest import read_manifest
 from training.engine import NativeEngine
-from training.manifest import read_manifest
-from training.parity_cases import MODEL, OPTIM, global_batch, part_of, rows_for
+from training.parity.cases import MODEL, OPTIM, global_batch, part_of, rows_for
 from training.step import StepResult, train_step
 
 ROUTER = RouterConfig(balance_coef=0.05, z_coef=0.01)
@@ -44,7 +44,7 @@ def interrupted(rank: int, world: int, root: Path) -> tuple[dict, dict, int]:
     other = engine_of(4, seed=7)
     tensors = other.tensors()
     checkpoint.load(path, tensors)
-    other.loaded(tensors, 2)
+    other.finish_loading(tensors, 2)
     steps(other, 2, 4)
     return gather_whole(whole.tensors()), gather_whole(other.tensors()), other.updates
 

@@ -15,13 +15,17 @@ import torch.distributed as dist
 from data.batch import Batch
 from moe.model import Transformer
 from parallel.config import ParallelConfig
-from parallel.launch import World
 from parallel.mesh import Mesh, build_mesh, mesh_of_one
+from parallel.startup.launch import World
 from tests.distributed.harness import run_ranks
-from training import checkpoint, engines, parity
+from training import build as engines
+from training.checkpoint import checkpoint
 from training.engine import NativeEngine
-from training.layout import laid_out
-from training.parity import (
+from training.layout import resolve_layout
+from training.parity import trial as parity
+from training.parity.cases import CASES, MODEL, OPTIM, rows_for
+from training.parity.layouts import chosen, layouts_for, parse_layout
+from training.parity.trial import (
     TOLERANCES,
     Differences,
     Job,
@@ -33,8 +37,6 @@ from training.parity import (
     prove,
     run_case,
 )
-from training.parity_cases import CASES, MODEL, OPTIM, rows_for
-from training.parity_layouts import chosen, layouts_for, parse_layout
 from training.step import train_step
 
 CPU = torch.device("cpu")
@@ -116,12 +118,12 @@ def config_of(layout: str, world_size: int):
     """For `mixtral`; with the rows of a world of 2."""
     case = CASES["mixtral"]
     config = configuration(case, parse_layout(layout), rows=rows_for(2), steps=2 * STEPS)
-    return laid_out(config, case.model, World(world_size=world_size))[0]
+    return resolve_layout(config, case.model, World(world_size=world_size))[0]
 
 
 def trial(layout: str) -> Trial:
     config = config_of(layout, dist.get_world_size())
-    sizes = laid_out(config, config.model, World(world_size=dist.get_world_size()))[1].layout
+    sizes = resolve_layout(config, config.model, World(world_size=dist.get_world_size()))[1].layout
     return Trial(CASES["mixtral"], config, build_mesh(CPU, sizes))
 
 
@@ -137,7 +139,7 @@ def moved(root: Path, before: str, after: str) -> tuple[list, dict]:
                 parameter.zero_()
     tensors = second.engine.tensors()
     checkpoint.load(path, tensors)
-    second.engine.loaded(tensors, first.engine.updates)
+    second.engine.finish_loading(tensors, first.engine.updates)
     return history + second.train(STEPS, 2 * STEPS), second.whole()
 
 
@@ -237,10 +239,10 @@ def test_each_difference_counts():
 
 
 def test_parts_are_put_together_and_gaps_and_contradictions_seen():
-    from moe.region import Held, Region
+    from moe.region import LocalShard, Region
 
     def part(values, row):
-        return Held(torch.tensor([values]), (2, 2), Region((row, 0), (1, 2)))
+        return LocalShard(torch.tensor([values]), (2, 2), Region((row, 0), (1, 2)))
 
     assert assemble([{"w": part([1.0, 2.0], 0)}, {"w": part([3.0, 4.0], 1)}])["w"].tolist() == [[1, 2], [3, 4]]
     for others in ({}, {"w": part([1.0, 5.0], 0)}):

@@ -1,4 +1,4 @@
-"""What ranks really send in a step is what the formulas of parallel/traffic.py say."""
+"""What ranks really send in a step is what the formulas of parallel/planning/traffic.py say."""
 
 from argparse import Namespace
 

@@ -7,19 +7,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe.region import Held
-from training.parity import assemble
-from training.shards import held
+from moe.region import LocalShard
+from training.checkpoint.shards import as_shard
+from training.parity.trial import assemble
 from training.step import StepResult
 
 
-def gather_whole(tensors: Mapping[str, Tensor | Held]) -> dict[str, Tensor]:
+def gather_whole(tensors: Mapping[str, Tensor | LocalShard]) -> dict[str, Tensor]:
     """Every tensor that any rank names, whole, on every rank. Collective.
 
     Fails where two ranks differ in what both hold, or where an element is held by none.
     """
-    own = {name: held(tensor) for name, tensor in tensors.items()}
-    everywhere: list[dict[str, Held]] = [{}] * dist.get_world_size()
+    own = {name: as_shard(tensor) for name, tensor in tensors.items()}
+    everywhere: list[dict[str, LocalShard]] = [{}] * dist.get_world_size()
     dist.all_gather_object(everywhere, own)
     whole = assemble(everywhere)
     for name, tensor in whole.items():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.attention import Attention, AttentionCore
+from moe.attention.attention import Attention, AttentionCore
+from moe.attention.flex import block_mask, flex
 from moe.config import ModelConfig
-from moe.flex import block_mask, flex
 from moe.rope import apply_rotary, rotary_table
 
 
@@ -97,7 +97,7 @@ def test_long_rows_are_worked_on_in_parts(monkeypatch):
     q, k, v = (torch.randn(2, h, 1100, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
     documents = (torch.rand(2, 1100) < 0.005).cumsum(1)
     grad = torch.randn(2, 4, 1100, 4, dtype=torch.float64)
-    monkeypatch.setattr("moe.window.SCORES_AT_ONCE", 4 * 2 * 4 * 128 * 512)
+    monkeypatch.setattr("moe.attention.window.SCORES_AT_ONCE", 4 * 2 * 4 * 128 * 512)
     for given in (documents, None):
         expected = masked_reference(q, k, v, documents * (given is not None), 300)
         got = AttentionCore(300)(q, k, v, given)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from moe.cache import Cache
+from moe.attention.cache import Cache
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
 from moe.model import Transformer

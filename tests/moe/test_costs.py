@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.cache import Cache
-from moe.config import ModelConfig, RouterConfig
-from moe.costs import (
+from moe.accounting.costs import (
     Parts,
     active_parts,
     cache_bytes,
@@ -16,7 +14,9 @@ from moe.costs import (
     training_bytes,
     window_saving,
 )
-from moe.flops import count_parameters, forward_flops_per_token, meta_model, training_flops_per_token
+from moe.accounting.flops import count_parameters, forward_flops_per_token, meta_model, training_flops_per_token
+from moe.attention.cache import Cache
+from moe.config import ModelConfig, RouterConfig
 from moe.model import Transformer
 
 MIXED = ModelConfig(

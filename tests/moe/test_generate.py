@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from moe.config import ModelConfig, RouterConfig
-from moe.generate import generate
+from moe.generation.generate import generate
+from moe.generation.sampling import Sampling, pick
 from moe.init import init_parameters
 from moe.model import Transformer
-from moe.sampling import Sampling, pick
 
 SMALL = ModelConfig(
     dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, hidden_dim=12, num_experts=4, top_k=2,

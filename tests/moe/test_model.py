@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from moe.accounting.flops import count_parameters, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
-from moe.flops import count_parameters, training_flops_per_token
 from moe.init import fill_rows, init_parameters
 from moe.model import Transformer
 

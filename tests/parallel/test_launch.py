@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.launch import WorkerFailure, World, launch_workers, world_from_env
+from parallel.startup.launch import WorkerFailure, World, launch_workers, world_from_env
 
 
 def report_place(offset: int) -> tuple[int, str]:
@@ -78,7 +78,7 @@ def test_killed_worker_is_restarted_with_its_group() -> None:
 )
 def test_no_worker_outlives_the_launcher(tmp_path: Path, number: signal.Signals, status: int) -> None:
     code = (
-        "from parallel.launch import launch_workers\n"
+        "from parallel.startup.launch import launch_workers\n"
         "from tests.parallel.test_launch import sleep_and_leave_pid\n"
         "if __name__ == '__main__':\n"
         f"    launch_workers(sleep_and_leave_pid, ({str(tmp_path)!r},), nproc=2, threads=1)\n"

@@ -8,20 +8,19 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
-from moe.flops import meta_model
 from moe.init import init_parameters
 from moe.losses import cross_entropy_sum
 from moe.model import Transformer
 from moe.recompute import Recompute, set_recompute
 from parallel.apply import build_model
-from parallel.auto import Choice, resolve
 from parallel.config import ParallelConfig
 from parallel.context import rows_to_each
-from parallel.inventory import EXPERT_TENSOR_DIMS, TENSOR_DIMS, kind, named_weights
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.plan import (
+from parallel.planning.auto import Choice, resolve
+from parallel.planning.plan import (
     HEADER,
     Plan,
     activation_bytes,
@@ -31,8 +30,7 @@ from parallel.plan import (
     micro_batches_in_flight,
     plan,
 )
-from parallel.stages import stage_layers, stages_of
-from parallel.traffic import (
+from parallel.planning.traffic import (
     Step,
     context_bytes,
     expert_bytes,
@@ -45,6 +43,8 @@ from parallel.traffic import (
     routed_rows,
     tensor_bytes,
 )
+from parallel.stages import stage_layers, stages_of
+from parallel.weight_specs import EXPERT_TENSOR_DIMS, TENSOR_DIMS, kind, named_weights
 from tests.test_conf import composed
 from training.config import with_vocabulary
 
@@ -104,7 +104,9 @@ def test_a_plan_holds_what_is_built(model: ModelConfig, parallel: ParallelConfig
                 build_model(model, RouterConfig(), mesh, compute_dtype=torch.float32, seed=None, layers=own)
                 for own in layers
             ]
-            weights = [part.locate(name, weight).local for part in parts for name, weight in part.named_parameters()]
+            weights = [
+                part.local_shard(name, weight).local for part in parts for name, weight in part.named_parameters()
+            ]
             held[place] = max(held[place], sum(weight.numel() for weight in weights))
             assert all(weight.element_size() == 4 for weight in weights)
         finally:

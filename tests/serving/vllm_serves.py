@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokenizer import Tokenizer, train_tokenizer
+from common.strict import to_dict
+from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
 from moe.model import Transformer
 from tests.foreign import filled, loaded, logits_of
-from training import checkpoint
-from training.export import export_model
+from training.checkpoint import checkpoint
+from training.formats.export import export_model
+from training.formats.reader import open_model
 from training.run import save_config
-from training.source import open_source
-from training.strict import to_dict
 
 SERVER = Path(__file__).with_name("vllm_worker.py")
 PYTHON = Path(".venv-serving/bin/python")
@@ -55,7 +55,7 @@ def test_vllm_generates_token_for_token_what_transformers_and_we_do(window, dens
     assert PYTHON.exists(), "make test-serving installs it"
     run_directory(tmp_path / "run", window, dense)
     out = tmp_path / "exported"
-    export_model(open_source(tmp_path / "run"), out, form="hf", dtype="fp32", shard_bytes=200_000, positions=256)
+    export_model(open_model(tmp_path / "run"), out, form="hf", dtype="fp32", shard_bytes=200_000, positions=256)
     tokenizer = Tokenizer(out / "tokenizer.model")
     expected = []
     ours, theirs = filled(tmp_path / "run"), loaded(out)

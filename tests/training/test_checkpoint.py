@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training import manifest, shards
-from training.checkpoint import CheckpointError, committed, load, newest_verified, read_state, save, verify
+from common.errors import CheckpointError
+from training.checkpoint import manifest, shards
+from training.checkpoint.checkpoint import committed, load, newest_verified, read_state, save, verify
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:

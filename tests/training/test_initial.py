@@ -5,12 +5,12 @@ import re
 
 import pytest
 
+from common.errors import ConfigError, ModelError
+from common.strict import to_dict
 from moe.config import ModelConfig, RouterConfig
-from moe.errors import ModelError
 from tests.foreign import saved
 from training.config import RunConfig
 from training.initial import start_from
-from training.strict import ConfigError, to_dict
 
 PRESET = to_dict(ModelConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=12, init_std=0.5))
 

@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
+from common.errors import CheckpointError, ConfigError
+from common.strict import to_dict
 from moe.config import ModelConfig, RouterConfig
 from training.config import OptimConfig
 from training.device import check_memory
-from training.manifest import CheckpointError
 from training.optimizer import build_optimizer
 from training.resume import checked_state
 from training.schedule import learning_rate
-from training.strict import ConfigError, to_dict
 
 
 def test_a_model_beyond_the_memory_of_the_host_is_refused(monkeypatch):
@@ -50,7 +50,7 @@ def test_only_matrices_decay():
 
 
 def test_a_checkpoint_of_another_model_names_the_key(tmp_path):
-    from training import checkpoint
+    from training.checkpoint import checkpoint
 
     model = ModelConfig(
         dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8, num_experts=4, top_k=2,

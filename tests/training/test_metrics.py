@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.metrics import MetricsWriter, Row, load_entropy, read_metrics, router_metrics
+from training.report.metrics import MetricsWriter, Row, load_entropy, read_metrics, router_metrics
 
 
 def write(path: Path, steps: range, resume_step: int | None = None) -> None:

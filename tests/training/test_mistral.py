@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.foreign import CASES, filled, logits_of, saved, tokens_of
-from training.export import export_model
-from training.source import open_source
+from training.formats.export import export_model
+from training.formats.reader import open_model
 
 
 def load_all(directory):
@@ -65,7 +65,7 @@ def mistral_forward(directory, tokens_S):
 @pytest.mark.parametrize("case", [case for case in CASES if case != "llama-geglu"])
 def test_mistrals_format_means_what_an_independent_reading_makes_of_it(case, tmp_path):
     theirs = saved(case, tmp_path / "theirs")
-    source = open_source(tmp_path / "theirs")
+    source = open_model(tmp_path / "theirs")
     export_model(source, tmp_path / "official", form="mistral", dtype="fp32", shard_bytes=15_000, positions=64)
     tokens = tokens_of(11, rows=1)
     expected = theirs(tokens).logits

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from moe.config import ModelConfig
-from training.heatmap import relative_load, show_load
-from training.plots import plot_curves, plot_load
-from training.progress import Progress
-from training.report import (
-    RankHoldings,
+from training.report.heatmap import relative_load, show_load
+from training.report.plots import plot_curves, plot_load
+from training.report.progress import Progress
+from training.report.sweep import sweep_table
+from training.report.tables import (
+    RankSummary,
     human_bytes,
     human_count,
     human_time,
@@ -28,8 +29,7 @@ from training.report import (
     show_model,
     show_sample,
 )
-from training.sweep import sweep_table
-from training.terminal import printable
+from training.report.terminal import printable
 
 Capture = pytest.CaptureFixture[str]
 
@@ -58,8 +58,8 @@ def row_of(text: str, first: str) -> str:
     return next(" ".join(line.split()) for line in text.splitlines() if line.split()[:1] == [first])
 
 
-def holding(rank: int, experts: list[int]) -> RankHoldings:
-    return RankHoldings(rank, f"host{rank // 8}", "cpu", experts, range(4), 6_000_000 + rank, 24_000_000, 4_000_000)
+def holding(rank: int, experts: list[int]) -> RankSummary:
+    return RankSummary(rank, f"host{rank // 8}", "cpu", experts, range(4), 6_000_000 + rank, 24_000_000, 4_000_000)
 
 
 def test_human_numbers() -> None:
@@ -122,7 +122,7 @@ def test_progress_lines_and_eta(capsys: Capture) -> None:
 def test_terminal_gets_a_bar_and_colours() -> None:
     """In a process of its own under a pseudo-terminal: there, and only there, escape codes appear."""
     program = (
-        "from training.progress import Progress\nfrom training.report import show_evaluation, show_load\n"
+        "from training.report.progress import Progress\nfrom training.report.tables import show_evaluation, show_load\n"
         f"with Progress(2) as p:\n    p.update({MOE_ROW!r}, 1)\n    p.print('a line above')\n"
         "    show_evaluation({'code': 1.5}, 3.0, {'code': (2.0, 4.5)})\n    p.update({}, 2)\n"
         "show_load([[1.0, 3.0]], {})\nshow_load([[1.0] * 300], {})\n"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.errors import RunError
 from training.config import RunConfig
 from training.run import (
-    RunError,
     choose_name,
     is_finished,
     launched_directory,

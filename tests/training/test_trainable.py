@@ -10,9 +10,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from common.errors import ConfigError
 from data.batch import Batch
+from moe.accounting.flops import count_parameters, meta_model
 from moe.config import ModelConfig, RouterConfig
-from moe.flops import count_parameters, meta_model
 from parallel.apply import build_model
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
@@ -20,8 +21,7 @@ from tests.distributed.harness import run_ranks
 from training.config import OptimConfig
 from training.engine import NativeEngine
 from training.step import train_step
-from training.strict import ConfigError
-from training.trainable import check_resumed, choose, trained_elements
+from training.trainable import check_same_choice, choose_trainable, trained_elements
 
 MODEL = ModelConfig(
     dim=8, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=12, num_experts=4, top_k=2, vocab_size=20,
@@ -50,7 +50,7 @@ CHOICES: dict[str, tuple[str | tuple[str, ...], set[str]]] = {
 
 
 def chosen(train: str | tuple[str, ...]) -> set[str]:
-    choice = choose(meta_model(MODEL, ROUTER), train)
+    choice = choose_trainable(meta_model(MODEL, ROUTER), train)
     return choice.whole | {f"{name}.{expert}" for name, some in choice.experts.items() for expert in some}
 
 
@@ -62,8 +62,8 @@ def test_patterns_choose_parameters_and_parts_of_stacked_ones(case):
 
 def test_elements_that_train():
     model = meta_model(MODEL, ROUTER)
-    assert trained_elements(model, choose(model, "all")) == count_parameters(model).total
-    assert trained_elements(model, choose(model, ("router", "expert:3"))) == 2 * (4 * 8 + 3 * 6 * 8)
+    assert trained_elements(model, choose_trainable(model, "all")) == count_parameters(model).total
+    assert trained_elements(model, choose_trainable(model, ("router", "expert:3"))) == 2 * (4 * 8 + 3 * 6 * 8)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_elements_that_train():
 def test_a_pattern_that_matches_nothing_is_told_with_the_nearest_name(train, nearest):
     pattern = train if isinstance(train, str) else train[1]
     with pytest.raises(ConfigError, match=r"expected all, router, experts, expert:<index> or a glob") as caught:
-        choose(meta_model(MODEL, ROUTER), train)
+        choose_trainable(meta_model(MODEL, ROUTER), train)
     assert str(caught.value).startswith(f"optim.train={pattern}: ") and "\n" not in str(caught.value)
     assert re.search(f"the nearest is {nearest}$", str(caught.value)), caught.value
 
@@ -88,16 +88,16 @@ def test_a_dense_model_has_no_router():
     dense = replace(MODEL, num_experts=None, top_k=None, first_k_dense=0, num_shared_experts=0, expert_hidden_dim=None)
     for train in ("router", "experts", "expert:0"):
         with pytest.raises(ConfigError, match=f"^optim.train={train}: expected "):
-            choose(meta_model(dense, RouterConfig()), train)
+            choose_trainable(meta_model(dense, RouterConfig()), train)
 
 
 def test_a_checkpoint_goes_on_with_its_own_choice():
-    check_resumed(("expert:3", "router"), ["router", "expert:3"], "x")
-    check_resumed("all", "all", "x")
+    check_same_choice(("expert:3", "router"), ["router", "expert:3"], "x")
+    check_same_choice("all", "all", "x")
     with pytest.raises(
         ConfigError, match=r"^optim.train=router: expected \[router,expert:3\] as in the checkpoint c/s"
     ):
-        check_resumed("router", ["router", "expert:3"], "c/step-1")
+        check_same_choice("router", ["router", "expert:3"], "c/step-1")
 
 
 @pytest.mark.parametrize("value", ["", (), ("router", "")])

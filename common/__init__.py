@@ -1,0 +1,12 @@
+"""Helpers that every package may import. This package imports nothing of the project and does not import torch.
+
+In reading order:
+
+- `errors`: the errors that a user can correct, in one tree.
+- `checks`: `expect`, the check behind most one-line refusals.
+- `text`: values, names and numbers as text.
+- `files`: durable and atomic file operations.
+- `strict`: strict conversion between plain containers and configuration dataclasses.
+- `registry`: named implementations that a plugin can add to.
+- `plugins`: loading a user's own modules.
+"""

@@ -1,0 +1,188 @@
+"""Strict conversion between plain containers (what YAML gives) and the frozen config dataclasses.
+
+No key is ignored and no value is coerced into something else; the two courtesies are an integer for a float, and the
+string `1e-3` for a float, because YAML 1.1 reads it as a string.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar, Union
+
+from common.errors import ConfigError
+from common.text import nearest, one_line, show_value
+
+T = TypeVar("T")
+
+MISSING_VALUE = "???"
+"""How OmegaConf writes a mandatory value that nobody gave."""
+
+
+class _WrongTypeError(Exception):
+    """Internal: the value fits no branch of the annotation."""
+
+
+def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = None) -> T:
+    """Build the dataclass `cls`, and the dataclasses inside it, from plain dicts, lists and scalars.
+
+    Args:
+        cls: a dataclass whose annotations are made of int, float, str, bool, None, Literal, unions, `tuple[X, ...]`,
+            `dict[str, X]` and further dataclasses. If it has a class method `class_for(raw)`, that method chooses the
+            subclass to build.
+        raw: the mapping for it.
+        path: where it lies in the whole configuration (`model`), put before the keys in messages.
+        keys: the valid keys to suggest from; by default those of `cls`.
+
+    Raises:
+        ConfigError: an unknown key, a missing key, a value of the wrong type, or a value that the dataclass refuses.
+    """
+    if keys is None:
+        keys = list(leaf_keys(cls, path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path or cls.__name__}={_show(raw)}: expected a section of keys")
+    if hasattr(cls, "class_for"):
+        cls = cls.class_for(raw)  # type: ignore[attr-defined]
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name, value in raw.items():
+        if name not in fields:
+            raise unknown_key(_join(path, str(name)), value, keys)
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, field in fields.items():
+        key, hint = _join(path, name), hints[name]
+        if name not in raw and not _is_required(field):
+            continue
+        if raw.get(name, MISSING_VALUE) == MISSING_VALUE:
+            raise ConfigError(f"{key}={MISSING_VALUE}: expected {_describe(hint)}, and no value was given")
+        try:
+            values[name] = _convert(raw[name], hint, key, keys)
+        except _WrongTypeError:
+            raise ConfigError(f"{key}={_show(raw[name])}: expected {_describe(hint)}") from None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise located(error, path) from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain dicts, lists and scalars; `from_dict` turns it back into an equal one."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def located(error: ValueError, section: str) -> ConfigError:
+    """`error`, whose text starts with `<field>=<value>`, with `section` put before the field, on one line."""
+    return ConfigError(_join(section, one_line(str(error))))
+
+
+def unknown_key(key: str, value: Any, keys: list[str]) -> ConfigError:
+    """The error for `key`, which is none of `keys`, with the one that looks most like it."""
+    shown = "" if isinstance(value, dict) else f"={_show(value)}"
+    candidates = keys if "." in key else sorted({valid.split(".")[0] for valid in keys})
+    return ConfigError(f"{key}{shown}: unknown key; the nearest valid key is {nearest(key, candidates)}")
+
+
+def leaf_keys(cls: type, path: str = "") -> Iterator[str]:
+    """Dotted names of every value in the dataclass `cls` and in the dataclasses inside it."""
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = [branch for branch in _branches(hint) if dataclasses.is_dataclass(branch)]
+        if inner:
+            yield from leaf_keys(typing.cast(type, inner[0]), _join(path, name))
+        else:
+            yield _join(path, name)
+
+
+def _convert(value: Any, hint: Any, key: str, keys: list[str]) -> Any:
+    for branch in _branches(hint):
+        try:
+            return _convert_branch(value, branch, key, keys)
+        except _WrongTypeError:
+            continue
+    raise _WrongTypeError
+
+
+def _convert_branch(value: Any, branch: Any, key: str, keys: list[str]) -> Any:
+    origin, arguments = typing.get_origin(branch), typing.get_args(branch)
+    if dataclasses.is_dataclass(branch):
+        if value is None:
+            raise _WrongTypeError
+        return from_dict(typing.cast(type, branch), value, key, keys)
+    if origin is Literal:
+        matches = [choice for choice in arguments if type(choice) is type(value) and choice == value]
+        if matches:
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, arguments[0], key, keys) for item in value)
+    elif origin is dict:
+        if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+            return {name: _convert(item, arguments[1], f"{key}.{name}", keys) for name, item in value.items()}
+    elif branch is float:
+        return _to_float(value)
+    elif type(value) is branch:
+        return value
+    raise _WrongTypeError
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _WrongTypeError
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise _WrongTypeError from None
+    if not math.isfinite(number):
+        raise _WrongTypeError
+    return number
+
+
+def _branches(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, with floats last so that an exact int or literal wins over a number."""
+    members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(sorted(members, key=lambda member: member is float))
+
+
+def _describe(hint: Any) -> str:
+    branches = _branches(hint)
+    choices = [_show(choice) for branch in branches for choice in _choices(branch)]
+    if bool in branches:
+        choices += ["true", "false"]
+    parts = [f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]] if choices else []
+    names = {int: "an integer", float: "a number", str: "a string"}
+    for branch in branches:
+        if branch in names:
+            parts.append(names[branch])
+        elif typing.get_origin(branch) is tuple:
+            parts.append(f"a list, each item {_describe(typing.get_args(branch)[0])}")
+        elif typing.get_origin(branch) is dict or dataclasses.is_dataclass(branch):
+            parts.append("a section of keys")
+    return " or ".join(parts + ["null"] * (types.NoneType in branches))
+
+
+def _choices(branch: Any) -> tuple[Any, ...]:
+    return typing.get_args(branch) if typing.get_origin(branch) is Literal else ()
+
+
+def _show(value: Any) -> str:
+    """The value as a user writes it in YAML, on one line; quoted where it holds white space or nothing."""
+    text = show_value(value)
+    return text if text and text == one_line(text) else repr(value)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return value
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,60 @@
+"""Values, names and numbers as text, for messages and tables."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def one_line(text: str) -> str:
+    """`text` with every run of white space replaced by one space."""
+    return " ".join(text.split())
+
+
+def first_line(error: BaseException) -> str:
+    """The type of `error` and the first line of its message, at most 200 characters of it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def shorten(text: str, length: int) -> str:
+    """`text`, cut to `length` characters; a cut text ends in `...`."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def show_value(value: object) -> str:
+    """`value` as a user writes it in YAML or on the command line.
+
+    >>> show_value(None), show_value(True), show_value((64, None))
+    ('null', 'true', '[64,null]')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(show_value, value))}]"
+    return str(value)
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """The one of `words` that is most similar to `word`, both as a whole and in its last dotted part."""
+
+    def similarity(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, word, candidate).ratio()
+        return whole + difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
+
+    return max(words, key=similarity)
+
+
+def show_ranges(numbers: Iterable[int]) -> str:
+    """Integers with runs of neighbours joined.
+
+    >>> show_ranges([0, 4, 8, 9, 10])
+    '0,4,8-10'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,128 @@
+"""Tokens on disk: written once, opened by every process of a run, memory-mapped, verified."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.errors import DataError
+from common.files import fsync, sha256_of
+from data.config import DataConfig
+from data.corpora.corpus import open_corpus
+from data.tokens.build import FORMAT, TOKENIZER_FILE, build_store, manifest_sha256
+from data.tokens.split import TokenSplit
+from data.tokens.tokenizer import Tokenizer, without_normalization
+
+
+def prepare(config: DataConfig, *, verify: bool = True, report: Callable[[str], None] | None = None) -> "Store":
+    """Open the store of `config`, or build it first: in one process, while others that call this wait.
+
+    Args:
+        verify: read all files and compare their checksums; else only their sizes.
+        report: is told what is being done, when there is something to do.
+
+    Raises:
+        DataError: text that cannot be read or used, a cache that cannot be written, a damaged store.
+    """
+    from filelock import FileLock
+
+    corpus = open_corpus(config)
+    key = store_key(config, corpus.fingerprint())
+    cache = Path(config.cache)
+    directory = cache / f"{config.kind}-{key[:16]}"
+    if not directory.exists():
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / f".{directory.name}.lock"):
+                if not directory.exists():
+                    temporary = cache / f".{directory.name}.tmp"  # debris of a builder that was killed may lie there
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir()
+                    try:
+                        build_store(corpus, config, temporary, key, report or (lambda line: None))
+                        os.rename(temporary, directory)
+                        fsync(cache)
+                    finally:
+                        shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as error:
+            reason = f"{error.strerror or error}"
+            raise DataError(
+                f"data.cache={config.cache}: expected a directory that can be written ({reason})"
+            ) from error
+    return Store(directory, verify=verify)
+
+
+def store_key(config: DataConfig, fingerprint: str) -> str:
+    """SHA-256 over all that decides the tokens: a store found under it is the store that would be built."""
+    if config.tokenizer is None:
+        tokenizer = f"train {config.vocab_size}"
+    else:
+        tokenizer = hashlib.sha256(without_normalization(config.tokenizer)).hexdigest()
+    parts = (FORMAT, fingerprint, tokenizer, config.heldout_fraction, config.heldout_max_bytes)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+class Store:
+    """A tokenized corpus in two splits, and the tokenizer that made it.
+
+    Raises:
+        DataError: a file that is missing, cut, or (with `verify`) not the one that was written.
+    """
+
+    def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
+        self.directory = Path(directory)
+        self.manifest: dict[str, Any] = self._read_manifest()
+        for name, written in self.manifest["files"].items():
+            path = self.directory / name
+            if not path.is_file():
+                raise self._damaged(path, "a file", "none")
+            if path.stat().st_size != written["bytes"]:
+                raise self._damaged(path, f"{written['bytes']} bytes", str(path.stat().st_size))
+            if verify and (found := sha256_of(path)) != written["sha256"]:
+                raise self._damaged(path, f"sha256 {written['sha256']}", found)
+        self.domains: tuple[str, ...] = tuple(self.manifest["domains"])
+        self.tokenizer = Tokenizer(self.directory / TOKENIZER_FILE)
+        self.train = TokenSplit(self.directory, self.manifest, "train")
+        self.heldout = TokenSplit(self.directory, self.manifest, "heldout", keep_last_row=True)
+        if verify:
+            self.train.check_vocab(self.tokenizer.vocab_size)
+            self.heldout.check_vocab(self.tokenizer.vocab_size)
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.directory / "manifest.json"
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found = manifest_sha256(manifest)
+        except OSError as error:
+            raise self._damaged(path, "a file that can be read", error.strerror or "none") from error
+        except (ValueError, AttributeError) as error:
+            raise self._damaged(path, "a JSON object", "something else") from error
+        if found != manifest.get("sha256"):
+            raise self._damaged(path, f"sha256 {manifest.get('sha256')}", found)
+        if manifest["format"] != FORMAT:
+            raise self._damaged(path, f"format {FORMAT}", str(manifest["format"]))
+        return manifest
+
+    def _damaged(self, path: Path, expected: str, found: str) -> DataError:
+        return DataError(f"{path}: expected {expected}, found {found}; delete {self.directory} to build it again")
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row a domain: documents, bytes and tokens of both splits, a hash of the text, the held-out baselines.
+
+        `heldout_bytes`, like the baselines, counts what is evaluated: of conversations, the answers.
+        """
+        rows = []
+        for domain in self.domains:
+            train, heldout = (self.manifest["splits"][name]["domains"][domain] for name in ("train", "heldout"))
+            counts = {name: train[name] + heldout[name] for name in ("documents", "bytes", "tokens")}
+            both = hashlib.sha256((train["sha256"] + heldout["sha256"]).encode()).hexdigest()
+            rows.append(
+                {"domain": domain}
+                | counts
+                | {"sha256": both[:12], "heldout_bytes": heldout.get("label_bytes", heldout["bytes"])}
+                | {name: heldout[name] for name in ("gzip_bits_per_byte", "unigram_bits_per_byte")}
+            )
+        return rows

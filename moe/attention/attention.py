@@ -1,0 +1,99 @@
+"""Grouped-query attention with an optional sliding window, over rows of packed documents.
+
+Shapes: B batch, S sequence, X >= S places of keys, D model, H query heads, G key/value heads, C head dim, W window.
+
+The part that mixes positions is the *core*, a seam: `core(q, k, v, documents)`. The default is right on one device;
+context parallelism installs another.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe.attention.cache import LayerCache
+from moe.attention.flex import fits_flex, flex
+from moe.attention.masked import masked_attention
+from moe.attention.window import windowed_attention
+from moe.config import ModelConfig
+from moe.linear import Linear
+from moe.rope import apply_rotary
+
+
+class AttentionCore(nn.Module):
+    """Causal attention over the last `window` keys (the query's own included) of the same document.
+
+    With a window W < X, time grows as S·W and memory as X (Mistral 7B, arXiv 2310.06825): a fused kernel on GPUs,
+    blocks of queries elsewhere and in fp64. Rows of one document without a window go to torch's own fused attention.
+
+    The queries are the last S of the X places: a part of a row sees the keys in front of it.
+    """
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+
+    def forward(self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, documents_BX: Tensor | None) -> Tensor:
+        """Returns [B, H, S, C]. `documents_BX` (None: each row is one document) separates packed documents."""
+        length, places = q_BHSC.shape[2], k_BGXC.shape[2]
+        window = None if self.window is None or self.window >= places else self.window
+        if window is None and documents_BX is None and length == places:
+            return _causal(q_BHSC, k_BGXC, v_BGXC)
+        if fits_flex(q_BHSC):
+            return flex(q_BHSC, k_BGXC, v_BGXC, documents_BX, window)
+        if window is not None:
+            return windowed_attention(q_BHSC, k_BGXC, v_BGXC, documents_BX, window)
+        earlier = places - length
+        if documents_BX is None:
+            same_BSX = torch.ones(1, length, places, dtype=torch.bool, device=q_BHSC.device)
+        else:
+            same_BSX = documents_BX[:, earlier:].unsqueeze(2) == documents_BX.unsqueeze(1)
+        return masked_attention(q_BHSC, k_BGXC, v_BGXC, same_BSX.tril(earlier).unsqueeze(1))
+
+    def extra_repr(self) -> str:
+        return "full" if self.window is None else f"window={self.window}"
+
+
+def _causal(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
+    ratio = q_BHSC.shape[1] // k_BGSC.shape[1]
+    if q_BHSC.is_cuda:
+        return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=ratio > 1)
+    k_BHSC, v_BHSC = (x.repeat_interleave(ratio, dim=1) for x in (k_BGSC, v_BGSC))
+    return F.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, is_causal=True)
+
+
+class Attention(nn.Module):
+    """Projections, rotary embedding and the core (grouped queries: arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.wq = Linear(config.dim, config.num_heads * config.head_dim)
+        self.wk = Linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.wv = Linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.wo = Linear(config.num_heads * config.head_dim, config.dim)
+        self.core = AttentionCore(config.window(layer))
+        # Seams: tensor parallelism cuts the sequence between the projections and the rest of the model.
+        self.gather: nn.Module = nn.Identity()
+        self.scatter: nn.Module = nn.Identity()
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents_BS: Tensor | None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """With `cache`, the tokens also see the earlier ones whose keys and values lie there."""
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+        x_BSD = self.gather(x_BSD)
+        q_BHSC = apply_rotary(heads(self.wq(x_BSD)), rotary)
+        k_BGSC = apply_rotary(heads(self.wk(x_BSD)), rotary)
+        v_BGSC = heads(self.wv(x_BSD))
+        if cache is None:
+            mixed_BHSC = self.core(q_BHSC, k_BGSC, v_BGSC, documents_BS)
+        else:
+            mixed_BHSC = cache.attend(q_BHSC, k_BGSC, v_BGSC)
+        return self.scatter(self.wo(mixed_BHSC.transpose(1, 2).flatten(2)))

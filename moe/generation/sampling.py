@@ -1,0 +1,69 @@
+"""How the next token is chosen from its logits.
+
+Shapes: B rows, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.checks import expect
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature, then top-k, then nucleus (top-p, arXiv 1904.09751) among what is left."""
+
+    temperature: float = 0.0
+    """Divides the logits. 0: greedy, whatever the other fields say."""
+    top_k: int | None = None
+    """Only the k most probable tokens. None: all."""
+    top_p: float = 1.0
+    """Only the most probable tokens that together reach this probability, at least one."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        expect(self.temperature >= 0, "temperature", self.temperature, "a number >= 0 (0: greedy)")
+        expect(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "an integer >= 1, or null for all tokens")
+        expect(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+
+
+class Chooser:
+    """Draws for a batch: row r has a stream of its own, keyed by (seed, r), and takes one number of it a token.
+
+    So what row r says depends on its logits only, not on how many other rows there are or when they end.
+    """
+
+    def __init__(self, sampling: Sampling, rows: int) -> None:
+        self.sampling = sampling
+        self._streams = []
+        for row in range(rows):
+            digest = hashlib.sha256(f"generate/{sampling.seed}/{row}".encode()).digest()
+            key = int.from_bytes(digest[:8], "little", signed=True)
+            self._streams.append(torch.Generator().manual_seed(key))
+
+    def __call__(self, logits_BV: Tensor, rows: Sequence[int]) -> list[int]:
+        """One token for each of `rows`, whose logits `logits_BV` holds in that order."""
+        if self.sampling.temperature == 0:
+            return logits_BV.argmax(dim=-1).tolist()
+        draws = [torch.rand((), generator=self._streams[row], dtype=torch.float64) for row in rows]
+        return pick(logits_BV, self.sampling, torch.stack(draws).to(logits_BV.device)).tolist()
+
+
+def pick(logits_BV: Tensor, sampling: Sampling, draws_B: Tensor) -> Tensor:
+    """[B]: the token at the quantile `draws_B` (in [0, 1)) of each row's distribution, most probable first."""
+    wide_BV = logits_BV.double()
+    scaled_BV = (wide_BV - wide_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
+    sorted_BV, order_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
+    probs_BV = sorted_BV[:, : sampling.top_k].softmax(dim=-1)
+    before_BV = probs_BV.cumsum(dim=-1) - probs_BV
+    # The first always stays: nothing comes before it.
+    probs_BV = probs_BV.masked_fill(before_BV >= sampling.top_p, 0)
+    reached_BV = probs_BV.cumsum(dim=-1)
+    place_B = (reached_BV <= draws_B.unsqueeze(1) * reached_BV[:, -1:]).sum(dim=-1)
+    last_B = (probs_BV > 0).sum(dim=-1) - 1
+    return order_BV.gather(1, place_B.minimum(last_B).unsqueeze(1)).squeeze(1)

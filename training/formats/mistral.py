@@ -1,0 +1,122 @@
+"""Mistral's own format: `params.json` and `consolidated*.safetensors` (github.com/mistralai/mistral-inference).
+
+It differs from Hugging Face's in names, and in the rows of wq and wk: a rotary pair lies next to each other there.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import ModelError
+from moe.config import ModelConfig, RouterConfig
+from training.formats.huggingface import Fields, exportable
+from training.formats.mapping import Format
+
+CONFIG = "params.json"
+INDEX = "consolidated.safetensors.index.json"
+SINGLE = "consolidated.safetensors"
+
+_READ = """
+dim n_layers head_dim hidden_dim n_heads n_kv_heads norm_eps vocab_size rope_theta sliding_window moe tied_embeddings
+"""
+_IGNORED = "max_batch_size max_seq_len max_position_embeddings model_type"
+KNOWN = frozenset(f"{_READ} {_IGNORED}".split())
+
+FORMAT = Format(
+    {
+        "embedding": "tok_embeddings.weight",
+        "norm.weight": "norm.weight",
+        "head.weight": "output.weight",
+        "layers.N.attention_norm.weight": "layers.{n}.attention_norm.weight",
+        "layers.N.attention.wq.weight": "layers.{n}.attention.wq.weight",
+        "layers.N.attention.wk.weight": "layers.{n}.attention.wk.weight",
+        "layers.N.attention.wv.weight": "layers.{n}.attention.wv.weight",
+        "layers.N.attention.wo.weight": "layers.{n}.attention.wo.weight",
+        "layers.N.ffn_norm.weight": "layers.{n}.ffn_norm.weight",
+        "layers.N.ffn.w_gate.weight": "layers.{n}.feed_forward.w1.weight",
+        "layers.N.ffn.w_down.weight": "layers.{n}.feed_forward.w2.weight",
+        "layers.N.ffn.w_up.weight": "layers.{n}.feed_forward.w3.weight",
+        "layers.N.ffn.router.weight": "layers.{n}.feed_forward.gate.weight",
+        "layers.N.ffn.experts.w_gate": "layers.{n}.feed_forward.experts.{e}.w1.weight",
+        "layers.N.ffn.experts.w_down": "layers.{n}.feed_forward.experts.{e}.w2.weight",
+        "layers.N.ffn.experts.w_up": "layers.{n}.feed_forward.experts.{e}.w3.weight",
+    },
+    interleaved=frozenset({"layers.N.attention.wq.weight", "layers.N.attention.wk.weight"}),
+    tied="output.weight",
+)
+
+
+def read_params(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, RouterConfig]:
+    """What `params.json`, parsed to `raw`, describes.
+
+    Raises:
+        ModelError: a value that our model cannot compute; `file` is named in it.
+    """
+    fields = Fields(raw, file)
+    for key, value in raw.items():
+        if value and key not in KNOWN:
+            fields.fail(key, value, "a key of Mistral's or Mixtral's params.json")
+    if raw.get("model_type", "transformer") != "transformer":
+        fields.fail("model_type", raw["model_type"], "transformer")
+    window = fields.window(None)
+    moe: dict[str, Any] = {}
+    if raw.get("moe") is not None:
+        if not isinstance(raw["moe"], Mapping):
+            fields.fail("moe", raw["moe"], "an object")
+        inner = Fields(raw["moe"], file)
+        moe = {"num_experts": inner.integer("num_experts"), "top_k": inner.integer("num_experts_per_tok")}
+        for key in raw["moe"].keys() - {"num_experts", "num_experts_per_tok"}:
+            inner.fail(f"moe.{key}", raw["moe"][key], "num_experts and num_experts_per_tok only")
+        if moe["top_k"] == 1:
+            inner.fail("moe.num_experts_per_tok", 1, "at least 2 (weights are renormalised to sum 1)")
+    try:
+        model = ModelConfig(
+            dim=fields.integer("dim"),
+            num_layers=fields.integer("n_layers"),
+            num_heads=fields.integer("n_heads"),
+            num_kv_heads=fields.integer("n_kv_heads"),
+            head_dim=fields.integer("head_dim"),
+            hidden_dim=fields.integer("hidden_dim"),
+            vocab_size=fields.integer("vocab_size"),
+            sliding_window=window,
+            # As mistral-inference had it when the files without the key were published.
+            rope_theta=fields.number("rope_theta", 1e6 if window is None else 1e4),
+            norm_eps=fields.number("norm_eps"),
+            tie_embeddings=fields.flag("tied_embeddings", False),
+            **moe,
+        )
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(f"{file}: as our configuration: {error}") from error
+    return model, RouterConfig(normalize=True) if moe else RouterConfig()
+
+
+def write_params(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
+    """`params.json` for `model`.
+
+    Raises:
+        ModelError: the format cannot say what the model computes; the message starts with the key.
+    """
+    window = exportable(model, router)
+    kind = model.expert_kind if model.is_moe else model.ffn
+    if kind != "swiglu":
+        raise ModelError(f"model.ffn={kind}: expected swiglu with format=mistral")
+    raw: dict[str, Any] = {
+        "dim": model.dim,
+        "n_layers": model.num_layers,
+        "head_dim": model.head_dim,
+        "hidden_dim": model.expert_width,
+        "n_heads": model.num_heads,
+        "n_kv_heads": model.num_kv_heads,
+        "norm_eps": model.norm_eps,
+        "vocab_size": model.vocab_size,
+        "rope_theta": model.rope_theta,
+    }
+    if window is not None:
+        raw["sliding_window"] = window
+    if model.tie_embeddings:
+        raw["tied_embeddings"] = True
+    if model.is_moe:
+        raw["moe"] = {"num_experts": model.num_experts, "num_experts_per_tok": model.top_k}
+    return raw
