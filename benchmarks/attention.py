@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe.attention.attention import AttentionCore
+from moe.token_context import TokenContext
 from training.device import compute_dtype, pick_device
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -82,8 +83,8 @@ def contestants(window: int, device: torch.device) -> dict[str, tuple[Attend, bo
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     return {
-        f"ours, W={window}": (lambda q, k, v: ours(q, k, v, None), False),
-        "full causal SDPA": (lambda q, k, v: whole(q, k, v, None), True),
+        f"ours, W={window}": (lambda q, k, v: ours(q, k, v, TokenContext()), False),
+        "full causal SDPA": (lambda q, k, v: whole(q, k, v, TokenContext()), True),
         f"SDPA, mask of W={window}": (masked, True),
         f"transformers' sdpa, W={window}": (transformers_sdpa, True),
     }

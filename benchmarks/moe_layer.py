@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe.config import ModelConfig, RouterConfig
 from moe.feedforward import FeedForward
 from moe.layer import MoELayer
+from moe.token_context import TokenContext
 from training.device import compute_dtype, pick_device
 
 SHAPES = {"8 experts x 1024, top-2": (8, 1024, 2), "64 experts x 256, top-6": (64, 256, 6)}
@@ -59,7 +60,7 @@ def contestants(dim: int, experts: int, hidden: int, top_k: int, device: torch.d
 
 def _call(module: nn.Module) -> Callable[[Tensor], Tensor]:
     def call(x: Tensor) -> Tensor:
-        out = module(x, None) if isinstance(module, MoELayer) else module(x)
+        out = module(x, TokenContext()) if isinstance(module, MoELayer) else module(x)
         return out[0] if isinstance(out, tuple) else out
 
     return call

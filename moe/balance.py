@@ -1,25 +1,20 @@
-"""Loss-free balancing: a bias on each expert's selection score, moved after each optimizer step (arXiv 2408.15664).
+"""Updates of routers after an optimizer step, such as loss-free balancing (arXiv 2408.15664).
 
 Shapes: L MoE layers, E experts.
 """
 
-import torch
 from torch import Tensor, nn
 
 from moe.router import Router
 
 
-@torch.no_grad()
-def update_biases(model: nn.Module, counts_LE: Tensor, rate: float) -> None:
-    """`b_e += rate * sign(mean n - n_e)` in every router that has a bias and is not frozen.
+def update_routers(model: nn.Module, counts_LE: Tensor) -> None:
+    """Let every router of `model` update itself from the counts of an optimizer step.
 
     Args:
-        counts_LE: assignments of the whole optimizer step, over all micro-batches and ranks, layers in model order.
-        rate: the paper's u.
+        counts_LE: assignments over all micro-batches and ranks before any drop, int64, one row per MoE layer of `model`
+            in model order.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router, counts_E in zip(routers, counts_LE, strict=True):
-        if router.bias is not None and router.weight.requires_grad:
-            # n̄ - n_e without a division: an expert at the mean stays where it is, exactly.
-            missing_E = counts_E.sum() - counts_E * counts_E.numel()
-            router.bias += rate * missing_E.sign().to(router.bias)
+        router.update_after_step(counts_E)

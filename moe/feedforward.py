@@ -1,4 +1,4 @@
-"""The dense feed-forward network, and what it shares with the experts: the kinds of hidden layer.
+"""The dense feed-forward network, and the hidden layer that it shares with the experts.
 
 Shapes: D model, F hidden width.
 """
@@ -9,20 +9,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.config import is_gated
+from common.registry import Registry
+from moe.config import FEED_FORWARDS, FeedForwardSpec, is_gated
 from moe.linear import Linear
 from moe.recompute import Recompute, recomputes
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "swiglu": F.silu,
-    "geglu": F.gelu,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-}
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: Registry[Activation] = Registry("model.ffn")
+"""The activation function of every kind of feed-forward network (`moe.config.FEED_FORWARDS`)."""
+ACTIVATIONS.add("swiglu", F.silu)
+ACTIVATIONS.add("geglu", F.gelu)
+ACTIVATIONS.add("relu", torch.relu)
+ACTIVATIONS.add("gelu", F.gelu)
+
+
+def register_feed_forward(kind: str, activation: Activation, *, gated: bool, label: str) -> None:
+    """Register a kind of feed-forward network under the name that `model.ffn` and `model.expert_ffn` take.
+
+    Args:
+        activation: an element-wise function without parameters.
+        gated: three matrices, `act(gate) * up`, instead of two, `act(up)`.
+        label: the kind's name in tables.
+
+    Raises:
+        ValueError: another kind has the name.
+    """
+    FEED_FORWARDS.add(kind, FeedForwardSpec(gated, label))
+    ACTIVATIONS.add(kind, activation)
 
 
 def hidden(kind: str, project: Callable[[str], Tensor]) -> Tensor:
-    """The hidden layer: `act(gate) * up` for the gated kinds (arXiv 2002.05202), `act(up)` for the plain ones.
+    """The hidden layer: `act(gate) * up` for gated kinds (arXiv 2002.05202), `act(up)` for the others.
 
     Args:
         project: `project(name)` applies the matrix of that name, `w_gate` or `w_up`, to the input.
@@ -33,7 +51,11 @@ def hidden(kind: str, project: Callable[[str], Tensor]) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """w_down(hidden(x)): one expert that takes every token."""
+    """w_down(hidden(x)): a dense network, or one expert that takes every token.
+
+    Attributes:
+        gather, scatter: seams: join and split the sequence around the network (tensor parallelism).
+    """
 
     def __init__(self, dim: int, hidden_dim: int, kind: str) -> None:
         super().__init__()
@@ -42,7 +64,6 @@ class FeedForward(nn.Module):
             self.w_gate = Linear(dim, hidden_dim)
         self.w_up = Linear(dim, hidden_dim)
         self.w_down = Linear(hidden_dim, dim)
-        # Seams: tensor parallelism cuts the sequence between this network and the rest of the model.
         self.gather: nn.Module = nn.Identity()
         self.scatter: nn.Module = nn.Identity()
         self.recompute: Recompute = "none"

@@ -6,17 +6,14 @@ draws there, and never materialises more than it keeps and one block of rows. Dr
 that devices and precisions agree.
 """
 
-import hashlib
 import math
 
 import torch
-from torch import Tensor
 
 from moe.model import Transformer
+from moe.noise import fill_part
 from moe.region import Region
-
-ROW_BLOCK = 256
-"""Rows drawn from one generator."""
+from moe.router import Router
 
 
 def init_parameters(model: Transformer, seed: int) -> None:
@@ -31,8 +28,13 @@ def init_parameters(model: Transformer, seed: int) -> None:
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.zero_()
+        routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
         for name, parameter in model.named_parameters():
             local, shape, region = model.local_shard(name, parameter)
+            module, _, leaf = name.rpartition(".")
+            if module in routers:
+                routers[module].init_parameter(leaf, local, f"{seed}/{name}", std)
+                continue
             if len(shape) == 1:
                 local.fill_(1.0)
                 continue
@@ -44,21 +46,3 @@ def init_parameters(model: Transformer, seed: int) -> None:
             matrix = Region(region.offset[1:], region.shape[1:])
             for row, weight in enumerate(local):
                 fill_part(weight, matrix, shape[2], f"{seed}/{name}/{region.offset[0] + row}", scale)
-
-
-def fill_rows(weight: Tensor, identity: str, std: float, first_row: int = 0) -> None:
-    """Fill `weight` [rows, columns], whose first row is row `first_row` of the parameter `identity`."""
-    fill_part(weight, Region((first_row, 0), tuple(weight.shape)), weight.shape[1], identity, std)
-
-
-def fill_part(weight: Tensor, region: Region, columns: int, identity: str, std: float) -> None:
-    """Fill `weight`, which is `region` of the matrix `identity` of `columns` columns."""
-    (first_row, first_column), (rows, width) = region
-    end = first_row + rows
-    for block in range(first_row // ROW_BLOCK, -(-end // ROW_BLOCK)):
-        low, high = max(first_row, block * ROW_BLOCK), min(end, (block + 1) * ROW_BLOCK)
-        digest = hashlib.sha256(f"{identity}/{block}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        # Always the whole block: torch draws other numbers for a tensor of another size.
-        drawn = torch.randn(ROW_BLOCK, columns, generator=generator)[:, first_column : first_column + width]
-        weight[low - first_row : high - first_row] = drawn[low - block * ROW_BLOCK : high - block * ROW_BLOCK] * std

@@ -1,6 +1,6 @@
 """The MoE layer: router -> dispatch -> experts -> combine, and the transformer block around it.
 
-Shapes: B batch, S sequence, D model, R routed rows, e experts held here.
+Shapes: B batch, S sequence, D model, R routed rows, e experts of this rank.
 """
 
 from torch import Tensor, nn
@@ -13,30 +13,36 @@ from moe.experts import Experts
 from moe.feedforward import FeedForward
 from moe.linear import RMSNorm
 from moe.recompute import Recompute, recomputes
-from moe.router import Router, RouterStats
+from moe.router import RouterStats
+from moe.routers import build_router
+from moe.token_context import TokenContext
 
 
 class MoELayer(nn.Module):
-    """Routed experts, and beside them the shared experts that see every token (DeepSeekMoE, arXiv 2401.06066)."""
+    """Routed experts, and beside them the shared experts that take every token (DeepSeekMoE, arXiv 2401.06066).
+
+    Attributes:
+        dispatcher: seam: moves tokens to their experts and back (expert parallelism installs an all-to-all).
+    """
 
     def __init__(self, config: ModelConfig, router: RouterConfig, layer: int) -> None:
         super().__init__()
         assert config.num_experts is not None and config.top_k is not None
         width, kind = config.expert_width, config.expert_kind
-        self.router = Router(config.dim, config.num_experts, config.top_k, router, layer)
+        self.router = build_router(config.dim, config.num_experts, config.top_k, router, layer)
         self.experts = Experts(config.num_experts, config.dim, width, kind, config.expert_kernel)
         self.dispatcher: Dispatcher = LocalDispatcher()
-        # n networks of width F side by side are one of width n·F: each hidden unit adds its own part to the output.
+        # n networks of width F side by side are one network of width n·F: the output is a sum over hidden units.
         shared = config.num_shared_experts
         self.shared = FeedForward(config.dim, shared * width, kind) if shared else None
 
-    def forward(
-        self, x_BSD: Tensor, valid_BS: Tensor | None, noise_keys_BS: Tensor | None = None
-    ) -> tuple[Tensor, RouterStats]:
-        routing, stats = self.router(x_BSD, valid_BS, noise_keys_BS)
-        travelling_RD, counts_e, plan = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
-        shared_BSD = None if self.shared is None else self.shared(x_BSD)  # while the tokens travel
-        y_RD = self.experts(self.dispatcher.wait_rows(travelling_RD, plan), counts_e)
+    def forward(self, x_BSD: Tensor, context: TokenContext) -> tuple[Tensor, RouterStats]:
+        """The layer's output [B, S, D] and the router's statistics."""
+        routing, stats = self.router(x_BSD, context.valid_BS, context.noise_keys_BS)
+        rows_RD, counts_e, plan = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        # Under expert parallelism the rows are exchanged while the shared experts compute.
+        shared_BSD = None if self.shared is None else self.shared(x_BSD)
+        y_RD = self.experts(self.dispatcher.wait_rows(rows_RD, plan), counts_e)
         y_BSD = self.dispatcher.combine(y_RD, routing, plan).view_as(x_BSD)
         return y_BSD if shared_BSD is None else y_BSD + shared_BSD, stats
 
@@ -58,18 +64,17 @@ class Block(nn.Module):
 
     @recomputes("full")
     def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        documents_BS: Tensor | None,
-        valid_BS: Tensor | None,
-        noise_keys_BS: Tensor | None,
-        cache: LayerCache | None,
+        self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, documents_BS, cache)
+        """The block's output [B, S, D], and the router's statistics if the block has a MoE layer.
+
+        Args:
+            cache: keys and values of earlier tokens, while text is generated.
+        """
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoELayer):
-            y_BSD, stats = self.ffn(normed_BSD, valid_BS, noise_keys_BS)
+            y_BSD, stats = self.ffn(normed_BSD, context)
             return x_BSD + y_BSD, stats
         return x_BSD + self.ffn(normed_BSD), None
 

@@ -2,8 +2,8 @@
 
 Shapes: B batch (sequences), S sequence, V vocabulary, L MoE layers, E experts; N tokens of the global micro-batch.
 
-All functions return *sums* over the tokens of this rank. `training/step.py` divides them, once, by the number of
-tokens of the whole optimizer step; so a plain sum over ranks and micro-batches is the loss of the global batch.
+All functions return *sums* over the tokens of this rank. `training.step` divides them, once, by the number of tokens
+of the whole optimizer step. A plain sum over ranks and micro-batches is therefore the loss of the global batch.
 """
 
 from collections.abc import Callable
@@ -13,97 +13,121 @@ import torch
 from torch import Tensor
 
 from moe.config import RouterConfig
-from moe.router import RouterStats
+from moe.router import ROUTERS, RouterStats
 
 IGNORE = -100
 """Label of positions that are not predicted."""
 
 
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
-"""Logits looked at together: what stays in a core's cache; on GPUs, what bounds the fp32 copies."""
+"""Logits that are processed at once: on CPUs they fit into a core's cache; on GPUs this bounds the fp32 copies."""
 
 
-def cross_entropy_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Sum over label tokens of -log softmax(logits)[label], in nats, in at least fp32."""
-    return _CrossEntropySum.apply(logits_BSV.flatten(0, 1), labels_BS.flatten())
+class TokenNats(NamedTuple):
+    """The cross-entropy of the tokens at hand, in nats, in at least fp32."""
+
+    nats_BS: Tensor
+    """-log softmax(logits)[label]; 0 where there is no label. No gradient."""
+    sum: Tensor
+    """The sum of all entries; carries the gradient."""
 
 
-class _CrossEntropySum(torch.autograd.Function):
-    """Chunk by chunk, with the gradient made on the way: no fp32 copy of all logits, in either direction."""
+def token_nats(logits_BSV: Tensor, labels_BS: Tensor) -> TokenNats:
+    """The cross-entropy -log softmax(logits)[label] of every position.
+
+    `parallel.tensor.token_nats` is the same for logits that are sharded over the vocabulary.
+    """
+    total, nats_T = _CrossEntropy.apply(logits_BSV.flatten(0, 1), labels_BS.flatten())
+    return TokenNats(nats_T.view_as(labels_BS), total)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Works chunk by chunk and computes the gradient in the forward pass: there is no fp32 copy of all logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         grad_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
         rows = max(1, CHUNK_ELEMENTS.get(logits_TV.device.type, 2**27) // logits_TV.shape[1])
         total = torch.zeros((), dtype=wide, device=logits_TV.device)
+        nats_T = torch.zeros(logits_TV.shape[0], dtype=wide, device=logits_TV.device)
         for start in range(0, logits_TV.shape[0], rows):
             labels = labels_T[start : start + rows].unsqueeze(1)
             counted = labels != IGNORE
             target = labels.clamp(min=0)
             log_p = logits_TV[start : start + rows].to(wide).log_softmax(dim=-1)
-            total -= (log_p.gather(1, target) * counted).sum()
+            label_log_p = log_p.gather(1, target) * counted
+            nats_T[start : start + rows] -= label_log_p.squeeze(1)
+            total -= label_log_p.sum()
             if grad_TV is not None:
                 p = log_p.exp_()
                 p.scatter_add_(1, target, p.new_full((), -1.0).expand_as(target))
                 grad_TV[start : start + rows] = p.mul_(counted)
         ctx.save_for_backward(grad_TV)
-        return total
+        ctx.mark_non_differentiable(nats_T)
+        return total, nats_T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:  # type: ignore[override]
         (grad_TV,) = ctx.saved_tensors
         return grad_TV * grad.to(grad_TV.dtype), None
 
 
 class Auxiliary(NamedTuple):
-    """Router losses of one micro-batch on this rank, and its global counts."""
+    """The router losses of one micro-batch on this rank, and its global counts."""
 
     balance_sum: Tensor
-    """Contribution to N · L_bal."""
+    """This rank's contribution to N · L_bal."""
     z_sum: Tensor
-    """Contribution to N · L_z."""
+    """This rank's contribution to N · L_z."""
     counts_LE: Tensor
     """Assignments to each expert over the global micro-batch, before any drop."""
     dropped: Tensor
     """Dropped assignments of the global micro-batch, over all layers."""
+    router_sum: Tensor
+    """This rank's contribution to N times the router kind's own term (`Router.auxiliary_loss`); 0 for most kinds."""
+    extra_LX: Tensor
+    """The router kind's own sums over the global micro-batch, fp64; X = 0 for most kinds."""
 
 
-def _nothing(counts: Tensor) -> Tensor:
-    return counts
+class Reductions(NamedTuple):
+    """Sums over the ranks that share a micro-batch. The default is one rank.
+
+    The reductions are not repeated when activations are recomputed, because they come after the blocks.
+    """
+
+    counts: Callable[[Tensor], Tensor] = lambda counts: counts
+    """Sums a tensor over all ranks that have other tokens of the same micro-batch."""
+    sequences: Callable[[Tensor], Tensor] = lambda counts: counts
+    """Sums an integer tensor over the `sequence_parts` ranks that have other parts of the same sequences."""
+    sequence_parts: int = 1
 
 
 def auxiliary_losses(
-    stats: RouterStats,
-    config: RouterConfig,
-    reduce_counts: Callable[[Tensor], Tensor] = _nothing,
-    reduce_sequences: Callable[[Tensor], Tensor] = _nothing,
-    sequence_parts: int = 1,
-    layers: int | None = None,
+    stats: RouterStats, config: RouterConfig, reductions: Reductions | None = None, layers: int | None = None
 ) -> Auxiliary:
-    """Balance and z-loss from the statistics of all MoE layers.
+    """Balance loss, z-loss and the router kind's own term, from the statistics of all MoE layers.
 
     Args:
         stats: stacked over layers.
-        config: scope of the balance loss and reduction over layers.
-        reduce_counts: sum of an integer tensor over all ranks that hold other tokens of the same micro-batch (seam:
-            an all-reduce; it stands outside of what recompute repeats).
-        reduce_sequences: the same over the `sequence_parts` ranks that hold other parts of the same sequences.
-        layers: MoE layers of the whole model, where `stats` is of a pipeline stage.
+        config: scope and coefficients of the losses, and the reduction over layers.
+        reductions: seam: sums over the ranks that share the micro-batch.
+        layers: MoE layers of the whole model, if `stats` is that of a pipeline stage.
     """
-    here, _, num_experts = stats.counts_BE.shape
-    layers = here if layers is None else layers
-    if config.balance_scope != "global" and sequence_parts > 1:
-        whole = reduce_sequences(torch.cat((stats.counts_BE, stats.tokens_B.unsqueeze(-1)), dim=-1))
+    reductions = reductions or Reductions()
+    stage_layers, _, num_experts = stats.counts_BE.shape
+    layers = stage_layers if layers is None else layers
+    if config.balance_scope != "global" and reductions.sequence_parts > 1:
+        whole = reductions.sequences(torch.cat((stats.counts_BE, stats.tokens_B.unsqueeze(-1)), dim=-1))
         counts_LBE, tokens_LB = whole[..., :-1], whole[..., -1]
     else:
         counts_LBE, tokens_LB = stats.counts_BE, stats.tokens_B
     local_LE = stats.counts_BE.sum(dim=1)
-    # Every rank that holds a part of a sequence counts it: `sequence_parts` times in all.
+    # Every rank that has a part of a sequence counts it, so it is counted `sequence_parts` times in all.
     sequences = (tokens_LB[0] > 0).sum()
     totals = torch.stack((stats.dropped_B.sum(), stats.tokens_B[0].sum(), sequences))
-    reduced = reduce_counts(torch.cat((local_LE.flatten(), totals)))
-    counts_LE = reduced[:-3].view(here, num_experts)
+    reduced = reductions.counts(torch.cat((local_LE.flatten(), totals)))
+    counts_LE = reduced[:-3].view(stage_layers, num_experts)
     dropped, tokens, sequences = reduced[-3:]
 
     if config.balance_scope == "global":
@@ -113,13 +137,33 @@ def auxiliary_losses(
     else:
         mean_prob_LBE = stats.prob_sum_BE / tokens_LB.clamp(min=1).unsqueeze(-1)
         per_sequence_LB = num_experts * (shares(counts_LBE) * mean_prob_LBE).sum(dim=-1)
-        balance_L = per_sequence_LB.sum(dim=1) * (tokens.double() * sequence_parts / sequences.clamp(min=1))
+        sequence_weight = tokens.double() * reductions.sequence_parts / sequences.clamp(min=1)
+        balance_L = per_sequence_LB.sum(dim=1) * sequence_weight
     z_L = stats.z_sum_B.sum(dim=1)
+    router_L, extra_LX = _router_term(stats, config, reductions, tokens)
     if config.layer_reduction == "hf_pooled":
         counts = counts_LE if config.balance_scope == "global" else counts_LBE.sum(dim=1)
-        return Auxiliary(_pooled(counts, stats, num_experts), z_L.mean(), counts_LE, dropped)
+        pooled = _pooled(counts, stats, num_experts)
+        return Auxiliary(pooled, z_L.mean(), counts_LE, dropped, router_L.mean(), extra_LX)
     share = layers if config.layer_reduction == "mean" else 1
-    return Auxiliary(balance_L.sum() / share, z_L.sum() / share, counts_LE, dropped)
+    return Auxiliary(balance_L.sum() / share, z_L.sum() / share, counts_LE, dropped, router_L.sum() / share, extra_LX)
+
+
+def _router_term(
+    stats: RouterStats, config: RouterConfig, reductions: Reductions, tokens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """This rank's contribution to N times the router kind's own term, per layer [L], and the kind's sums over all ranks
+    [L, X]."""
+    local_LX = stats.extra_BX.sum(dim=1).double()
+    if not local_LX.shape[1]:
+        return local_LX.sum(dim=1), local_LX.detach()
+    ones = local_LX.new_ones(local_LX.shape[0], 1)
+    reduced = reductions.counts(torch.cat((local_LX.detach(), ones), dim=1))
+    total_LX, ranks = reduced[:, :-1], reduced[0, -1]
+    # The value is that of the sum over all ranks, the gradient that of this rank's part of it.
+    term_L = ROUTERS[config.kind].auxiliary_loss(config, total_LX + local_LX - local_LX.detach(), tokens) * tokens
+    # Every rank computes the same value, and contributions are summed over ranks.
+    return term_L - term_L.detach() * (1 - 1 / ranks), total_LX
 
 
 def _pooled(counts_LE: Tensor, stats: RouterStats, num_experts: int) -> Tensor:

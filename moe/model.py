@@ -1,4 +1,4 @@
-"""The decoder-only transformer: embed -> blocks -> norm -> head. A pipeline stage is one that lacks some of them.
+"""The decoder-only transformer: embed -> blocks -> norm -> head. A pipeline stage has some of these only.
 
 Shapes: B batch, S sequence, D model, V vocabulary, L MoE layers.
 """
@@ -17,17 +17,35 @@ from moe.linear import Linear, RMSNorm
 from moe.region import LocalShard, whole_shard
 from moe.rope import rotary_table
 from moe.router import RouterStats
+from moe.token_context import TokenContext
+
+
+class ModelInputs(NamedTuple):
+    """The inputs of one forward pass, on the model's device."""
+
+    tokens_BS: Tensor
+    """Token ids, int64."""
+    positions_BS: Tensor
+    """The position of each token in its document, int64."""
+    documents_BS: Tensor | None = None
+    """Attention (causal) stays between equal numbers; None: each row is one document."""
+    valid_BS: Tensor | None = None
+    """False on padding; None: no padding."""
+    noise_keys_BS: Tensor | None = None
+    """One key per token (`moe.noise.noise_keys`), from which routers draw noise in training."""
 
 
 class Output(NamedTuple):
+    """The result of one forward pass."""
+
     logits_BSV: Tensor
-    """In the compute dtype. Of a pipeline stage that is not the last: the hidden states [B, S, D] it hands on."""
+    """In the compute dtype. A pipeline stage that is not the last returns its hidden states [B, S, D] here."""
     stats: RouterStats | None
-    """Router statistics stacked over the MoE layers here (a leading L); None where there is none."""
+    """Router statistics, stacked over the MoE layers of this module (a leading L); None if it has no MoE layer."""
 
 
 class Lookup(nn.Module):
-    """Rows of the embedding [V, D], in the compute dtype."""
+    """Looks up rows of the embedding [V, D], in the compute dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -38,16 +56,16 @@ class Lookup(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A plain module on one device; `parallel.apply` changes it from outside.
+    """A plain module on one device. `parallel.apply` changes it from outside, through the attributes called seams.
 
-    A pipeline stage keeps its layers under their numbers, None in place of the others, and may lack the embedding, the
-    norm and the head.
+    A pipeline stage keeps its layers under their indices, with None in place of the other layers. Stages that do not
+    need the embedding, the last norm or the head have None there too.
 
     Attributes:
-        local_shard: seam: this rank's part of the parameter or buffer of a name.
-        lookup: seam: embeds the tokens that this rank routes; tensor parallelism cuts vocabulary and sequence.
-        gather: seam: puts the sequence together again before the head.
-        own: seam: of masks and keys of all tokens, the part for the tokens that this rank routes.
+        local_shard: seam: returns this rank's shard of the parameter or buffer of a given name.
+        lookup: seam: embeds the tokens that this rank routes (tensor parallelism shards vocabulary and sequence).
+        gather: seam: joins the sequence of all tensor-parallel ranks before the head.
+        slice_local: seam: takes masks and keys of all tokens to those of the tokens that this rank routes.
     """
 
     embedding: nn.Parameter
@@ -55,7 +73,9 @@ class Transformer(nn.Module):
     head: Linear | None
 
     def __init__(self, config: ModelConfig, router: RouterConfig, compute_dtype: torch.dtype) -> None:
-        """`compute_dtype`: arithmetic of the forward pass, whatever the dtype of the weights.
+        """
+        Args:
+            compute_dtype: the dtype of activations; weights of another dtype are cast where they are used.
 
         Raises:
             ValueError: `config.vocab_size` is not set.
@@ -64,6 +84,7 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ValueError("vocab_size=None: expected an integer >= 1 (or a tokenizer to take it from)")
         self.config = config
+        self.router_config = router
         self.compute_dtype = compute_dtype
         self.local_shard: Callable[[str, Tensor], LocalShard] = whole_shard
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
@@ -74,40 +95,28 @@ class Transformer(nn.Module):
         self.gather: nn.Module = nn.Identity()
         self.slice_local: nn.Module = nn.Identity()
 
-    def forward(
-        self,
-        tokens_BS: Tensor,
-        positions_BS: Tensor,
-        documents_BS: Tensor | None = None,
-        valid_BS: Tensor | None = None,
-        *,
-        noise_keys_BS: Tensor | None = None,
-        cache: Cache | None = None,
-        hidden_BSD: Tensor | None = None,
-    ) -> Output:
-        """Logits of the next token at every position.
+    def forward(self, inputs: ModelInputs, *, cache: Cache | None = None, hidden_BSD: Tensor | None = None) -> Output:
+        """Compute the logits of the next token at every position.
 
         Args:
-            tokens_BS: token ids.
-            positions_BS: position of each token in its document.
-            documents_BS: equal numbers may attend to each other (causally); None: each row is one document.
-            valid_BS: False on padding; None: no padding.
-            noise_keys_BS: `moe.noise.noise_keys` of the tokens; needed for router jitter in training.
-            cache: keys and values of earlier tokens (generation); these tokens are written into it.
-            hidden_BSD: what the stage before hands on, in place of embedded tokens.
+            cache: keys and values of earlier tokens, while text is generated; those of these tokens are added.
+            hidden_BSD: the hidden states that the previous pipeline stage returned, in place of embedded tokens.
         """
         config = self.config
-        x_BSD = self._embed(tokens_BS) if hidden_BSD is None else hidden_BSD
-        valid_BS, noise_keys_BS = self.slice_local(valid_BS), self.slice_local(noise_keys_BS)
-        rotary = rotary_table(positions_BS, config.head_dim, config.rope_theta, self.compute_dtype)
+        x_BSD = self._embed(inputs.tokens_BS) if hidden_BSD is None else hidden_BSD
+        context = TokenContext(
+            rotary=rotary_table(inputs.positions_BS, config.head_dim, config.rope_theta, self.compute_dtype),
+            documents_BS=inputs.documents_BS,
+            valid_BS=self.slice_local(inputs.valid_BS),
+            noise_keys_BS=self.slice_local(inputs.noise_keys_BS),
+        )
         if cache is not None:
-            cache.begin(positions_BS, valid_BS)
+            cache.begin(inputs.positions_BS, context.valid_BS)
         collected = []
         for number, layer in enumerate(self.layers):
             if layer is None:
                 continue
-            of_layer = None if cache is None else cache.layers[number]
-            x_BSD, stats = layer(x_BSD, rotary, documents_BS, valid_BS, noise_keys_BS, of_layer)
+            x_BSD, stats = layer(x_BSD, context, None if cache is None else cache.layers[number])
             if stats is not None:
                 collected.append(stats)
         if cache is not None:
@@ -117,17 +126,17 @@ class Transformer(nn.Module):
 
     @property
     def moe_layers(self) -> list[int]:
-        """Of the model's MoE layers, counted from 0, those that are here."""
+        """The indices, among the model's MoE layers, of those that this module has."""
         numbers = filter(self.config.is_moe_layer, range(self.config.num_layers))
         return [place for place, number in enumerate(numbers) if self.layers[number] is not None]
 
     @property
     def is_last(self) -> bool:
-        """Whether its output is logits: not so in a pipeline stage that is followed by another."""
+        """Whether the output is logits: True except in a pipeline stage that another stage follows."""
         return self.norm is not None
 
-    def keep(self, layers: Sequence[int]) -> None:
-        """Become the pipeline stage of these consecutive layers: what the others need goes."""
+    def keep_layers(self, layers: Sequence[int]) -> None:
+        """Become the pipeline stage of these consecutive layers: remove all modules that only other stages need."""
         first, last = layers[0] == 0, layers[-1] == self.config.num_layers - 1
         for number in range(self.config.num_layers):
             if number not in layers:

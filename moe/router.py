@@ -1,20 +1,23 @@
-"""The router: which experts a token goes to, with what weight, and what the balance losses need to know about it.
+"""The router: which experts a token goes to, with what weight, and the statistics that the balance losses need.
 
-Shapes: B batch (sequences), S sequence, T = B·S tokens, D model, E experts, K top-k.
+Shapes: B batch (sequences), S sequence, T = B·S tokens, D model, E experts, K top-k, X columns of a router's own sums.
 
-Statistics are returned, one row a sequence, and never stored: whoever sums them decides over which tokens.
+`Router` is the base class. Each kind of router is a subclass in `moe/routers/`, and a plugin can register more
+(docs/extending.md). Statistics are returned, one row per sequence, and never stored: the caller decides over which
+tokens they are summed.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.config import RouterConfig
-from moe.noise import uniform
+from common.registry import Registry
+from moe.config import ROUTER_CONFIGS, RouterConfig
+from moe.noise import fill_rows, uniform
 from moe.selection import (
-    choose_tokens,
     count,
     expert_capacity,
     limit_to_groups,
@@ -25,7 +28,7 @@ from moe.selection import (
 
 
 class Routing(NamedTuple):
-    """One MoE layer's decision for the tokens at hand."""
+    """One MoE layer's routing decision for the tokens of this rank."""
 
     experts_TK: Tensor
     """Chosen experts, int64, best first; E where nothing is dispatched (padding, or dropped over capacity)."""
@@ -33,13 +36,13 @@ class Routing(NamedTuple):
     """Combine weights, at least fp32; 0 where nothing is dispatched."""
     num_experts: int
     complete: bool
-    """Every assignment is dispatched (known without looking at the tensors)."""
+    """Whether every assignment is dispatched, as far as it is known without reading the tensors."""
     capacity: int | None = None
-    """No expert gets more of these tokens; None where no bound is worth knowing."""
+    """The largest number of these tokens that one expert can get; None if there is no useful bound."""
 
 
 class RouterStats(NamedTuple):
-    """What one layer saw, per sequence. Padding is excluded everywhere. Stacked over layers: a leading L."""
+    """What one layer's router saw, per sequence. Padding is excluded. Stacked over layers: a leading L."""
 
     counts_BE: Tensor
     """Assignments to each expert before any drop, int64."""
@@ -52,26 +55,42 @@ class RouterStats(NamedTuple):
     tokens_B: Tensor
     """Tokens, int64."""
     experts_BSK: Tensor
-    """The experts chosen for each token before any drop; E where there is none (padding: mask it)."""
+    """The experts chosen for each token before any drop. Entries on padding have no meaning: mask them."""
+    extra_BX: Tensor
+    """Sums over tokens that this kind of router adds, fp32 or wider (`Router.compute_extra`); X = 0 for most kinds."""
+
+
+class Decision(NamedTuple):
+    """The intermediate results of one routing decision, for `Router.compute_extra`."""
+
+    x_BSD: Tensor
+    """The router's input, in at least fp32."""
+    logits_BSE: Tensor
+    scores_BSE: Tensor
+    experts_BSK: Tensor
+    weights_BSK: Tensor
+    """Combine weights before any drop."""
+    mask_BS: Tensor
+    """False on padding."""
 
 
 class Rows(Protocol):
-    """The seam to the rest of a sequence of which only a part of S places is here. No gradient passes through."""
+    """Access to whole sequences where this rank stores only a part of each, of S tokens. No gradient passes through."""
 
     pieces: int
-    """Consecutive pieces of equal length that the part here consists of."""
+    """Number of consecutive pieces of equal length that make up this rank's part."""
 
     def gather(self, x_BS: Tensor) -> Tensor:
-        """[B, S, ...] of every part -> the whole, in the order of the sequence, along dim 1."""
+        """Join the parts [B, S, ...] of all ranks along dim 1, in the order of the sequence."""
         ...
 
     def slice_local(self, x_BS: Tensor) -> Tensor:
-        """The part of a whole that is here: the inverse of `gather`."""
+        """This rank's part of whole sequences; the inverse of `gather`."""
         ...
 
 
 class LocalRows(nn.Module):
-    """The whole sequence is here."""
+    """The default on one device: the sequences are whole."""
 
     pieces = 1
 
@@ -83,36 +102,58 @@ class LocalRows(nn.Module):
 
 
 class Router(nn.Module):
-    """The kinds (docs/losses.md has sources and formulas); scores s = softmax(x W^T) or sigmoid(x W^T):
+    """Base class of all routers: every token takes its `top_k` experts (docs/losses.md has sources and formulas).
 
-    - `softmax_topk`, `sigmoid_topk`: the k experts of the highest score, for sigmoid of score + bias;
-    - `expert_choice`: each expert takes the tokens of the sequence that score highest with it.
+    `forward` is the same for every kind. A subclass overrides the steps in which it differs: `compute_logits`,
+    `compute_scores`, `rank_experts`, `choose_experts`, `compute_weights`, `compute_extra`, `init_parameter` and
+    `update_after_step`. Its parameters are those that its configuration names (`RouterConfig.weight_shapes`).
 
-    Logits, scores and losses are in at least fp32 whatever the model's dtype. Ties go to the lower index.
+    Logits, scores and losses are computed in at least fp32, whatever the model's dtype. Equal scores go to the expert
+    with the lower index. Capacity is decided over whole sequences, which `rows` fetches where this rank stores parts
+    of them. The statistics cover the tokens of this rank.
 
-    Capacity and expert choice are decided over whole sequences: `rows` fetches what they need of the other parts. The
-    statistics are of the tokens at hand.
+    Attributes:
+        rows: seam: access to whole sequences (context and tensor parallelism install another).
+        generating: True while text is generated. Capacity is then ignored: it depends on the length of the sequence so
+            far, and a token must not be dropped because others follow.
     """
 
-    bias: Tensor | None
+    TELEMETRY: ClassVar[tuple[str, ...]] = ()
+    """Names of the last columns of `extra_BX`. Each is logged as `router/<name>`, a mean over tokens."""
+
+    GROUP_TOP: ClassVar[int] = 1
+    """How many of its best experts make up a group's score under group-limited routing (DeepSeek-V2: 1)."""
+
+    weight: nn.Parameter
 
     def __init__(self, dim: int, num_experts: int, top_k: int, config: RouterConfig, layer: int = 0) -> None:
-        """`layer`: the block's number, so that every layer has noise of its own."""
+        """
+        Args:
+            layer: the block's index, from which every layer draws its own noise.
+        """
         super().__init__()
+        self.config = config
         self.layer = layer
         self.top_k = top_k
-        self.kind = config.kind
-        self.normalize = config.kind != "expert_choice" and config.normalizes(top_k)
-        self.scale = config.scale
-        self.num_groups = config.num_groups
-        self.topk_groups = config.topk_groups
-        self.jitter = config.jitter
-        self.capacity_factor = config.capacity_factor
-        self.drop_policy = config.drop_policy
+        self.normalize = config.normalizes(top_k)
         self.rows: Rows = LocalRows()
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        # For selection only, moved by moe/balance.py after each optimizer step.
-        self.register_buffer("bias", torch.zeros(num_experts) if config.kind == "sigmoid_topk" else None)
+        self.generating = False
+        for name, shape in config.weight_shapes(dim, num_experts).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def tokens_choose(self) -> bool:
+        """Whether each token takes exactly `top_k` experts; otherwise experts take tokens."""
+        return True
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """The capacity factor in effect; None: dropless."""
+        return None if self.generating else self.config.capacity_factor
 
     def forward(
         self, x_BSD: Tensor, valid_BS: Tensor | None, noise_keys_BS: Tensor | None = None
@@ -121,29 +162,23 @@ class Router(nn.Module):
 
         Args:
             valid_BS: False on padding; None: no padding.
-            noise_keys_BS: `moe.noise.noise_keys` of the tokens; what jitter draws from, in training.
+            noise_keys_BS: `moe.noise.noise_keys` of the tokens, from which jitter is drawn in training.
 
         Raises:
             ValueError: jitter in training without `noise_keys_BS`.
         """
-        num_experts = self.weight.shape[0]
-        logits_BSE = self._logits(x_BSD, noise_keys_BS)
-        if self.kind == "sigmoid_topk":
-            scores_BSE = logits_BSE.sigmoid()
-            probs_BSE = scores_BSE / _positive(scores_BSE.sum(dim=-1, keepdim=True))
-        else:
-            scores_BSE = probs_BSE = logits_BSE.softmax(dim=-1)
+        num_experts = self.num_experts
+        x_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
+        logits_BSE = self.compute_logits(x_BSD, noise_keys_BS)
+        scores_BSE, probs_BSE = self.compute_scores(logits_BSE)
         mask_BS = torch.ones_like(x_BSD[..., 0], dtype=torch.bool) if valid_BS is None else valid_BS
         mask_BS1 = mask_BS.unsqueeze(-1).long()
 
-        experts_BSK, taken_BSK = self._choose(logits_BSE.detach(), scores_BSE.detach(), mask_BS)
-        weights_BSK = scores_BSE.gather(-1, experts_BSK)
-        if self.normalize:
-            weights_BSK = weights_BSK / _positive(weights_BSK.sum(dim=-1, keepdim=True))
-        if self.scale != 1:
-            weights_BSK = weights_BSK * self.scale
+        experts_BSK, taken_BSK = self.choose_experts(logits_BSE.detach(), scores_BSE.detach(), mask_BS)
+        weights_BSK = self.compute_weights(scores_BSE, experts_BSK)
+        decision = Decision(x_BSD, logits_BSE, scores_BSE, experts_BSK, weights_BSK, mask_BS)
         counts_BE = count(experts_BSK, taken_BSK, num_experts)
-        kept_BSK = self._keep(scores_BSE.detach(), experts_BSK, taken_BSK, counts_BE)
+        kept_BSK = self._keep_within_capacity(scores_BSE.detach(), experts_BSK, taken_BSK, counts_BE)
 
         stats = RouterStats(
             counts_BE=counts_BE,
@@ -151,66 +186,126 @@ class Router(nn.Module):
             z_sum_B=(logits_BSE.logsumexp(dim=-1).square() * mask_BS1.squeeze(-1)).sum(dim=1),
             dropped_B=(taken_BSK - kept_BSK).sum(dim=(1, 2)),
             tokens_B=mask_BS1.sum(dim=(1, 2)),
-            experts_BSK=experts_BSK,
+            experts_BSK=experts_BSK if self.tokens_choose else experts_BSK.where(taken_BSK.bool(), num_experts),
+            extra_BX=self.compute_extra(decision),
         )
-        if self.kind == "expert_choice":
-            stats = stats._replace(experts_BSK=experts_BSK.where(taken_BSK.bool(), num_experts))
-        complete = valid_BS is None and self.capacity_factor is None and self.kind != "expert_choice"
+        complete = valid_BS is None and self.capacity_factor is None and self.tokens_choose
         if not complete:
             weights_BSK = weights_BSK * kept_BSK
             experts_BSK = experts_BSK.where(kept_BSK.bool(), num_experts)
-        if self.kind == "expert_choice":
-            # A token may be taken by any number of experts; columns that no token here needs are not carried along.
+        if not self.tokens_choose:
+            # Any number of experts can take a token; columns that no token of this rank needs are cut off.
             used = max(1, int(kept_BSK.sum(dim=-1).max())) if kept_BSK.numel() else 1
             experts_BSK, weights_BSK = experts_BSK[..., :used], weights_BSK[..., :used]
         capacity = self._bound(x_BSD.shape[0], x_BSD.shape[1])
         return Routing(experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), num_experts, complete, capacity), stats
 
-    def _bound(self, batch: int, seq_len: int) -> int | None:
-        """Rows of an expert, at most. Of parts of sequences it would be far more than what comes."""
-        whole = isinstance(self.rows, LocalRows)
-        if not whole or (self.capacity_factor is None and self.kind != "expert_choice"):
-            return None
-        return batch * expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, self.weight.shape[0])
+    def compute_logits(self, x_BSD: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
+        """Router logits [B, S, E] of the input, which is multiplied by jitter in training (Switch, arXiv 2101.03961).
 
-    def _logits(self, x_BSD: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
-        wide = torch.promote_types(x_BSD.dtype, torch.float32)
-        x_BSD = x_BSD.to(wide)
-        if self.jitter and self.training:
+        Raises:
+            ValueError: jitter in training without `noise_keys_BS`.
+        """
+        jitter = self.config.jitter
+        if jitter and self.training:
             if noise_keys_BS is None:
-                raise ValueError(f"router.jitter={self.jitter}: expected noise keys of the tokens in training")
-            draws_BSD = uniform(noise_keys_BS, self.layer, x_BSD.shape[-1], wide)
-            x_BSD = x_BSD * (1 - self.jitter + 2 * self.jitter * draws_BSD)
-        return F.linear(x_BSD, self.weight.to(wide))
+                raise ValueError(f"router.jitter={jitter}: expected noise keys of the tokens in training")
+            draws_BSD = uniform(noise_keys_BS, self.layer, x_BSD.shape[-1], x_BSD.dtype)
+            x_BSD = x_BSD * (1 - jitter + 2 * jitter * draws_BSD)
+        return F.linear(x_BSD, self.weight.to(x_BSD.dtype))
 
-    def _choose(self, logits_BSE: Tensor, scores_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts [B, S, K], best first, and 1 where the assignment holds: not on padding. Expert choice: K = E."""
-        if self.kind == "expert_choice":
-            whole_BSE = self.rows.gather(scores_BSE)
-            seq_len, num_experts = whole_BSE.shape[1:]
-            capacity = expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, num_experts)
-            chosen_BSE = self.rows.slice_local(choose_tokens(whole_BSE, self.rows.gather(mask_BS), capacity))
-            experts_BSE = top_k_stable(scores_BSE.masked_fill(~chosen_BSE, -torch.inf), num_experts)
-            return experts_BSE, chosen_BSE.gather(-1, experts_BSE).long()
-        # Logits order like their softmax, and keep apart what it rounds to the same number.
-        ranked_BSE = logits_BSE if self.bias is None else scores_BSE + self.bias
-        if self.num_groups is not None and self.topk_groups is not None:
-            best = 2 if self.kind == "sigmoid_topk" else 1
-            ranked_BSE = limit_to_groups(ranked_BSE, self.num_groups, self.topk_groups, best)
+    def compute_scores(self, logits_BSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [B, S, E], from which the combine weights are taken, and the probabilities of the balance loss, which
+        sum to 1 over experts. By default both are the softmax of the logits."""
+        probs_BSE = logits_BSE.softmax(dim=-1)
+        return probs_BSE, probs_BSE
+
+    def rank_experts(self, logits_BSE: Tensor, scores_BSE: Tensor) -> Tensor:
+        """The numbers [B, S, E] whose order decides which experts a token takes. By default the logits: they have the
+        order of their softmax, and keep apart what the softmax rounds to one number."""
+        return logits_BSE
+
+    def choose_experts(self, logits_BSE: Tensor, scores_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose the experts of every token. No gradient.
+
+        Returns:
+            Experts [B, S, K], best first, and whether each assignment holds, int64 [B, S, K]: 0 on padding.
+        """
+        ranked_BSE = self.rank_experts(logits_BSE, scores_BSE)
+        if self.config.num_groups is not None and self.config.topk_groups is not None:
+            ranked_BSE = limit_to_groups(ranked_BSE, self.config.num_groups, self.config.topk_groups, self.GROUP_TOP)
         experts_BSK = top_k_stable(ranked_BSE, self.top_k)
         return experts_BSK, mask_BS.unsqueeze(-1).long().expand_as(experts_BSK)
 
-    def _keep(self, scores_BSE: Tensor, experts_BSK: Tensor, taken_BSK: Tensor, counts_BE: Tensor) -> Tensor:
+    def compute_weights(self, scores_BSE: Tensor, experts_BSK: Tensor) -> Tensor:
+        """Combine weights [B, S, K]: the chosen experts' scores, renormalised and scaled as the configuration says."""
+        weights_BSK = scores_BSE.gather(-1, experts_BSK)
+        if self.normalize:
+            weights_BSK = weights_BSK / positive(weights_BSK.sum(dim=-1, keepdim=True))
+        if self.config.scale != 1:
+            weights_BSK = weights_BSK * self.config.scale
+        return weights_BSK
+
+    def compute_extra(self, decision: Decision) -> Tensor:
+        """Sums over the tokens of each sequence that this kind of router adds to the statistics, [B, X].
+
+        The columns feed `auxiliary_loss`; the last ones, named by `TELEMETRY`, are logged. Exclude padding. The default
+        has no columns.
+        """
+        return decision.logits_BSE.new_zeros(decision.logits_BSE.shape[0], 0)
+
+    @classmethod
+    def num_extra(cls, config: RouterConfig, num_experts: int) -> int:
+        """X, the number of columns that `compute_extra` returns."""
+        return 0
+
+    @classmethod
+    def auxiliary_loss(cls, config: RouterConfig, extra_LX: Tensor, tokens: Tensor) -> Tensor:
+        """This kind's own term of the loss, per layer [L], coefficients included.
+
+        Args:
+            extra_LX: the columns of `compute_extra`, summed over the global micro-batch, fp64. They carry the gradient.
+            tokens: tokens of the global micro-batch.
+        """
+        return extra_LX.new_zeros(extra_LX.shape[0])
+
+    def init_parameter(self, name: str, tensor: Tensor, identity: str, std: float) -> None:
+        """Fill the parameter `name` of this router. By default normal, with standard deviation `std`.
+
+        Args:
+            tensor: the parameter, a matrix, on any device.
+            identity: what the random numbers depend on (the seed and the parameter's full name).
+        """
+        fill_rows(tensor, identity, std)
+
+    def update_after_step(self, counts_E: Tensor) -> None:
+        """Update buffers after an optimizer step; the default has none.
+
+        Args:
+            counts_E: assignments to each expert over the whole optimizer step, before any drop, int64.
+        """
+
+    def _bound(self, batch: int, seq_len: int) -> int | None:
+        """The most rows that an expert can get. For parts of sequences the bound would be far above what comes."""
+        whole = isinstance(self.rows, LocalRows)
+        if not whole or (self.capacity_factor is None and self.tokens_choose):
+            return None
+        return batch * expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, self.num_experts)
+
+    def _keep_within_capacity(
+        self, scores_BSE: Tensor, experts_BSK: Tensor, taken_BSK: Tensor, counts_BE: Tensor
+    ) -> Tensor:
         """1 where the assignment fits into its expert's capacity."""
-        if self.capacity_factor is None or self.kind == "expert_choice":
+        if self.capacity_factor is None or not self.tokens_choose:
             return taken_BSK
         num_experts = counts_BE.shape[1]
-        if self.drop_policy == "prob":
-            held_BSK = scores_BSE.gather(-1, experts_BSK).masked_fill(taken_BSK == 0, -torch.inf)
-            whole_BSK, of_whole_BSK = self.rows.gather(held_BSK), self.rows.gather(experts_BSK)
-            capacity = expert_capacity(self.capacity_factor, self.top_k, whole_BSK.shape[1], num_experts)
-            return taken_BSK * self.rows.slice_local(most_probable(whole_BSK, of_whole_BSK, num_experts, capacity))
-        # By position, all that matters of the earlier pieces P of the sequence is how many assignments they hold.
+        if self.config.drop_policy == "prob":
+            scores_BSK = scores_BSE.gather(-1, experts_BSK).masked_fill(taken_BSK == 0, -torch.inf)
+            whole_scores_BSK, whole_experts_BSK = self.rows.gather(scores_BSK), self.rows.gather(experts_BSK)
+            capacity = expert_capacity(self.capacity_factor, self.top_k, whole_scores_BSK.shape[1], num_experts)
+            kept_BSK = most_probable(whole_scores_BSK, whole_experts_BSK, num_experts, capacity)
+            return taken_BSK * self.rows.slice_local(kept_BSK)
+        # By position, only the number of assignments in the earlier pieces P of the sequence matters.
         batch, pieces = counts_BE.shape[0], self.rows.pieces
         experts, taken = (x.unflatten(1, (pieces, -1)).flatten(0, 1) for x in (experts_BSK, taken_BSK))
         counts_BPE = self.rows.gather(count(experts, taken, num_experts).unflatten(0, (batch, pieces)))
@@ -220,14 +315,42 @@ class Router(nn.Module):
         return taken_BSK * within_capacity(experts, taken, before, capacity).view_as(taken_BSK)
 
     def extra_repr(self) -> str:
-        experts, dim = self.weight.shape
-        capacity = "dropless" if self.capacity_factor is None else f"capacity_factor={self.capacity_factor}"
-        groups = "" if self.num_groups is None else f", best {self.topk_groups} of {self.num_groups} groups"
-        noise = f", jitter={self.jitter}" if self.jitter else ""
-        kind = f"{self.kind}, top_k={self.top_k}, normalize={self.normalize}, scale={self.scale}"
+        config, (experts, dim) = self.config, self.weight.shape
+        capacity = "dropless" if config.capacity_factor is None else f"capacity_factor={config.capacity_factor}"
+        groups = "" if config.num_groups is None else f", best {config.topk_groups} of {config.num_groups} groups"
+        noise = f", jitter={config.jitter}" if config.jitter else ""
+        kind = f"{config.kind}, top_k={self.top_k}, normalize={self.normalize}, scale={config.scale}"
         return f"{dim} -> {experts}, {kind}{groups}, {capacity}{noise}"
 
 
-def _positive(total: Tensor) -> Tensor:
-    """A sum of sigmoids may underflow to 0: the smallest normal number in its place keeps the quotient finite."""
+def positive(total: Tensor) -> Tensor:
+    """`total`, a sum of scores, with 0 replaced by the smallest normal number.
+
+    A sum of sigmoids can underflow to 0, but a quotient by it must stay finite.
+    """
     return total.clamp(min=torch.finfo(total.dtype).tiny)
+
+
+ROUTERS: Registry[type[Router]] = Registry("router.kind")
+"""The module of every kind of router; `moe.config.ROUTER_CONFIGS` has the configuration dataclasses."""
+
+RouterClass = TypeVar("RouterClass", bound=type[Router])
+
+
+def register_router(kind: str, config: type[RouterConfig] = RouterConfig) -> Callable[[RouterClass], RouterClass]:
+    """A class decorator that registers a router under the name that `router.kind` takes.
+
+    Args:
+        config: the kind's configuration dataclass, which mirrors the section `router`.
+
+    Raises:
+        ValueError: another router has the name.
+    """
+
+    def register(router: RouterClass) -> RouterClass:
+        if kind not in ROUTER_CONFIGS:
+            ROUTER_CONFIGS.add(kind, config)
+        ROUTERS.add(kind, router)
+        return router
+
+    return register

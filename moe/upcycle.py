@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.checks import expect
 from moe.config import ModelConfig, RouterConfig
-from moe.init import fill_rows
+from moe.noise import fill_rows
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""From a configuration to the module that runs here, in one visible order.
+"""From a configuration to the module that runs on this rank, in one visible order.
 
-Build on the meta device -> pipeline -> tensor -> expert -> context -> recompute -> FSDP -> materialise -> initialise:
-no rank ever holds more than its share.
+Build on the meta device -> pipeline -> tensor -> expert -> context -> recompute -> FSDP -> materialise -> initialise.
+No rank ever stores more than its shards.
 """
 
 from collections.abc import Sequence
@@ -33,20 +33,20 @@ def build_model(
     recompute: Recompute = "none",
     offload: bool = False,
 ) -> Transformer:
-    """This rank's part of the model; weights are fp32 (fp64 where `compute_dtype` is).
+    """This rank's part of the model. Weights are fp32, or fp64 if `compute_dtype` is.
 
     Args:
-        seed: of the initial weights. None leaves them to the caller, who fills every one of them.
+        seed: seed of the initial weights; None: the caller fills every weight.
         inference_weights: keep the weights in `compute_dtype`, for models that do not train. The results do not change,
             because every forward pass casts the weights to `compute_dtype`. Routers compute in at least fp32 and keep
             their fp32 weights.
-        layers: those of a pipeline stage; None: all.
-        recompute: what the backward pass computes again.
+        layers: the layers of a pipeline stage; None: all.
+        recompute: which activations the backward pass computes again.
         offload: with FSDP, keep weights in CPU memory.
     """
     model = _build_on_meta(config, router, compute_dtype, inference_weights)
     if layers is not None:
-        model.keep(layers)
+        model.keep_layers(layers)
     if mesh.tensor.size() > 1:
         shard_tensors(model, mesh)
     if mesh.expert.size() * mesh.expert_tensor.size() > 1:
@@ -60,7 +60,7 @@ def build_model(
     if mesh.layout.shard > 1:
         shard_weights(model, mesh, offload=offload, keep_gathered=layers is not None)
     model.to_empty(device="cpu" if offload else mesh.device)
-    if offload:  # FSDP moves what it holds; routers it does not
+    if offload:  # FSDP moves the parameters that it shards between devices; routers are not among them
         for module in model.modules():
             if isinstance(module, Router):
                 module.to(mesh.device)
@@ -72,7 +72,7 @@ def build_model(
 def build_whole_model(
     config: ModelConfig, router: RouterConfig, device: torch.device, dtype: torch.dtype
 ) -> Transformer:
-    """The whole model on one device; weights in the compute dtype, and left to the caller. Not for training."""
+    """The whole model on one device, with weights in the compute dtype that the caller fills. Not for training."""
     model = _build_on_meta(config, router, dtype, inference_weights=True)
     model.to_empty(device=device)
     return model
@@ -81,7 +81,7 @@ def build_whole_model(
 def _build_on_meta(
     config: ModelConfig, router: RouterConfig, compute_dtype: torch.dtype, inference_weights: bool
 ) -> Transformer:
-    """On the meta device, in the dtypes that the weights will have."""
+    """The model on the meta device, in the dtypes that the weights will have."""
     with torch.device("meta"):
         model = Transformer(config, router, compute_dtype)
     wide = torch.promote_types(compute_dtype, torch.float32)

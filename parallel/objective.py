@@ -1,23 +1,20 @@
-"""What an engine, or a pipeline, runs micro-batches through and towards. training/step.py has the loss itself."""
+"""The interface between an engine or a pipeline and the loss. `training.step` has the loss itself."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
 from moe.router import RouterStats
 
-Inputs = Mapping[str, Any]
-"""Keyword arguments of `Transformer.forward` for one micro-batch, on the device."""
-
 
 class Objective(Protocol):
-    """What is differentiated: one part of the loss for each place in the model where it arises."""
+    """The loss, in the two parts that arise at different places of the model."""
 
     def compute_prediction_loss(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
-        """The part that the logits of the micro-batch have, a scalar."""
+        """The part of the loss that depends on the logits of the micro-batch, a scalar."""
         ...
 
     def compute_routing_loss(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
-        """The part that the router statistics of these MoE layers have, a scalar."""
+        """The part of the loss that depends on the router statistics of these MoE layers, a scalar."""
         ...

@@ -1,10 +1,10 @@
-"""Pipeline parallelism: consecutive layers on different ranks, and micro-batches that travel through them.
+"""Pipeline parallelism: consecutive layers on different ranks, and micro-batches that pass through them.
 
 The schedules are torch's (`torch.distributed.pipelining`): 1F1B and its interleaved form (arXiv 2104.04473), and the
-interleaved zero bubble one (arXiv 2401.10241). Hidden states are all that travels: every rank of `mesh.pipeline` has
-the same rows at hand.
+interleaved zero bubble schedule (arXiv 2401.10241). Stages exchange hidden states only: every rank of `mesh.pipeline`
+loads the same rows.
 
-Shapes: B rows of a micro-batch, S sequence of this context rank, s of it the part of this tensor rank, D model.
+Shapes: B rows of a micro-batch, S sequence of this context rank, s the part of it on this tensor rank, D model.
 """
 
 from collections.abc import Sequence
@@ -20,38 +20,42 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
-from moe.model import Output, Transformer
+from moe.model import ModelInputs, Output, Transformer
 from parallel.fsdp import free_gathered_weights
 from parallel.mesh import Mesh
-from parallel.objective import Inputs, Objective
+from parallel.objective import Objective
 from parallel.stages import Schedule
 
 
 class Pipeline:
-    """The stages on this rank, and how micro-batches get through all of them.
+    """The stages of this rank, and the schedule that passes micro-batches through all stages.
 
-    Gradients are summed over micro-batches, not averaged. A stage without a weight that trains takes part all the same.
+    Gradients are summed over micro-batches, not averaged. A stage without a trainable weight takes part as well.
     """
 
     def __init__(self, parts: Sequence[Transformer], stages: Sequence[int], mesh: Mesh, schedule: Schedule) -> None:
-        """`parts`: the model's layers of each of `stages` (of `stages_of` this rank)."""
+        """
+        Args:
+            parts: the model's layers of each stage of this rank.
+            stages: the indices of these stages (`parallel.stages.stages_of`).
+        """
         self.parts = list(parts)
         self.stages = list(stages)
         self.mesh = mesh
         self.schedule = schedule
         self.total = mesh.pipeline.size() * len(self.stages)
         self._built: tuple[tuple[int, torch.Size], Any, list[_Stage]] | None = None
-        # NCCL wants all ranks of a group in its first communication; those that follow are between neighbours.
+        # NCCL needs all ranks of a group in the group's first communication; later ones are between two stages.
         dist.all_reduce(torch.zeros(1, device=mesh.device), group=mesh.pipeline)
 
-    def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
-        """Forward and backward of all micro-batches, which have one shape. Collective over the world.
+    def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
+        """Run the forward and backward passes of all micro-batches, which have one shape. Collective over the world.
 
         Args:
-            micro_batches: the same on all ranks of `mesh.pipeline`. 1F1B wants as many as ranks P or more, the others
-                n of them that are a multiple of the rounds max(1, n // P).
+            micro_batches: the same on all ranks of `mesh.pipeline`. 1F1B needs at least as many as ranks P. The other
+                schedules need a number n that is a multiple of max(1, n // P).
         """
-        schedule, stages = self._schedule_for(len(micro_batches), micro_batches[0]["tokens_BS"].shape)
+        schedule, stages = self._schedule_for(len(micro_batches), micro_batches[0].tokens_BS.shape)
         for stage in stages:
             stage.work = micro_batches, objective
         numbers = torch.arange(len(micro_batches))
@@ -60,20 +64,25 @@ class Pipeline:
         finally:
             for stage in stages:
                 stage.work = None
-                stage.clear_runtime_states()  # torch itself does so when the next step begins
+                # torch clears them when the next step begins; until then they would keep activations alive.
+                stage.clear_runtime_states()
 
     @torch.no_grad()
-    def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:
-        """One batch, of any size, through all stages; each rank gets what its own parts return."""
+    def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
+        """Pass one batch of any size through all stages, without gradients.
+
+        Returns:
+            Each part of this rank with its output.
+        """
         group, ranks = self.mesh.pipeline, self.mesh.pipeline.size()
         results = []
         for number, part in zip(self.stages, self.parts, strict=True):
             hidden_BsD = None
             if number > 0:
-                shape = self._hidden_shape(inputs["tokens_BS"].shape)
+                shape = self._hidden_shape(inputs.tokens_BS.shape)
                 hidden_BsD = torch.empty(shape, dtype=part.compute_dtype, device=self.mesh.device)
                 dist.recv(hidden_BsD, group=group, group_src=(number - 1) % ranks)
-            output: Output = part(**inputs, hidden_BSD=hidden_BsD)
+            output: Output = part(inputs, hidden_BSD=hidden_BsD)
             if number < self.total - 1:
                 dist.send(output.logits_BSV.contiguous(), group=group, group_dst=(number + 1) % ranks)
             free_gathered_weights(part)
@@ -84,7 +93,7 @@ class Pipeline:
         return tokens[0], tokens[1] // self.mesh.tensor.size(), self.parts[0].config.dim
 
     def _schedule_for(self, micro_batches: int, tokens: torch.Size) -> tuple[Any, list["_Stage"]]:
-        """torch's schedules are for so many micro-batches of one shape; a new one is made when either changes."""
+        """torch's schedules are built for one number of micro-batches of one shape: build another if either changes."""
         key = (micro_batches, tokens)
         if self._built is None or self._built[0] != key:
             shape = self._hidden_shape(tokens)
@@ -103,9 +112,9 @@ class Pipeline:
 
 
 class _Stage(PipelineStage):
-    """A part of the model as torch's schedules want one: hidden states in, hidden states or the loss out.
+    """A part of the model as torch's schedules need it: it takes hidden states, and returns hidden states or the loss.
 
-    (It is no module around the part: torch looks whether the part itself is an `FSDPModule`.)
+    The part is not wrapped in another module, because torch checks whether the part itself is an `FSDPModule`.
     """
 
     def __init__(self, part: Transformer, number: int, total: int, mesh: Mesh, shape: Sequence[int]) -> None:
@@ -124,15 +133,15 @@ class _Stage(PipelineStage):
             group=mesh.pipeline,
         )
         self.part = part
-        self.work: tuple[Sequence[Inputs], Objective] | None = None
+        self.work: tuple[Sequence[ModelInputs], Objective] | None = None
 
     def forward_maybe_with_nosync(self, *received: Tensor, number: Tensor) -> Tensor:
-        """Of micro-batch `number`, a tensor of shape (1,)."""
+        """The forward pass of micro-batch `number`, a tensor of shape (1,)."""
         assert self.work is not None
         micro_batches, objective = self.work
         micro_batch = int(number)
         hidden_BsD = _with_contiguous_gradient(received[0]) if received else None
-        output: Output = self.part(**micro_batches[micro_batch], hidden_BSD=hidden_BsD)
+        output: Output = self.part(micro_batches[micro_batch], hidden_BSD=hidden_BsD)
         losses = []
         if output.stats is not None:
             losses.append(objective.compute_routing_loss(output.stats, self.part.moe_layers, micro_batch))
@@ -142,21 +151,21 @@ class _Stage(PipelineStage):
         hidden_BsD = output.logits_BSV
         for loss in losses:
             hidden_BsD = _CarryLoss.apply(hidden_BsD, loss)
-        if not hidden_BsD.requires_grad:  # nothing trains up to here; torch wants a gradient to send back all the same
+        if not hidden_BsD.requires_grad:  # nothing up to this stage trains, but torch needs a gradient to send back
             hidden_BsD = hidden_BsD.detach().requires_grad_()
         return hidden_BsD.contiguous()
 
 
 class _CarryLoss(torch.autograd.Function):
-    """Hidden states pass; where their gradient comes back, the loss begins its own, with gradient 1.
+    """Returns the hidden states unchanged. In the backward pass, the loss gets the gradient 1.
 
-    (As Megatron-LM's `MoEAuxLossAutoScaler` does.)
+    (Megatron-LM's `MoEAuxLossAutoScaler` works in the same way.)
     """
 
     @staticmethod
     def forward(ctx: Any, hidden_BsD: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(loss)
-        return hidden_BsD.clone()  # a view could not be detached, which the zero bubble schedule does
+        return hidden_BsD.clone()  # the zero bubble schedule detaches it in place, which a view does not allow
 
     @staticmethod
     def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -165,7 +174,7 @@ class _CarryLoss(torch.autograd.Function):
 
 
 def _with_contiguous_gradient(hidden_BsD: Tensor) -> Tensor:
-    """The same; its gradient is in an order that can be sent."""
+    """The same tensor, with a gradient that is contiguous, as sending needs it."""
     hidden_BsD = hidden_BsD.view_as(hidden_BsD)
     hidden_BsD.register_hook(Tensor.contiguous)
     return hidden_BsD

@@ -1,11 +1,11 @@
-"""Tensor parallelism: heads, hidden units and the vocabulary are cut over ranks, and between them the sequence is.
+"""Tensor parallelism: ranks share heads, hidden units and the vocabulary, and between these networks the sequence.
 
-Shapes: B batch, S sequence (local to the context rank), s = S/P of it on each of the P ranks, D model, V vocabulary,
-v = V/P rows of it on each rank.
+Shapes: B batch, S sequence (of the context rank), s = S/P of it on each of the P ranks, D model, V vocabulary, v = V/P
+entries of it on each rank.
 
-(Megatron-LM, arXiv 1909.08053, with sequence parallelism, 2205.05198.) A network gathers the sequence, works with its
-part of the weights, and scatters the sum of all ranks' results; norms, routers and experts see [B, s, D]. Logits are
-never gathered: the cross-entropy is taken on [B, S, v].
+(Megatron-LM, arXiv 1909.08053, with sequence parallelism, 2205.05198.) Attention and dense networks gather the
+sequence, compute with their shard of the weights, and scatter the sum of all ranks' results. Norms, routers and experts
+work on [B, s, D]. Logits are never gathered: the cross-entropy is computed on [B, S, v].
 """
 
 from typing import Any
@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import moe.losses
 from moe.attention.attention import Attention
 from moe.feedforward import FeedForward
-from moe.losses import IGNORE
+from moe.losses import IGNORE, TokenNats
 from moe.model import Lookup, Transformer
 from parallel.collectives import GatherSequence, ScatterSequence, SliceSequence
 from parallel.mesh import Mesh
@@ -25,7 +26,7 @@ from parallel.weight_specs import kind
 
 
 class ShardedLookup(nn.Module):
-    """Each rank looks up the tokens that its rows of the embedding are for; summed, and the sequence cut."""
+    """Looks up the tokens whose rows of the embedding this rank stores; the sum over ranks is split by sequence."""
 
     def __init__(self, inner: Lookup, group: dist.ProcessGroup) -> None:
         super().__init__()
@@ -35,14 +36,15 @@ class ShardedLookup(nn.Module):
 
     def forward(self, tokens_BS: Tensor, embedding_vD: Tensor) -> Tensor:
         local_BS = tokens_BS - self.group.rank() * embedding_vD.shape[0]
-        elsewhere_BS1 = ((local_BS < 0) | (local_BS >= embedding_vD.shape[0])).unsqueeze(-1)
-        x_BSD = self.inner(local_BS.masked_fill(elsewhere_BS1.squeeze(-1), 0), embedding_vD)
-        part: Tensor = self.scatter(x_BSD.masked_fill(elsewhere_BS1, 0))
+        on_other_ranks_BS1 = ((local_BS < 0) | (local_BS >= embedding_vD.shape[0])).unsqueeze(-1)
+        x_BSD = self.inner(local_BS.masked_fill(on_other_ranks_BS1.squeeze(-1), 0), embedding_vD)
+        part: Tensor = self.scatter(x_BSD.masked_fill(on_other_ranks_BS1, 0))
         return part
 
 
 def shard_tensors(model: Transformer, mesh: Mesh) -> None:
-    """Keep this rank's part of the weights that `parallel/weight_specs.py` names, and install the seams around them."""
+    """Replace the weights that `parallel.weight_specs` marks as tensor-parallel by this rank's shards, and install the
+    modules that gather and scatter the sequence around them."""
     group = mesh.tensor
     for prefix, module in model.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
@@ -56,36 +58,43 @@ def shard_tensors(model: Transformer, mesh: Mesh) -> None:
     model.gather, model.slice_local = GatherSequence(group), SliceSequence(group)
 
 
-def cross_entropy(logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """-log softmax(logits)[label] of every place [B, S], in nats, in at least fp32; 0 where there is no label.
+def token_nats(logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> TokenNats:
+    """The cross-entropy -log softmax(logits)[label] of every position. Collective over `group`.
 
-    Every rank of `group` returns the same; each one's gradient is that of its own part of the logits.
+    Args:
+        logits_BSv: this rank's shard of the vocabulary; a group of one rank has all of it.
+
+    Returns:
+        The same values on every rank. The gradient of the sum is that of this rank's shard of the logits.
     """
-    nats: Tensor = _ShardedCrossEntropy.apply(logits_BSv, labels_BS, group)
-    return nats
+    if group.size() == 1:
+        return moe.losses.token_nats(logits_BSv, labels_BS)
+    total, nats_BS = _ShardedCrossEntropy.apply(logits_BSv, labels_BS, group)
+    return TokenNats(nats_BS, total)
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)
         logits = logits_BSv.to(wide)
         largest_BS = logits.amax(dim=-1)
         dist.all_reduce(largest_BS, op=dist.ReduceOp.MAX, group=group)
         p_BSv = (logits - largest_BS.unsqueeze(-1)).exp_()
         local_BS = labels_BS - group.rank() * logits.shape[-1]
-        here_BS = (local_BS >= 0) & (local_BS < logits.shape[-1]) & (labels_BS != IGNORE)
-        target_BS1 = local_BS.masked_fill(~here_BS, 0).unsqueeze(-1)
-        logit_BS = logits.gather(-1, target_BS1).squeeze(-1) * here_BS
+        on_rank_BS = (local_BS >= 0) & (local_BS < logits.shape[-1]) & (labels_BS != IGNORE)
+        target_BS1 = local_BS.masked_fill(~on_rank_BS, 0).unsqueeze(-1)
+        logit_BS = logits.gather(-1, target_BS1).squeeze(-1) * on_rank_BS
         sums = torch.stack((p_BSv.sum(dim=-1), logit_BS))
         dist.all_reduce(sums, group=group)
         counted_BS = labels_BS != IGNORE
         nats_BS = (sums[0].log() + largest_BS - sums[1]) * counted_BS
-        p_BSv.div_(sums[0].unsqueeze(-1)).scatter_add_(-1, target_BS1, -here_BS.to(wide).unsqueeze(-1))
+        p_BSv.div_(sums[0].unsqueeze(-1)).scatter_add_(-1, target_BS1, -on_rank_BS.to(wide).unsqueeze(-1))
         ctx.save_for_backward(p_BSv.mul_(counted_BS.unsqueeze(-1)).to(logits_BSv.dtype))
-        return nats_BS
+        ctx.mark_non_differentiable(nats_BS)
+        return nats_BS.sum(), nats_BS
 
     @staticmethod
-    def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (grad_BSv,) = ctx.saved_tensors
-        return grad_BSv * grad_BS.unsqueeze(-1).to(grad_BSv.dtype), None, None
+        return grad_BSv * grad.to(grad_BSv.dtype), None, None

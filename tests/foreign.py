@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from moe.model import Transformer
+from moe.model import ModelInputs, Transformer
 from training.formats.reader import ModelReader, open_model
 
 VOCAB = 53
@@ -81,4 +81,4 @@ def tokens_of(length: int, rows: int = 2, seed: int = 1) -> torch.Tensor:
 
 
 def logits_of(model: Transformer, tokens_BS: torch.Tensor) -> torch.Tensor:
-    return model(tokens_BS, torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS)).logits_BSV
+    return model(ModelInputs(tokens_BS, torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS))).logits_BSV

@@ -13,7 +13,7 @@ from common.strict import from_dict
 from moe.accounting.costs import training_bytes
 from moe.config import RouterConfig
 from moe.init import init_parameters
-from moe.model import Transformer
+from moe.model import ModelInputs, Transformer
 from scripts import describe as tool
 from scripts.cli import CONF, plain
 from tests.test_conf import MODELS, composed
@@ -83,7 +83,7 @@ def test_training_bytes_here_are_what_a_step_really_holds(precision: torch.dtype
     init_parameters(model, seed=0)
     optimizer = build_optimizer(list(model.parameters()), OptimConfig(lr=1e-3))
     tokens = torch.randint(64, (4, 32))
-    model(tokens, torch.arange(32).expand(4, -1)).logits_BSV.float().logsumexp(-1).sum().backward()
+    model(ModelInputs(tokens, torch.arange(32).expand(4, -1))).logits_BSV.float().logsumexp(-1).sum().backward()
     optimizer.step()
     parameters = list(model.parameters())
     weights = sum(parameter.nbytes for parameter in parameters)

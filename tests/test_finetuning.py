@@ -12,7 +12,7 @@ import torch
 
 from data.config import DataConfig
 from data.tokens.store import Store, prepare
-from moe.model import Transformer
+from moe.model import ModelInputs, Transformer
 from scripts.cli import CONF
 from training.formats.reader import open_model
 from training.report.metrics import read_metrics
@@ -54,7 +54,7 @@ def answers_loss(model: Transformer, store: Store, heldout: bool) -> tuple[float
         said = [*store.tokenizer.encode(f" {answer}"), 2]
         ids = torch.tensor([asked + said])
         with torch.no_grad():
-            log_p = model(ids, torch.arange(ids.shape[1]).unsqueeze(0)).logits_BSV[0].log_softmax(-1)
+            log_p = model(ModelInputs(ids, torch.arange(ids.shape[1]).unsqueeze(0))).logits_BSV[0].log_softmax(-1)
         nats -= sum(log_p[len(asked) + i - 1, token].item() for i, token in enumerate(said))
         tokens += len(said)
         size += len(f" {answer}".encode())

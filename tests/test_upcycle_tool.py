@@ -10,7 +10,7 @@ import torch
 
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
-from moe.model import Transformer
+from moe.model import ModelInputs, Transformer
 from moe.region import Region
 from scripts import upcycle
 from scripts.cli import CONF
@@ -62,7 +62,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 def logits(model: Transformer) -> torch.Tensor:
     tokens_BS = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return model(tokens_BS, torch.arange(20).expand(2, 20)).logits_BSV
+        return model(ModelInputs(tokens_BS, torch.arange(20).expand(2, 20))).logits_BSV
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""The whole configuration of a run: one frozen dataclass a section, mirrored name for name by `conf/`.
+"""The whole configuration of a run: one frozen dataclass per section, mirrored name for name by `conf/`.
 
-Sections validate their own fields; `Config` validates what only two sections together can know.
+Each section validates its own fields. `Config` validates the combinations of two sections.
 """
 
 from dataclasses import dataclass, replace
@@ -12,11 +12,13 @@ from common.strict import located
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig
+from training.optimizer import OPTIMIZERS
+from training.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What the run is called, where it lies, and how it starts."""
+    """The run's name, its directory, and how it starts."""
 
     experiment: str
     name: str | None = None
@@ -25,10 +27,11 @@ class RunConfig:
     seed: int = 0
     resume: Literal["auto", "never", "must"] = "auto"
     init_from: str | None = None
-    """Directory of a model (a run, a checkpoint, Hugging Face, Mistral) whose weights the first step starts from. The
-    section `model`, the router's meaning and, if none is given, the tokenizer are that model's."""
+    """Model directory (a run, a checkpoint, Hugging Face or Mistral) whose weights the first step starts from. The
+    section `model`, the router's keys that belong to the weights and, if none is given, the tokenizer are taken from
+    it."""
     deterministic: bool = False
-    """Refuse kernels whose result depends on timing (costs speed on GPUs; CPU kernels always repeat)."""
+    """Refuse kernels whose result depends on timing. Slower on GPUs; CPU kernels are always deterministic."""
     prompt: str = "The "
     sample_tokens: int = 96
     """Tokens generated from `prompt` when training ends; 0 for none."""
@@ -47,23 +50,23 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length, batch and precision. Batches are global: the layout changes no number."""
+    """Length, batch and precision. Batch sizes are global, so the layout changes no number."""
 
     steps: int
     seq_len: int
     global_batch: int
     """Sequences per optimizer step, over all ranks and micro-batches."""
     accumulation: int = 1
-    """Micro-batches an optimizer step is cut into."""
+    """Micro-batches per optimizer step."""
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
-    """Arithmetic of the forward and backward pass. `auto`: bf16 where the hardware has it, else fp32.
-    Weights and optimizer state are fp32 (fp64 under `fp64`)."""
+    """Precision of the forward and backward pass. `auto`: bf16 if the hardware supports it, else fp32.
+    Weights and optimizer state are fp32 (fp64 with `fp64`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = 10
     eval_every: int = 0
     """Steps between evaluations on held-out text; 0: only at the end."""
     peak_tflops: float | None = None
-    """Peak of one device at this precision, for `speed/mfu`; `null`: known for some GPUs, else no MFU."""
+    """Peak of one device at this precision in TFLOP/s, for `speed/mfu`; `null`: a table of GPUs, else no MFU."""
 
     def __post_init__(self) -> None:
         for field in ("steps", "seq_len", "global_batch", "accumulation", "log_every"):
@@ -81,20 +84,23 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (arXiv 1711.05101) and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
     lr: float
+    kind: str = "adamw"
+    """`adamw` (arXiv 1711.05101), or an optimizer that a plugin registers."""
     train: str | tuple[str, ...] = "all"
-    """What trains: `all`, `router`, `experts`, `expert:3` (number 3 of every MoE layer), a glob over parameter names,
-    or a list of these. Everything else keeps its weights, bit for bit, and has no optimizer state."""
+    """The parameters that train: `all`, `router`, `experts`, `expert:3` (expert 3 of every MoE layer), a glob over
+    parameter names, or a list of these. All others keep their weights, bit for bit, and have no optimizer state."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """On matrices only: never on norms."""
+    """Applies to matrices, not to norms."""
     max_grad_norm: float | None = 1.0
     """Clip the global gradient norm to this; `null`: no clipping."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: str = "cosine"
+    """`cosine`, `wsd` (warm-up, stable, decay), `constant`, or a schedule that a plugin registers."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; `null`: a twentieth of the run."""
     decay_steps: int | None = None
@@ -104,6 +110,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         expect(self.lr > 0, "lr", self.lr, "a number > 0")
+        OPTIMIZERS.check(self.kind)
+        SCHEDULES.check(self.schedule)
         named = (self.train,) if isinstance(self.train, str) else self.train
         shown = repr(self.train) if isinstance(self.train, str) else f"[{','.join(named)}]"
         expect(bool(named) and all(named), "train", shown, "all, router, experts, expert:<index>, a glob, or a list")
@@ -120,10 +128,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When checkpoints are written, and how many are kept."""
+
     every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Newest checkpoints kept; at least two, so that a damaged newest one is not the only one."""
+    """Number of newest checkpoints to keep; at least two, so that a damaged newest one is not the only one."""
 
     def __post_init__(self) -> None:
         expect(self.every >= 0, "every", self.every, "an integer >= 0 (0: only at the end)")
@@ -132,21 +142,26 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
+    """Where a run's figures are shown besides `metrics.jsonl`."""
+
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "mixwright"
     entity: str | None = None
+    trackers: tuple[str, ...] = ()
+    """Further trackers, by the names under which plugins register them."""
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Who owns weights, gradients and optimizer state."""
+    """The engine, which stores weights, gradients and optimizer state."""
 
     kind: Literal["native", "deepspeed"] = "native"
     zero_stage: Literal[1, 2, 3] = 2
-    """`deepspeed` only: what is partitioned over the ranks that hold the same weights (arXiv 1910.02054). 1: optimizer
-    state; 2: gradients, too; 3: weights, too."""
+    """`deepspeed` only: what is partitioned over the ranks that have the same weights (arXiv 1910.02054). 1: optimizer
+    state; 2: also gradients; 3: also weights."""
     ds_config: str | None = None
-    """`deepspeed` only: path of a JSON file in DeepSpeed's format, for what Mixwright leaves to it; `null`: none."""
+    """`deepspeed` only: path of a JSON file in DeepSpeed's format, for the keys that Mixwright does not set; `null`:
+    none."""
 
     def __post_init__(self) -> None:
         expect(self.kind in ("native", "deepspeed"), "kind", self.kind, "native or deepspeed")
@@ -162,12 +177,12 @@ NATIVE = EngineConfig()
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Used when `python train.py` starts the workers itself; torchrun and deepspeed bring their own."""
+    """Used when `python train.py` starts the workers itself. torchrun and deepspeed start their own."""
 
     nproc: int = 1
     max_restarts: int = 0
     threads: int | None = None
-    """CPU threads of one process; `null`: the cores divided by the processes."""
+    """CPU threads per process; `null`: the number of cores divided by the number of processes."""
 
     def __post_init__(self) -> None:
         expect(self.nproc >= 1, "nproc", self.nproc, "an integer >= 1")
@@ -177,6 +192,8 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """The configuration of a run: everything that `python train.py` can be told."""
+
     run: RunConfig
     model: ModelConfig
     router: RouterConfig
@@ -188,6 +205,9 @@ class Config:
     tracking: TrackingConfig
     launch: LaunchConfig
     engine: EngineConfig = NATIVE
+    plugins: tuple[str, ...] = ()
+    """Python modules to import before anything else: paths of `.py` files, entry points of `mixwright.plugins`, or
+    module names. They register routers, corpora, optimizers and so on (docs/extending.md)."""
 
     def __post_init__(self) -> None:
         try:
@@ -201,6 +221,12 @@ class Config:
             "auto or loop with train.precision=fp64 (torch's grouped matmul has no fp64)",
         )
         expect(
+            self.engine.kind == "native" or self.optim.kind == "adamw",
+            "optim.kind",
+            self.optim.kind,
+            "adamw with engine=deepspeed",
+        )
+        expect(
             (self.optim.warmup_steps or 0) <= self.train.steps,
             "optim.warmup_steps",
             self.optim.warmup_steps,
@@ -209,10 +235,10 @@ class Config:
 
 
 def with_vocabulary(model: ModelConfig, tokenizer_ids: int) -> ModelConfig:
-    """`model` with its vocabulary taken from the tokenizer where it is null.
+    """`model`, with the tokenizer's vocabulary size if its own is null.
 
     Raises:
-        ConfigError: the model knows fewer ids than the tokenizer makes.
+        ConfigError: the model has fewer token ids than the tokenizer.
     """
     if model.vocab_size is None:
         return replace(model, vocab_size=tokenizer_ids)

@@ -1,6 +1,6 @@
-"""The engine: who owns weights, gradients and optimizer state, and turns micro-batches into an update.
+"""The engine stores weights, gradients and optimizer state, and turns micro-batches into an update.
 
-The step (training/step.py) is written against the protocol, so that another engine changes nothing around it.
+The optimizer step (`training.step`) is written against the protocol `Engine`, so that it is the same for every engine.
 """
 
 import math
@@ -10,35 +10,37 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moe.model import Output, Transformer
+from moe.model import ModelInputs, Output, Transformer
 from moe.region import LocalShard
 from parallel.fsdp import free_gathered_weights
 from parallel.gradients import global_grad_norm, scale_gradients, sum_gradients
 from parallel.mesh import Mesh
-from parallel.objective import Inputs, Objective
+from parallel.objective import Objective
 from parallel.pipeline import Pipeline
 from training.config import OptimConfig
-from training.optimizer import build_optimizer
+from training.optimizer import OPTIMIZERS, build_optimizer
 from training.trainable import Trainable, persistent_buffers
 
 
 class Engine(Protocol):
+    """What the training loop needs of an engine."""
+
     parts: list[Transformer]
-    """This rank's part of the model: one module, or in a pipeline one for each of its stages."""
+    """This rank's part of the model: one module, or in a pipeline one per stage of this rank."""
     mesh: Mesh
 
-    def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
-        """Forward and backward of all micro-batches: adds their gradients."""
+    def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
+        """Run the forward and backward passes of all micro-batches, and add their gradients."""
         ...
 
-    def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:
-        """Each part's output, without gradients; that of the last stage holds logits."""
+    def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
+        """Run one batch through all parts without gradients; returns each part of this rank with its output."""
         ...
 
     def step(self, lr: float) -> float:
         """Reduce, clip and apply the gradients; returns their global norm before clipping.
 
-        A norm that is not finite (on any rank) changes no weight on any rank.
+        If the norm is not finite, no weight changes on any rank.
         """
         ...
 
@@ -48,29 +50,37 @@ class Engine(Protocol):
 
     @property
     def updates(self) -> int:
-        """Updates applied so far (AdamW's bias correction counts them)."""
+        """The number of updates applied so far, on which AdamW's bias correction depends."""
         ...
 
     def finish_loading(self, tensors: Mapping[str, Tensor | LocalShard], updates: int) -> None:
-        """`tensors`, as `tensors()` returned them, were filled from a checkpoint with so many updates behind it."""
+        """Take over the values that a checkpoint was loaded into.
+
+        Args:
+            tensors: the dictionary that `tensors()` returned, filled.
+            updates: the number of updates before the checkpoint.
+        """
         ...
 
     def close(self) -> None:
-        """The end, before the process group's."""
+        """Release everything, before the process group is destroyed."""
         ...
 
 
 class NativeEngine:
-    """PyTorch's own AdamW on the parts of weights that lie here, and a pipeline where there is one.
+    """A PyTorch optimizer on this rank's shards of the weights, with or without a pipeline.
 
     Raises:
-        ConfigError: a pattern of `optim.train` matches nothing in the model.
+        ConfigError: a pattern of `optim.train` matches no parameter.
     """
 
     def __init__(
         self, parts: Sequence[Transformer], config: OptimConfig, mesh: Mesh, pipeline: Pipeline | None = None
     ) -> None:
-        """`pipeline`: of these `parts`; None: they are one whole model."""
+        """
+        Args:
+            pipeline: the pipeline that runs `parts`; None: `parts` is one model with all layers.
+        """
         self.parts = list(parts)
         self.mesh = mesh
         self.pipeline = pipeline
@@ -78,12 +88,13 @@ class NativeEngine:
         self.trainable = Trainable(self.parts, config.train)
         self.parameters = self.trainable.parameters
         self.optimizer = build_optimizer(list(self.parameters.values()), config)
+        self.moments = OPTIMIZERS[config.kind].moments
         shares_ends = pipeline is not None and self.parts[0].config.tie_embeddings
         self.tied = frozenset(["embedding"] if shares_ends else [])
         """LocalShard by the first and by the last stage."""
         self._updates = 0
 
-    def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
+    def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
         if self.pipeline is not None:
             self.pipeline.run(micro_batches, objective)
             return
@@ -93,11 +104,11 @@ class NativeEngine:
         loss.backward()
 
     @torch.no_grad()
-    def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:
+    def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
         if self.pipeline is not None:
             return self.pipeline.forward(inputs)
         (model,) = self.parts
-        output = model(**inputs)
+        output = model(inputs)
         free_gathered_weights(model)
         return [(model, output)]
 
@@ -117,10 +128,10 @@ class NativeEngine:
         return value
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
-        """Weights and persistent buffers of everything, moments of what trains.
+        """The shards of all weights and persistent buffers, and the optimizer state of the trainable weights.
 
-        A single expert that trains inside a stacked weight has moments of its own, `exp_avg.<weight>.<expert>`, which
-        only the ranks that hold it name.
+        If a single expert of a stacked weight trains, its state is named `exp_avg.<weight>.<expert>`, and only the
+        ranks that have the expert name it.
         """
         found: dict[str, Tensor | LocalShard] = {}
         for model in self.parts:
@@ -129,8 +140,8 @@ class NativeEngine:
             }
             found |= {f"model.{name}": buffer for name, buffer in persistent_buffers(model).items()}
         for name, weight in self.trainable.weights.items():
-            for moment in ("exp_avg", "exp_avg_sq"):
-                found[f"{moment}.{name}"] = weight.held.like(self.optimizer.state[weight.parameter][moment])
+            for moment in self.moments:
+                found[f"{moment}.{name}"] = weight.shard.like(self.optimizer.state[weight.parameter][moment])
         return found
 
     @property
@@ -143,15 +154,19 @@ class NativeEngine:
             state["step"].fill_(updates)
 
     def close(self) -> None:
-        """Nothing outlives it."""
+        """There is nothing to release."""
 
 
 def run_whole(
-    model: Transformer, micro_batches: Sequence[Inputs], objective: Objective, backward: Callable[[Tensor], None]
+    model: Transformer, micro_batches: Sequence[ModelInputs], objective: Objective, backward: Callable[[Tensor], None]
 ) -> None:
-    """`Engine.run` of a model that is whole here, layer by layer."""
+    """`Engine.run` for a model that has all layers on this rank.
+
+    Args:
+        backward: called with the loss of every micro-batch.
+    """
     for number, inputs in enumerate(micro_batches):
-        output: Output = model(**inputs)
+        output: Output = model(inputs)
         loss = objective.compute_prediction_loss(output.logits_BSV, number)
         if output.stats is not None:
             loss = loss + objective.compute_routing_loss(output.stats, model.moe_layers, number)

@@ -1,4 +1,4 @@
-"""Held-out loss, bits per byte and expert load, by domain, over all ranks.
+"""Held-out loss, bits per byte and expert load per domain, over all ranks.
 
 Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts, K top-k, G domains.
 """
@@ -10,26 +10,34 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from data.batch import IGNORE, Batch
-from parallel.tensor import cross_entropy
+from parallel.tensor import token_nats
 from training.engine import Engine
-from training.step import on_device
+from training.step import move_to_device
 
 
 class Evaluation(NamedTuple):
+    """The result of one evaluation, the same on every rank."""
+
     loss: float
     """Nats per label token."""
     bits_per_byte: dict[str, float]
-    """By domain: nats of its tokens / ln 2 / the UTF-8 bytes they stand for. Ends of documents cost bits, not bytes."""
+    """Domain -> nats of its tokens / ln 2 / the UTF-8 bytes that they stand for. The end of a document costs bits, but
+    stands for no bytes."""
     load_GLE: Tensor | None
-    """Assignments by domain, layer and expert; None in a dense model."""
+    """Assignments per domain, layer and expert; None in a dense model."""
 
 
 @torch.no_grad()
 def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...], token_bytes_V: Tensor) -> Evaluation:
-    """Run every batch through the model; `batches` (whole rows) has the same length on every rank."""
+    """Evaluate the model on every batch. Collective.
+
+    Args:
+        batches: batches of whole rows, the same number on every rank.
+        domains: names of the domains, in the order of the indices in `Batch.domains_BS`.
+        token_bytes_V: UTF-8 bytes that each token id stands for, on the device.
+    """
     mesh, config = engine.mesh, engine.parts[0].config
     for model in engine.parts:
         model.eval()
@@ -37,11 +45,11 @@ def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...],
     shape = (len(domains), config.num_moe_layers, config.num_experts or 0)
     load_GLE = torch.zeros(shape, dtype=torch.int64, device=mesh.device)
     for batch in batches:
-        inputs, batch = on_device(batch, mesh)
+        inputs, batch = move_to_device(batch, mesh)
         for model, output in engine.forward(inputs):
-            # Ranks of `mesh.tensor` have the logits of the same tokens between them: one of them counts.
+            # Ranks of `mesh.tensor` have shards of the logits of the same tokens: one of them counts the tokens.
             if model.is_last:
-                nats_BS = _nats(output.logits_BSV, batch.labels_BS, mesh.tensor)
+                nats_BS = token_nats(output.logits_BSV, batch.labels_BS, mesh.tensor).nats_BS
                 if mesh.tensor.rank() == 0:
                     predicted_BS = batch.labels_BS != IGNORE
                     domain_N = batch.domains_BS.flatten().long()
@@ -62,15 +70,6 @@ def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...],
     }
     loss = (nats.sum() / labels.sum()).item()
     return Evaluation(loss, bits, load_GLE.cpu() if config.is_moe else None)
-
-
-def _nats(logits_BSV: Tensor, labels_BS: Tensor, tensor: dist.ProcessGroup) -> Tensor:
-    """-log p(label) of every place, 0 where there is none. Collective over `tensor`, whose ranks hold parts of V."""
-    if tensor.size() > 1:
-        return cross_entropy(logits_BSV, labels_BS, tensor)
-    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
-    logits = logits_BSV.flatten(0, 1).to(wide)
-    return F.cross_entropy(logits, labels_BS.flatten(), ignore_index=IGNORE, reduction="none").view_as(labels_BS)
 
 
 def _load_by_domain(

@@ -1,25 +1,68 @@
-"""Learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from training.config import OptimConfig
+from common.registry import Registry
 
 
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of step `step` (0 to `steps - 1`): linear warm-up, then the schedule, ending at `min_lr_ratio * lr`.
+class Position(NamedTuple):
+    """A step of the run after the warm-up, and the keys of the section `optim` that schedules read."""
 
-    `cosine`: half a cosine over the rest (SGDR, arXiv 1608.03983). `wsd`: constant, then linear decay over the last
-    `decay_steps` (warmup-stable-decay, arXiv 2404.06395). `constant`: no decay.
+    step: int
+    """From 0 to `steps - 1`, at least `warmup`."""
+    steps: int
+    warmup: int
+    decay_steps: int | None
+    min_lr_ratio: float
+
+
+Schedule = Callable[[Position], float]
+"""The factor on `optim.lr` at a position."""
+
+SCHEDULES: Registry[Schedule] = Registry("optim.schedule")
+"""Schedules by the name that `optim.schedule` takes."""
+
+
+@SCHEDULES.register("cosine")
+def cosine(at: Position) -> float:
+    """Half a cosine from 1 to `min_lr_ratio` (SGDR, arXiv 1608.03983)."""
+    floor = at.min_lr_ratio
+    progress = (at.step - at.warmup) / max(1, at.steps - 1 - at.warmup)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@SCHEDULES.register("wsd")
+def warmup_stable_decay(at: Position) -> float:
+    """1, then a linear decay to `min_lr_ratio` over the last `decay_steps` (arXiv 2404.06395)."""
+    floor = at.min_lr_ratio
+    decay = max(1, at.steps // 10) if at.decay_steps is None else at.decay_steps
+    remaining = (at.steps - 1 - at.step) / decay if decay else 1.0
+    return floor + (1 - floor) * min(1.0, remaining)
+
+
+@SCHEDULES.register("constant")
+def constant(at: Position) -> float:
+    """Always 1."""
+    return 1.0
+
+
+def learning_rate(step: int, steps: int, config: Any) -> float:
+    """The learning rate of one step: a linear warm-up, then the schedule that `config.schedule` names.
+
+    Args:
+        step: from 0 to `steps - 1`.
+        steps: optimizer steps of the run.
+        config: the section `optim`, a `training.config.OptimConfig`.
+
+    >>> from training.config import OptimConfig
+    >>> config = OptimConfig(lr=1.0, warmup_steps=2, min_lr_ratio=0.1)
+    >>> [round(learning_rate(step, 6, config), 3) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.775, 0.325, 0.1]
     """
     warmup = steps // 20 if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    floor = config.min_lr_ratio
-    if config.schedule == "cosine":
-        progress = (step - warmup) / max(1, steps - 1 - warmup)
-        return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-    if config.schedule == "wsd":
-        decay = max(1, steps // 10) if config.decay_steps is None else config.decay_steps
-        remaining = (steps - 1 - step) / decay if decay else 1.0
-        return config.lr * (floor + (1 - floor) * min(1.0, remaining))
-    return config.lr
+    position = Position(step, steps, warmup, config.decay_steps, config.min_lr_ratio)
+    return config.lr * SCHEDULES[config.schedule](position)

@@ -1,40 +1,42 @@
 """One optimizer step, and the one place where losses are normalised.
 
-    loss = Σ CE / labels  +  (balance_coef · Σ_m N_m · L_bal,m  +  z_coef · Σ_m N_m · L_z,m) / tokens
+    loss = Σ CE / labels
+         + (balance_coef · Σ_m N_m · L_bal,m  +  z_coef · Σ_m N_m · L_z,m  +  Σ_m N_m · L_router,m) / tokens
 
-`labels` and `tokens` are counted over the whole optimizer step: all ranks, all micro-batches m. Each rank adds only
-what its own tokens contribute, so gradients are plainly *summed* over ranks (never averaged), and no number depends
-on the layout.
+`labels` and `tokens` are counted over the whole optimizer step: all ranks, all micro-batches m. Each rank adds only the
+contribution of its own tokens. Gradients are therefore *summed* over ranks, never averaged, and no number depends on
+the layout. L_router is the term that a kind of router can add (`Router.auxiliary_loss`); the built-in kinds add none.
 
-Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts.
+Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts, X columns of a router's own sums.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
-from moe.balance import update_biases
+from moe.balance import update_routers
 from moe.config import ModelConfig, RouterConfig
-from moe.losses import auxiliary_losses, cross_entropy_sum
+from moe.losses import Reductions, auxiliary_losses
+from moe.model import ModelInputs
 from moe.noise import noise_keys
-from moe.router import RouterStats
+from moe.router import ROUTERS, RouterStats
 from parallel.mesh import Mesh
-from parallel.tensor import cross_entropy
+from parallel.tensor import token_nats
 from training.engine import Engine
 
 
 class StepResult(NamedTuple):
-    """Figures of one optimizer step over the whole global batch, the same on every rank."""
+    """The figures of one optimizer step over the whole global batch. They are the same on every rank."""
 
     loss: float
     """The total that was differentiated."""
     ce: float
-    """Nats per label token."""
+    """Cross-entropy, nats per label token."""
     balance: float | None
     """L_bal, 1 at balance; None in a dense model."""
     z: float | None
@@ -45,108 +47,131 @@ class StepResult(NamedTuple):
     counts_LE: Tensor | None
     """Assignments to each expert, before any drop."""
     dropped: int
+    router: float | None = None
+    """The router kind's own term; None if it has none."""
+    telemetry: dict[str, list[float]] | None = None
+    """The router kind's own telemetry: name -> mean over tokens per layer. None if it has none."""
 
 
-def on_device(batch: Batch, mesh: Mesh, seed: int = 0) -> tuple[dict[str, Any], Batch]:
-    """The model's inputs for a batch of whole rows that lies on the CPU, and this context rank's part of the batch.
+def move_to_device(batch: Batch, mesh: Mesh, seed: int = 0) -> tuple[ModelInputs, Batch]:
+    """The model's inputs for a batch of whole rows on the CPU, and this context rank's part of the batch.
 
-    Masks are built only where something is masked, which is asked while the batch is still where asking is free, and
-    of whole rows, so that all ranks that share them agree.
+    Masks are built only if something is masked. This is asked of whole rows, so that all ranks that share the rows
+    agree, and while the batch is on the CPU, so that no device has to be waited for.
 
     Args:
-        seed: of the router's jitter, drawn for each token of a training batch by its number.
+        seed: seed of the routers' noise, which is drawn for each token of a training batch by its number.
     """
     padded = bool((batch.documents_BS < 0).any())
     packed = bool((batch.documents_BS != 0).any())
     batch = batch.part(mesh.layout.pieces_of(mesh.context.rank()), mesh.layout.pieces).to(mesh.device)
-    inputs = {
-        "tokens_BS": batch.tokens_BS,
-        "positions_BS": batch.positions_BS,
-        "documents_BS": batch.documents_BS if packed else None,
-        "valid_BS": batch.documents_BS >= 0 if padded else None,
-        "noise_keys_BS": None if batch.numbers_BS is None else noise_keys(seed, batch.numbers_BS),
-    }
+    inputs = ModelInputs(
+        tokens_BS=batch.tokens_BS,
+        positions_BS=batch.positions_BS,
+        documents_BS=batch.documents_BS if packed else None,
+        valid_BS=batch.documents_BS >= 0 if padded else None,
+        noise_keys_BS=None if batch.numbers_BS is None else noise_keys(seed, batch.numbers_BS),
+    )
     return inputs, batch
 
 
 class StepLoss:
-    """The loss of one optimizer step, term by term, and what is told of it.
+    """The loss of one optimizer step, term by term, and the sums that the figures of the step are made of.
 
-    Ranks of `mesh.tensor` see the same labels, and those of `mesh.pipeline` the same tokens: sums count them once.
+    Ranks of `mesh.tensor` have the same labels, and ranks of `mesh.pipeline` the same tokens: sums count them once.
     """
 
     def __init__(
-        self, batches: Sequence[Batch], router: RouterConfig, model: ModelConfig, mesh: Mesh, labels: int, tokens: int
+        self, batches: Sequence[Batch], router: RouterConfig, model: ModelConfig, mesh: Mesh, counted: tuple[int, int]
     ) -> None:
-        """`batches`: this rank's part, on the device; `labels`, `tokens`: of the whole step."""
+        """
+        Args:
+            batches: this rank's part of every micro-batch, on the device.
+            counted: labels and tokens of the whole optimizer step.
+        """
         self.batches = batches
         self.router = router
         self.mesh = mesh
-        self.labels, self.tokens = max(1, labels), max(1, tokens)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=mesh.device)
-        """Of cross-entropy, and of balance and z-losses times tokens: of this rank."""
+        self.labels, self.tokens = (max(1, number) for number in counted)
         self.layers = model.num_moe_layers
-        self.counts_LE = torch.zeros(self.layers, model.num_experts or 0, dtype=torch.int64, device=mesh.device)
-        """Of the whole step, for the layers of this stage."""
+        experts = model.num_experts or 0
+        columns = ROUTERS[router.kind].num_extra(router, experts) if model.is_moe else 0
+        self.sums = torch.zeros(4 if columns else 3, dtype=torch.float64, device=mesh.device)
+        """This rank's sums of the cross-entropy, and of the balance loss, z-loss and router's own term times tokens."""
+        self.counts_LE = torch.zeros(self.layers, experts, dtype=torch.int64, device=mesh.device)
+        """Assignments of the whole step, for the layers of this stage."""
+        self.extra_LX = torch.zeros(self.layers, columns, dtype=torch.float64, device=mesh.device)
+        """The router kind's own sums over the whole step, for the layers of this stage."""
         self.dropped = torch.zeros((), dtype=torch.int64, device=mesh.device)
+        self.reductions = Reductions(
+            counts=lambda counts: _all_reduce(counts, mesh.stage),
+            sequences=lambda counts: _all_reduce(counts, mesh.sequence),
+            sequence_parts=mesh.sequence.size(),
+        )
 
     def compute_prediction_loss(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
-        labels_BS = self.batches[micro_batch].labels_BS
-        if self.mesh.tensor.size() > 1:
-            ce_sum = cross_entropy(logits_BSV, labels_BS, self.mesh.tensor).sum()
-        else:
-            ce_sum = cross_entropy_sum(logits_BSV, labels_BS)
+        """The cross-entropy of one micro-batch on this rank, divided by the labels of the step."""
+        ce_sum = token_nats(logits_BSV, self.batches[micro_batch].labels_BS, self.mesh.tensor).sum
         if self.mesh.tensor.rank() == 0:
             self.sums[0] += ce_sum.detach()
         return ce_sum / self.labels
 
     def compute_routing_loss(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
-        aux = auxiliary_losses(
-            stats,
-            self.router,
-            reduce_counts=lambda counts: _all_reduce(counts, self.mesh.stage),
-            reduce_sequences=lambda counts: _all_reduce(counts, self.mesh.sequence),
-            sequence_parts=self.mesh.sequence.size(),
-            layers=self.layers,
-        )
+        """The auxiliary losses of one micro-batch on this rank, divided by the tokens of the step."""
+        aux = auxiliary_losses(stats, self.router, self.reductions, self.layers)
         self.sums[1] += aux.balance_sum.detach()
         self.sums[2] += aux.z_sum.detach()
         self.counts_LE[layers] += aux.counts_LE
         self.dropped += aux.dropped
-        return (self.router.balance_coef * aux.balance_sum + self.router.z_coef * aux.z_sum) / self.tokens
+        total = self.router.balance_coef * aux.balance_sum + self.router.z_coef * aux.z_sum
+        if self.extra_LX.shape[1]:
+            self.sums[3] += aux.router_sum.detach()
+            self.extra_LX[layers] += aux.extra_LX
+            total = total + aux.router_sum
+        return total / self.tokens
+
+    def reduce_over_stages(self) -> None:
+        """Sum the counts over the pipeline stages, each of which has counted its layers."""
+        if self.mesh.pipeline.size() > 1:
+            for counted in (self.counts_LE, self.dropped, *([self.extra_LX] if self.extra_LX.shape[1] else [])):
+                _all_reduce(counted, self.mesh.pipeline)
 
 
 def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: float, seed: int = 0) -> StepResult:
-    """Forward and backward over this rank's micro-batches, one update, then the balance update.
+    """Run the forward and backward passes of this rank's micro-batches, one update, then the routers' own updates.
 
     Args:
         batches: this data rank's micro-batches, whole rows on the CPU.
         router: coefficients and scopes of the auxiliary losses.
         lr: learning rate of this step.
-        seed: the run's, for the router's jitter.
+        seed: the run's seed, for the routers' noise.
     """
     mesh, config = engine.mesh, engine.parts[0].config
-    prepared = [on_device(batch, mesh, seed) for batch in batches]
-    own = [batch for _, batch in prepared]
+    prepared = [move_to_device(batch, mesh, seed) for batch in batches]
     labels, tokens = _count(batches, mesh)
-    loss = StepLoss(own, router, config, mesh, labels, tokens)
+    loss = StepLoss([batch for _, batch in prepared], router, config, mesh, (labels, tokens))
     engine.run([inputs for inputs, _ in prepared], loss)
     grad_norm = engine.step(lr)
 
-    counts_LE, dropped = loss.counts_LE, loss.dropped
-    if mesh.pipeline.size() > 1:
-        _all_reduce(counts_LE, mesh.pipeline)
-        _all_reduce(dropped, mesh.pipeline)
-    if router.bias_update_rate and config.is_moe and math.isfinite(grad_norm):
+    loss.reduce_over_stages()
+    if config.is_moe and math.isfinite(grad_norm):
         for model in engine.parts:
-            update_biases(model, counts_LE[model.moe_layers], router.bias_update_rate)
-    ce_sum, balance_sum, z_sum = _all_reduce(loss.sums, mesh.world).tolist()
-    ce = ce_sum / loss.labels
+            update_routers(model, loss.counts_LE[model.moe_layers])
+    sums = _all_reduce(loss.sums, mesh.world).tolist()
+    ce = sums[0] / loss.labels
     if not config.is_moe:
         return StepResult(ce, ce, None, None, grad_norm, tokens, None, 0)
-    balance, z = balance_sum / loss.tokens, z_sum / loss.tokens
-    total = ce + router.balance_coef * balance + router.z_coef * z
-    return StepResult(total, ce, balance, z, grad_norm, tokens, counts_LE.cpu(), int(dropped))
+    balance, z, *extra = (total / loss.tokens for total in sums[1:])
+    total = ce + router.balance_coef * balance + router.z_coef * z + sum(extra)
+    result = StepResult(total, ce, balance, z, grad_norm, tokens, loss.counts_LE.cpu(), int(loss.dropped))
+    return result._replace(router=extra[0], telemetry=_telemetry(loss)) if extra else result
+
+
+def _telemetry(loss: StepLoss) -> dict[str, list[float]]:
+    """The last columns of the router kind's own sums, which it names, as means over tokens."""
+    names = ROUTERS[loss.router.kind].TELEMETRY
+    means_XL = (loss.extra_LX / loss.tokens).t().tolist()
+    return dict(zip(names, means_XL[len(means_XL) - len(names) :], strict=True))
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -155,8 +180,8 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _count(batches: list[Batch], mesh: Mesh) -> tuple[int, int]:
-    """Labels and tokens of the whole step: whole rows, which the ranks of a data rank all see."""
+    """Labels and tokens of the whole step. The ranks that share a data rank's rows count them once."""
     once = mesh.sequence.rank() == 0 and mesh.pipeline.rank() == 0
-    own = [sum(b.num_labels for b in batches), sum(b.num_valid for b in batches)] if once else [0, 0]
-    labels, tokens = _all_reduce(torch.tensor(own, device=mesh.device), mesh.world).tolist()
+    local = [sum(b.num_labels for b in batches), sum(b.num_valid for b in batches)] if once else [0, 0]
+    labels, tokens = _all_reduce(torch.tensor(local, device=mesh.device), mesh.world).tolist()
     return labels, tokens

@@ -1,10 +1,10 @@
-"""Which weights train: `optim.train` as a choice of parameters, and of single experts inside the stacked ones.
+"""Which weights train: `optim.train` as a choice of parameters, and of single experts of the stacked parameters.
 
-Shapes: E experts, e experts held here, D model, F expert hidden.
+Shapes: E experts, e experts of this rank, D model, F expert hidden.
 
-The choice is made on names, so that every rank makes the same one. A stacked parameter of which one expert trains
-requires a gradient on every rank, also on those that hold none of the experts that train: autograd then walks the same
-graph everywhere, and so does the all-to-all in it.
+The choice is made on parameter names, so that every rank makes the same choice. If one expert of a stacked parameter
+trains, the parameter requires a gradient on every rank, also on ranks without a trainable expert: autograd then walks
+the same graph on all ranks, and so does the all-to-all in it.
 """
 
 import re
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from common.errors import ConfigError
+from common.errors import ConfigError, ModelError
 from common.text import nearest
 from moe.accounting.flops import meta_model
-from moe.config import RouterConfig
 from moe.model import Transformer
 from moe.region import LocalShard, Region
 from moe.router import Router
@@ -27,35 +26,35 @@ from parallel.weight_shards import local_of
 from parallel.weight_specs import kind
 
 EVERYTHING = "all"
-OF_EXPERT = re.compile(r"expert:(\d+)")
+SINGLE_EXPERT = re.compile(r"expert:(\d+)")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What trains, by names; the same on all ranks."""
+    """The names of the parameters that train; the same on all ranks."""
 
     whole: frozenset[str]
     """Parameters that train in full."""
     experts: dict[str, frozenset[int]]
-    """Stacked parameters that train in part -> the experts (global indices) that do."""
+    """Stacked parameters of which some experts train -> the global indices of these experts."""
 
 
 @dataclass(frozen=True)
 class TrainableWeight:
-    """What the optimizer steps on: the part of one of the model's parameters that lies here, or of one expert in it."""
+    """One tensor that the optimizer updates: this rank's shard of a parameter, or of one expert of it."""
 
     name: str
-    """The parameter's; of a single expert `<stacked parameter>.<global expert index>`."""
+    """The parameter's name; for a single expert `<stacked parameter>.<global expert index>`."""
     source: nn.Parameter
-    """The model's parameter; sharded by FSDP, or stacked over experts [e, ., .], it is more than this."""
+    """The model's parameter. It is larger than the weight if FSDP shards it, or if it stacks experts [e, ., .]."""
     row: int | None
-    """Of a single expert: its place among those here."""
-    held: LocalShard
+    """For a single expert, its index among the experts of this rank."""
+    shard: LocalShard
     parameter: nn.Parameter
-    """A plain tensor that shares the source's memory (or the source itself)."""
+    """The source itself, or a plain tensor that shares its memory."""
 
     def collect_gradient(self) -> None:
-        """The source's gradient, or the view of it that belongs to this weight."""
+        """Point `parameter.grad` to the source's gradient, or to the part of it that belongs to this weight."""
         if self.parameter is self.source:
             return
         grad = None if self.source.grad is None else local_of(self.source.grad)[0]
@@ -63,41 +62,52 @@ class TrainableWeight:
 
 
 class Trainable:
-    """Sets `requires_grad` all over `models`, this rank's part of the model, and holds what an optimizer steps on.
+    """Sets `requires_grad` on all parameters of `models`, and lists the weights that the optimizer updates.
+
+    Args:
+        models: this rank's part of the model.
+        train: `optim.train`.
 
     Raises:
-        ConfigError: a pattern matches nothing.
+        ConfigError: a pattern matches no parameter.
+        ModelError: a parameter that the model built from the same configuration does not have, so that no choice
+            covers it.
     """
 
     def __init__(self, models: Sequence[Transformer], train: str | tuple[str, ...]) -> None:
-        choice = choose_trainable(meta_model(models[0].config, RouterConfig()), train)
+        reference = meta_model(models[0].config, models[0].router_config)
+        choice = choose_trainable(reference, train)
+        names = {name for name, _ in reference.named_parameters()}
         self.weights: dict[str, TrainableWeight] = {}
         self.sources: list[nn.Parameter] = []
-        """What requires a gradient; it may hold nothing that trains here."""
+        """Parameters that require a gradient. Some of them can have no trainable weight on this rank."""
         for model in models:
             for name, parameter in model.named_parameters():
+                if name not in names:
+                    raise ModelError(f"{name}: expected a parameter of the configured model; none has this name")
                 parameter.requires_grad_(name in choice.whole or name in choice.experts)
                 if parameter.requires_grad:
                     self.sources.append(parameter)
-                held = model.local_shard(name, parameter)
+                shard = model.local_shard(name, parameter)
                 if name in choice.whole:
-                    own = nn.Parameter(held.local) if isinstance(parameter, DTensor) else parameter
-                    self.weights[name] = TrainableWeight(name, parameter, None, held, own)
+                    plain = nn.Parameter(shard.local) if isinstance(parameter, DTensor) else parameter
+                    self.weights[name] = TrainableWeight(name, parameter, None, shard, plain)
                 elif name in choice.experts:
-                    parts = _parts(name, parameter, held, choice.experts[name])
-                    self.weights |= {part.name: part for part in parts}
+                    experts = _single_experts(name, parameter, shard, choice.experts[name])
+                    self.weights |= {expert.name: expert for expert in experts}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> the parameter that the optimizer updates."""
         return {name: weight.parameter for name, weight in self.weights.items()}
 
     def collect_gradients(self) -> None:
-        """After the last backward pass of a step: weights that are not the model's own parameters get theirs."""
+        """Give weights that are not the model's parameters themselves their gradients, after the backward passes."""
         for weight in self.weights.values():
             weight.collect_gradient()
 
     def clear_gradients(self) -> None:
-        """Free every gradient, those of stacked parameters that train in part included."""
+        """Free every gradient, including those of stacked parameters of which single experts train."""
         for weight in self.weights.values():
             weight.parameter.grad = None
         for source in self.sources:
@@ -105,10 +115,10 @@ class Trainable:
 
 
 def choose_trainable(model: Transformer, train: str | tuple[str, ...]) -> Choice:
-    """What `train` means for the whole `model` (on the meta device, say).
+    """The choice that `train` means for `model`, which has all layers and is not sharded (e.g. on the meta device).
 
     Raises:
-        ConfigError: a pattern matches nothing; names the nearest that would.
+        ConfigError: a pattern matches no parameter; the message names the nearest pattern that does.
     """
     num_experts = model.config.num_experts or 0
     stacked = [name for name, _ in model.named_parameters() if kind(name) == "experts"]
@@ -119,10 +129,10 @@ def choose_trainable(model: Transformer, train: str | tuple[str, ...]) -> Choice
         "experts": set(stacked),
     }
     whole: set[str] = set()
-    parts: dict[str, set[int]] = {name: set() for name in stacked}
+    experts: dict[str, set[int]] = {name: set() for name in stacked}
     for pattern in patterns(train):
-        of_expert = OF_EXPERT.fullmatch(pattern)
-        glob = f"*.{int(of_expert[1])}" if of_expert else pattern
+        single_expert = SINGLE_EXPERT.fullmatch(pattern)
+        glob = f"*.{int(single_expert[1])}" if single_expert else pattern
         names = keywords.get(pattern) or {name for name in keywords[EVERYTHING] if fnmatchcase(name, pattern)}
         single = {
             (name, index) for name in stacked for index in range(num_experts) if fnmatchcase(f"{name}.{index}", glob)
@@ -131,24 +141,28 @@ def choose_trainable(model: Transformer, train: str | tuple[str, ...]) -> Choice
             raise _matches_nothing(pattern, model)
         whole |= names
         for name, index in single:
-            parts[name].add(index)
-    whole |= {name for name, indices in parts.items() if len(indices) == num_experts}
-    in_part = {name: frozenset(indices) for name, indices in parts.items() if indices and name not in whole}
+            experts[name].add(index)
+    whole |= {name for name, indices in experts.items() if len(indices) == num_experts}
+    in_part = {name: frozenset(indices) for name, indices in experts.items() if indices and name not in whole}
     return Choice(frozenset(whole), in_part)
 
 
 def patterns(train: str | Iterable[str]) -> tuple[str, ...]:
-    """`optim.train` as the patterns it consists of, each once, in alphabetical order: their order means nothing."""
+    """The patterns of `optim.train` without repetitions, in alphabetical order: their order has no meaning."""
     return tuple(sorted({train} if isinstance(train, str) else set(train)))
 
 
 def format_patterns(train: str | Iterable[str]) -> str:
-    """`optim.train` as one writes it on the command line."""
+    """`optim.train` as a user writes it on the command line."""
     return train if isinstance(train, str) else f"[{','.join(train)}]"
 
 
 def check_same_choice(train: str | tuple[str, ...], saved: str | Iterable[str], checkpoint: str) -> None:
-    """Raise ConfigError unless `optim.train` is what the checkpoint was saved with: its moments are of that choice."""
+    """Check that `optim.train` is the choice that a checkpoint was saved with: it has optimizer state for that choice.
+
+    Raises:
+        ConfigError: the choices differ.
+    """
     if patterns(train) != patterns(saved):
         raise ConfigError(
             f"optim.train={format_patterns(train)}: expected {format_patterns(saved)} as in the checkpoint "
@@ -157,26 +171,28 @@ def check_same_choice(train: str | tuple[str, ...], saved: str | Iterable[str], 
 
 
 def trained_elements(model: Transformer, choice: Choice) -> int:
-    """Parameter elements of the whole (not sharded) `model` that train."""
+    """The number of parameter elements of `model`, which is not sharded, that train."""
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
     in_part = sum(len(some) * torch.Size(sizes[name][1:]).numel() for name, some in choice.experts.items())
     return in_part + sum(sizes[name].numel() for name in choice.whole)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that belong to the weights (a router's selection bias), by name."""
+    """Name -> buffer, for the buffers that belong to the weights (a router's selection bias)."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
-def _parts(name: str, source: nn.Parameter, held: LocalShard, chosen: frozenset[int]) -> list[TrainableWeight]:
-    (first, *offset), shape = held.region.offset, held.local.shape[1:]
-    parts = []
-    for row, matrix in enumerate(held.local):
+def _single_experts(
+    name: str, source: nn.Parameter, shard: LocalShard, chosen: frozenset[int]
+) -> list[TrainableWeight]:
+    (first, *offset), shape = shard.region.offset, shard.local.shape[1:]
+    weights = []
+    for row, matrix in enumerate(shard.local):
         if first + row in chosen and matrix.numel():
-            own = LocalShard(matrix, held.shape[1:], Region(tuple(offset), tuple(shape)))
-            parts.append(TrainableWeight(f"{name}.{first + row}", source, row, own, nn.Parameter(matrix)))
-    return parts
+            expert = LocalShard(matrix, shard.shape[1:], Region(tuple(offset), tuple(shape)))
+            weights.append(TrainableWeight(f"{name}.{first + row}", source, row, expert, nn.Parameter(matrix)))
+    return weights
 
 
 def _matches_nothing(pattern: str, model: Transformer) -> ConfigError:

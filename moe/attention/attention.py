@@ -1,9 +1,9 @@
 """Grouped-query attention with an optional sliding window, over rows of packed documents.
 
-Shapes: B batch, S sequence, X >= S places of keys, D model, H query heads, G key/value heads, C head dim, W window.
+Shapes: B batch, S sequence, X >= S key positions, D model, H query heads, G key/value heads, C head dim, W window.
 
-The part that mixes positions is the *core*, a seam: `core(q, k, v, documents)`. The default is right on one device;
-context parallelism installs another.
+The part of attention that mixes positions is the *core*, a seam: `core(q, k, v, context)`. The default is right on one
+device. Context parallelism installs another.
 """
 
 import torch
@@ -17,29 +17,32 @@ from moe.attention.window import windowed_attention
 from moe.config import ModelConfig
 from moe.linear import Linear
 from moe.rope import apply_rotary
+from moe.token_context import TokenContext
 
 
 class AttentionCore(nn.Module):
-    """Causal attention over the last `window` keys (the query's own included) of the same document.
+    """Causal attention over the last `window` keys (the query's position included) of the same document.
 
-    With a window W < X, time grows as S·W and memory as X (Mistral 7B, arXiv 2310.06825): a fused kernel on GPUs,
-    blocks of queries elsewhere and in fp64. Rows of one document without a window go to torch's own fused attention.
+    With a window W < X, time grows as S·W and memory as X (Mistral 7B, arXiv 2310.06825): with a fused kernel on GPUs,
+    and with blocks of queries on CPUs and in fp64. Rows of one document without a window use torch's fused attention.
 
-    The queries are the last S of the X places: a part of a row sees the keys in front of it.
+    The queries have the last S of the X positions, so that a part of a row can attend to the keys before it.
     """
 
     def __init__(self, window: int | None) -> None:
         super().__init__()
         self.window = window
 
-    def forward(self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, documents_BX: Tensor | None) -> Tensor:
-        """Returns [B, H, S, C]. `documents_BX` (None: each row is one document) separates packed documents."""
+    def forward(self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, context: TokenContext) -> Tensor:
+        """The mixed values [B, H, S, C]. `context.documents_BS` has the documents of all X key positions, or is None
+        where each row is one document."""
+        documents_BX = context.documents_BS
         length, places = q_BHSC.shape[2], k_BGXC.shape[2]
         window = None if self.window is None or self.window >= places else self.window
         if window is None and documents_BX is None and length == places:
             return _causal(q_BHSC, k_BGXC, v_BGXC)
         if fits_flex(q_BHSC):
-            return flex(q_BHSC, k_BGXC, v_BGXC, documents_BX, window)
+            return flex(q_BHSC, k_BGXC, v_BGXC, context, window)
         if window is not None:
             return windowed_attention(q_BHSC, k_BGXC, v_BGXC, documents_BX, window)
         earlier = places - length
@@ -62,7 +65,12 @@ def _causal(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections, rotary embedding and the core (grouped queries: arXiv 2305.13245)."""
+    """Projections, rotary embedding and the core (grouped queries: arXiv 2305.13245).
+
+    Attributes:
+        core: seam: mixes positions (context parallelism fetches keys and values of other ranks first).
+        gather, scatter: seams: join and split the sequence around the projections (tensor parallelism).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -72,28 +80,22 @@ class Attention(nn.Module):
         self.wv = Linear(config.dim, config.num_kv_heads * config.head_dim)
         self.wo = Linear(config.num_heads * config.head_dim, config.dim)
         self.core = AttentionCore(config.window(layer))
-        # Seams: tensor parallelism cuts the sequence between the projections and the rest of the model.
         self.gather: nn.Module = nn.Identity()
         self.scatter: nn.Module = nn.Identity()
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        documents_BS: Tensor | None,
-        cache: LayerCache | None = None,
-    ) -> Tensor:
-        """With `cache`, the tokens also see the earlier ones whose keys and values lie there."""
+    def forward(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None = None) -> Tensor:
+        """Attend within the rows of `x_BSD`; with `cache`, also to the earlier tokens whose keys and values it has."""
+        assert context.rotary is not None
 
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         x_BSD = self.gather(x_BSD)
-        q_BHSC = apply_rotary(heads(self.wq(x_BSD)), rotary)
-        k_BGSC = apply_rotary(heads(self.wk(x_BSD)), rotary)
+        q_BHSC = apply_rotary(heads(self.wq(x_BSD)), context.rotary)
+        k_BGSC = apply_rotary(heads(self.wk(x_BSD)), context.rotary)
         v_BGSC = heads(self.wv(x_BSD))
         if cache is None:
-            mixed_BHSC = self.core(q_BHSC, k_BGSC, v_BGSC, documents_BS)
+            mixed_BHSC = self.core(q_BHSC, k_BGSC, v_BGSC, context)
         else:
             mixed_BHSC = cache.attend(q_BHSC, k_BGSC, v_BGSC)
         return self.scatter(self.wo(mixed_BHSC.transpose(1, 2).flatten(2)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe.attention.cache import Cache
 from moe.generation.sampling import Chooser, Sampling
-from moe.model import Transformer
+from moe.model import ModelInputs, Transformer
 from moe.router import Router
 
 PREFILL_CHUNK = 512
@@ -102,7 +102,8 @@ def _prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]],
         valid_BS = positions_BS < lengths_B.unsqueeze(1)
         # A row that is through stays where it stopped.
         positions_BS = positions_BS.where(valid_BS, (lengths_B - 1).unsqueeze(1))
-        logits_BSV = model(piece_BS, positions_BS, None, valid_BS, cache=cache).logits_BSV
+        inputs = ModelInputs(piece_BS, positions_BS, valid_BS=valid_BS)
+        logits_BSV = model(inputs, cache=cache).logits_BSV
         for row, prompt in enumerate(prompts):
             if start < len(prompt) <= start + chunk:
                 after[row] = logits_BSV[row, len(prompt) - 1 - start].double()
@@ -117,7 +118,8 @@ def _step(model: Transformer, cache: Cache, out: list[list[int]], rows: list[int
     if len(rows) < len(out):
         valid_B1 = torch.zeros_like(tokens_B1, dtype=torch.bool)
         valid_B1[rows] = True
-    return model(tokens_B1, cache.next_positions(1), None, valid_B1, cache=cache).logits_BSV[:, 0].double()
+    inputs = ModelInputs(tokens_B1, cache.next_positions(1), valid_BS=valid_B1)
+    return model(inputs, cache=cache).logits_BSV[:, 0].double()
 
 
 @contextmanager
@@ -129,16 +131,13 @@ def _generating(model: Transformer) -> Iterator[None]:
     these probabilities as weights.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    before = [(router.capacity_factor, router.kind) for router in routers]
     training = model.training
     model.eval()
     for router in routers:
-        router.capacity_factor = None
-        if router.kind == "expert_choice":
-            router.kind = "softmax_topk"
+        router.generating = True
     try:
         yield
     finally:
         model.train(training)
-        for router, (capacity_factor, kind) in zip(routers, before, strict=True):
-            router.capacity_factor, router.kind = capacity_factor, kind
+        for router in routers:
+            router.generating = False

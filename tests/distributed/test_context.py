@@ -1,6 +1,7 @@
 """A row cut over ranks gives what a single process gives, and only what is needed travels."""
 
 import gc
+import weakref
 from unittest import mock
 
 import pytest
@@ -9,7 +10,8 @@ import torch.distributed as dist
 
 from moe.attention.attention import Attention, AttentionCore
 from moe.config import ModelConfig, RouterConfig
-from moe.router import Router
+from moe.routers import build_router
+from moe.token_context import TokenContext
 from parallel import context
 from parallel.context import (
     ContextCore,
@@ -59,11 +61,11 @@ def attention_on(rank, ranks):
         documents = documents_of(batch, whole) if packed else None
         grad = torch.randn_like(q)
         core = AttentionCore(window)
-        expected = core(q, k, v, documents)
+        expected = core(q, k, v, TokenContext(documents_BS=documents))
         expected_grads = torch.autograd.grad(expected, (q, k, v), grad)
 
         local = [x.detach()[:, :, own].requires_grad_() for x in (q, k, v)]
-        mine = None if documents is None else documents[:, own].clone()
+        mine = TokenContext(documents_BS=None if documents is None else documents[:, own].clone())
         received = []
 
         def counted(rows, send, receive, group, received=received):
@@ -89,20 +91,22 @@ def module_on(rank, ranks):
     group = dist.group.WORLD
     torch.manual_seed(rank)
     local = [torch.randn(1, h, LENGTH, 8).bfloat16().requires_grad_() for h in (4, 2, 2)]
-    documents = torch.zeros(1, LENGTH, dtype=torch.int32)
+    tokens = TokenContext(documents_BS=torch.zeros(1, LENGTH, dtype=torch.int32))
     core = ContextCore(AttentionCore(None), group)
-    runs = [torch.autograd.grad(core(*local, documents).float().square().sum(), local) for _ in range(3)]
+    runs = [torch.autograd.grad(core(*local, tokens).float().square().sum(), local) for _ in range(3)]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
-    del documents
+    (with_halo,) = tokens._shared.values()  # fetched once for all three calls
+    fetched = weakref.ref(with_halo)
+    del tokens, with_halo
     gc.collect()
-    assert not context._fetched  # what was fetched goes with the documents
+    assert fetched() is None  # what was fetched lives as long as the context
 
     config = ModelConfig(
         dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8, vocab_size=9, sliding_window=5,
         num_experts=None, top_k=None,
     )  # fmt: skip
-    model = torch.nn.ModuleList([Attention(config, 0), Router(4, 4, 2, RouterConfig())])
+    model = torch.nn.ModuleList([Attention(config, 0), build_router(4, 4, 2, RouterConfig())])
     before = list(model.state_dict())
     shard_attention(model, group)
     install_rows(model, group, Layout(context=group.size()))
@@ -116,7 +120,7 @@ def routers_on(rank, ranks):
     gathered = []
     for config in ROUTERS:
         torch.manual_seed(1)
-        router = Router(5, 4, 2, RouterConfig(**config)).double()
+        router = build_router(5, 4, 2, RouterConfig(**config)).double()
         torch.nn.init.normal_(router.weight)
         x = torch.randn(3, ranks * LENGTH, 5, dtype=torch.float64)
         x[0] = x[0, 0]  # ties
@@ -148,9 +152,11 @@ def zigzag_on(rank, ranks):
     documents = (torch.arange(length) >= torch.tensor([[length // 2], [5]])).int()
     for packed in (None, documents):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        expected = AttentionCore(None)(*leaves, packed)
+        expected = AttentionCore(None)(*leaves, TokenContext(documents_BS=packed))
         parts = [x[:, :, own].clone().requires_grad_() for x in (q, k, v)]
-        got = ZigzagCore(AttentionCore(None), group)(*parts, None if packed is None else packed[:, own])
+        got = ZigzagCore(AttentionCore(None), group)(
+            *parts, TokenContext(documents_BS=None if packed is None else packed[:, own])
+        )
         torch.testing.assert_close(got, expected[:, :, own], **EXACT)
         weights = torch.randn_like(expected)
         (expected * weights).sum().backward()
@@ -158,7 +164,7 @@ def zigzag_on(rank, ranks):
         for part, leaf in zip(parts, leaves, strict=True):
             torch.testing.assert_close(part.grad, leaf.grad[:, :, own], **EXACT)
     for config in ROUTERS:
-        router = Router(5, 4, 2, RouterConfig(**config)).double()
+        router = build_router(5, 4, 2, RouterConfig(**config)).double()
         torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(1))
         x = torch.randn(3, length, 5, dtype=torch.float64)
         expected, _ = router(x, None)
@@ -210,9 +216,9 @@ def test_routers_decide_over_whole_sequences_and_gather_no_more_than_that_takes(
 
 def test_print_tells_what_is_installed(world):
     for rank, (_, printed, _) in enumerate(world):
-        assert f"window=5, halo of the last 4 places before its own, rank {rank} of {len(world)}" in printed
+        assert f"window=5, halo of the last 4 positions before, rank {rank} of {len(world)}" in printed
         assert f"(rows): GatheredRows(all-gather over {len(world)} ranks)" in printed
-    assert "LocalRows()" in repr(Router(4, 4, 2, RouterConfig()))
+    assert "LocalRows()" in repr(build_router(4, 4, 2, RouterConfig()))
 
 
 def test_rows_to_each():

@@ -9,6 +9,7 @@ from data.config import DataConfig
 from data.loader import evaluation_batches
 from data.tokens.store import prepare
 from moe.config import ModelConfig, RouterConfig
+from moe.model import ModelInputs
 from parallel.apply import build_model
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
@@ -49,7 +50,7 @@ def reference(model, store, token_bytes) -> dict:
             torch.from_numpy(column.copy()).unsqueeze(0) for column in row
         )
         with torch.no_grad():
-            log_p = model(tokens, positions, documents, documents >= 0).logits_BSV.log_softmax(-1)[0]
+            log_p = model(ModelInputs(tokens, positions, documents, documents >= 0)).logits_BSV.log_softmax(-1)[0]
         for s in range(LENGTH):
             target = int(targets[0, s])
             if target != IGNORE:

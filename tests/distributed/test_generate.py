@@ -5,6 +5,7 @@ import torch
 from moe.config import ModelConfig, RouterConfig
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
+from moe.model import ModelInputs
 from parallel.apply import build_model
 from parallel.layout import Layout
 from parallel.mesh import broadcast_from_first, build_mesh
@@ -58,7 +59,7 @@ def lean_run(rank: int, world: int) -> list[list[torch.Tensor]]:
     ]
     sizes = [torch.tensor(sum(p.nbytes for p in model.parameters())) for model in models]
     with torch.no_grad():
-        return [[model(tokens, positions).logits_BSV for model in models], sizes]
+        return [[model(ModelInputs(tokens, positions)).logits_BSV for model in models], sizes]
 
 
 def test_lean_weights_take_half_the_memory_and_change_nothing():

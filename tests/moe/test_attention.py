@@ -12,6 +12,7 @@ from moe.attention.attention import Attention, AttentionCore
 from moe.attention.flex import block_mask, flex
 from moe.config import ModelConfig
 from moe.rope import apply_rotary, rotary_table
+from moe.token_context import TokenContext
 
 
 def masked_reference(q, k, v, documents, window):
@@ -37,7 +38,7 @@ def test_core_equals_the_mask_forward_and_backward(length, window, kv_heads):
     grad = torch.randn(3, 4, length, 6, dtype=torch.float64)
     expected = masked_reference(q, k, v, documents, window)
     expected_grads = torch.autograd.grad(expected, (q, k, v), grad)
-    got = AttentionCore(window)(q, k, v, documents)
+    got = AttentionCore(window)(q, k, v, TokenContext(documents_BS=documents))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     for mine, reference in zip(torch.autograd.grad(got, (q, k, v), grad), expected_grads, strict=True):
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-12)
@@ -55,7 +56,7 @@ def test_queries_that_end_the_row_see_the_keys_in_front_of_them(earlier, length,
     grad = torch.randn_like(q)
     for given in (documents, None):
         expected = masked_reference(q, k, v, documents * (given is not None), window)
-        got = AttentionCore(window)(q, k, v, given)
+        got = AttentionCore(window)(q, k, v, TokenContext(documents_BS=given))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
         pairs = zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (got, expected)), strict=True)
         for mine, reference in pairs:
@@ -65,7 +66,7 @@ def test_queries_that_end_the_row_see_the_keys_in_front_of_them(earlier, length,
 def test_window_wastes_no_work_on_keys_without_queries():
     k = torch.randn(1, 2, 4096 + 16, 32)
     with FlopCounterMode(display=False) as counter:
-        AttentionCore(48)(k[:, :, -16:], k, k, None)
+        AttentionCore(48)(k[:, :, -16:], k, k, TokenContext())
     assert counter.get_total_flops() == 2 * 2 * 2 * 16 * (48 + 16) * 32  # two products of 2 heads, one block of 16
 
 
@@ -75,7 +76,7 @@ def test_bf16_on_cpus_goes_another_way_to_the_same_place(window):
     q, k, v = (torch.randn(2, h, 13, 8).bfloat16().requires_grad_() for h in (4, 2, 2))
     documents = torch.randint(0, 2, (2, 13)).cumsum(1)
     grad = torch.randn(2, 4, 13, 8)
-    got = AttentionCore(window)(q, k, v, documents)
+    got = AttentionCore(window)(q, k, v, TokenContext(documents_BS=documents))
     wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
     expected = masked_reference(*wide, documents, window)
     torch.testing.assert_close(got.double(), expected, rtol=0.02, atol=0.02)
@@ -88,7 +89,10 @@ def test_a_row_of_one_document_needs_no_document_ids():
     q, k, v = (torch.randn(2, 2, 11, 4, dtype=torch.float64) for _ in range(3))
     for window in (None, 4):
         core = AttentionCore(window)
-        torch.testing.assert_close(core(q, k, v, None), core(q, k, v, torch.zeros(2, 11, dtype=torch.int32)))
+        torch.testing.assert_close(
+            core(q, k, v, TokenContext()),
+            core(q, k, v, TokenContext(documents_BS=torch.zeros(2, 11, dtype=torch.int32))),
+        )
 
 
 def test_long_rows_are_worked_on_in_parts(monkeypatch):
@@ -100,7 +104,7 @@ def test_long_rows_are_worked_on_in_parts(monkeypatch):
     monkeypatch.setattr("moe.attention.window.SCORES_AT_ONCE", 4 * 2 * 4 * 128 * 512)
     for given in (documents, None):
         expected = masked_reference(q, k, v, documents * (given is not None), 300)
-        got = AttentionCore(300)(q, k, v, given)
+        got = AttentionCore(300)(q, k, v, TokenContext(documents_BS=given))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
         pairs = zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (got, expected)), strict=True)
         for mine, reference in pairs:
@@ -135,7 +139,9 @@ def test_window_memory_does_not_grow_with_the_square_of_the_sequence(window):
             Live() as live,
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
-            AttentionCore(window)(x, x, x, torch.zeros(1, length, dtype=torch.int32)).sum().backward()
+            AttentionCore(window)(
+                x, x, x, TokenContext(documents_BS=torch.zeros(1, length, dtype=torch.int32))
+            ).sum().backward()
         made.append(live.largest)
         assert kept[-1] <= 3 * x.nbytes + 4 * length
     assert kept[1] == 2 * kept[0] and made[1] <= 2 * made[0] and made[1] < 8192**2 / 4
@@ -153,27 +159,27 @@ def test_mask_of_the_gpu_kernel(window, packed):
     for queries in (150, 130, 7):
         q = q[:, :, -queries:]
         expected = masked_reference(q.double(), k.double(), v.double(), documents * packed, window)
-        got = flex(q, k, v, documents if packed else None, window)
+        got = flex(q, k, v, TokenContext(documents_BS=documents if packed else None), window)
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_mask_of_the_gpu_kernel_is_made_once_for_all_layers():
     documents = torch.zeros(1, 150, dtype=torch.int32)
-    device = documents.device
-    first = block_mask(documents, 5, 150, 150, device)
-    assert block_mask(documents, 5, 150, 150, device) is first
-    assert block_mask(documents, None, 150, 150, device) is not first
-    assert block_mask(documents, 5, 140, 150, device) is not first
-    assert block_mask(documents.clone(), 5, 150, 150, device) is not first
+    context, device = TokenContext(documents_BS=documents), documents.device
+    first = block_mask(context, 5, 150, 150, device)
+    assert block_mask(context, 5, 150, 150, device) is first
+    assert block_mask(context, None, 150, 150, device) is not first
+    assert block_mask(context, 5, 140, 150, device) is not first
+    # The next forward pass has a context of its own, also if it reuses the tensor with other values.
     documents[0, 70:] = 1
-    changed = block_mask(documents, 5, 150, 150, device)
-    assert changed is not first
-    gone = weakref.ref(changed)
-    del documents, changed, first
+    assert block_mask(TokenContext(documents_BS=documents), 5, 150, 150, device) is not first
+    freed = weakref.ref(first)
+    del context, first
     gc.collect()
-    assert gone() is None  # masks go with their documents
-    assert block_mask(None, 5, 150, 150, device) is block_mask(None, 5, 150, 150, device)
-    assert block_mask(None, 5, 140, 150, device) is not block_mask(None, 5, 150, 150, device)
+    assert freed() is None  # a mask lives as long as its context
+    whole_rows = TokenContext()
+    assert block_mask(whole_rows, 5, 150, 150, device) is block_mask(TokenContext(), 5, 150, 150, device)
+    assert block_mask(whole_rows, 5, 140, 150, device) is not block_mask(whole_rows, 5, 150, 150, device)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -191,7 +197,7 @@ def test_gpu_kernels_forward_and_backward(dtype, tolerance, window, packed, quer
     grad = torch.randn(2, 8, queries, 64, device="cuda", dtype=dtype)
     wide = [x.detach().double().cpu().requires_grad_() for x in inputs]
     expected = masked_reference(*wide, documents.cpu() * packed, window)
-    got = AttentionCore(window)(*inputs, documents if packed else None)
+    got = AttentionCore(window)(*inputs, TokenContext(documents_BS=documents if packed else None))
     torch.testing.assert_close(got.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     pairs = zip(
         torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, wide, grad.double().cpu()), strict=True
@@ -215,7 +221,10 @@ def test_projections_rotary_grouped_heads_window_and_documents_together(window, 
     documents = torch.tensor([[0] * 15 + [1] * 2 + [2] * 20])
     positions = torch.cat([torch.arange(n) for n in (15, 2, 20)]).unsqueeze(0)
     x = torch.randn(1, length, 12, dtype=torch.float64)
-    got = attention(x, rotary_table(positions, 6, config.rope_theta, torch.float64), documents)[0]
+    got = attention(
+        x,
+        TokenContext(rotary=rotary_table(positions, 6, config.rope_theta, torch.float64), documents_BS=documents),
+    )[0]
 
     def turned(vector, position):
         out = vector.clone()

@@ -8,7 +8,7 @@ import torch
 from moe.attention.cache import Cache
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
-from moe.model import Transformer
+from moe.model import ModelInputs, Transformer
 
 SMALL = ModelConfig(
     dim=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, hidden_dim=12, num_experts=4, top_k=2,
@@ -26,7 +26,7 @@ def build(window, dtype=torch.float64, **changes):
 
 def whole(model, tokens):
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return model(tokens, positions).logits_BSV
+    return model(ModelInputs(tokens, positions)).logits_BSV
 
 
 def cached(model, tokens, chunks, cache=None):
@@ -34,7 +34,8 @@ def cached(model, tokens, chunks, cache=None):
     assert sum(chunks) == tokens.shape[1]
     cache = cache or Cache(model.config, len(tokens), max_len=tokens.shape[1], dtype=model.compute_dtype)
     parts = [
-        model(piece, cache.next_positions(piece.shape[1]), cache=cache).logits_BSV for piece in tokens.split(chunks, 1)
+        model(ModelInputs(piece, cache.next_positions(piece.shape[1])), cache=cache).logits_BSV
+        for piece in tokens.split(chunks, 1)
     ]
     return torch.cat(parts, 1)
 
@@ -84,7 +85,7 @@ def test_rows_of_different_lengths(window):
         valid = torch.arange(chunk.shape[1]) < torch.tensor(counts).unsqueeze(1)
         for row, count in enumerate(counts):
             chunk[row, :count] = tokens[row, done[row] : done[row] + count]
-        logits = model(chunk, cache.next_positions(chunk.shape[1]), None, valid, cache=cache).logits_BSV
+        logits = model(ModelInputs(chunk, cache.next_positions(chunk.shape[1]), valid_BS=valid), cache=cache).logits_BSV
         assert logits.isfinite().all()
         for row, count in enumerate(counts):
             torch.testing.assert_close(
@@ -117,20 +118,17 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
     cached(model, tokens[:, :4], [4], cache)
     before = [layer.k_BGWC.clone() for layer in cache.layers]
     with pytest.raises(ValueError, match=r"^max_len=6: expected at least 7, the tokens of the longest row"):
-        model(tokens[:, 4:7], cache.next_positions(3), cache=cache)
+        model(ModelInputs(tokens[:, 4:7], cache.next_positions(3)), cache=cache)
     with pytest.raises(ValueError, match=r"^positions_BS: expected each row to go on at its length, \[4, 4\]"):
-        model(tokens[:, 4:5], torch.tensor([[4], [3]]), cache=cache)
+        model(ModelInputs(tokens[:, 4:5], torch.tensor([[4], [3]])), cache=cache)
     with pytest.raises(ValueError, match="padding behind the tokens"):
         model(
-            tokens[:, 4:6],
-            cache.next_positions(2),
-            None,
-            torch.tensor([[True, True], [False, True]]),
+            ModelInputs(tokens[:, 4:6], cache.next_positions(2), valid_BS=torch.tensor([[True, True], [False, True]])),
             cache=cache,
         )
     assert all(torch.equal(layer.k_BGWC, old) for layer, old in zip(cache.layers, before, strict=True))
     torch.testing.assert_close(
-        model(tokens[:, 4:6], cache.next_positions(2), cache=cache).logits_BSV,
+        model(ModelInputs(tokens[:, 4:6], cache.next_positions(2)), cache=cache).logits_BSV,
         whole(model, tokens[:, :6])[:, 4:],
         rtol=0,
         atol=1e-12,

@@ -17,7 +17,7 @@ from moe.accounting.costs import (
 from moe.accounting.flops import count_parameters, forward_flops_per_token, meta_model, training_flops_per_token
 from moe.attention.cache import Cache
 from moe.config import ModelConfig, RouterConfig
-from moe.model import Transformer
+from moe.model import ModelInputs, Transformer
 
 MIXED = ModelConfig(
     dim=24,
@@ -82,7 +82,7 @@ def test_forward_flops_are_those_that_torch_counts() -> None:
         torch.nn.init.normal_(parameter, std=0.1)
     tokens = torch.randint(50, (2, 16))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(tokens, torch.arange(16).expand(2, -1))
+        model(ModelInputs(tokens, torch.arange(16).expand(2, -1)))
     matmuls = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) == "aten.mm")
     visible = 4 * sum(min(4, i + 1) for i in range(16)) + sum(i + 1 for i in range(16))
     attention = 2 * 2 * 6 * 8 * visible / 16
@@ -119,12 +119,12 @@ def test_farthest_token_is_the_oldest_that_moves_the_last_logit() -> None:
         torch.nn.init.normal_(parameter)
     tokens, positions = torch.full((1, 20), 7), torch.arange(20).unsqueeze(0)
     with torch.no_grad():
-        before = model(tokens, positions).logits_BSV[0, -1]
+        before = model(ModelInputs(tokens, positions)).logits_BSV[0, -1]
         moved = []
         for back in range(20):
             other = tokens.clone()
             other[0, 19 - back] = 8
-            moved.append((model(other, positions).logits_BSV[0, -1] - before).abs().max() > 1e-6)
+            moved.append((model(ModelInputs(other, positions)).logits_BSV[0, -1] - before).abs().max() > 1e-6)
     assert max(back for back in range(20) if moved[back]) == farthest_token(config) == 7
 
 

@@ -10,6 +10,7 @@ from moe.dispatch import LocalDispatcher
 from moe.experts import Experts, grouped_kernel, loop_kernel
 from moe.layer import MoELayer
 from moe.router import Routing
+from moe.token_context import TokenContext
 
 DIM, HIDDEN = 6, 5
 
@@ -88,7 +89,7 @@ def test_layer_equals_a_loop_over_tokens(batch, length, experts, top_k, router, 
     valid = torch.rand(batch, length) < 0.7 if padded else None
     grad = torch.randn_like(x)
     parameters = (x, *layer.parameters())
-    out, _ = layer(x, valid)
+    out, _ = layer(x, TokenContext(valid_BS=valid))
     expected = loop_over_tokens(layer, x, valid)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)
     mine = torch.autograd.grad(out, parameters, grad, allow_unused=True)
@@ -99,7 +100,9 @@ def test_layer_equals_a_loop_over_tokens(batch, length, experts, top_k, router, 
 
 def test_every_token_padded_keeps_the_graph_whole():
     layer = build(4, 2)
-    out, stats = layer(torch.randn(1, 3, DIM, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.bool))
+    out, stats = layer(
+        torch.randn(1, 3, DIM, dtype=torch.float64), TokenContext(valid_BS=torch.zeros(1, 3, dtype=torch.bool))
+    )
     (out.sum() + stats.prob_sum_BE.sum()).backward()
     assert out.eq(0).all() and layer.experts.w_gate.grad.eq(0).all()
 
@@ -116,7 +119,7 @@ def test_dispatch_by_hand():
 def test_layer_gradient_is_right_numerically():
     layer = build(3, 2)
     x = torch.randn(1, 4, DIM, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: layer(x, None)[0], (x,))
+    assert torch.autograd.gradcheck(lambda x: layer(x, TokenContext())[0], (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,8 +5,9 @@ import torch
 
 from moe import losses
 from moe.config import RouterConfig
-from moe.losses import IGNORE, auxiliary_losses, cross_entropy_sum
-from moe.router import Router, RouterStats
+from moe.losses import IGNORE, Reductions, auxiliary_losses, token_nats
+from moe.router import RouterStats
+from moe.routers import build_router
 
 
 def layer_stats(layers, batch, length, experts, top_k, seed=0, valid=None):
@@ -14,7 +15,7 @@ def layer_stats(layers, batch, length, experts, top_k, seed=0, valid=None):
     torch.manual_seed(seed)
     collected, logits, chosen = [], [], []
     for _ in range(layers):
-        router = Router(5, experts, top_k, RouterConfig()).double()
+        router = build_router(5, experts, top_k, RouterConfig()).double()
         torch.nn.init.normal_(router.weight)
         x = torch.randn(batch, length, 5, dtype=torch.float64)
         _, stats = router(x, valid)
@@ -65,6 +66,7 @@ def test_balance_is_one_at_balance_for_every_k(top_k):
         dropped_B=torch.zeros(1, 1, dtype=torch.int64),
         tokens_B=torch.tensor([[tokens]]),
         experts_BSK=torch.zeros(1, 1, tokens, top_k, dtype=torch.int64),
+        extra_BX=torch.zeros(1, 1, 0),
     )
     for scope in ("global", "sequence", "rank"):
         assert auxiliary_losses(stats, RouterConfig(balance_scope=scope)).balance_sum.item() == tokens
@@ -74,7 +76,13 @@ def test_balance_gradient_pushes_down_the_overloaded_expert_only_through_probabi
     probs = torch.tensor([[[6.0, 1.0, 1.0]]], dtype=torch.float64, requires_grad=True)
     counts = torch.tensor([[[8, 0, 0]]])
     stats = RouterStats(
-        counts, probs, probs.new_zeros(1, 1), counts.new_zeros(1, 1), torch.tensor([[8]]), counts.new_zeros(1, 1, 8, 1)
+        counts_BE=counts,
+        prob_sum_BE=probs,
+        z_sum_B=probs.new_zeros(1, 1),
+        dropped_B=counts.new_zeros(1, 1),
+        tokens_B=torch.tensor([[8]]),
+        experts_BSK=counts.new_zeros(1, 1, 8, 1),
+        extra_BX=probs.new_zeros(1, 1, 0),
     )
     auxiliary_losses(stats, RouterConfig()).balance_sum.backward()
     assert probs.grad.flatten().tolist() == [3.0, 0.0, 0.0]
@@ -90,7 +98,7 @@ def test_global_scope_uses_the_counts_of_all_ranks():
         assert torch.equal(counts, local)
         return counts + remote
 
-    aux = auxiliary_losses(stats, RouterConfig(), reduce)
+    aux = auxiliary_losses(stats, RouterConfig(), Reductions(counts=reduce))
     both = torch.bincount(torch.cat((chosen[0].flatten(), other_chosen[0].flatten())), minlength=4).double()
     expected = 4 * (both / both.sum() * logits[0].softmax(-1).sum((0, 1))).sum()
     torch.testing.assert_close(aux.balance_sum.detach(), expected.detach())
@@ -101,7 +109,7 @@ def test_hf_pooled_equals_transformers_loss_and_gradient():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     torch.manual_seed(0)
-    routers = [Router(5, 4, 2, RouterConfig()) for _ in range(3)]
+    routers = [build_router(5, 4, 2, RouterConfig()) for _ in range(3)]
     weights = [torch.nn.init.normal_(router.weight) for router in routers]
     inputs = [torch.randn(2, 6, 5) for _ in routers]
     collected = [router(x, None)[1] for router, x in zip(routers, inputs, strict=True)]
@@ -128,6 +136,7 @@ def test_hf_pooled_is_blind_to_layers_that_overload_different_experts():
         dropped_B=torch.zeros(layers, 1, dtype=torch.int64),
         tokens_B=torch.full((layers, 1), tokens),
         experts_BSK=torch.zeros(layers, 1, tokens, 2, dtype=torch.int64),
+        extra_BX=torch.zeros(layers, 1, 0),
     )
     pooled = auxiliary_losses(stats, RouterConfig(layer_reduction="hf_pooled")).balance_sum / tokens
     assert pooled.item() == pytest.approx(2)
@@ -140,8 +149,10 @@ def test_cross_entropy_in_chunks_equals_torch_with_its_gradient(monkeypatch):
     labels = torch.randint(0, 7, (2, 5))
     labels[0, 1] = labels[1, 4] = IGNORE
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    got = cross_entropy_sum(logits, labels)
+    nats, got = token_nats(logits, labels)
     torch.testing.assert_close(got, expected)
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    torch.testing.assert_close(nats, each.detach().view(2, 5))
     torch.testing.assert_close(
         torch.autograd.grad(0.3 * got, logits)[0], torch.autograd.grad(0.3 * expected, logits)[0], rtol=0, atol=1e-14
     )
@@ -152,5 +163,5 @@ def test_cross_entropy_sums_over_labels_only():
     labels = torch.tensor([[1, IGNORE, 6], [IGNORE, IGNORE, 0]])
     log_p = logits.log_softmax(-1)
     expected = -(log_p[0, 0, 1] + log_p[0, 2, 6] + log_p[1, 2, 0])
-    torch.testing.assert_close(cross_entropy_sum(logits, labels), expected)
-    assert cross_entropy_sum(logits, torch.full((2, 3), IGNORE)).item() == 0
+    torch.testing.assert_close(token_nats(logits, labels).sum, expected)
+    assert token_nats(logits, torch.full((2, 3), IGNORE)).sum.item() == 0

@@ -7,8 +7,9 @@ import torch
 
 from moe.accounting.flops import count_parameters, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
-from moe.init import fill_rows, init_parameters
-from moe.model import Transformer
+from moe.init import init_parameters
+from moe.model import ModelInputs, Transformer
+from moe.noise import fill_rows
 
 SMALL = ModelConfig(
     dim=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=4, hidden_dim=20, num_experts=4, top_k=2, vocab_size=50
@@ -25,11 +26,13 @@ def test_packed_documents_do_not_see_each_other():
     model = build(dataclasses.replace(SMALL, sliding_window=4))
     first, second = torch.randint(0, 50, (1, 7)), torch.randint(0, 50, (1, 6))
     packed = model(
-        torch.cat((first, second), 1),
-        torch.cat((torch.arange(7), torch.arange(6))).unsqueeze(0),
-        torch.tensor([[0] * 7 + [1] * 6]),
+        ModelInputs(
+            torch.cat((first, second), 1),
+            torch.cat((torch.arange(7), torch.arange(6))).unsqueeze(0),
+            torch.tensor([[0] * 7 + [1] * 6]),
+        )
     ).logits_BSV
-    apart = [model(x, torch.arange(x.shape[1]).unsqueeze(0)).logits_BSV for x in (first, second)]
+    apart = [model(ModelInputs(x, torch.arange(x.shape[1]).unsqueeze(0))).logits_BSV for x in (first, second)]
     torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=0, atol=1e-12)
 
 

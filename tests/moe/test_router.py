@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from moe.config import RouterConfig
-from moe.router import Router
+from moe.routers import build_router
 from moe.selection import expert_capacity, top_k_stable, within_capacity
 
 
 def build(dim, experts, top_k, **config):
-    router = Router(dim, experts, top_k, RouterConfig(**config)).double()
+    router = build_router(dim, experts, top_k, RouterConfig(**config)).double()
     torch.nn.init.normal_(router.weight)
     return router
 
@@ -100,7 +100,7 @@ def test_a_later_token_changes_nothing_before_it_under_capacity():
 
 
 def test_router_computes_in_fp32_under_bf16():
-    router = Router(8, 4, 2, RouterConfig())
+    router = build_router(8, 4, 2, RouterConfig())
     torch.nn.init.normal_(router.weight)
     x = torch.randn(1, 3, 8).bfloat16()
     routing, _ = router(x, None)

@@ -5,7 +5,7 @@ import torch
 
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
-from moe.model import Transformer
+from moe.model import ModelInputs, Transformer
 from moe.upcycle import Upcycling, dense_name, expert_matrix, moe_config, router_config, router_matrix
 
 DENSE = ModelConfig(
@@ -47,7 +47,7 @@ def upcycled(dense: Transformer, plan: Upcycling) -> Transformer:
 def forward(model: Transformer):
     tokens_BS = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return model(tokens_BS, torch.arange(20).expand(3, 20))
+        return model(ModelInputs(tokens_BS, torch.arange(20).expand(3, 20)))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])

@@ -11,8 +11,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
-from moe.losses import cross_entropy_sum
-from moe.model import Transformer
+from moe.losses import token_nats
+from moe.model import ModelInputs, Transformer
 from moe.recompute import Recompute, set_recompute
 from parallel.apply import build_model
 from parallel.config import ParallelConfig
@@ -193,7 +193,7 @@ def test_activations_are_about_what_autograd_keeps(model: ModelConfig, mode: Rec
 
     tokens = torch.randint(0, 40, (2, 64))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        cross_entropy_sum(built(tokens, torch.arange(64).expand(2, -1)).logits_BSV, tokens)
+        token_nats(built(ModelInputs(tokens, torch.arange(64).expand(2, -1))).logits_BSV, tokens)
     size = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
     step = Step(rows=2, seq_len=64, accumulation=1, itemsize=4, recompute=mode)
     estimate = activation_bytes(Layout(), model, RouterConfig(), step, range(model.num_layers))

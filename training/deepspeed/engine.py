@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.accounting.flops import meta_model
-from moe.config import RouterConfig
-from moe.model import Output, Transformer
+from moe.model import ModelInputs, Output, Transformer
 from moe.region import LocalShard
 from parallel.mesh import Mesh
-from parallel.objective import Inputs, Objective
+from parallel.objective import Objective
 from parallel.weight_specs import kind
 from training.config import OptimConfig
 from training.deepspeed.settings import check_choice, speaks
@@ -51,7 +50,7 @@ class DeepSpeedEngine:
     def __init__(self, parts: Sequence[Transformer], config: OptimConfig, mesh: Mesh, settings: dict[str, Any]) -> None:
         """`settings`: what `deepspeed_settings` returned."""
         (model,) = self.parts = list(parts)
-        choice = choose_trainable(meta_model(model.config, RouterConfig()), config.train)
+        choice = choose_trainable(meta_model(model.config, model.router_config), config.train)
         check_choice(choice.experts, format_patterns(config.train))
         self.model = model
         located = ((name, model.local_shard(name, parameter)) for name, parameter in model.named_parameters())
@@ -72,12 +71,12 @@ class DeepSpeedEngine:
         self._updates = 0
         self._allocate_moments()
 
-    def run(self, micro_batches: Sequence[Inputs], objective: Objective) -> None:
+    def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
         run_whole(self.model, micro_batches, objective, self.backward)
 
     @torch.no_grad()
-    def forward(self, inputs: Inputs) -> list[tuple[Transformer, Output]]:
-        return [(self.model, self.model(**inputs))]
+    def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
+        return [(self.model, self.model(inputs))]
 
     def backward(self, loss: Tensor) -> None:
         # The model is called directly, so what DeepSpeed's own `forward` would have prepared is done here: without it

@@ -1,0 +1,40 @@
+"""`router.kind=expert_choice`: experts take tokens (arXiv 2202.09368). A later token can displace an earlier one.
+
+Shapes: B batch, S sequence, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from moe.config import RouterConfig
+from moe.router import Router, register_router
+from moe.selection import choose_tokens, expert_capacity, top_k_stable
+
+
+@register_router("expert_choice")
+class ExpertChoiceRouter(Router):
+    """Each expert takes the C tokens of the sequence that have the highest probability for it, with these
+    probabilities as weights; C = ceil(capacity_factor * k * S / E), with factor 1 if none is configured.
+
+    The choice needs the whole sequence. While text is generated, each token instead takes its `top_k` most probable
+    experts, with their probabilities as weights.
+    """
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, config: RouterConfig, layer: int = 0) -> None:
+        super().__init__(dim, num_experts, top_k, config, layer)
+        self.normalize = False
+
+    @property
+    def tokens_choose(self) -> bool:
+        return self.generating
+
+    def choose_experts(self, logits_BSE: Tensor, scores_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """All experts of every token, those that take it first: K = E."""
+        if self.tokens_choose:
+            return super().choose_experts(logits_BSE, scores_BSE, mask_BS)
+        whole_BSE = self.rows.gather(scores_BSE)
+        seq_len, num_experts = whole_BSE.shape[1:]
+        capacity = expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, num_experts)
+        chosen_BSE = self.rows.slice_local(choose_tokens(whole_BSE, self.rows.gather(mask_BS), capacity))
+        experts_BSE = top_k_stable(scores_BSE.masked_fill(~chosen_BSE, -torch.inf), num_experts)
+        return experts_BSE, chosen_BSE.gather(-1, experts_BSE).long()

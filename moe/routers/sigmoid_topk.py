@@ -1,0 +1,45 @@
+"""`router.kind=sigmoid_topk`: the routing of DeepSeek-V3 (arXiv 2412.19437).
+
+Shapes: B batch, S sequence, E experts.
+"""
+
+import torch
+from torch import Tensor
+
+from moe.config import RouterConfig
+from moe.router import Router, positive, register_router
+
+
+@register_router("sigmoid_topk")
+class SigmoidTopKRouter(Router):
+    """The k experts with the highest sigmoid score plus bias. The weights are the scores without the bias.
+
+    The bias balances the load without a loss (arXiv 2408.15664): after each optimizer step it rises for experts that
+    got fewer assignments than the mean, and falls for the others. It takes part in selection only.
+    """
+
+    GROUP_TOP = 2
+
+    bias: Tensor
+
+    def __init__(self, dim: int, num_experts: int, top_k: int, config: RouterConfig, layer: int = 0) -> None:
+        super().__init__(dim, num_experts, top_k, config, layer)
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    def compute_scores(self, logits_BSE: Tensor) -> tuple[Tensor, Tensor]:
+        """Sigmoid scores, and the scores divided by their sum over experts as probabilities."""
+        scores_BSE = logits_BSE.sigmoid()
+        return scores_BSE, scores_BSE / positive(scores_BSE.sum(dim=-1, keepdim=True))
+
+    def rank_experts(self, logits_BSE: Tensor, scores_BSE: Tensor) -> Tensor:
+        """Scores plus bias."""
+        return scores_BSE + self.bias
+
+    @torch.no_grad()
+    def update_after_step(self, counts_E: Tensor) -> None:
+        """`b_e += rate * sign(mean n - n_e)`, unless the router is frozen."""
+        rate = self.config.bias_update_rate
+        if rate and self.weight.requires_grad:
+            # n̄ - n_e is multiplied by E: without a division, an expert at the mean keeps its bias exactly.
+            missing_E = counts_E.sum() - counts_E * counts_E.numel()
+            self.bias += rate * missing_E.sign().to(self.bias)
