@@ -1,8 +1,9 @@
-"""Random numbers that depend on what they are for, and on nothing else.
+"""Random numbers without a generator's state, for noise that is the same on every layout.
 
-A number is a function of (seed, token, layer, channel): the same on every layout, in every order, and again when a
-forward pass is recomputed. A counter-based generator does that without any state (Salmon et al., SC 2011); the mixing
-function is that of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), in int64 arithmetic that wraps, as on every device.
+Each number is a function of (seed, token, layer, channel). It does not depend on the layout or on the order of the
+computation, and it is the same when a forward pass is recomputed. Such generators are called counter-based (Salmon et
+al., SC 2011). The mixing function is that of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), in int64 arithmetic, which
+wraps on overflow on every device.
 
 Shapes: B batch, S sequence, D channels.
 """
@@ -16,25 +17,39 @@ MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's is arithmetic."""
+    """Shift right and fill with zeros (a logical shift). torch's `>>` copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def mix(x: Tensor) -> Tensor:
-    """A bijection of int64 under which neighbouring inputs have unrelated outputs."""
+    """Map int64 to int64 one to one, so that neighbouring inputs get unrelated outputs."""
     x = (x ^ _shift_right(x, 30)) * MIX_1
     x = (x ^ _shift_right(x, 27)) * MIX_2
     return x ^ _shift_right(x, 31)
 
 
 def noise_keys(seed: int, numbers_BS: Tensor) -> Tensor:
-    """One int64 key for every token, from the run's seed and the token's number in the endless global order."""
+    """Return one int64 key per token [B, S].
+
+    Args:
+        seed: the run's seed.
+        numbers_BS: index of each token in the global order of all tokens of the run.
+    """
     root = mix(torch.full((), seed, dtype=torch.int64, device=numbers_BS.device) + GOLDEN)
     return mix(numbers_BS * GOLDEN + root)
 
 
 def uniform(keys_BS: Tensor, salt: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """[B, S, D] numbers of [0, 1), multiples of 2^-24; another `salt` (the layer) gives unrelated ones."""
+    """Return uniform random numbers in [0, 1), multiples of 2^-24.
+
+    Args:
+        keys_BS: `noise_keys` of the tokens.
+        salt: the layer; different values give unrelated numbers.
+        channels: D.
+
+    Returns:
+        [B, S, D] of `dtype`.
+    """
     channel_D = torch.arange(channels, device=keys_BS.device) * GOLDEN
-    drawn = mix(mix(keys_BS + salt).unsqueeze(-1) + channel_D)
-    return _shift_right(drawn, 40).to(dtype) * 2.0**-24
+    bits_BSD = mix(mix(keys_BS + salt).unsqueeze(-1) + channel_D)
+    return _shift_right(bits_BSD, 40).to(dtype) * 2.0**-24
