@@ -43,8 +43,8 @@ def train(config: Config) -> dict[str, Any]:
     from moe.generation.sampling import Sampling
     from parallel.mesh import build_mesh, close_process_group, init_process_group, set_timeout
     from parallel.startup.launch import world_from_env
-    from parallel.startup.preflight import check_ranks_agree, collect_facts
-    from parallel.startup.rendezvous import open_store, share, wait_for_all
+    from parallel.startup.preflight import check_ranks_agree, collect_properties
+    from parallel.startup.rendezvous import choose_on_rank0, open_store, wait_for_all
     from training.build import build_engine, build_parts
     from training.checkpoint import checkpoint
     from training.checkpoint.manifest import CHECKPOINTS
@@ -87,9 +87,9 @@ def train(config: Config) -> dict[str, Any]:
     #    others through the launcher's key-value store: whatever is wrong shows before a process group exists.
     agreed = open_store(world, config.parallel.start_timeout_s)
     libraries = ("deepspeed",) if config.engine.kind == "deepspeed" else ()
-    facts = collect_facts(to_dict(config), device.type, str(dtype), libraries)
+    facts = collect_properties(to_dict(config), device.type, str(dtype), libraries)
     check_ranks_agree(agreed, world, facts, config.parallel.start_timeout_s)
-    name = torchrun_name(config.run, lambda choose: share(agreed, world, "name", choose))
+    name = torchrun_name(config.run, lambda choose: choose_on_rank0(agreed, world, "name", choose))
     directory = prepare_directory(config.run, name)
     store = prepare(config.data, verify=world.local_rank == 0, report=show_line if is_main else None)
     check_shared(agreed, world, directory, store.train.key)
@@ -98,7 +98,7 @@ def train(config: Config) -> dict[str, Any]:
     whole = meta_model(model_config, config.router)
     counts = count_parameters(whole)
     trained = trained_elements(whole, choose_trainable(whole, config.optim.train))
-    memory = share(agreed, world, "memory", lambda: memory_of_a_rank(device, world.local_world_size))
+    memory = choose_on_rank0(agreed, world, "memory", lambda: memory_of_a_rank(device, world.local_world_size))
     share_trained = trained / counts.total
     config, plan, warning = resolve_layout(
         config, model_config, world, memory=memory, itemsize=dtype.itemsize, trained=share_trained
@@ -116,8 +116,8 @@ def train(config: Config) -> dict[str, Any]:
     if state:
         check_same_choice(config.optim.train, state.get("train", "all"), str(found))
     fresh = config.run.init_from if found is None else None
-    initial = share(agreed, world, "initial", lambda: find_initial(fresh, warn=show_line))
-    finished = share(agreed, world, "finished", lambda: finished_result(directory, steps))
+    initial = choose_on_rank0(agreed, world, "initial", lambda: find_initial(fresh, warn=show_line))
+    finished = choose_on_rank0(agreed, world, "finished", lambda: finished_result(directory, steps))
     if finished is not None:
         if is_main:
             show_finished(directory, finished)

@@ -1,10 +1,11 @@
-"""Moving tokens to their experts and back, on one device.
+"""Dispatch of tokens to experts, and combination of the experts' outputs, on one device.
 
-Shapes: T tokens, K top-k, D model, E experts, R routed rows (T·K less what is not dispatched).
+Shapes: T tokens, K top-k, D model, E experts, e experts on this rank, R rows (one per dispatched assignment,
+and with `static` some empty ones).
 
-`dispatch` copies each token once for every expert that takes it, grouped by expert; `combine` sums the experts'
-answers per token. Both directions, forward and backward, are gathers: no two threads ever add into one address, so
-the result is the same bit for bit on every run, on GPUs too, without a slower deterministic mode.
+`dispatch` copies each token once for every expert that takes it, grouped by expert. `combine` sums the experts' outputs
+per token, weighted. Both are gathers, forward and backward: no two threads add to the same address. The result is
+therefore the same bit for bit on every run, also on GPUs, without a slower deterministic mode.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -16,42 +17,58 @@ from moe.router import Routing
 
 
 class LocalPlan(NamedTuple):
-    """Where rows came from and where they go back to."""
+    """Which row belongs to which token and assignment."""
 
     tokens_R: Tensor
-    """The token each row is a copy of; T for an empty row."""
+    """The token that each row is a copy of; T for an empty row."""
     assignments_R: Tensor
-    """The assignment (token·K + choice) each row serves; T·K for an empty row."""
+    """The assignment (token·K + choice) of each row; T·K for an empty row."""
     slots_TK: Tensor
-    """The row that serves each assignment; R where none does."""
+    """The row of each assignment; R if the assignment is not dispatched."""
     full: bool
-    """Every assignment has a row, and every row serves one."""
+    """Whether every assignment has a row and no row is empty."""
 
 
 class Dispatcher(Protocol):
-    """The seam between the router and the experts."""
+    """The interface between the router and the experts (expert parallelism installs another implementation)."""
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Rows [R, D] for the experts held here, their counts [e], and the plan to undo it.
+        """Send each token to its experts.
 
-        The rows may still be on their way, and in another order: `wait_rows` is to be called before they are read.
+        Returns:
+            The rows [R, D] for the experts on this rank, the number of rows of each expert [e], and a plan for the
+            other methods. The exchange may not have finished: call `wait_rows` before reading the rows.
         """
         ...
 
     def wait_rows(self, rows_RD: Tensor, plan: Any) -> Tensor:
-        """The rows, here, grouped by expert."""
+        """Wait for the rows that `dispatch` returned. Return them grouped by expert."""
         ...
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: Any) -> Tensor:
-        """The weighted sum of the experts' rows for each token, [T, D]."""
+        """Return the weighted sum of the experts' outputs for each token, [T, D].
+
+        Args:
+            y_RD: the experts' outputs, in the order of `wait_rows`.
+        """
         ...
 
 
 class LocalDispatcher(nn.Module):
-    """All experts are here: sort the assignments by expert (tokens stay in order within an expert)."""
+    """Dispatches to experts that are all on this device, by sorting the assignments by expert.
+
+    The rows of an expert keep the order of their tokens.
+    """
 
     def dispatch(self, x_TD: Tensor, routing: Routing, static: bool = False) -> tuple[Tensor, Tensor, LocalPlan]:
-        """`static`: rows for every expert, `routing.capacity` of them, of which some are empty (zeros)."""
+        """Copy each token once per assignment, grouped by expert.
+
+        Args:
+            static: give every expert exactly `routing.capacity` rows. Rows without an assignment are zeros.
+
+        Returns:
+            As `Dispatcher.dispatch`. The rows are complete already.
+        """
         tokens, top_k = routing.experts_TK.shape
         experts = routing.experts_TK.flatten()
         if static:
@@ -68,13 +85,13 @@ class LocalDispatcher(nn.Module):
     def _dispatch_static(self, x_TD: Tensor, routing: Routing, experts: Tensor) -> tuple[Tensor, Tensor, LocalPlan]:
         tokens, top_k = routing.experts_TK.shape
         assert routing.capacity is not None
-        rows, none = routing.num_experts * routing.capacity, tokens * top_k
+        rows, assignments = routing.num_experts * routing.capacity, tokens * top_k
         order = experts.argsort(stable=True)
         sorted_experts = experts[order]
-        # The place among the rows of its expert: its place among all, less that of the expert's first.
-        place = torch.arange(none, device=order.device) - torch.searchsorted(sorted_experts, sorted_experts)
-        slots = (sorted_experts * routing.capacity + place).clamp_(max=rows)
-        assignments_R = order.new_full((rows + 1,), none).scatter_(0, slots, order)[:rows]
+        # An assignment's index within its expert: its index in the sorted list, less that of the expert's first one.
+        index = torch.arange(assignments, device=order.device) - torch.searchsorted(sorted_experts, sorted_experts)
+        slots = (sorted_experts * routing.capacity + index).clamp_(max=rows)
+        assignments_R = order.new_full((rows + 1,), assignments).scatter_(0, slots, order)[:rows]
         slots_TK = torch.empty_like(order).scatter_(0, order, slots).view(tokens, top_k)
         plan = LocalPlan(assignments_R // top_k, assignments_R, slots_TK, full=False)
         counts_E = order.new_full((routing.num_experts,), routing.capacity)
@@ -91,14 +108,14 @@ class LocalDispatcher(nn.Module):
 
 
 def _with_zero(rows: Tensor, plan: LocalPlan) -> Tensor:
-    """The rows and one of zeros behind them, which stands for those that are missing."""
+    """Append a row of zeros, which the indices of missing rows point to. A full plan has no missing rows."""
     if plan.full:
         return rows
     return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
 
 
 def _rows_of_assignments(rows_RD: Tensor, plan: LocalPlan) -> Tensor:
-    """[T, K, D]: the row of each assignment, zeros where there is none."""
+    """Return the row of each assignment, [T, K, D], and zeros for assignments that are not dispatched."""
     rows_RD = _with_zero(rows_RD, plan)
     return rows_RD.index_select(0, plan.slots_TK.flatten()).unflatten(0, plan.slots_TK.shape)
 

@@ -1,6 +1,7 @@
-"""The experts: E feed-forward networks with stacked weights, applied to rows that are grouped by expert.
+"""The experts: feed-forward networks with stacked weights, applied to rows that are grouped by expert.
 
-Shapes: R routed rows, D model, F expert hidden, e experts held here, O and I output and input width of one matmul.
+Shapes: R routed rows, D model, F expert hidden width, e experts on this rank, O and I output and input width of one
+matmul.
 """
 
 from collections.abc import Callable
@@ -14,32 +15,34 @@ from moe.feedforward import hidden
 from moe.recompute import Recompute, recomputes
 
 GROUPED_WIDTH = 8
-"""Grouped matmuls want rows of whole 16 bytes: eight bf16 numbers."""
+"""Grouped matmuls need rows of a multiple of 16 bytes, which is eight bf16 numbers."""
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(rows_RI grouped by expert, weight_eOI, counts_e) -> rows_RO."""
+"""Computes (rows_RI, weight_eOI, counts_e) -> rows_RO: each row times the transposed weight of its expert. Rows are
+grouped by expert, and `counts_e` is the number of rows of each."""
 
 
 def loop_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
-    """One matmul an expert: the readable reference, on CPUs as fast as the other. No rows for an expert, none back."""
+    """Multiply with one matmul per expert. This is the readable reference, and as fast as `grouped_kernel` on CPUs."""
     pairs = list(zip(rows_RI.split(counts_e.tolist()), weight_eOI.unbind(), strict=True))
     if not torch.is_grad_enabled():
-        # One token reaches few experts, and a call costs more than its work. (A gradient wants every weight's part.)
+        # In generation most experts get no row, and a call costs more than its work. With gradients every expert is
+        # called, so that every weight gets a gradient.
         pairs = [pair for pair in pairs if pair[0].shape[0]] or pairs[:1]
     return torch.cat([F.linear(rows, weight) for rows, weight in pairs])
 
 
 def grouped_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
-    """One grouped matmul for all experts, without a look at the counts from the host (bf16 and fp32)."""
+    """Multiply with one grouped matmul for all experts. The host does not wait for the counts (bf16 and fp32 only)."""
     ends_e = counts_e.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(rows_RI, weight_eOI.transpose(1, 2), offs=ends_e)
 
 
 def auto_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
-    """Grouped where torch has a fused kernel for it, else the loop (figures: benchmarks/RESULTS.md).
+    """Use `grouped_kernel` where torch has a fused kernel for it, else `loop_kernel` (timings: benchmarks/RESULTS.md).
 
-    That is bf16 on GPUs of compute capability 8 and 9, with widths of whole 16 bytes. (On 10, torch issue 172439
-    reports weight gradients that are not zero for experts without rows.)
+    torch has one for bf16 on GPUs of compute capability 8 and 9, with rows of a multiple of 16 bytes. (For 10, torch
+    issue 172439 reports weight gradients that are not zero for experts without rows.)
     """
     fused = (
         rows_RI.is_cuda
@@ -54,9 +57,13 @@ KERNELS: dict[str, Kernel] = {"auto": auto_kernel, "grouped": grouped_kernel, "l
 
 
 class Experts(nn.Module):
-    """w_down(hidden(x)) for each expert; `kind` says what the hidden layer is (`moe.feedforward.hidden`).
+    """The experts of one MoE layer on this rank: each computes w_down(hidden(x)) (`moe.feedforward.hidden`).
 
-    `first_expert` is the global index of the first expert held here: expert parallelism keeps a contiguous range.
+    Expert parallelism keeps a contiguous range of the layer's experts on each rank.
+
+    Attributes:
+        first_expert: index in the layer of the first expert on this rank.
+        kernel: how the experts' matmuls are computed, one of `KERNELS`.
     """
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, kind: str, kernel: str) -> None:
@@ -73,6 +80,16 @@ class Experts(nn.Module):
 
     @recomputes("selective")
     def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
+        """Apply each expert to its rows.
+
+        Args:
+            rows_RD: rows grouped by expert.
+            counts_e: number of rows of each expert.
+
+        Returns:
+            [R, D], in the same order.
+        """
+
         def apply(x_RI: Tensor, weight_eOI: Tensor) -> Tensor:
             return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
 
@@ -80,12 +97,12 @@ class Experts(nn.Module):
         return apply(hidden_RF, self.w_down)
 
     @property
-    def held(self) -> int:
-        """Experts held here."""
+    def num_local(self) -> int:
+        """Number of experts on this rank."""
         return self.w_up.shape[0]
 
     def extra_repr(self) -> str:
-        held, width, dim = self.w_up.shape
-        last = self.first_expert + held - 1
+        num_local, width, dim = self.w_up.shape
+        last = self.first_expert + num_local - 1
         shape = f"{dim} -> {width} -> {dim}"
         return f"experts {self.first_expert}-{last}, {self.kind}, {shape}, kernel={self.kernel_name}"

@@ -1,7 +1,7 @@
-"""The two elementary modules: a bias-free linear map and RMSNorm. Weights stay in master precision.
+"""The two elementary modules: a linear map without bias, and RMSNorm.
 
-Computation follows the dtype of the activations: a weight held in fp32 is cast where it is used, so its gradient
-arrives in fp32 and no ambient autocast state decides what precision a line of code runs in.
+Both compute in the dtype of the activations. An fp32 weight is cast where it is used, so its gradient is fp32 too.
+autocast is not used: the precision of a line of code does not depend on a global state.
 """
 
 import torch
@@ -10,20 +10,20 @@ from torch.nn import functional as F
 
 
 class Linear(nn.Linear):
-    """`y = x W^T` in the dtype of `x`; weight [out, in]."""
+    """y = x W^T in the dtype of `x`, with a weight [out_features, in_features]."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        """Nothing: `moe.init.init_parameters` is the one place that draws weights."""
+        """Do nothing: `moe.init.init_parameters` initialises all weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (arXiv 1910.07467); the mean square is taken in at least fp32."""
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467), with the mean square in at least fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()

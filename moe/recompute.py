@@ -1,12 +1,12 @@
-"""What the backward pass computes again instead of keeping (activation checkpointing, arXiv 1604.06174).
+"""Recomputation of activations in the backward pass (activation checkpointing, arXiv 1604.06174).
 
-- `selective`: the hidden layers of experts and dense networks, most of what a block keeps. No communication lies in
-  between, so none is repeated.
-- `full`: whole blocks, of which only the input is kept, and what orders tokens by expert: routing is decided once.
-  Communication in the block is repeated.
+- `selective`: the hidden layers of experts and dense networks are recomputed. They are most of the activations of a
+  block, and recomputing them repeats no communication.
+- `full`: whole blocks are recomputed, communication included. A block stores its input, and the results of sorting, so
+  that tokens go to the same experts in both passes.
 
-Statistics of the router are what the forward pass returned; those of the second pass are dropped, so that nothing
-counts twice.
+The router statistics are those of the forward pass. The statistics of the recomputation are not used, so no token is
+counted twice.
 """
 
 from collections import deque
@@ -24,20 +24,20 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def set_recompute(model: nn.Module, mode: Recompute) -> None:
-    """Set it on every module that knows how."""
+    """Set the attribute `recompute` of every module that has one."""
     for module in model.modules():
         if hasattr(module, "recompute"):
-            setattr(module, "recompute", mode)  # noqa: B010 (its type is not nn.Module's to know)
+            setattr(module, "recompute", mode)  # noqa: B010 (nn.Module declares no such attribute)
 
 
 def recomputes(mode: Recompute) -> Callable[[Method], Method]:
-    """Decorator of a module's method: it is `recomputed` where the module's attribute `recompute` is `mode`."""
+    """Return a decorator for a module's method. The method is `recomputed` if the module's attribute `recompute` equals
+    `mode`, and called directly otherwise."""
 
     def decorate(method: Method) -> Method:
         @wraps(method)
         def run(self: Any, *arguments: Any) -> Any:
-            bound = method.__get__(self)
-            return recomputed(bound, *arguments) if self.recompute == mode else bound(*arguments)
+            return recomputed(method, self, *arguments) if self.recompute == mode else method(self, *arguments)
 
         return cast(Method, run)
 
@@ -45,35 +45,39 @@ def recomputes(mode: Recompute) -> Callable[[Method], Method]:
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, whose intermediates exist again only while its backward pass runs."""
+    """Return `function(*arguments)`. Its intermediate results are freed, and computed again in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*arguments)
-    # No random state to restore: nothing here draws from a generator (moe/noise.py hashes).
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_decided_once)
+    # The model draws from no random generator (`moe.noise` hashes instead), so there is no random state to restore.
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_sort_once)
 
 
-class _Decisions(TorchDispatchMode):
-    """Sorting is behind top-k, capacity and the order of dispatched rows: its results are kept, or used again.
+class _StoredSorts(TorchDispatchMode):
+    """Stores the result of every sort in the forward pass, and returns it again in the recomputation.
 
-    (torch's selective checkpoint contexts do that for any operator, but want the two passes to call the same operators
-    one for one, and FSDP gathers weights where it sees fit.)
+    Sorting decides top-k, capacity and the order of dispatched rows. A rounding difference between the two passes must
+    not change these decisions.
+
+    (torch's selective checkpoint contexts do this for any operator, but they require both passes to call the same
+    operators in the same order. Under FSDP they do not, because it all-gathers weights only if they are not present.)
     """
 
-    def __init__(self, kept: deque[Any], again: bool) -> None:
+    def __init__(self, results: deque[Any], recomputing: bool) -> None:
         super().__init__()
-        self.kept = kept
-        self.again = again
+        self.results = results
+        self.recomputing = recomputing
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "overloadpacket", None) is not torch.ops.aten.sort:
             return function(*args, **kwargs or {})
-        if self.again:
-            return self.kept.popleft()
+        if self.recomputing:
+            return self.results.popleft()
         result = function(*args, **kwargs or {})
-        self.kept.append(tuple(part.detach() for part in result))
+        self.results.append(tuple(part.detach() for part in result))
         return result
 
 
-def _decided_once() -> tuple[_Decisions, _Decisions]:
-    kept: deque[Any] = deque()
-    return _Decisions(kept, again=False), _Decisions(kept, again=True)
+def _sort_once() -> tuple[_StoredSorts, _StoredSorts]:
+    """The contexts of the forward pass and of the recomputation."""
+    results: deque[Any] = deque()
+    return _StoredSorts(results, recomputing=False), _StoredSorts(results, recomputing=True)

@@ -8,9 +8,18 @@ from torch import Tensor
 
 
 def rotary_table(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, two tensors [B, 1, S, C] of `dtype`.
+    """Return the cosine and the sine of the rotation angles of every position.
 
-    Angles are computed in fp32 (fp64 for an fp64 model): in bf16, positions beyond 256 would collapse.
+    Angles are computed in fp32 (fp64 for an fp64 model), because bf16 cannot represent all integers above 256.
+
+    Args:
+        positions_BS: position of each token in its document.
+        head_dim: C.
+        theta: base of the geometric sequence of frequencies.
+        dtype: of the result.
+
+    Returns:
+        Two tensors [B, 1, S, C].
     """
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=wide) / head_dim
@@ -20,7 +29,7 @@ def rotary_table(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch
 
 
 def apply_rotary(x_BHSC: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_i, x_{i + C/2}) by its position's angle."""
+    """Rotate each pair (x_i, x_{i + C/2}) by the angle of its position. `table`: the result of `rotary_table`."""
     cos, sin = table
     first, second = x_BHSC.chunk(2, dim=-1)
     return x_BHSC * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,6 +1,6 @@
-"""Gradients across ranks: summed once, and their norm with every parameter element counted once.
+"""Gradients across ranks: their sum, and their global norm.
 
-Losses are already divided by the global token count (training/step.py), so gradients are summed, never averaged.
+Gradients are summed and not averaged, because training/step.py divides the loss by the global token count.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,16 +13,19 @@ from parallel.mesh import Mesh
 from parallel.weight_shards import replica_group
 
 BUCKET_BYTES = 64 * 2**20
+"""Gradients are all-reduced in buckets of about this size."""
 
 
 def sum_gradients(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: frozenset[str] = frozenset()) -> None:
-    """Sum each gradient over the ranks that hold the same part of its parameter (after FSDP's own sum over the rest).
+    """Sum each gradient, in place, over the ranks that store the same shard of its parameter. Collective.
 
-    Given is what trains and lies here: all ranks that hold a part give the same, others may give more or nothing. A
-    parameter no token reached has no gradient on this rank: it takes part with zeros.
+    FSDP has already summed the gradients over the ranks that store other shards. A parameter that no token of this rank
+    has reached has no gradient, and takes part with zeros.
 
     Args:
-        tied: names of parameters that the first and the last pipeline stage both hold.
+        parameters: the trainable parameters that this rank stores. Ranks that store the same shard must pass the same
+            names. Ranks that store other shards can pass other names, or none.
+        tied: names of parameters that both the first and the last pipeline stage store.
     """
     by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
     for name, parameter in parameters.items():
@@ -37,7 +40,8 @@ def sum_gradients(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: froz
 
 
 def _sum_in_buckets(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
-    """All-reduce in place, bucket by bucket; one bucket travels while the next is packed, and no more are copied."""
+    """All-reduce in place, bucket by bucket. The next bucket is packed while one is being reduced, so that at most two
+    buckets of copies exist."""
     pending: list[tuple[list[Tensor], Tensor, dist.Work]] = []
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
@@ -58,22 +62,27 @@ def _unpack(bucket: list[Tensor], flat: Tensor, work: dist.Work) -> None:
 
 def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
     bucket: list[Tensor] = []
-    held = 0
+    nbytes = 0
     for gradient in gradients:
         bucket.append(gradient)
-        held += gradient.numel() * gradient.element_size()
-        if held >= BUCKET_BYTES:
+        nbytes += gradient.numel() * gradient.element_size()
+        if nbytes >= BUCKET_BYTES:
             yield bucket
-            bucket, held = [], 0
+            bucket, nbytes = [], 0
     if bucket:
         yield bucket
 
 
 def global_grad_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: frozenset[str] = frozenset()) -> Tensor:
-    """L2 norm over every parameter element that trains, each counted once; call it after `sum_gradients`.
+    """Return the L2 norm of the gradients of all trainable parameters. Call it after `sum_gradients`. Collective.
 
-    A part that m ranks hold counts 1/m on each of them. Returns an fp64 scalar that is the same on all ranks, NaN or
-    infinite on all ranks if it is on one.
+    Every element of a parameter counts once: a shard that m ranks store counts 1/m on each of them.
+
+    Args:
+        parameters, tied: as for `sum_gradients`.
+
+    Returns:
+        An fp64 scalar, the same on all ranks. If a gradient of any rank is not finite, it is NaN or infinite on all.
     """
     total = torch.zeros((), device=mesh.device, dtype=torch.float64)
     by_copies: dict[int, list[Tensor]] = {}
@@ -82,7 +91,7 @@ def global_grad_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: f
             copies = replica_group(name, mesh).size() * (2 if name in tied else 1)
             by_copies.setdefault(copies, []).append(parameter.grad)
     for copies, gradients in by_copies.items():
-        # Under offload routers' gradients are on the device, and others in host memory.
+        # With offload, the gradients of routers are on the device, and the others are in host memory.
         norms = [norm.double().to(total.device) for norm in torch._foreach_norm(gradients)]
         total += torch.stack(norms).square().sum() / copies
     dist.all_reduce(total, group=mesh.world)
@@ -90,6 +99,7 @@ def global_grad_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: f
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    """Multiply every gradient by `factor`, in place."""
     for parameter in parameters:
         if parameter.grad is not None:
             parameter.grad.mul_(factor.to(parameter.grad))

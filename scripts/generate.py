@@ -73,12 +73,12 @@ class GenerateConfig:
 def generate_text(config: GenerateConfig) -> None:
     """Read and tokenize what is asked, once; then generate here or in own workers."""
     if "RANK" in os.environ:
-        from parallel.startup.rendezvous import open_store, share
+        from parallel.startup.rendezvous import choose_on_rank0, open_store
 
         die_with_parent()
         world = world_from_env()
         store = open_store(world, START_TIMEOUT_S)
-        work(config, share(store, world, "request", lambda: read_request(config)), store)
+        work(config, choose_on_rank0(store, world, "request", lambda: read_request(config)), store)
         return
     in_processes(config.launch, work, config, read_request(config))
 

@@ -11,7 +11,7 @@ from common.errors import CheckpointError, ConfigError, DataError, RunError
 from common.strict import from_dict, to_dict
 from moe.config import ModelConfig, RouterConfig
 from parallel.startup.launch import World
-from parallel.startup.rendezvous import share, wait_for_all
+from parallel.startup.rendezvous import choose_on_rank0, wait_for_all
 from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified, read_state
 from training.config import Config
 from training.initial import FREE_MODEL_KEYS, ROUTER_KEYS
@@ -26,7 +26,7 @@ def check_shared(store: dist.Store, world: World, directory: Path, tokens: str) 
     probe = f".seen-by-all-{world.restart_count}"
     if world.rank == 0:
         (directory / probe).touch()
-    theirs = share(store, world, "tokens", lambda: tokens)
+    theirs = choose_on_rank0(store, world, "tokens", lambda: tokens)
     if not (directory / probe).exists():
         raise RunError(
             f"run.root={directory.parent}: expected a directory that all nodes share; rank 0 sees another one"

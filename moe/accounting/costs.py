@@ -1,7 +1,7 @@
-"""What a model costs in memory, and how far it sees: parameters counted on its modules, the rest from its config.
+"""Memory of a model and reach of its attention. `moe.accounting.flops` counts operations.
 
-Letters: L layers, W window (keys a query sees, itself included), n context, G key/value heads, C head dim, E experts,
-k of them per token. Operations are counted in moe/accounting/flops.py.
+Letters: L layers, W window (keys that a query attends to, its own position included), n context, G key/value heads,
+C head dim, E experts, k experts per token.
 """
 
 from dataclasses import dataclass, replace
@@ -20,17 +20,17 @@ BYTES: dict[DType, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Parts:
-    """Parameters by what they are part of; every one is counted once."""
+    """Numbers of parameters by component. Each parameter is counted once."""
 
     embedding: int = 0
     head: int = 0
-    """0 when it is tied to the embedding."""
+    """0 if the head is tied to the embedding."""
     attention: int = 0
     router: int = 0
     routed_experts: int = 0
     shared_experts: int = 0
     dense_ffn: int = 0
-    """Feed-forward networks of the layers that are no MoE layers."""
+    """Feed-forward networks of the dense layers."""
     norms: int = 0
 
     @property
@@ -40,73 +40,74 @@ class Parts:
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """Of all ranks together, activations not counted."""
+    """Bytes of all ranks together, without activations."""
 
     weights: int
     gradients: int
     master: int
-    """fp32 copy of weights that are not fp32 themselves."""
+    """The fp32 copy of 16-bit weights; 0 for fp32 weights."""
     moments: int
-    """Adam's two, fp32."""
+    """Adam's two moments, in fp32."""
     optimizer: int
-    """`master` and `moments`."""
+    """The sum of `master` and `moments`."""
     total: int
 
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """Keys and values of `batch` rows of `context` tokens."""
+    """Bytes of the keys and values of `batch` rows of `context` tokens."""
 
     full: int
-    """n entries in every layer."""
+    """With n entries in every layer."""
     rolling: int
-    """W entries in a layer with a window, whatever n is (`moe.attention.cache.Cache`); n in the others."""
+    """With W entries in a layer with a window, also where n < W, and n in the others (`moe.attention.cache.Cache`)."""
 
 
 @dataclass(frozen=True)
 class WindowSaving:
-    """Query-key pairs of one head and one row of n tokens: full attention against a window W."""
+    """Query-key pairs of one head and one row of n tokens, with full attention and with a window W."""
 
     context: int
     window: int
     full: int
-    """n·n, a mask that is not causal."""
+    """n·n: without a causal mask."""
     windowed: int
     """n·min(W, n)."""
     saved: float
-    """Share of `full` that the window saves."""
+    """The fraction of `full` that the window saves."""
     causal: int
-    """n·(n + 1)/2: what full causal attention needs."""
+    """n·(n + 1)/2: under a causal mask."""
     causal_windowed: int
+    """Under a causal mask and the window."""
     saved_of_causal: float
-    """Share of `causal` that the window saves: what it is worth in a causal model."""
+    """The fraction of `causal` that the window saves, which is what a causal model saves."""
 
 
 def count_parts(model: Transformer) -> Parts:
-    """Parameters of a whole model (the meta device will do), by part."""
+    """Count the parameters of a whole model by component. The model can be on the meta device."""
     counts = dict.fromkeys(vars(Parts()), 0)
     counts["embedding"] = model.embedding.numel()
-    for part, module in _parts(model):
+    for part, module in _modules_by_part(model):
         counts[part] += sum(parameter.numel() for parameter in module.parameters())
     parts = Parts(**counts)
-    assert parts.total == sum(parameter.numel() for parameter in model.parameters()), "a module belongs to no part"
+    assert parts.total == sum(parameter.numel() for parameter in model.parameters()), "a module belongs to no component"
     return parts
 
 
 def active_parts(parts: Parts, config: ModelConfig) -> Parts:
-    """What one token touches: k of E routed experts; router, shared experts and embedding in full."""
+    """The parameters that one token uses: k of E routed experts, and everything else in full."""
     if config.num_experts is None or config.top_k is None:
         return parts
     return replace(parts, routed_experts=parts.routed_experts // config.num_experts * config.top_k)
 
 
 def training_bytes(parameters: int, dtype: DType | None = None) -> TrainingBytes:
-    """Memory of AdamW's training.
+    """Return the memory of training with AdamW.
 
     Args:
-        dtype: `None`: as this project holds it, weights, gradients and both moments in fp32 whatever the arithmetic
-            (weights are cast where they are used). Else weights and gradients in `dtype`; a 16-bit one needs an fp32
-            master copy of the weights beside the moments (arXiv 1710.03740).
+        dtype: of weights and gradients. A 16-bit type needs an fp32 master copy of the weights besides the moments
+            (arXiv 1710.03740). None: as Mixwright stores them, weights, gradients and both moments in fp32 whatever
+            the compute dtype, to which weights are cast where they are used.
     """
     weights = parameters * (4 if dtype is None else BYTES[dtype])
     master = 0 if weights == 4 * parameters else 4 * parameters
@@ -122,7 +123,12 @@ def training_bytes(parameters: int, dtype: DType | None = None) -> TrainingBytes
 
 
 def cache_bytes(config: ModelConfig, batch: int, context: int, dtype: DType) -> CacheBytes:
-    """2·G·C numbers an entry: a key and a value."""
+    """Return the size of the key/value cache. An entry is a key and a value of one token and layer, 2·G·C numbers.
+
+    Args:
+        batch: rows.
+        context: tokens per row.
+    """
     entry = 2 * config.num_kv_heads * config.head_dim * BYTES[dtype] * batch
     windows = [config.window(layer) for layer in range(config.num_layers)]
     rolling = sum(context if window is None else window for window in windows)
@@ -130,19 +136,23 @@ def cache_bytes(config: ModelConfig, batch: int, context: int, dtype: DType) -> 
 
 
 def receptive_field(config: ModelConfig) -> int | None:
-    """Σ W over the layers: L·W, as Mistral 7B (arXiv 2310.06825) counts it; `None`: a layer sees everything."""
+    """Return Σ W over the layers, L·W, as Mistral 7B (arXiv 2310.06825) counts it; None if a layer has no window."""
     windows = [config.window(layer) for layer in range(config.num_layers)]
-    known = [window for window in windows if window is not None]
-    return sum(known) if len(known) == len(windows) else None
+    finite = [window for window in windows if window is not None]
+    return sum(finite) if len(finite) == len(windows) else None
 
 
 def farthest_token(config: ModelConfig) -> int | None:
-    """How many tokens back the oldest one lies that can reach a logit: Σ (W - 1), because W counts the query itself."""
+    """Return the distance, in tokens, from a logit to the oldest token that can change it; None: unlimited.
+
+    It is Σ (W - 1) over the layers, because W includes the query's own position.
+    """
     field = receptive_field(config)
     return None if field is None else field - config.num_layers
 
 
 def window_saving(context: int, window: int) -> WindowSaving:
+    """Return what a window of `window` keys saves for a row of `context` tokens."""
     full, windowed = context * context, context * min(window, context)
     causal, causal_windowed = attended_pairs(None, context), attended_pairs(window, context)
     return WindowSaving(
@@ -157,16 +167,17 @@ def window_saving(context: int, window: int) -> WindowSaving:
     )
 
 
-def _parts(model: Transformer) -> list[tuple[str, nn.Module]]:
-    found: list[tuple[str, nn.Module]] = [("norms", model.norm)]
+def _modules_by_part(model: Transformer) -> list[tuple[str, nn.Module]]:
+    """The modules of a model, each with the field of `Parts` that counts it. The embedding is a bare parameter."""
+    modules: list[tuple[str, nn.Module]] = [("norms", model.norm)]
     if model.head is not None:
-        found.append(("head", model.head))
+        modules.append(("head", model.head))
     for block in model.layers:
         assert isinstance(block, Block)
-        found += [("norms", block.attention_norm), ("norms", block.ffn_norm), ("attention", block.attention)]
+        modules += [("norms", block.attention_norm), ("norms", block.ffn_norm), ("attention", block.attention)]
         if isinstance(block.ffn, MoELayer):
-            found += [("router", block.ffn.router), ("routed_experts", block.ffn.experts)]
-            found += [] if block.ffn.shared is None else [("shared_experts", block.ffn.shared)]
+            modules += [("router", block.ffn.router), ("routed_experts", block.ffn.experts)]
+            modules += [] if block.ffn.shared is None else [("shared_experts", block.ffn.shared)]
         else:
-            found.append(("dense_ffn", block.ffn))
-    return found
+            modules.append(("dense_ffn", block.ffn))
+    return modules

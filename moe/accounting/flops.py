@@ -1,6 +1,6 @@
-"""What a model costs: parameters and floating-point operations, counted on the modules themselves.
+"""Parameters and floating-point operations of a model, counted on its modules.
 
-A model that fits nowhere is counted on the meta device.
+The modules can be on the meta device (`meta_model`), so a model of any size can be counted.
 """
 
 from typing import NamedTuple
@@ -14,18 +14,21 @@ from moe.model import Transformer
 
 
 class ParameterCounts(NamedTuple):
+    """Numbers of parameters."""
+
     total: int
     active: int
-    """Parameters one token touches: routed experts count for top_k of num_experts, embeddings in full."""
+    """Parameters that one token uses: top_k of num_experts routed experts, and everything else in full, embeddings
+    included."""
     experts: int
-    """Parameters of routed experts held by this module."""
+    """Parameters of the routed experts."""
 
 
 def meta_model(config: ModelConfig, router: RouterConfig) -> Transformer:
-    """The whole model without a byte of weights.
+    """Build the whole model on the meta device, without memory for its weights.
 
     Raises:
-        ModelError: a size or a number of bytes that no tensor has.
+        ModelError: a tensor cannot have the configured size.
     """
     try:
         with torch.device("meta"):
@@ -36,7 +39,7 @@ def meta_model(config: ModelConfig, router: RouterConfig) -> Transformer:
 
 
 def count_parameters(model: Transformer) -> ParameterCounts:
-    """Parameters of `model` as it stands (after expert parallelism: what this rank holds)."""
+    """Count the parameters of `model`. A model divided over ranks has fewer: only those that this rank stores."""
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = sum(
         parameter.numel()
@@ -50,10 +53,11 @@ def count_parameters(model: Transformer) -> ParameterCounts:
 
 
 def forward_flops_per_token(model: Transformer, seq_len: int) -> float:
-    """Model FLOPs of the forward pass for one token of a row of `seq_len`.
+    """Return the FLOPs of the forward pass per token of a row of `seq_len` tokens.
 
-    2 per active matmul parameter (norms and the embedding's lookup are no matmul; a tied head is), plus attention's
-    4·H·C per query-key pair and layer, with the true number of keys a causal, windowed query reaches on average.
+    Each active parameter of a matmul costs 2 FLOPs. Norms and the lookup in the embedding are not matmuls; the head is
+    one, also when it is tied to the embedding. Attention costs 4·H·C FLOPs per query-key pair and layer, for the pairs
+    that the causal mask and the window leave.
     """
     config = model.config
     vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
@@ -64,11 +68,18 @@ def forward_flops_per_token(model: Transformer, seq_len: int) -> float:
 
 
 def training_flops_per_token(model: Transformer, seq_len: int) -> float:
-    """Model FLOPs of forward and backward: a matmul's two gradients cost it twice more (recompute not counted)."""
+    """Return the FLOPs of the forward and the backward pass per token: three times those of the forward pass.
+
+    The backward pass computes two gradients per matmul. Recomputed activations are not counted.
+    """
     return 3 * forward_flops_per_token(model, seq_len)
 
 
 def attended_pairs(window: int | None, seq_len: int) -> int:
-    """Query-key pairs of one row of `seq_len` under a causal mask and a window."""
+    """Count the query-key pairs of one row of `seq_len` tokens under a causal mask and a window.
+
+    >>> attended_pairs(None, 4), attended_pairs(2, 4)
+    (10, 7)
+    """
     reach = min(window or seq_len, seq_len)
     return reach * (reach + 1) // 2 + (seq_len - reach) * reach

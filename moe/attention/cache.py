@@ -1,14 +1,15 @@
-"""Keys and values of the tokens so far, in buffers that never grow: what generation remembers.
+"""The key/value cache for generation: keys and values of earlier tokens, in buffers of fixed size.
 
-Shapes: B batch (rows), S tokens of this chunk, W entries of a buffer, X keys in reach, m = min(S, W) entries written,
-G key/value heads, C head dim.
+Shapes: B batch (rows), S tokens of a chunk, W slots of a buffer, X keys that a block of queries attends to,
+m = min(S, W) slots written, G key/value heads, C head dim.
 
-A layer with a window W keeps exactly its last W keys and values (Mistral 7B, arXiv 2310.06825): the token at position
-p lies in slot p % W, where it replaces the one that no later query can see. A layer without a window keeps `max_len`.
-Rows are independent: each has its own length, and a chunk may hold fewer tokens of one row than of another.
+A layer with a window W stores exactly its last W keys and values (Mistral 7B, arXiv 2310.06825): the token at position
+p is stored in slot p % W, where it replaces a token that no later query attends to. A layer without a window stores
+`max_len` of them. Rows are independent: each has its own length, and a chunk can contain fewer tokens of one row than
+of another.
 
-What a forward does to the positions (masks, slots to write) is worked out once, in `begin`, for all layers of one
-window, and becomes the state once, in `advance`. Between the two, each layer reads and writes its own buffers.
+`Cache.begin` derives masks and slots from the positions of a chunk, once for all layers with the same window.
+Each layer then reads and writes its own buffers. `Cache.advance` counts the chunk as stored, after the last layer.
 """
 
 from typing import NamedTuple
@@ -20,13 +21,20 @@ from moe.attention.masked import masked_attention
 from moe.config import ModelConfig
 
 EMPTY = -1
-"""Stored position of a slot that holds nothing."""
+"""The position that is recorded for an empty slot."""
 MIN_QUERIES = 64
-"""Long chunks are attended to in blocks of queries, of the window's width and at least this many."""
+"""The smallest number of queries of a block. A long chunk is divided into blocks as wide as the window, or this wide if
+the window is smaller."""
 
 
 class Cache:
-    """The buffers of a whole model. `Transformer.forward` calls `begin` first and `advance` last."""
+    """The buffers of a whole model. `Transformer.forward` calls `begin` before its first layer and `advance` after its
+    last one.
+
+    Attributes:
+        lengths_B: number of tokens stored for each row, int64.
+        layers: the `LayerCache` of each layer.
+    """
 
     def __init__(
         self,
@@ -37,10 +45,10 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        """All memory is taken here.
+        """Allocate all buffers.
 
         Args:
-            max_len: tokens a row can have, in layers without a window; others take any number.
+            max_len: the largest number of tokens of a row. It applies to layers without a window only.
             dtype: of keys and values, the model's compute dtype.
 
         Raises:
@@ -68,39 +76,42 @@ class Cache:
         return sum(x.nbytes for layer in self.layers for x in (layer.k_BGWC, layer.v_BGWC))
 
     def next_positions(self, length: int) -> Tensor:
-        """[B, length]: the positions that the next tokens of each row have."""
+        """The positions [B, length] of the next `length` tokens of each row."""
         return self.lengths_B.unsqueeze(1) + torch.arange(length, device=self.lengths_B.device)
 
     def begin(self, positions_BS: Tensor, valid_BS: Tensor | None = None) -> None:
-        """Announce a chunk; nothing changes before the layers attend to it.
+        """Prepare the layers for a chunk of tokens. The buffers do not change until the layers attend to the chunk.
 
         Args:
-            positions_BS: of the tokens, each row going on where it stopped.
-            valid_BS: False on padding, which stands behind a row's tokens; None: no padding.
+            positions_BS: positions of the tokens. Each row continues at its length, as `next_positions` does.
+            valid_BS: False on padding, which comes after a row's tokens; None: no padding.
 
         Raises:
-            ValueError: padding before tokens, positions that do not go on, or more tokens than `max_len`.
+            ValueError: padding before tokens, positions that do not continue a row, or more tokens than `max_len`.
         """
         length = positions_BS.shape[1]
         if valid_BS is None:
             valid_BS = torch.ones_like(positions_BS, dtype=torch.bool)
         counts_B = valid_BS.sum(dim=1)
-        ragged = (valid_BS[:, 1:] & ~valid_BS[:, :-1]).any()
+        after_padding = (valid_BS[:, 1:] & ~valid_BS[:, :-1]).any()
         jumps = (valid_BS & (positions_BS != self.next_positions(length))).any()
-        found = torch.stack((ragged.long(), jumps.long(), (self.lengths_B + counts_B).max())).tolist()
-        if found[0]:
-            raise ValueError("valid_BS: expected padding behind the tokens of a row only")
-        if found[1]:
-            raise ValueError(f"positions_BS: expected each row to go on at its length, {self.lengths_B.tolist()}")
+        # One transfer from the device for all three numbers.
+        has_inner_padding, has_jumps, longest = torch.stack(
+            (after_padding.long(), jumps.long(), (self.lengths_B + counts_B).max())
+        ).tolist()
+        if has_inner_padding:
+            raise ValueError("valid_BS: expected padding only after the tokens of a row")
+        if has_jumps:
+            raise ValueError(f"positions_BS: expected each row to continue at its length, {self.lengths_B.tolist()}")
         limit = next((slots.size for slots in self._slots.values() if slots.window is None), None)
-        if limit is not None and found[2] > limit:
-            raise ValueError(f"max_len={limit}: expected at least {found[2]}, the tokens of the longest row")
-        self._chunk = _Chunk(positions_BS, valid_BS, counts_B, self.lengths_B, self._longest, found[2])
+        if limit is not None and longest > limit:
+            raise ValueError(f"max_len={limit}: expected at least {longest}, the tokens of the longest row")
+        self._chunk = _Chunk(positions_BS, valid_BS, counts_B, self.lengths_B, self._longest, longest)
         for slots in self._slots.values():
             slots.begin(self._chunk)
 
     def advance(self) -> None:
-        """The chunk's tokens are part of the past from now on."""
+        """Count the tokens of the chunk as stored. Every layer must have attended to the chunk."""
         assert self._chunk is not None, "begin comes first"
         for slots in self._slots.values():
             slots.advance()
@@ -116,9 +127,10 @@ class LayerCache:
         self.k_BGWC, self.v_BGWC = k_BGWC, v_BGWC
 
     def attend(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
-        """The chunk's queries on what the buffer holds and the chunk itself, [B, H, S, C]; then the chunk is kept.
+        """Attend to the stored keys and to those of the chunk, then store the chunk. No gradient reaches the buffers.
 
-        No gradient flows into the buffers.
+        Returns:
+            [B, H, S, C].
         """
         plan = self.slots.plan
         assert plan is not None, "Cache.begin comes first"
@@ -131,59 +143,69 @@ class LayerCache:
 
     def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, block: "_Block") -> Tensor:
         sources = ((self.k_BGWC, k), (self.v_BGWC, v))
-        parts = [(buffer[:, :, : block.held], chunk[:, :, block.keys]) for buffer, chunk in sources]
-        keys, values = (_joined(*part) for part in parts)
+        parts = [(buffer[:, :, : block.slots], chunk[:, :, block.keys]) for buffer, chunk in sources]
+        keys, values = (_concatenate(*part) for part in parts)
         return masked_attention(q[:, :, block.queries], keys, values, block.mask_B1SX)
 
     def _write(self, k: Tensor, v: Tensor, plan: "_Plan") -> None:
         for buffer, chunk in ((self.k_BGWC, k.detach()), (self.v_BGWC, v.detach())):
             shape = (-1, buffer.shape[1], -1, buffer.shape[3])
-            source, slot, fresh = (
-                x[:, None, :, None].expand(shape) for x in (plan.source_Bm, plan.slot_Bm, plan.fresh_Bm)
+            token, slot, has_token = (
+                x[:, None, :, None].expand(shape) for x in (plan.token_Bm, plan.slot_Bm, plan.has_token_Bm)
             )
-            # The slots of a row are distinct, also those that no token comes for: they get what they had.
-            buffer.scatter_(2, slot, torch.where(fresh, chunk.gather(2, source), buffer.gather(2, slot)))
+            # The m slots of a row are distinct. A slot for which the chunk has no token is written with its old value.
+            buffer.scatter_(2, slot, torch.where(has_token, chunk.gather(2, token), buffer.gather(2, slot)))
 
 
 class _Chunk(NamedTuple):
-    """The tokens of one forward."""
+    """The tokens of one forward pass."""
 
     positions_BS: Tensor
     valid_BS: Tensor
     counts_B: Tensor
-    """Tokens of each row."""
+    """Number of tokens of each row in this chunk."""
     lengths_B: Tensor
-    """Tokens of each row before them."""
+    """Number of tokens of each row before this chunk."""
     longest: int
-    """The longest row before them, and with them."""
+    """Length of the longest row before this chunk."""
     longest_after: int
+    """Length of the longest row including this chunk."""
 
 
 class _Block(NamedTuple):
-    """Queries that share a range of keys: the first `held` slots of the buffer, then a part of the chunk."""
+    """Consecutive queries of a chunk, and the keys that they attend to: slots of the buffer, then keys of the chunk."""
 
     queries: slice
-    held: int
+    slots: int
+    """The first `slots` slots of the buffer are among the keys."""
     keys: slice
+    """The keys of the chunk."""
     mask_B1SX: Tensor
 
 
 class _Plan(NamedTuple):
-    """What a layer does with a chunk: who sees whom, and which tokens go to which slots."""
+    """How a layer processes a chunk: which query attends to which key, and which token is stored in which slot."""
 
     write_first: bool
+    """Whether the chunk is stored before its queries attend."""
     blocks: list[_Block]
-    source_Bm: Tensor
-    """The row's last m tokens, as indices into the chunk, last first."""
+    token_Bm: Tensor
+    """The last m tokens of each row, as indices into the chunk, the last token first."""
     slot_Bm: Tensor
-    fresh_Bm: Tensor
-    """Whether there is such a token."""
+    """The slot of each of these tokens."""
+    has_token_Bm: Tensor
+    """False where the row has fewer than m tokens in this chunk."""
     stored_BW: Tensor
-    """`_Slots.stored_BW` once the chunk has been written."""
+    """`_Slots.stored_BW` after the chunk has been stored."""
 
 
 class _Slots:
-    """Which position lies in which slot: the same for all layers of one window."""
+    """The position that each slot stores; the same for all layers with the same window.
+
+    Attributes:
+        stored_BW: position of the token in each slot, or `EMPTY`.
+        plan: what the layers do with the chunk between `begin` and `advance`; None outside.
+    """
 
     def __init__(self, window: int | None, stored_BW: Tensor) -> None:
         self.window = window
@@ -192,57 +214,65 @@ class _Slots:
 
     @property
     def size(self) -> int:
+        """W."""
         return self.stored_BW.shape[1]
 
     def begin(self, chunk: _Chunk) -> None:
         length = chunk.positions_BS.shape[1]
         last_first_m = torch.arange(min(length, self.size), device=chunk.positions_BS.device)
-        source_Bm = chunk.counts_B.unsqueeze(1) - 1 - last_first_m
-        fresh_Bm = source_Bm >= 0
-        position_Bm = chunk.lengths_B.unsqueeze(1) + source_Bm
+        token_Bm = chunk.counts_B.unsqueeze(1) - 1 - last_first_m
+        has_token_Bm = token_Bm >= 0
+        position_Bm = chunk.lengths_B.unsqueeze(1) + token_Bm
         slot_Bm = position_Bm % self.size
         stored_BW = self.stored_BW.scatter(
-            1, slot_Bm, torch.where(fresh_Bm, position_Bm, self.stored_BW.gather(1, slot_Bm))
+            1, slot_Bm, torch.where(has_token_Bm, position_Bm, self.stored_BW.gather(1, slot_Bm))
         )
-        # A single token replaces what it cannot see: it may be written first, and then the buffer is all there is.
+        # A single token replaces one that it does not attend to. It can be stored first, and its query then attends to
+        # the buffer alone.
         write_first = length == 1
         if write_first:
-            held = min(self.size, chunk.longest_after)
-            blocks = [self._block(chunk, stored_BW[:, :held], slice(0, 1), slice(0, 0))]
+            slots = min(self.size, chunk.longest_after)
+            blocks = [self._block(chunk, stored_BW[:, :slots], slice(0, 1), slice(0, 0))]
         else:
             blocks = self._blocks(chunk)
-        self.plan = _Plan(write_first, blocks, source_Bm.clamp(min=0), slot_Bm, fresh_Bm, stored_BW)
+        self.plan = _Plan(write_first, blocks, token_Bm.clamp(min=0), slot_Bm, has_token_Bm, stored_BW)
 
     def advance(self) -> None:
         assert self.plan is not None
         self.stored_BW, self.plan = self.plan.stored_BW, None
 
     def _blocks(self, chunk: _Chunk) -> list[_Block]:
-        """Windows make long chunks cheap: a block of queries no narrower than the window looks at itself and at the W
-        keys before it, of which only the first block finds any in the buffer."""
+        """Divide the queries of a long chunk into blocks that are at least as wide as the window.
+
+        Each block attends to its own keys and to the W - 1 keys before its first query. Only the first block can find
+        some of these in the buffer, so the other blocks do not read it.
+        """
         length = chunk.positions_BS.shape[1]
         width = length if self.window is None else max(self.window, MIN_QUERIES)
-        held_BX = self.stored_BW[:, : min(self.size, chunk.longest)]
+        stored_BX = self.stored_BW[:, : min(self.size, chunk.longest)]
         blocks = []
         for start in range(0, length, width):
             end = min(start + width, length)
             low = 0 if self.window is None else max(0, start + 1 - self.window)
-            blocks.append(self._block(chunk, held_BX[:, :0] if start else held_BX, slice(start, end), slice(low, end)))
+            blocks.append(
+                self._block(chunk, stored_BX[:, :0] if start else stored_BX, slice(start, end), slice(low, end))
+            )
         return blocks
 
-    def _block(self, chunk: _Chunk, held_BX: Tensor, queries: slice, keys: slice) -> _Block:
-        own_BX = chunk.positions_BS.where(chunk.valid_BS, EMPTY)[:, keys]
-        key_B1X = torch.cat((held_BX, own_BX), dim=1).unsqueeze(1)
+    def _block(self, chunk: _Chunk, stored_BX: Tensor, queries: slice, keys: slice) -> _Block:
+        chunk_BX = chunk.positions_BS.where(chunk.valid_BS, EMPTY)[:, keys]
+        key_B1X = torch.cat((stored_BX, chunk_BX), dim=1).unsqueeze(1)
         query_BS1 = chunk.positions_BS[:, queries].unsqueeze(2)
         mask_BSX = (key_B1X != EMPTY) & (key_B1X <= query_BS1)
         if self.window is not None:
             mask_BSX &= key_B1X > query_BS1 - self.window
-        # Padding sees everything: nobody reads it, and a softmax over nothing would be NaN.
+        # Padding attends to every key: its output is not used, and the softmax over no keys would be NaN.
         mask_BSX |= ~chunk.valid_BS[:, queries].unsqueeze(2)
-        return _Block(queries, held_BX.shape[1], keys, mask_BSX.unsqueeze(1))
+        return _Block(queries, stored_BX.shape[1], keys, mask_BSX.unsqueeze(1))
 
 
-def _joined(held: Tensor, own: Tensor) -> Tensor:
-    if held.shape[2] and own.shape[2]:
-        return torch.cat((held, own), dim=2)
-    return held if held.shape[2] else own
+def _concatenate(stored: Tensor, chunk: Tensor) -> Tensor:
+    """Concatenate keys or values along the sequence, without a copy if one of the two is empty."""
+    if stored.shape[2] and chunk.shape[2]:
+        return torch.cat((stored, chunk), dim=2)
+    return stored if stored.shape[2] else chunk

@@ -1,6 +1,6 @@
-"""Attention under an explicit mask, grouped queries without copies of keys and values.
+"""Attention under an explicit mask, with grouped queries and without copies of keys and values.
 
-Shapes: B batch, S queries, X keys, H query heads, G key/value heads, C head dim, r = H/G queries heads a group.
+Shapes: B batch, S queries, X keys, H query heads, G key/value heads, C head dim, r = H/G query heads per group.
 """
 
 import torch
@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 
 def masked_attention(q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, mask_B1SX: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(C)) v where the mask is True; returns [B, H, S, C].
+    """Return softmax(q k^T / sqrt(C)) v over the keys where the mask is True, [B, H, S, C].
 
-    Every query must see at least one key. The r query heads of a group stand below each other, as r·S queries of one
-    head: keys and values are read where they lie.
+    Every query must attend to at least one key. The r query heads of a group are treated as r·S queries of one head, so
+    that keys and values need not be repeated for each of them.
     """
     heads, length, groups = q_BHSC.shape[1], q_BHSC.shape[2], k_BGXC.shape[1]
     ratio = heads // groups

@@ -1,4 +1,6 @@
-"""Text generation through the cache: prompts in chunks, then one token a row and step. Always dropless and causal.
+"""Text generation with a key/value cache: prompts in chunks, then one token per row and step.
+
+Generation is dropless and causal, whatever the router's configuration.
 
 Shapes: B rows (prompts), S tokens of a chunk, V vocabulary.
 """
@@ -15,7 +17,7 @@ from moe.model import ModelInputs, Transformer
 from moe.router import Router
 
 PREFILL_CHUNK = 512
-"""Prompt tokens of a row that run through the model at once."""
+"""Prompt tokens per row that one forward pass processes."""
 
 
 @torch.no_grad()
@@ -31,21 +33,27 @@ def generate(
     on_end: Callable[[int], None] = lambda row: None,
     agree: Callable[[Tensor], Tensor] = lambda logits_BV: logits_BV,
 ) -> list[list[int]]:
-    """Continue each prompt by up to `max_tokens` tokens; the prompts are not part of the result.
+    """Continue each prompt by up to `max_tokens` tokens.
 
     Args:
-        model: any layout; under expert parallelism every rank calls with the same arguments, and all go on until the
-            last row ends.
-        prompts: of any lengths, each at least one token id (usually BOS first).
-        sampling: None for greedy.
-        stop: token ids that end a row and are not returned.
-        on_token: called with (row, token id) as soon as a token is chosen, the rows of a step in order; a true result
-            ends the row after this token. Under expert parallelism its results must be the same on all ranks.
-        on_end: called with the row once it has ended.
-        agree: makes the logits of several ranks one (a broadcast), so that all choose the same tokens.
+        model: a model on one rank, or under expert parallelism its part on each rank. Then every rank must call this
+            function with the same arguments, and all ranks run until the last row has ended.
+        prompts: token ids of each row, at least one per row (usually BOS first). Rows can differ in length.
+        sampling: how tokens are chosen; None: greedy.
+        stop: token ids that end a row. They are not returned.
+        prefill_chunk: prompt tokens per row that one forward pass processes.
+        on_token: called with (row, token id) when a token has been chosen, for the rows of a step in order. If it
+            returns True, the row ends after this token. Under expert parallelism it must return the same on all ranks.
+        on_end: called with the row when it has ended.
+        agree: maps the logits of this rank to logits that are the same on all ranks (a broadcast), so that all ranks
+            choose the same tokens.
+
+    Returns:
+        The new token ids of each row, without the prompt.
 
     Raises:
-        ValueError: no prompt, an empty one, token ids beyond the vocabulary, or a number below its least.
+        ValueError: no prompt, an empty prompt, a token id outside the vocabulary, `max_tokens` below 0, or
+            `prefill_chunk` below 1.
     """
     _check(prompts, model.config.vocab_size or 0, max_tokens, prefill_chunk)
     out: list[list[int]] = [[] for _ in prompts]
@@ -53,13 +61,13 @@ def generate(
         return out
     device = model.embedding.device
     choose = Chooser(sampling or Sampling(), len(prompts))
-    longest = max(map(len, prompts)) + max_tokens - 1  # the last token is never fed back
+    longest = max(map(len, prompts)) + max_tokens - 1  # the last token is not fed to the model
     cache = Cache(model.config, len(prompts), max_len=longest, dtype=model.compute_dtype, device=device)
     with _generating(model):
         logits_BV = agree(_prefill(model, cache, prompts, prefill_chunk))
         rows = list(range(len(prompts)))
         while True:
-            going_on = []
+            unfinished = []
             for row, token in zip(rows, choose(logits_BV[rows], rows), strict=True):
                 ended = token in stop
                 if not ended:
@@ -68,8 +76,8 @@ def generate(
                 if ended:
                     on_end(row)
                 else:
-                    going_on.append(row)
-            rows = going_on
+                    unfinished.append(row)
+            rows = unfinished
             if not rows:
                 return out
             logits_BV = agree(_step(model, cache, out, rows))
@@ -89,29 +97,32 @@ def _check(prompts: Sequence[Sequence[int]], vocab_size: int, max_tokens: int, p
 
 
 def _prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], chunk: int) -> Tensor:
-    """Run the prompts, padded on the right, through the model; returns the logits after the last token of each, fp64
-    [B, V]."""
+    """Run the prompts, padded on the right, through the model in chunks.
+
+    Returns:
+        The logits after the last token of each prompt, fp64 [B, V].
+    """
     longest = max(map(len, prompts))
     device = model.embedding.device
     tokens_BS = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    after: list[Tensor | None] = [None] * len(prompts)
+    logits_by_row: list[Tensor | None] = [None] * len(prompts)
     for start in range(0, longest, chunk):
-        piece_BS = tokens_BS[:, start : start + chunk]
-        positions_BS = torch.arange(start, start + piece_BS.shape[1], device=device).expand_as(piece_BS)
+        chunk_BS = tokens_BS[:, start : start + chunk]
+        positions_BS = torch.arange(start, start + chunk_BS.shape[1], device=device).expand_as(chunk_BS)
         valid_BS = positions_BS < lengths_B.unsqueeze(1)
-        # A row that is through stays where it stopped.
+        # Padding gets the position of the row's last token.
         positions_BS = positions_BS.where(valid_BS, (lengths_B - 1).unsqueeze(1))
-        inputs = ModelInputs(piece_BS, positions_BS, valid_BS=valid_BS)
+        inputs = ModelInputs(chunk_BS, positions_BS, valid_BS=valid_BS)
         logits_BSV = model(inputs, cache=cache).logits_BSV
         for row, prompt in enumerate(prompts):
             if start < len(prompt) <= start + chunk:
-                after[row] = logits_BSV[row, len(prompt) - 1 - start].double()
-    return torch.stack([logits_V for logits_V in after if logits_V is not None])
+                logits_by_row[row] = logits_BSV[row, len(prompt) - 1 - start].double()
+    return torch.stack([logits_V for logits_V in logits_by_row if logits_V is not None])
 
 
 def _step(model: Transformer, cache: Cache, out: list[list[int]], rows: list[int]) -> Tensor:
-    """Feed the newest token of each of `rows`; returns fp64 logits [B, V], without meaning for the other rows."""
+    """Feed the newest token of each row in `rows`. Return fp64 logits [B, V], which mean nothing for other rows."""
     device = model.embedding.device
     tokens_B1 = torch.tensor([[tokens[-1] if tokens else 0] for tokens in out], device=device)
     valid_B1 = None
@@ -124,11 +135,11 @@ def _step(model: Transformer, cache: Cache, out: list[list[int]], rows: list[int
 
 @contextmanager
 def _generating(model: Transformer) -> Iterator[None]:
-    """In evaluation mode (no jitter), and every token routed as if it were alone.
+    """Put the model into evaluation mode, without jitter, and make its routers route each token independently.
 
-    Without expert capacity: C depends on the length so far, and a token must not vanish because others came. Experts
-    that choose tokens would need the whole sequence: instead each token takes its `top_k` most probable experts, with
-    these probabilities as weights.
+    Expert capacity is ignored: it depends on the length of the sequence so far, and a token must not be dropped because
+    of other tokens. Expert choice needs the whole sequence. Each token instead takes its `top_k` most probable experts,
+    with their probabilities as weights.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     training = model.training

@@ -1,4 +1,4 @@
-"""How the next token is chosen from its logits.
+"""The choice of the next token from its logits.
 
 Shapes: B rows, V vocabulary.
 """
@@ -15,14 +15,15 @@ from common.checks import expect
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature, then top-k, then nucleus (top-p, arXiv 1904.09751) among what is left."""
+    """Sampling parameters, applied in this order: temperature, top-k, then nucleus sampling (top-p, arXiv 1904.09751)
+    among the top-k tokens."""
 
     temperature: float = 0.0
-    """Divides the logits. 0: greedy, whatever the other fields say."""
+    """The logits are divided by it. 0: greedy, and the other fields have no effect."""
     top_k: int | None = None
-    """Only the k most probable tokens. None: all."""
+    """Sample from the k most probable tokens. None: from all tokens."""
     top_p: float = 1.0
-    """Only the most probable tokens that together reach this probability, at least one."""
+    """Sample from the smallest set of most probable tokens whose probabilities sum to at least `top_p`."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -33,9 +34,10 @@ class Sampling:
 
 
 class Chooser:
-    """Draws for a batch: row r has a stream of its own, keyed by (seed, r), and takes one number of it a token.
+    """Chooses tokens for the rows of a batch. Row r has its own random number stream, seeded by (seed, r).
 
-    So what row r says depends on its logits only, not on how many other rows there are or when they end.
+    A row takes one number from its stream per token. The tokens of a row therefore depend on its own logits only, and
+    not on the number of other rows or on when they end.
     """
 
     def __init__(self, sampling: Sampling, rows: int) -> None:
@@ -47,7 +49,11 @@ class Chooser:
             self._streams.append(torch.Generator().manual_seed(key))
 
     def __call__(self, logits_BV: Tensor, rows: Sequence[int]) -> list[int]:
-        """One token for each of `rows`, whose logits `logits_BV` holds in that order."""
+        """Choose one token for each row in `rows`.
+
+        Args:
+            logits_BV: logits of these rows, in the order of `rows`.
+        """
         if self.sampling.temperature == 0:
             return logits_BV.argmax(dim=-1).tolist()
         draws = [torch.rand((), generator=self._streams[row], dtype=torch.float64) for row in rows]
@@ -55,15 +61,22 @@ class Chooser:
 
 
 def pick(logits_BV: Tensor, sampling: Sampling, draws_B: Tensor) -> Tensor:
-    """[B]: the token at the quantile `draws_B` (in [0, 1)) of each row's distribution, most probable first."""
+    """Return the token at a quantile of each row's distribution, whose tokens are sorted by falling probability.
+
+    Args:
+        draws_B: quantiles in [0, 1), fp64.
+
+    Returns:
+        Token ids [B].
+    """
     wide_BV = logits_BV.double()
     scaled_BV = (wide_BV - wide_BV.amax(dim=-1, keepdim=True)) / sampling.temperature
     sorted_BV, order_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
     probs_BV = sorted_BV[:, : sampling.top_k].softmax(dim=-1)
     before_BV = probs_BV.cumsum(dim=-1) - probs_BV
-    # The first always stays: nothing comes before it.
+    # The most probable token always remains: the probability before it is 0.
     probs_BV = probs_BV.masked_fill(before_BV >= sampling.top_p, 0)
     reached_BV = probs_BV.cumsum(dim=-1)
-    place_B = (reached_BV <= draws_B.unsqueeze(1) * reached_BV[:, -1:]).sum(dim=-1)
+    index_B = (reached_BV <= draws_B.unsqueeze(1) * reached_BV[:, -1:]).sum(dim=-1)
     last_B = (probs_BV > 0).sum(dim=-1) - 1
-    return order_BV.gather(1, place_B.minimum(last_B).unsqueeze(1)).squeeze(1)
+    return order_BV.gather(1, index_B.minimum(last_B).unsqueeze(1)).squeeze(1)

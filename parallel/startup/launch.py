@@ -1,8 +1,8 @@
-"""Starting worker processes on this machine, and what a worker knows about the world it was started in.
+"""Worker processes on this machine: how they are started, and what a worker knows about its world.
 
-The workers of `python train.py launch.nproc=N` come from the same elastic agent as torchrun's: a rendezvous on a free
-port of localhost, a watch over the processes, restarts of the whole group. What differs is the ending: the launcher
-gets rank 0's return value, or the message of the worker that failed first, and a killed launcher leaves no orphans.
+`python train.py launch.nproc=N` starts its workers with the elastic agent that torchrun uses: a rendezvous on a free
+port of localhost, monitoring of the processes, and restarts of the whole group. Two things are added. The launcher gets
+the return values of the workers, or the message of the worker that failed. When the launcher dies, its workers die too.
 """
 
 import contextlib
@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+"""The option of Linux's `prctl` that chooses the signal a process gets when its parent dies."""
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-"""A worker that ends leaves its peers' sockets warning; why it ended is what the user is told."""
+"""Environment of the workers. When one worker ends, the sockets of the others would log warnings, which would hide the
+message about the reason."""
 HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class WorkerFailure(RuntimeError):
-    """A worker ended with an error and no restart was left.
+    """A worker ended with an error, and no restart was left.
 
     Attributes:
-        exitcode: the worker's exit status; negative for a signal.
-        message: what it said: the reason of a `SystemExit`, else its traceback.
+        exitcode: exit status of the worker; negative if a signal killed it.
+        message: the cause of the worker's `SystemExit`, or its traceback.
     """
 
     def __init__(self, exitcode: int, message: str) -> None:
@@ -42,20 +44,23 @@ class WorkerFailure(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes that a launcher started."""
+    """The rank of this process among the processes that a launcher started."""
 
     rank: int = 0
     local_rank: int = 0
+    """Rank among the processes of this node."""
     world_size: int = 1
     local_world_size: int = 1
+    """Number of processes of this node."""
     restart_count: int = 0
+    """How often the launcher has restarted the processes."""
 
 
 def world_from_env() -> World:
-    """The world as torchrun or deepspeed describes it in the environment; a world of one without them.
+    """Return the world that torchrun or deepspeed describes in the environment, or a world of one process.
 
     Raises:
-        ValueError: a variable is missing beside the others, no integer, or out of range.
+        ValueError: RANK is set, but another variable is missing, is not an integer, or is out of range.
     """
     if "RANK" not in os.environ:
         return World()
@@ -74,10 +79,10 @@ def world_from_env() -> World:
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
-    """Have the kernel kill this process when its parent dies (Linux; elsewhere nothing happens).
+    """Ask the kernel to kill this process when its parent dies. Does nothing on systems other than Linux.
 
     Args:
-        parent_pid: the parent expected; when it is gone already, this process ends here.
+        parent_pid: process id of the expected parent. If that process has already ended, this one exits.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -89,20 +94,21 @@ def die_with_parent(parent_pid: int | None = None) -> None:
 def launch_workers(
     entry: Callable[..., Any], args: tuple[Any, ...], *, nproc: int, max_restarts: int = 0, threads: int | None = None
 ) -> dict[int, Any]:
-    """Run `entry(*args)` in `nproc` fresh processes that see a torchrun environment, and wait for them.
+    """Run `entry(*args)` in `nproc` new processes with the environment that torchrun sets, and wait for them.
+
+    A worker that has a message for the user instead of a traceback ends with `raise SystemExit(code) from error`.
 
     Args:
-        entry: a function of an importable module; it and `args` are pickled.
-        max_restarts: how often the whole group is started again after a worker failed.
-        threads: CPU threads a worker; `None`: this process's cores divided by `nproc`.
+        entry: a function of an importable module. It is pickled, and so is `args`.
+        max_restarts: how often the whole group is restarted after a worker failed.
+        threads: CPU threads per worker; None: the number of cores of this process divided by `nproc`.
 
     Returns:
-        What each rank returned.
+        The return value of each rank.
 
     Raises:
-        WorkerFailure: a worker failed and no restart was left. A worker that has a message for the user, and no
-            traceback, ends with `raise SystemExit(code) from error`.
-        SystemExit: 128 + the signal that this process was told to end by, after the workers have ended.
+        WorkerFailure: a worker failed, and no restart was left.
+        SystemExit: with status 128 + n, this process got signal n. The workers have ended.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -111,7 +117,7 @@ def launch_workers(
     threads = threads or max(1, _cores() // nproc)
     environment = {name: os.environ.get(name, value) for name, value in QUIET.items()} | {
         "OMP_NUM_THREADS": str(threads),
-        # otherwise restarted workers read the addresses of dead ones from the agent's store
+        # Otherwise restarted workers read the addresses of dead workers from the agent's store.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     config = LaunchConfig(
@@ -132,13 +138,13 @@ def launch_workers(
                 results: dict[int, Any] = call(entry, args, os.getpid(), reports)
                 return results
         except ChildFailedError as error:
-            raise _failure(error, list(Path(reports).glob(f"{max_restarts}-*.json"))) from None
+            raise _to_failure(error, list(Path(reports).glob(f"{max_restarts}-*.json"))) from None
         except SignalException as error:
             raise SystemExit(128 + int(error.sigval)) from None
 
 
 def _run_worker(entry: Callable[..., Any], args: tuple[Any, ...], launcher_pid: int, reports: str) -> Any:
-    """Top of a worker process: tell the launcher in a file why it failed, because an exit status has no room for it."""
+    """The main function of a worker process. If `entry` fails, write the reason to a file that the launcher reads."""
     die_with_parent(launcher_pid)
     world = world_from_env()
     report = Path(reports) / f"{world.restart_count}-{world.rank}.json"
@@ -154,20 +160,22 @@ def _run_worker(entry: Callable[..., Any], args: tuple[Any, ...], launcher_pid: 
         raise SystemExit(1) from None
 
 
-def _failure(error: Any, reports: list[Path]) -> WorkerFailure:
-    """The failure to raise: a message for the user first, else that of the worker that the agent saw fail first."""
+def _to_failure(error: Any, reports: list[Path]) -> WorkerFailure:
+    """Convert the agent's error. Prefer a message for the user, from any rank, to the report of the worker that failed
+    first."""
     rank, first = error.get_first_failure()
-    said = {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in sorted(reports)}
-    chosen = next((report for report in said.values() if report["exitcode"] == 2), said.get(rank))
-    if chosen is not None:
-        return WorkerFailure(**chosen)
+    by_rank = {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in sorted(reports)}
+    report = next((report for report in by_rank.values() if report["exitcode"] == 2), by_rank.get(rank))
+    if report is not None:
+        return WorkerFailure(**report)
     code = first.exitcode
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
-    return WorkerFailure(code, f"worker {rank} (process {first.pid}) {how}")
+    ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    return WorkerFailure(code, f"worker {rank} (process {first.pid}) {ending}")
 
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables, and restore their previous values at the end."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -182,7 +190,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signal_handlers_restored() -> Iterator[None]:
-    """The agent turns signals into exceptions and never turns them back: a later SIGTERM would look like an error."""
+    """Restore the signal handlers at the end. The agent installs handlers that raise exceptions, and does not remove
+    them: a later SIGTERM of this process would look like an error."""
     before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     try:
         yield
@@ -193,7 +202,7 @@ def _signal_handlers_restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logging_disabled() -> Iterator[None]:
-    """The agent reports each failure in 30 lines; the launcher raises its own, and has nothing else to log."""
+    """Disable logging. The agent logs each failure in 30 lines, and the launcher raises an exception for it anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -203,10 +212,11 @@ def _logging_disabled() -> Iterator[None]:
 
 
 def _env_int(name: str, low: int, high: int | None) -> int:
+    """Read an integer from `low` to `high` from the environment; `high` None: without an upper bound."""
     text = os.environ.get(name, "")
-    span = f"from {low} to {high}" if high is not None else f">= {low}"
+    bounds = f"from {low} to {high}" if high is not None else f">= {low}"
     if not (text.isascii() and text.isdigit() and low <= int(text) and (high is None or int(text) <= high)):
-        raise ValueError(f"{name}={text}: expected an integer {span} in the environment (from torchrun or deepspeed)")
+        raise ValueError(f"{name}={text}: expected an integer {bounds} in the environment (from torchrun or deepspeed)")
     return int(text)
 
 

@@ -1,8 +1,9 @@
-"""Do all ranks run the same thing? Found out through the launcher's key-value store, before any collective could hang.
+"""Checks that all ranks run the same thing, through the launcher's key-value store, before a collective could hang.
 
-Every rank publishes a hash of its facts: versions, source files, configuration, device. Rank 0 compares the hashes and
-publishes one verdict. Only where they differ does one rank send its facts in full, to name the first that differs.
-A rank sends and receives a handful of small messages, rank 0 one more per rank: nothing grows with ranks squared.
+Every rank publishes a hash of its properties: versions, source files, configuration, device. Rank 0 compares the hashes
+and publishes a verdict. If hashes differ, one rank with another hash publishes its properties in full, so that rank 0
+can name the first one that differs. Each rank exchanges a constant number of small messages with the store, and rank 0
+one more per rank.
 """
 
 import contextlib
@@ -13,13 +14,13 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib import metadata
-from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from common.errors import PreflightError
+from common.text import show_ranges
 from parallel.startup.launch import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,37 +28,41 @@ SOURCES = (
     "train.py",
     *(f"{package}/**/*.py" for package in ("common", "data", "moe", "parallel", "scripts", "training")),
 )
+"""Source files, below `ROOT`, that must be the same on all nodes."""
 LIBRARIES = ("torch", "numpy")
-"""What computes the numbers: arithmetic and collectives, and the order of the data."""
+"""Libraries that must have the same version on all nodes: arithmetic and collectives, and the order of the data."""
 MAY_DIFFER = {
     "launch": "read only where `python train.py` starts the workers itself, and those share one configuration",
-    "data.cache": "may be a disk of the node; that the tokens in it are the same is checked by their hash",
-    "data.paths": "the text may lie elsewhere on another node; the same hash of the tokens covers it",
-    "data.tokenizer": "as the text: its content is part of that hash",
+    "data.cache": "may be a disk of the node; a hash checks that the tokens in it are the same",
+    "data.paths": "the text may be at another path on another node; the hash of the tokens covers it",
+    "data.tokenizer": "may be at another path, like the text; its content is part of that hash",
 }
-"""Keys (or whole sections) of the configuration that may differ between nodes, and why. `run.root` and `run.init_from`
-are not among them: all ranks write to, or read from, what rank 0 found there."""
+"""Keys and sections of the configuration that may differ between nodes, with the reason. `run.root` and `run.init_from`
+must not: all ranks write to, or read from, the path that rank 0 has checked."""
 GRACE_S = 10.0
-"""How long ranks wait for each other to take note of a refusal, and for rank 0 once it is known to be there."""
+"""Seconds that the ranks wait until all of them have read the verdict. The other ranks also wait this much longer than
+`timeout_s` for the verdict, because rank 0 may wait for missing ranks in between."""
 
 
-def check_ranks_agree(store: dist.Store, world: World, facts: Mapping[str, Any], timeout_s: float) -> None:
-    """Return when all ranks of the world have come here with equal facts; else raise on every rank that came.
+def check_ranks_agree(store: dist.Store, world: World, properties: Mapping[str, Any], timeout_s: float) -> None:
+    """Return when all ranks have called this function with equal properties. Otherwise raise, on every rank that has.
 
     Args:
         store: shared by the ranks of this attempt (`parallel.startup.rendezvous.open_store`).
-        facts: flat; values can be written as JSON. The order of rank 0's decides which difference is named.
-        timeout_s: how long rank 0 waits for the others, and they for rank 0.
+        properties: dotted key -> a value that can be written as JSON. The first key, in the order of rank 0, that
+            differs is named in the error.
+        timeout_s: how long rank 0 waits for the other ranks, and they for rank 0.
 
     Raises:
-        PreflightError: names the first key that differs, its value there and on rank 0; or the ranks that did not come.
+        PreflightError: names the first key that differs, with its values on a rank and on rank 0, or the ranks that
+            did not call this function in time.
     """
     if world.world_size == 1:
         return
     store = dist.PrefixStore("agreement", store)
-    judge = _lead if world.rank == 0 else _follow
+    agree = _compare_ranks if world.rank == 0 else _await_verdict
     try:
-        refusal = judge(store, world, facts, timeout_s)
+        refusal = agree(store, world, properties, timeout_s)
     except dist.DistError as error:
         raise PreflightError(
             "a rank ended while the ranks compared how they were started: its own output says why"
@@ -66,16 +71,18 @@ def check_ranks_agree(store: dist.Store, world: World, facts: Mapping[str, Any],
         raise PreflightError(refusal)
 
 
-def collect_facts(
+def collect_properties(
     config: Mapping[str, Any], device: str, precision: str, libraries: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What all ranks must have in common, the likeliest cause first: other files may mean other keys below them.
+    """Return the properties that must be equal on all ranks.
+
+    The likeliest cause of a difference comes first: other source files can have other configuration keys.
 
     Args:
         config: the whole configuration as nested dicts.
-        device, precision: what `auto` became on this machine. A node without its driver would otherwise meet the
-            others' NCCL with gloo, and another arithmetic would be summed with theirs, unnoticed.
-        libraries: installed packages beside `LIBRARIES` that compute here (an engine's).
+        device, precision: the values that `auto` resolved to on this machine. A node without its GPU driver would
+            otherwise use gloo where the others use NCCL, and sum its gradients of another precision with theirs.
+        libraries: installed packages besides `LIBRARIES` that this run computes with (those of an engine).
     """
     python = ".".join(platform.python_version_tuple()[:2])
     versions = {name: metadata.version(name) for name in (*LIBRARIES, *libraries)}
@@ -89,99 +96,110 @@ def collect_facts(
 
 
 def source_hashes(root: Path = ROOT) -> dict[str, str]:
-    """Our own Python files below `root`, by relative path: the first 12 hexadecimal digits of their SHA-256."""
+    """Map each of Mixwright's source files to the first 12 hexadecimal digits of its SHA-256.
+
+    The keys are paths relative to `root`.
+    """
     files = sorted(path for pattern in SOURCES for path in root.glob(pattern))
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys; lists stay whole."""
+    """Flatten nested mappings into one with dotted keys. Lists stay values.
+
+    >>> flatten({"train": {"steps": 3}, "seed": 0})
+    {'train.steps': 3, 'seed': 0}
+    """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 
-def _lead(store: dist.Store, world: World, facts: Mapping[str, Any], timeout_s: float) -> str:
-    """Rank 0: collect, judge, and leave only when the others know, since it may host the store."""
-    store.set(_key(0), _digest(facts))
+def _compare_ranks(store: dist.Store, world: World, properties: Mapping[str, Any], timeout_s: float) -> str:
+    """Rank 0: collect the hashes, compare them, and publish the verdict. Return the reason to refuse, or "".
+
+    Rank 0 may host the store, so it returns after the other ranks have read the verdict.
+    """
+    store.set(_key(0), _digest(properties))
     others = range(1, world.world_size)
-    all_came = _count_up_to(store, "come", len(others), timeout_s)
-    absent = [] if all_came else [rank for rank in others if not store.check([_key(rank)])]
-    refusal = _absent(absent, timeout_s) if absent else ""
+    all_arrived = _count_up_to(store, "arrived", len(others), timeout_s)
+    absent = [] if all_arrived else [rank for rank in others if not store.check([_key(rank)])]
+    refusal = _describe_absent(absent, timeout_s) if absent else ""
     if not absent:
         digests = [digest.decode() for digest in store.multi_get([_key(rank) for rank in range(world.world_size)])]
-        odd = next((rank for rank in others if digests[rank] != digests[0]), None)
-        if odd is not None:
-            store.set("verdict", json.dumps({"show": odd}))
-            theirs = json.loads(_get(store, "facts", timeout_s))
-            refusal = _difference(dict(facts), theirs, [rank for rank in others if digests[rank] == digests[odd]])
+        differing = next((rank for rank in others if digests[rank] != digests[0]), None)
+        if differing is not None:
+            store.set("verdict", json.dumps({"show": differing}))
+            found = json.loads(_get(store, "properties", timeout_s))
+            ranks = [rank for rank in others if digests[rank] == digests[differing]]
+            refusal = _describe_difference(dict(properties), found, ranks)
             store.set("refusal", refusal)
-    if not store.check(["verdict"]):  # else it says who shows, and "refusal" has the line
+    if not store.check(["verdict"]):  # a verdict with "show" is already there, and "refusal" has its line
         store.set("verdict", json.dumps({"refusal": refusal}))
-    _count_up_to(store, "known", len(others) - len(absent), GRACE_S)
+    _count_up_to(store, "informed", len(others) - len(absent), GRACE_S)
     store.set("end", "")
     return refusal
 
 
-def _follow(store: dist.Store, world: World, facts: Mapping[str, Any], timeout_s: float) -> str:
-    store.set(_key(world.rank), _digest(facts))
-    store.add("come", 1)
+def _await_verdict(store: dist.Store, world: World, properties: Mapping[str, Any], timeout_s: float) -> str:
+    """The other ranks: publish the hash, and wait for rank 0's verdict. Return the reason to refuse, or ""."""
+    store.set(_key(world.rank), _digest(properties))
+    store.add("arrived", 1)
     try:
         _get(store, _key(0), timeout_s)
     except dist.DistStoreError:
-        return _absent([0], timeout_s)
+        return _describe_absent([0], timeout_s)
     verdict = json.loads(_get(store, "verdict", timeout_s + GRACE_S))
     if verdict.get("show") == world.rank:
-        store.set("facts", json.dumps(facts))
+        store.set("properties", json.dumps(properties))
     refusal = verdict["refusal"] if "refusal" in verdict else _get(store, "refusal", timeout_s + GRACE_S).decode()
-    store.add("known", 1)
+    store.add("informed", 1)
     if refusal:
-        # All ranks end together: a launcher kills those of its node that are left, and one of them has to print.
+        # All ranks end together: when one process ends, a launcher kills the others of its node, and with them the one
+        # that prints the message.
         with contextlib.suppress(dist.DistError):
             store.wait(["end"], timedelta(seconds=GRACE_S))
     return str(refusal)
 
 
-def _difference(here: dict[str, Any], there: dict[str, Any], ranks: Sequence[int]) -> str:
-    """One line about the first key that differs; `here` is rank 0's, `there` that of all of `ranks`."""
-    key = next(key for key in here | there if _json(here, key) != _json(there, key))
-    ours, theirs = (_shown(facts[key]) if key in facts else "(absent)" for facts in (here, there))
-    if ours == theirs:  # 1 and "1"
-        ours, theirs = _json(here, key), _json(there, key)
+def _describe_difference(expected: dict[str, Any], found: dict[str, Any], ranks: Sequence[int]) -> str:
+    """Name the first key that differs between rank 0 (`expected`) and all of `ranks` (`found`)."""
+    key = next(key for key in expected | found if _json(expected, key) != _json(found, key))
+    shown_expected, shown_found = (
+        _show(properties[key]) if key in properties else "(absent)" for properties in (expected, found)
+    )
+    if shown_expected == shown_found:  # as for 1 and "1"
+        shown_expected, shown_found = _json(expected, key), _json(found, key)
     if key.startswith("code."):
         why = "every node needs the same source files"
     elif "." in key:
         why = "every rank needs the same command line"
     else:
         why = "every node needs the same software and kind of device"
-    return f"{key}={theirs} on {_ranks(ranks)}: expected {ours} as on rank 0 ({why})"
+    return f"{key}={shown_found} on {_show_ranks(ranks)}: expected {shown_expected} as on rank 0 ({why})"
 
 
-def _absent(ranks: Sequence[int], timeout_s: float) -> str:
-    return f"{_ranks(ranks)} did not start within {timeout_s:g} s (parallel.start_timeout_s)"
+def _describe_absent(ranks: Sequence[int], timeout_s: float) -> str:
+    return f"{_show_ranks(ranks)} did not start within {timeout_s:g} s (parallel.start_timeout_s)"
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, or `ranks 1, 8-15`."""
-    # within a run of neighbours, rank minus position is constant
-    position = count()
-    runs = [list(run) for _, run in groupby(ranks, lambda rank: rank - next(position))]
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(parts)}"
+def _show_ranks(ranks: Sequence[int]) -> str:
+    """`rank 3`, or `ranks 1,8-15`."""
+    return f"rank{'s' if len(ranks) > 1 else ''} {show_ranges(ranks)}"
 
 
-def _shown(value: Any) -> str:
-    """The value as one writes it on the command line."""
+def _show(value: Any) -> str:
+    """The value as a user writes it on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _json(facts: Mapping[str, Any], key: str) -> str:
-    return json.dumps(facts[key], sort_keys=True) if key in facts else ""
+def _json(properties: Mapping[str, Any], key: str) -> str:
+    return json.dumps(properties[key], sort_keys=True) if key in properties else ""
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _digest(properties: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(properties, sort_keys=True).encode()).hexdigest()
 
 
 def _key(rank: int) -> str:
@@ -194,11 +212,13 @@ def _get(store: dist.Store, key: str, timeout_s: float) -> bytes:
     return value
 
 
-def _count_up_to(store: dist.Store, key: str, wanted: int, timeout_s: float) -> bool:
-    """Whether the counter reached `wanted` in time. Asked for again and again: a blocking wait of torch's prints
-    warnings of its own when it runs out."""
+def _count_up_to(store: dist.Store, key: str, target: int, timeout_s: float) -> bool:
+    """Return whether the counter `key` reaches `target` in time.
+
+    The counter is polled, because torch's blocking wait prints warnings when it times out.
+    """
     end = time.monotonic() + timeout_s
-    while store.add(key, 0) < wanted:
+    while store.add(key, 0) < target:
         if time.monotonic() > end:
             return False
         time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Agreement between ranks before a process group exists: a key-value store that the launcher's address names."""
+"""The key-value store that ranks share before a process group exists, at the address that the launcher sets."""
 
 import json
 import os
@@ -13,43 +13,51 @@ from common.errors import PreflightError
 from parallel.startup.launch import World
 
 PORT_TIMEOUT_S = 20.0
-"""Seconds that rank 0 waits for a port that the launcher found free and somebody else has taken since."""
+"""Seconds that rank 0 waits for its port, if another process has taken it since the launcher found it free."""
 
 
 def open_store(world: World, timeout_s: float) -> dist.Store:
-    """The store that the ranks of this launch share; a private one in a world of one.
+    """Connect to the store that the ranks of this launch share. Without a launcher, return a store in memory.
 
-    It does not wait for the other ranks: `check_ranks_agree` does, and can say which one is missing.
+    This function does not wait for the other ranks. `check_ranks_agree` does, and reports which ranks are missing.
+
+    Args:
+        timeout_s: how long to wait for rank 0, and the timeout of the store's operations.
 
     Raises:
-        PreflightError: nobody serves the store at the launcher's address.
+        PreflightError: there is no store at the launcher's address, or rank 0 cannot use the port.
     """
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent serves it, unless told not to
-    serves = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # Under torchrun, its agent serves the store, unless the environment disables that.
+    is_server = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)
     deadline = time.monotonic() + min(timeout_s, PORT_TIMEOUT_S)
     while True:
         try:
-            store = dist.TCPStore(address, port, None, serves, timeout, wait_for_workers=False, multi_tenant=True)
+            store = dist.TCPStore(address, port, None, is_server, timeout, wait_for_workers=False, multi_tenant=True)
             break
         except dist.DistNetworkError as error:
-            if not serves:
+            if not is_server:
                 raise PreflightError(
                     f"rank 0 did not start within {timeout_s:g} s at {address}:{port} (parallel.start_timeout_s)"
                 ) from error
-            # The launcher found the port free; somebody may have taken it since, and give it back.
+            # Another process may have taken the port since the launcher found it free, and may free it again.
             if time.monotonic() > deadline:
                 raise PreflightError(f"MASTER_PORT={port}: expected a port that is free on this host") from error
             time.sleep(0.5)
-    # torchrun's own store outlives a restart of its workers, and so would what they told each other before.
+    # torchrun's store survives a restart of the workers. The prefix separates the keys of each attempt.
     return dist.PrefixStore(f"attempt-{world.restart_count}", store)
 
 
-def share(store: dist.Store, world: World, key: str, choose: Callable[[], Any]) -> Any:
-    """What `choose()` returns on rank 0 (JSON-able), on every rank. Other ranks wait; they never call it."""
+def choose_on_rank0(store: dist.Store, world: World, key: str, choose: Callable[[], Any]) -> Any:
+    """Call `choose()` on rank 0 only, and return its result on every rank. The other ranks wait for it.
+
+    Args:
+        key: name of the result in the store; each name can be used once.
+        choose: returns a value that can be written as JSON.
+    """
     if world.rank == 0:
         value = choose()
         store.set(key, json.dumps(value))
@@ -58,7 +66,10 @@ def share(store: dist.Store, world: World, key: str, choose: Callable[[], Any]) 
 
 
 def wait_for_all(store: dist.Store, world: World, key: str) -> None:
-    """Rank 0, which may be the one that hosts the store, leaves only after every rank has come here."""
+    """Make rank 0 wait until every rank has called this function. Other ranks do not wait.
+
+    Rank 0 may host the store, and must not end while other ranks still use it.
+    """
     arrived = store.add(key, 1)
     while world.rank == 0 and arrived < world.world_size:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Through the cache, every token's logits are those of the whole sequence at once."""
+"""With the cache, the logits of every token equal those of one forward pass over the whole sequence."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def whole(model, tokens):
 
 
 def cached(model, tokens, chunks, cache=None):
-    """Logits of `tokens`, fed in pieces of the lengths `chunks`."""
+    """Logits of `tokens`, fed in chunks of the lengths `chunks`."""
     assert sum(chunks) == tokens.shape[1]
     cache = cache or Cache(model.config, len(tokens), max_len=tokens.shape[1], dtype=model.compute_dtype)
     parts = [
@@ -52,7 +52,7 @@ def test_logits_of_every_step_equal_the_uncached(window, chunk):
     reach = window if isinstance(window, int) else 5
     size = {"W": reach, "W+1": reach + 1, "4W": 4 * reach}.get(chunk, chunk)
     tokens = torch.randint(0, 40, (2, LENGTH), generator=torch.Generator().manual_seed(1))
-    # then token by token, far past the window
+    # After some chunks, token by token, far past the window.
     chunks = [*pieces(12, size), *[1] * (LENGTH - 12)]
     torch.testing.assert_close(cached(model, tokens, chunks), whole(model, tokens), rtol=0, atol=1e-12)
     torch.testing.assert_close(cached(model, tokens, pieces(LENGTH, size)), whole(model, tokens), rtol=0, atol=1e-12)
@@ -71,41 +71,43 @@ def test_other_precisions_and_grouped_heads(dtype, tolerance, kv_heads):
 @pytest.mark.parametrize("window", [None, 1, 5, (4, None, 4)])
 @torch.no_grad()
 def test_rows_of_different_lengths(window):
-    """Every row is fed another number of tokens each time, none included, and sees its own past only."""
+    """Every row gets a different number of tokens each time, sometimes none, and attends to its own past only."""
     model = build(window)
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(0, 40, (4, LENGTH), generator=generator)
     expected = whole(model, tokens)
     cache = Cache(model.config, 4, max_len=LENGTH, dtype=torch.float64)
-    done = [0] * 4
+    lengths = [0] * 4
     for widest in (6, 1, 13, 1, 1, 3, 1, 12, LENGTH):
-        counts = [min(int(torch.randint(0, widest + 1, (), generator=generator)), LENGTH - d) for d in done]
+        counts = [
+            min(int(torch.randint(0, widest + 1, (), generator=generator)), LENGTH - length) for length in lengths
+        ]
         counts[int(torch.randint(0, 4, (), generator=generator))] = 0
         chunk = torch.full((4, max(1, *counts)), 39)
         valid = torch.arange(chunk.shape[1]) < torch.tensor(counts).unsqueeze(1)
         for row, count in enumerate(counts):
-            chunk[row, :count] = tokens[row, done[row] : done[row] + count]
+            chunk[row, :count] = tokens[row, lengths[row] : lengths[row] + count]
         logits = model(ModelInputs(chunk, cache.next_positions(chunk.shape[1]), valid_BS=valid), cache=cache).logits_BSV
         assert logits.isfinite().all()
         for row, count in enumerate(counts):
             torch.testing.assert_close(
-                logits[row, :count], expected[row, done[row] : done[row] + count], rtol=0, atol=1e-12
+                logits[row, :count], expected[row, lengths[row] : lengths[row] + count], rtol=0, atol=1e-12
             )
-            done[row] += count
-        assert cache.lengths_B.tolist() == done
-    assert max(done) > 20
+            lengths[row] += count
+        assert cache.lengths_B.tolist() == lengths
+    assert max(lengths) > 20
 
 
 @torch.no_grad()
-def test_memory_is_the_window_and_stays_where_it_is():
+def test_memory_is_that_of_the_window_and_never_moves():
     model = build((4, 7, 4))
     cache = Cache(model.config, 2, dtype=torch.float64)
     assert [layer.k_BGWC.shape[2] for layer in cache.layers] == [4, 7, 4]
-    size, places = cache.nbytes, [layer.k_BGWC.data_ptr() for layer in cache.layers]
+    size, addresses = cache.nbytes, [layer.k_BGWC.data_ptr() for layer in cache.layers]
     assert size == 2 * (4 + 7 + 4) * 2 * 2 * 4 * 8  # keys and values, entries, rows, heads, channels, bytes
     cached(model, torch.randint(0, 40, (2, 60)), [50, *[1] * 10], cache)
-    assert (cache.nbytes, [layer.k_BGWC.data_ptr() for layer in cache.layers]) == (size, places)
-    assert cache.lengths_B.tolist() == [60, 60]  # once a forward, not once a layer
+    assert (cache.nbytes, [layer.k_BGWC.data_ptr() for layer in cache.layers]) == (size, addresses)
+    assert cache.lengths_B.tolist() == [60, 60]  # counted once per forward pass, not once per layer
 
 
 @torch.no_grad()
@@ -119,9 +121,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
     before = [layer.k_BGWC.clone() for layer in cache.layers]
     with pytest.raises(ValueError, match=r"^max_len=6: expected at least 7, the tokens of the longest row"):
         model(ModelInputs(tokens[:, 4:7], cache.next_positions(3)), cache=cache)
-    with pytest.raises(ValueError, match=r"^positions_BS: expected each row to go on at its length, \[4, 4\]"):
+    with pytest.raises(ValueError, match=r"^positions_BS: expected each row to continue at its length, \[4, 4\]"):
         model(ModelInputs(tokens[:, 4:5], torch.tensor([[4], [3]])), cache=cache)
-    with pytest.raises(ValueError, match="padding behind the tokens"):
+    with pytest.raises(ValueError, match="padding only after the tokens"):
         model(
             ModelInputs(tokens[:, 4:6], cache.next_positions(2), valid_BS=torch.tensor([[True, True], [False, True]])),
             cache=cache,

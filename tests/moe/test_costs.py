@@ -75,7 +75,7 @@ def test_a_dense_model_is_active_as_a_whole() -> None:
 
 
 def test_forward_flops_are_those_that_torch_counts() -> None:
-    """Matmuls exactly; attention from the number of visible pairs, which a mask hides from torch's counter."""
+    """Matmuls are compared exactly. torch's counter ignores masks, so attention is counted from the attended pairs."""
     config = dataclasses.replace(MIXED, expert_kernel="loop")
     model = Transformer(config, RouterConfig(), torch.float32)
     for parameter in model.parameters():
@@ -92,7 +92,7 @@ def test_forward_flops_are_those_that_torch_counts() -> None:
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 @pytest.mark.parametrize("context", [3, 17])
-def test_rolling_cache_is_what_the_cache_takes(dtype: str, torch_dtype: torch.dtype, context: int) -> None:
+def test_rolling_cache_is_the_size_of_the_cache(dtype: str, torch_dtype: torch.dtype, context: int) -> None:
     cache = Cache(MIXED, 3, max_len=context, dtype=torch_dtype)
     counted = cache_bytes(MIXED, 3, context, dtype)
     assert counted.rolling == cache.nbytes
@@ -106,7 +106,7 @@ def test_training_bytes() -> None:
     assert dataclasses.astuple(training_bytes(10, "bf16")) == (20, 20, 40, 80, 120, 160)
 
 
-def test_receptive_field_is_null_with_any_full_layer() -> None:
+def test_receptive_field_is_none_with_any_full_layer() -> None:
     assert receptive_field(MIXED) is farthest_token(MIXED) is None
     windowed = dataclasses.replace(MIXED, sliding_window=(4, 4, 2, 1, 3))
     assert receptive_field(windowed) == 14

@@ -1,4 +1,4 @@
-"""Generation through the cache against a loop that runs the whole text again for every token."""
+"""Generation with the cache equals a loop that runs the whole sequence again for every token."""
 
 import dataclasses
 
@@ -89,7 +89,7 @@ def test_generation_is_dropless_causal_and_without_noise_and_leaves_the_routers_
 
 
 def distribution(logits, sampling, draws=20_000):
-    """Probability of each token, by asking for evenly spaced quantiles."""
+    """Probability of each token, measured at evenly spaced quantiles."""
     quantiles = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     chosen = pick(logits.expand(draws, -1), sampling, quantiles)
     return torch.bincount(chosen, minlength=logits.shape[-1]) / draws
@@ -105,7 +105,7 @@ def distribution(logits, sampling, draws=20_000):
         (Sampling(1.0, top_p=0.39), [3]),
         (Sampling(1.0, top_p=0.41), [1, 3]),
         (Sampling(1.0, top_p=1e-9), [3]),
-        (Sampling(1.0, top_k=3, top_p=0.8), [1, 3]),  # of 0.4 + 0.3 + 0.15, the first two are 82 %
+        (Sampling(1.0, top_k=3, top_p=0.8), [1, 3]),  # the first two are 82 % of 0.4 + 0.3 + 0.15
         (Sampling(1e-300), [3]),
     ],
 )

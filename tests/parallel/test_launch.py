@@ -126,7 +126,7 @@ def _wait(holds: Callable[[], bool], seconds: float) -> bool:
 
 def _alive(pid: int) -> bool:
     try:
-        # a zombie that nobody has waited for has ended all the same
+        # A zombie has ended, although its parent has not waited for it.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False

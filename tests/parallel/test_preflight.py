@@ -1,4 +1,4 @@
-"""Ranks that were started differently: one line, the same on every rank, and nobody waits for ever."""
+"""Ranks that were started differently report one line, the same on every rank, and no rank waits for ever."""
 
 import os
 import socket
@@ -15,41 +15,47 @@ import torch.distributed as dist
 from common.errors import PreflightError
 from common.strict import leaf_keys
 from parallel.startup.launch import World
-from parallel.startup.preflight import MAY_DIFFER, check_ranks_agree, collect_facts, flatten, source_hashes
+from parallel.startup.preflight import MAY_DIFFER, check_ranks_agree, collect_properties, flatten, source_hashes
 from training.config import Config
 
-FACTS = {"python": "3.11", "torch": "2.13.0", "code.moe/layer.py": "aa", "train.global_batch": 16, "train.lr": None}
+PROPERTIES = {
+    "python": "3.11",
+    "torch": "2.13.0",
+    "code.moe/layer.py": "aa",
+    "train.global_batch": 16,
+    "train.lr": None,
+}
 
 
-def verdicts(store_of, facts: dict[int, dict], world_size: int, timeout_s: float = 20) -> dict[int, str]:
-    """What each of the ranks in `facts` is told, each in a thread of its own; empty: all agree."""
-    said: dict[int, str] = {}
+def verdicts(store_of, properties: dict[int, dict], world_size: int, timeout_s: float = 20) -> dict[int, str]:
+    """The message that each rank in `properties` gets, or "" if all ranks agree. Each rank runs in its own thread."""
+    messages: dict[int, str] = {}
 
     def rank_main(rank: int) -> None:
         try:
-            check_ranks_agree(store_of(rank), World(rank, 0, world_size, 1), facts[rank], timeout_s)
-            said[rank] = ""
+            check_ranks_agree(store_of(rank), World(rank, 0, world_size, 1), properties[rank], timeout_s)
+            messages[rank] = ""
         except PreflightError as error:
-            said[rank] = str(error)
+            messages[rank] = str(error)
 
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in facts]
+    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in properties]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert said.keys() == facts.keys()
-    return said
+    assert messages.keys() == properties.keys()
+    return messages
 
 
-def in_memory(facts: dict[int, dict], world_size: int, timeout_s: float = 20) -> set[str]:
+def in_memory(properties: dict[int, dict], world_size: int, timeout_s: float = 20) -> set[str]:
     store = dist.HashStore()
-    return set(verdicts(lambda rank: store, facts, world_size, timeout_s).values())
+    return set(verdicts(lambda rank: store, properties, world_size, timeout_s).values())
 
 
-def test_equal_facts_pass_in_any_order_of_keys():
-    turned = dict(reversed(FACTS.items()))
-    assert in_memory({0: FACTS, 1: turned, 2: FACTS}, 3) == {""}
-    check_ranks_agree(dist.HashStore(), World(), FACTS, 0)
+def test_equal_properties_pass_in_any_order_of_keys():
+    reordered = dict(reversed(PROPERTIES.items()))
+    assert in_memory({0: PROPERTIES, 1: reordered, 2: PROPERTIES}, 3) == {""}
+    check_ranks_agree(dist.HashStore(), World(), PROPERTIES, 0)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +72,7 @@ def test_equal_facts_pass_in_any_order_of_keys():
         ),
         (
             {1: {"code.moe/layer.py": "bb"}, 3: {"code.moe/layer.py": "bb"}, 4: {"code.moe/layer.py": "bb"}},
-            "code.moe/layer.py=bb on ranks 1, 3-4: expected aa as on rank 0 (every node needs the same source files)",
+            "code.moe/layer.py=bb on ranks 1,3-4: expected aa as on rank 0 (every node needs the same source files)",
         ),
         (
             {2: {"train.lr": 1}, 4: {"torch": "2.12.0"}},
@@ -83,16 +89,16 @@ def test_equal_facts_pass_in_any_order_of_keys():
     ],
 )
 def test_every_rank_names_the_first_difference(others: dict[int, dict], line: str):
-    facts = {rank: FACTS | others.get(rank, {}) for rank in range(5)}
-    assert in_memory(facts, 5) == {line}
+    properties = {rank: PROPERTIES | others.get(rank, {}) for rank in range(5)}
+    assert in_memory(properties, 5) == {line}
 
 
-def test_ranks_that_do_not_come_are_named():
+def test_missing_ranks_are_named():
     missing = "did not start within 0.3 s (parallel.start_timeout_s)"
     began = time.monotonic()
-    assert in_memory({0: FACTS, 2: FACTS}, 3, 0.3) == {f"rank 1 {missing}"}
-    assert in_memory({0: FACTS, 3: FACTS}, 5, 0.3) == {f"ranks 1-2, 4 {missing}"}
-    assert in_memory({1: FACTS, 2: FACTS}, 3, 0.3) == {f"rank 0 {missing}"}
+    assert in_memory({0: PROPERTIES, 2: PROPERTIES}, 3, 0.3) == {f"rank 1 {missing}"}
+    assert in_memory({0: PROPERTIES, 3: PROPERTIES}, 5, 0.3) == {f"ranks 1-2,4 {missing}"}
+    assert in_memory({1: PROPERTIES, 2: PROPERTIES}, 3, 0.3) == {f"rank 0 {missing}"}
     assert time.monotonic() - began < 5
 
 
@@ -102,23 +108,26 @@ def test_over_sockets_each_rank_with_its_own_connection():
     def connect(rank: int) -> dist.Store:
         return dist.TCPStore("localhost", server.port, timeout=timedelta(seconds=20))
 
-    assert set(verdicts(connect, dict.fromkeys(range(4), FACTS), 4).values()) == {""}
-    # the next attempt has a prefix of its own, and what was said before does not reach it
-    facts = {rank: FACTS | ({"torch": "2.11.0"} if rank >= 2 else {}) for rank in range(4)}
-    told = verdicts(lambda rank: dist.PrefixStore("attempt-1", connect(rank)), facts, 4)
-    assert len(set(told.values())) == 1 and told[0].startswith("torch=2.11.0 on ranks 2-3: expected 2.13.0 as on")
-
-
-def test_facts_leave_out_what_may_differ_and_hold_what_was_decided(tmp_path: Path):
-    sections = {"data": {"cache": "here", "paths": ["a"], "kind": "files"}, "launch": {"nproc": 2}, "optim": {"lr": 1}}
-    facts = collect_facts(sections, device="cpu", precision="torch.bfloat16")
-    assert (
-        facts.items() >= {"data.kind": "files", "optim.lr": 1, "device": "cpu", "precision": "torch.bfloat16"}.items()
+    assert set(verdicts(connect, dict.fromkeys(range(4), PROPERTIES), 4).values()) == {""}
+    # The next attempt has another prefix, so it does not read the messages of this one.
+    properties = {rank: PROPERTIES | ({"torch": "2.11.0"} if rank >= 2 else {}) for rank in range(4)}
+    messages = verdicts(lambda rank: dist.PrefixStore("attempt-1", connect(rank)), properties, 4)
+    assert len(set(messages.values())) == 1 and messages[0].startswith(
+        "torch=2.11.0 on ranks 2-3: expected 2.13.0 as on"
     )
-    assert list(facts)[:3] == ["python", "torch", "numpy"] and "deepspeed" not in facts
-    assert not facts.keys() & {"data.cache", "data.paths", "launch.nproc"}
-    assert {"code.train.py", "code.moe/layer.py", "code.scripts/cli.py"} <= facts.keys()
-    assert not any(key.startswith("code.tests") for key in facts)
+
+
+def test_properties_leave_out_what_may_differ_and_contain_resolved_values(tmp_path: Path):
+    sections = {"data": {"cache": "here", "paths": ["a"], "kind": "files"}, "launch": {"nproc": 2}, "optim": {"lr": 1}}
+    properties = collect_properties(sections, device="cpu", precision="torch.bfloat16")
+    assert (
+        properties.items()
+        >= {"data.kind": "files", "optim.lr": 1, "device": "cpu", "precision": "torch.bfloat16"}.items()
+    )
+    assert list(properties)[:3] == ["python", "torch", "numpy"] and "deepspeed" not in properties
+    assert not properties.keys() & {"data.cache", "data.paths", "launch.nproc"}
+    assert {"code.train.py", "code.moe/layer.py", "code.scripts/cli.py"} <= properties.keys()
+    assert not any(key.startswith("code.tests") for key in properties)
     keys = {*leaf_keys(Config), *(key.split(".")[0] for key in leaf_keys(Config))}
     assert keys >= MAY_DIFFER.keys()
 
@@ -135,7 +144,7 @@ def test_facts_leave_out_what_may_differ_and_hold_what_was_decided(tmp_path: Pat
 
 SCRIPT = """
 import sys
-from parallel.startup.preflight import check_ranks_agree, collect_facts
+from parallel.startup.preflight import check_ranks_agree, collect_properties
 from common.errors import PreflightError
 from parallel.startup.launch import world_from_env
 from parallel.startup.rendezvous import open_store
@@ -143,7 +152,7 @@ from parallel.startup.rendezvous import open_store
 world = world_from_env()
 config = {"train": dict(argument.split("=") for argument in sys.argv[1:])}
 try:
-    check_ranks_agree(open_store(world, 30), world, collect_facts(config, "cpu", "fp32"), 30)
+    check_ranks_agree(open_store(world, 30), world, collect_properties(config, "cpu", "fp32"), 30)
 except PreflightError as error:
     print(error, file=sys.stderr)
     raise SystemExit(2)
