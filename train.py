@@ -106,7 +106,7 @@ def train(config: Config) -> dict[str, Any]:
     layout = plan.layout
     if device.type == "cpu" and config.engine.kind == "native":
         check_memory(counts.total, plan.fullest.state, world.local_world_size)
-    found = share(
+    found = choose_on_rank0(
         agreed,
         world,
         "checkpoint",

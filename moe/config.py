@@ -143,6 +143,15 @@ class RouterConfig:
         layouts, plans and parameter counts read them here."""
         return {"weight": (num_experts, dim)}
 
+    @property
+    def draws_noise(self) -> bool:
+        """Whether the router needs noise keys in training."""
+        return self.jitter > 0
+
+    def num_extra(self, num_experts: int) -> int:
+        """The number of columns that this kind of router adds to its statistics (`moe.router.Router.compute_extra`)."""
+        return 0
+
     def normalizes(self, top_k: int) -> bool:
         """Whether the `top_k` selected weights are renormalised to sum 1."""
         return top_k > 1 if self.normalize == "auto" else self.normalize

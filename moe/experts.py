@@ -5,14 +5,14 @@ matmul.
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import is_gated
-from moe.feedforward import hidden
-from moe.recompute import Recompute, recomputes
+from moe.feedforward import ACTIVATIONS
 
 GROUPED_WIDTH = 8
 """Grouped matmuls need rows of a multiple of 16 bytes, which is eight bf16 numbers."""
@@ -57,14 +57,16 @@ KERNELS: dict[str, Kernel] = {"auto": auto_kernel, "grouped": grouped_kernel, "l
 
 
 class Experts(nn.Module):
-    """The experts of one MoE layer on this rank: each computes w_down(hidden(x)) (`moe.feedforward.hidden`).
+    """The experts of one MoE layer on this rank. Each is a feed-forward network (`moe.feedforward.FeedForward`).
 
     Expert parallelism keeps a contiguous range of the layer's experts on each rank.
 
     Attributes:
         first_expert: index in the layer of the first expert on this rank.
-        kernel: how the experts' matmuls are computed, one of `KERNELS`.
+        kernel: seam: how the experts' matmuls are computed, one of `KERNELS`.
     """
+
+    RECOMPUTE: ClassVar[dict[str, str]] = {"selective": "forward"}
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, kind: str, kernel: str) -> None:
         super().__init__()
@@ -72,13 +74,12 @@ class Experts(nn.Module):
         self.kind = kind
         self.kernel_name = kernel
         self.kernel: Kernel = KERNELS[kernel]
-        self.recompute: Recompute = "none"
-        if is_gated(kind):
+        self.activation, self.gated = ACTIVATIONS[kind], is_gated(kind)
+        if self.gated:
             self.w_gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
 
-    @recomputes("selective")
     def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
         """Apply each expert to its rows.
 
@@ -93,7 +94,10 @@ class Experts(nn.Module):
         def apply(x_RI: Tensor, weight_eOI: Tensor) -> Tensor:
             return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
 
-        hidden_RF = hidden(self.kind, lambda name: apply(rows_RD, getattr(self, name)))
+        if self.gated:
+            hidden_RF = self.activation(apply(rows_RD, self.w_gate)) * apply(rows_RD, self.w_up)
+        else:
+            hidden_RF = self.activation(apply(rows_RD, self.w_up))
         return apply(hidden_RF, self.w_down)
 
     @property

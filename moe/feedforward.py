@@ -1,9 +1,7 @@
-"""The dense feed-forward network, and the hidden layer that it shares with the experts.
-
-Shapes: D model, F hidden width.
-"""
+"""The dense feed-forward network, and the activation functions that it shares with the experts."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,6 @@ from torch.nn import functional as F
 from common.registry import Registry
 from moe.config import FEED_FORWARDS, FeedForwardSpec, is_gated
 from moe.linear import Linear
-from moe.recompute import Recompute, recomputes
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -39,41 +36,33 @@ def register_feed_forward(kind: str, activation: Activation, *, gated: bool, lab
     ACTIVATIONS.add(kind, activation)
 
 
-def hidden(kind: str, project: Callable[[str], Tensor]) -> Tensor:
-    """The hidden layer: `act(gate) * up` for gated kinds (arXiv 2002.05202), `act(up)` for the others.
-
-    Args:
-        project: `project(name)` applies the matrix of that name, `w_gate` or `w_up`, to the input.
-    """
-    if is_gated(kind):
-        return ACTIVATIONS[kind](project("w_gate")) * project("w_up")
-    return ACTIVATIONS[kind](project("w_up"))
-
-
 class FeedForward(nn.Module):
-    """w_down(hidden(x)): a dense network, or one expert that takes every token.
+    """w_down(act(w_gate x) * w_up x) for gated kinds (arXiv 2002.05202), w_down(act(w_up x)) for the others.
 
     Attributes:
         gather, scatter: seams: join and split the sequence around the network (tensor parallelism).
     """
 
+    RECOMPUTE: ClassVar[dict[str, str]] = {"selective": "_apply_to"}
+
     def __init__(self, dim: int, hidden_dim: int, kind: str) -> None:
         super().__init__()
         self.kind = kind
-        if is_gated(kind):
+        self.activation, self.gated = ACTIVATIONS[kind], is_gated(kind)
+        if self.gated:
             self.w_gate = Linear(dim, hidden_dim)
         self.w_up = Linear(dim, hidden_dim)
         self.w_down = Linear(hidden_dim, dim)
         self.gather: nn.Module = nn.Identity()
         self.scatter: nn.Module = nn.Identity()
-        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply the network to [..., D]; the hidden layer is [..., F]."""
         return self.scatter(self._apply_to(self.gather(x)))
 
-    @recomputes("selective")
     def _apply_to(self, x: Tensor) -> Tensor:
-        y: Tensor = self.w_down(hidden(self.kind, lambda name: getattr(self, name)(x)))
+        hidden = self.activation(self.w_gate(x)) * self.w_up(x) if self.gated else self.activation(self.w_up(x))
+        y: Tensor = self.w_down(hidden)
         return y
 
     def extra_repr(self) -> str:

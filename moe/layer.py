@@ -3,6 +3,8 @@
 Shapes: B batch, S sequence, D model, R routed rows, e experts of this rank.
 """
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from moe.attention.attention import Attention
@@ -12,7 +14,6 @@ from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
 from moe.feedforward import FeedForward
 from moe.linear import RMSNorm
-from moe.recompute import Recompute, recomputes
 from moe.router import RouterStats
 from moe.routers import build_router
 from moe.token_context import TokenContext
@@ -50,6 +51,8 @@ class MoELayer(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block: attention, then the MoE layer or a dense feed-forward network."""
 
+    RECOMPUTE: ClassVar[dict[str, str]] = {"full": "forward"}
+
     def __init__(self, config: ModelConfig, router: RouterConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
@@ -60,9 +63,7 @@ class Block(nn.Module):
             if config.is_moe_layer(layer)
             else FeedForward(config.dim, config.hidden_dim, config.ffn)
         )
-        self.recompute: Recompute = "none"
 
-    @recomputes("full")
     def forward(
         self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, RouterStats | None]:
@@ -79,4 +80,4 @@ class Block(nn.Module):
         return x_BSD + self.ffn(normed_BSD), None
 
     def extra_repr(self) -> str:
-        return "" if self.recompute == "none" else f"recompute={self.recompute}"
+        return "recompute=full" if "forward" in vars(self) else ""

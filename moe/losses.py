@@ -33,10 +33,7 @@ class TokenNats(NamedTuple):
 
 
 def token_nats(logits_BSV: Tensor, labels_BS: Tensor) -> TokenNats:
-    """The cross-entropy -log softmax(logits)[label] of every position.
-
-    `parallel.tensor.token_nats` is the same for logits that are sharded over the vocabulary.
-    """
+    """The cross-entropy -log softmax(logits)[label] of every position, for logits of the whole vocabulary."""
     total, nats_T = _CrossEntropy.apply(logits_BSV.flatten(0, 1), labels_BS.flatten())
     return TokenNats(nats_T.view_as(labels_BS), total)
 

@@ -15,9 +15,8 @@ from moe.config import ModelConfig, RouterConfig
 from moe.layer import Block
 from moe.linear import Linear, RMSNorm
 from moe.region import LocalShard, whole_shard
-from moe.rope import rotary_table
 from moe.router import RouterStats
-from moe.token_context import TokenContext
+from moe.token_context import TokenContext, rotary_table
 
 
 class ModelInputs(NamedTuple):

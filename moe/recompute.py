@@ -11,8 +11,8 @@ counted twice.
 
 from collections import deque
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, Literal, TypeVar, cast
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,28 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 Recompute = Literal["none", "selective", "full"]
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def set_recompute(model: nn.Module, mode: Recompute) -> None:
-    """Set the attribute `recompute` of every module that has one."""
+    """Make the modules that `mode` selects recompute their activations in the backward pass.
+
+    A module class that can be recomputed has an attribute `RECOMPUTE`: mode -> name of the method to recompute.
+    """
     for module in model.modules():
-        if hasattr(module, "recompute"):
-            setattr(module, "recompute", mode)  # noqa: B010 (nn.Module declares no such attribute)
-
-
-def recomputes(mode: Recompute) -> Callable[[Method], Method]:
-    """Return a decorator for a module's method. The method is `recomputed` if the module's attribute `recompute` equals
-    `mode`, and called directly otherwise."""
-
-    def decorate(method: Method) -> Method:
-        @wraps(method)
-        def run(self: Any, *arguments: Any) -> Any:
-            return recomputed(method, self, *arguments) if self.recompute == mode else method(self, *arguments)
-
-        return cast(Method, run)
-
-    return decorate
+        name = getattr(module, "RECOMPUTE", {}).get(mode)
+        if name is not None:
+            setattr(module, name, partial(recomputed, getattr(module, name)))
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -1,6 +1,7 @@
 """The router: which experts a token goes to, with what weight, and the statistics that the balance losses need.
 
-Shapes: B batch (sequences), S sequence, T = B·S tokens, D model, E experts, K top-k, X columns of a router's own sums.
+Shapes: L MoE layers, B batch (sequences), S sequence, T = B·S tokens, D model, E experts, K top-k, X columns of a
+router's own sums.
 
 `Router` is the base class. Each kind of router is a subclass in `moe/routers/`, and a plugin can register more
 (docs/extending.md). Statistics are returned, one row per sequence, and never stored: the caller decides over which
@@ -247,17 +248,13 @@ class Router(nn.Module):
         return weights_BSK
 
     def compute_extra(self, decision: Decision) -> Tensor:
-        """Sums over the tokens of each sequence that this kind of router adds to the statistics, [B, X].
+        """Sums over the tokens of each sequence that this kind of router adds to the statistics, [B, X], with
+        X = `RouterConfig.num_extra`.
 
         The columns feed `auxiliary_loss`; the last ones, named by `TELEMETRY`, are logged. Exclude padding. The default
         has no columns.
         """
         return decision.logits_BSE.new_zeros(decision.logits_BSE.shape[0], 0)
-
-    @classmethod
-    def num_extra(cls, config: RouterConfig, num_experts: int) -> int:
-        """X, the number of columns that `compute_extra` returns."""
-        return 0
 
     @classmethod
     def auxiliary_loss(cls, config: RouterConfig, extra_LX: Tensor, tokens: Tensor) -> Tensor:
@@ -321,6 +318,18 @@ class Router(nn.Module):
         noise = f", jitter={config.jitter}" if config.jitter else ""
         kind = f"{config.kind}, top_k={self.top_k}, normalize={self.normalize}, scale={config.scale}"
         return f"{dim} -> {experts}, {kind}{groups}, {capacity}{noise}"
+
+
+def update_routers(model: nn.Module, counts_LE: Tensor) -> None:
+    """Let every router of `model` update itself from the counts of an optimizer step.
+
+    Args:
+        counts_LE: assignments over all micro-batches and ranks before any drop, int64, one row per MoE layer of `model`
+            in model order.
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router, counts_E in zip(routers, counts_LE, strict=True):
+        router.update_after_step(counts_E)
 
 
 def positive(total: Tensor) -> Tensor:

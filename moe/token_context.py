@@ -1,11 +1,12 @@
-"""What all layers of one forward pass know about its tokens.
+"""What all layers of one forward pass know about its tokens, and the rotary embedding of their positions.
 
-Shapes: B batch, S sequence, X >= S key positions, C head dim.
+Shapes: B batch, S sequence, H heads, C head dim.
 """
 
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -18,7 +19,7 @@ class TokenContext:
     used for another.
 
     Attributes:
-        rotary: cosine and sine of the rotary angles, two tensors [B, 1, S, C] (`moe.rope.rotary_table`); None where no
+        rotary: cosine and sine of the rotary angles, two tensors [B, 1, S, C] (`rotary_table`); None where no
             layer applies rotary embedding.
         documents_BS: attention stays between equal numbers; None: each row is one document.
         valid_BS: False on padding, for the tokens that this rank routes; None: no padding.
@@ -48,3 +49,35 @@ class TokenContext:
             self._shared[key] = make()
         result: T = self._shared[key]
         return result
+
+
+def rotary_table(positions_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the cosine and the sine of the rotation angles of every position (RoFormer, arXiv 2104.09864).
+
+    Angles are computed in fp32 (fp64 for an fp64 model), because bf16 cannot represent all integers above 256.
+
+    Args:
+        positions_BS: position of each token in its document.
+        head_dim: C.
+        theta: base of the geometric sequence of frequencies.
+        dtype: of the result.
+
+    Returns:
+        Two tensors [B, 1, S, C].
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, head_dim, 2, device=positions_BS.device, dtype=wide) / head_dim
+    angles = positions_BS.to(wide).unsqueeze(-1) * theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x_BHSC: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair (x_i, x_{i + C/2}) by the angle of its position (the layout of Hugging Face's Llama family).
+
+    Args:
+        table: the result of `rotary_table`.
+    """
+    cos, sin = table
+    first, second = x_BHSC.chunk(2, dim=-1)
+    return x_BHSC * cos + torch.cat((-second, first), dim=-1) * sin

@@ -16,27 +16,66 @@ BUCKET_BYTES = 64 * 2**20
 """Gradients are all-reduced in buckets of about this size."""
 
 
-def sum_gradients(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: frozenset[str] = frozenset()) -> None:
-    """Sum each gradient, in place, over the ranks that store the same shard of its parameter. Collective.
-
-    FSDP has already summed the gradients over the ranks that store other shards. A parameter that no token of this rank
-    has reached has no gradient, and takes part with zeros.
+class GradientReducer:
+    """Sums gradients over ranks, computes their norm and scales them. All methods but `scale` are collective.
 
     Args:
         parameters: the trainable parameters that this rank stores. Ranks that store the same shard must pass the same
             names. Ranks that store other shards can pass other names, or none.
         tied: names of parameters that both the first and the last pipeline stage store.
     """
-    by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        by_group.setdefault(replica_group(name, mesh), []).append(parameter.grad)
-    for group, gradients in by_group.items():
-        if group.size() > 1:
-            _sum_in_buckets(gradients, group)
-    for name in sorted(tied & parameters.keys()):
-        dist.all_reduce(parameters[name].grad, group=mesh.ends)
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: frozenset[str] = frozenset()) -> None:
+        self.parameters = dict(parameters)
+        self.mesh = mesh
+        self.tied = tied
+        self.groups = {name: replica_group(name, mesh) for name in parameters}
+        """The ranks that store the same shard of each parameter."""
+
+    def sum(self) -> None:
+        """Sum each gradient, in place, over the ranks that store the same shard of its parameter.
+
+        FSDP has already summed the gradients over the ranks that store other shards. A parameter that no token of this
+        rank has reached has no gradient, and takes part with zeros.
+        """
+        by_group: dict[dist.ProcessGroup, list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            by_group.setdefault(self.groups[name], []).append(parameter.grad)
+        for group, gradients in by_group.items():
+            if group.size() > 1:
+                _sum_in_buckets(gradients, group)
+        for name in sorted(self.tied & self.parameters.keys()):
+            dist.all_reduce(self.parameters[name].grad, group=self.mesh.ends)
+
+    def norm(self) -> Tensor:
+        """Return the L2 norm of the gradients of all trainable parameters. Call it after `sum`.
+
+        Every element of a parameter counts once: a shard that m ranks store counts 1/m on each of them.
+
+        Returns:
+            An fp64 scalar, the same on all ranks. If a gradient of any rank is not finite, it is NaN or infinite on
+            all.
+        """
+        total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
+        by_copies: dict[int, list[Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                copies = self.groups[name].size() * (2 if name in self.tied else 1)
+                by_copies.setdefault(copies, []).append(parameter.grad)
+        for copies, gradients in by_copies.items():
+            # With offload, the gradients of routers are on the device, and the others are in host memory.
+            norms = [norm.double().to(total.device) for norm in torch._foreach_norm(gradients)]
+            total += torch.stack(norms).square().sum() / copies
+        dist.all_reduce(total, group=self.mesh.world)
+        return total.sqrt()
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply every gradient by `factor`, in place."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor.to(parameter.grad))
 
 
 def _sum_in_buckets(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
@@ -71,35 +110,3 @@ def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
             bucket, nbytes = [], 0
     if bucket:
         yield bucket
-
-
-def global_grad_norm(parameters: Mapping[str, nn.Parameter], mesh: Mesh, tied: frozenset[str] = frozenset()) -> Tensor:
-    """Return the L2 norm of the gradients of all trainable parameters. Call it after `sum_gradients`. Collective.
-
-    Every element of a parameter counts once: a shard that m ranks store counts 1/m on each of them.
-
-    Args:
-        parameters, tied: as for `sum_gradients`.
-
-    Returns:
-        An fp64 scalar, the same on all ranks. If a gradient of any rank is not finite, it is NaN or infinite on all.
-    """
-    total = torch.zeros((), device=mesh.device, dtype=torch.float64)
-    by_copies: dict[int, list[Tensor]] = {}
-    for name, parameter in parameters.items():
-        if parameter.grad is not None:
-            copies = replica_group(name, mesh).size() * (2 if name in tied else 1)
-            by_copies.setdefault(copies, []).append(parameter.grad)
-    for copies, gradients in by_copies.items():
-        # With offload, the gradients of routers are on the device, and the others are in host memory.
-        norms = [norm.double().to(total.device) for norm in torch._foreach_norm(gradients)]
-        total += torch.stack(norms).square().sum() / copies
-    dist.all_reduce(total, group=mesh.world)
-    return total.sqrt()
-
-
-def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
-    """Multiply every gradient by `factor`, in place."""
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(factor.to(parameter.grad))

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import moe.losses
 from moe.attention.attention import Attention
 from moe.feedforward import FeedForward
 from moe.losses import IGNORE, TokenNats
@@ -58,17 +57,15 @@ def shard_tensors(model: Transformer, mesh: Mesh) -> None:
     model.gather, model.slice_local = GatherSequence(group), SliceSequence(group)
 
 
-def token_nats(logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> TokenNats:
-    """The cross-entropy -log softmax(logits)[label] of every position. Collective over `group`.
+def sharded_token_nats(logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> TokenNats:
+    """`moe.losses.token_nats` for logits that are sharded over the vocabulary. Collective over `group`.
 
     Args:
-        logits_BSv: this rank's shard of the vocabulary; a group of one rank has all of it.
+        logits_BSv: this rank's shard of the logits.
 
     Returns:
         The same values on every rank. The gradient of the sum is that of this rank's shard of the logits.
     """
-    if group.size() == 1:
-        return moe.losses.token_nats(logits_BSv, labels_BS)
     total, nats_BS = _ShardedCrossEntropy.apply(logits_BSv, labels_BS, group)
     return TokenNats(nats_BS, total)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe.model import ModelInputs, Output, Transformer
 from moe.region import LocalShard
 from parallel.fsdp import free_gathered_weights
-from parallel.gradients import global_grad_norm, scale_gradients, sum_gradients
+from parallel.gradients import GradientReducer
 from parallel.mesh import Mesh
 from parallel.objective import Objective
 from parallel.pipeline import Pipeline
@@ -90,8 +90,8 @@ class NativeEngine:
         self.optimizer = build_optimizer(list(self.parameters.values()), config)
         self.moments = OPTIMIZERS[config.kind].moments
         shares_ends = pipeline is not None and self.parts[0].config.tie_embeddings
-        self.tied = frozenset(["embedding"] if shares_ends else [])
-        """LocalShard by the first and by the last stage."""
+        tied = frozenset(["embedding"] if shares_ends else [])
+        self.gradients = GradientReducer(self.parameters, mesh, tied)
         self._updates = 0
 
     def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
@@ -114,12 +114,12 @@ class NativeEngine:
 
     def step(self, lr: float) -> float:
         self.trainable.collect_gradients()
-        sum_gradients(self.parameters, self.mesh, self.tied)
-        norm = global_grad_norm(self.parameters, self.mesh, self.tied)
+        self.gradients.sum()
+        norm = self.gradients.norm()
         value = norm.item()
         if math.isfinite(value):
             if self.max_grad_norm is not None and value > self.max_grad_norm:
-                scale_gradients(self.parameters.values(), self.max_grad_norm / norm)
+                self.gradients.scale(self.max_grad_norm / norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import IGNORE, Batch
-from parallel.tensor import token_nats
 from training.engine import Engine
-from training.step import move_to_device
+from training.step import move_to_device, token_nats
 
 
 class Evaluation(NamedTuple):

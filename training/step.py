@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import Batch
-from moe.balance import update_routers
 from moe.config import ModelConfig, RouterConfig
-from moe.losses import Reductions, auxiliary_losses
+from moe.losses import Reductions, TokenNats, auxiliary_losses
+from moe.losses import token_nats as whole_token_nats
 from moe.model import ModelInputs
 from moe.noise import noise_keys
-from moe.router import ROUTERS, RouterStats
+from moe.router import ROUTERS, RouterStats, update_routers
 from parallel.mesh import Mesh
-from parallel.tensor import token_nats
+from parallel.tensor import sharded_token_nats
 from training.engine import Engine
 
 
@@ -53,26 +53,41 @@ class StepResult(NamedTuple):
     """The router kind's own telemetry: name -> mean over tokens per layer. None if it has none."""
 
 
-def move_to_device(batch: Batch, mesh: Mesh, seed: int = 0) -> tuple[ModelInputs, Batch]:
+def move_to_device(batch: Batch, mesh: Mesh, seed: int | None = None) -> tuple[ModelInputs, Batch]:
     """The model's inputs for a batch of whole rows on the CPU, and this context rank's part of the batch.
 
     Masks are built only if something is masked. This is asked of whole rows, so that all ranks that share the rows
     agree, and while the batch is on the CPU, so that no device has to be waited for.
 
     Args:
-        seed: seed of the routers' noise, which is drawn for each token of a training batch by its number.
+        seed: seed of the routers' noise, which is drawn for each token of a training batch by its number; None: the
+            routers draw no noise.
     """
     padded = bool((batch.documents_BS < 0).any())
     packed = bool((batch.documents_BS != 0).any())
-    batch = batch.part(mesh.layout.pieces_of(mesh.context.rank()), mesh.layout.pieces).to(mesh.device)
+    if mesh.layout.context > 1:
+        batch = batch.part(mesh.layout.pieces_of(mesh.context.rank()), mesh.layout.pieces)
+    batch = batch.to(mesh.device)
     inputs = ModelInputs(
         tokens_BS=batch.tokens_BS,
         positions_BS=batch.positions_BS,
         documents_BS=batch.documents_BS if packed else None,
         valid_BS=batch.documents_BS >= 0 if padded else None,
-        noise_keys_BS=None if batch.numbers_BS is None else noise_keys(seed, batch.numbers_BS),
+        noise_keys_BS=None if seed is None or batch.numbers_BS is None else noise_keys(seed, batch.numbers_BS),
     )
     return inputs, batch
+
+
+def token_nats(logits_BSV: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> TokenNats:
+    """The cross-entropy of every position, in training and in evaluation. Collective over `group`.
+
+    Args:
+        logits_BSV: [B, S, V], or, if `group` has several ranks, this rank's shard of the vocabulary.
+        group: the tensor-parallel ranks.
+    """
+    if group.size() == 1:
+        return whole_token_nats(logits_BSV, labels_BS)
+    return sharded_token_nats(logits_BSV, labels_BS, group)
 
 
 class StepLoss:
@@ -95,7 +110,7 @@ class StepLoss:
         self.labels, self.tokens = (max(1, number) for number in counted)
         self.layers = model.num_moe_layers
         experts = model.num_experts or 0
-        columns = ROUTERS[router.kind].num_extra(router, experts) if model.is_moe else 0
+        columns = router.num_extra(experts) if model.is_moe else 0
         self.sums = torch.zeros(4 if columns else 3, dtype=torch.float64, device=mesh.device)
         """This rank's sums of the cross-entropy, and of the balance loss, z-loss and router's own term times tokens."""
         self.counts_LE = torch.zeros(self.layers, experts, dtype=torch.int64, device=mesh.device)
@@ -147,7 +162,8 @@ def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: f
         seed: the run's seed, for the routers' noise.
     """
     mesh, config = engine.mesh, engine.parts[0].config
-    prepared = [move_to_device(batch, mesh, seed) for batch in batches]
+    noise_seed = seed if router.draws_noise else None
+    prepared = [move_to_device(batch, mesh, noise_seed) for batch in batches]
     labels, tokens = _count(batches, mesh)
     loss = StepLoss([batch for _, batch in prepared], router, config, mesh, (labels, tokens))
     engine.run([inputs for inputs, _ in prepared], loss)

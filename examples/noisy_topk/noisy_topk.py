@@ -49,6 +49,15 @@ class NoisyTopKConfig(RouterConfig):
         """The gate and the noise each have a matrix."""
         return {"weight": (num_experts, dim), "noise_weight": (num_experts, dim)}
 
+    @property
+    def draws_noise(self) -> bool:
+        """Every training step draws noise."""
+        return True
+
+    def num_extra(self, num_experts: int) -> int:
+        """Two columns per expert for the losses, and one for the telemetry."""
+        return 2 * num_experts + 1
+
 
 @register_router("noisy_topk", NoisyTopKConfig)
 class NoisyTopKRouter(Router):
@@ -79,11 +88,6 @@ class NoisyTopKRouter(Router):
         load_BSE = self._probability_of_top_k(clean_BSE, decision.logits_BSE, std_BSE)
         std_BS1 = std_BSE.detach().mean(dim=-1, keepdim=True)
         return (torch.cat((importance_BSE, load_BSE, std_BS1), dim=-1) * mask_BS1).sum(dim=1)
-
-    @classmethod
-    def num_extra(cls, config: RouterConfig, num_experts: int) -> int:
-        """Two columns per expert, and one for the telemetry."""
-        return 2 * num_experts + 1
 
     @classmethod
     def auxiliary_loss(cls, config: RouterConfig, extra_LX: Tensor, tokens: Tensor) -> Tensor:

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.attention.cache import LayerCache
-from moe.attention.flex import fits_flex, flex
+from moe.attention.flex import flex
 from moe.attention.masked import masked_attention
 from moe.attention.window import windowed_attention
 from moe.config import ModelConfig
 from moe.linear import Linear
-from moe.rope import apply_rotary
-from moe.token_context import TokenContext
+from moe.token_context import TokenContext, apply_rotary
 
 
 class AttentionCore(nn.Module):
@@ -41,7 +40,7 @@ class AttentionCore(nn.Module):
         window = None if self.window is None or self.window >= places else self.window
         if window is None and documents_BX is None and length == places:
             return _causal(q_BHSC, k_BGXC, v_BGXC)
-        if fits_flex(q_BHSC):
+        if q_BHSC.is_cuda and q_BHSC.dtype != torch.float64:  # the fused kernel has no fp64
             return flex(q_BHSC, k_BGXC, v_BGXC, context, window)
         if window is not None:
             return windowed_attention(q_BHSC, k_BGXC, v_BGXC, documents_BX, window)

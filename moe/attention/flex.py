@@ -19,11 +19,6 @@ from moe.token_context import TokenContext
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def fits_flex(x: Tensor) -> bool:
-    """Whether the fused kernel supports the device and dtype of `x`."""
-    return x.is_cuda and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
-
-
 def flex(q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, context: TokenContext, window: int | None) -> Tensor:
     """Causal attention within documents and the window, [B, H, S, C]; compiled on GPUs, a plain loop elsewhere."""
     mask = block_mask(context, window, q_BHSC.shape[2], k_BGXC.shape[2], q_BHSC.device)

@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe.attention.attention import Attention, AttentionCore
 from moe.attention.flex import block_mask, flex
 from moe.config import ModelConfig
-from moe.rope import apply_rotary, rotary_table
-from moe.token_context import TokenContext
+from moe.token_context import TokenContext, apply_rotary, rotary_table
 
 
 def masked_reference(q, k, v, documents, window):

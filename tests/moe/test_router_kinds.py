@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from moe.balance import update_routers
 from moe.config import RouterConfig
 from moe.noise import noise_keys, uniform
+from moe.router import update_routers
 from moe.routers import build_router
 
 
