@@ -135,6 +135,8 @@ class TrackingConfig:
     wandb: Literal["offline", "online", "disabled"] = "offline"
     project: str = "mixwright"
     entity: str | None = None
+    trackers: tuple[str, ...] = ()
+    """Names of further trackers, which plugins register in `training.report.trackers.TRACKERS`."""
 
 
 @dataclass(frozen=True)
