@@ -230,8 +230,8 @@ def start_tracking(
         name: the name that trackers show for the run.
         directory: the run's directory. W&B writes its files to `directory/wandb`.
         resolved_config: the run's configuration without secrets, because trackers publish it.
-        resumed_step: the checkpoint's step if the run is resumed, else None. A resumed run keeps its W&B id, which is in
-            `wandb/run_id.txt`, and the step numbers of its rows; offline, each resumption has its own directory.
+        resumed_step: the checkpoint's step if the run is resumed, else None. A resumed run keeps its W&B id, which is
+            in `wandb/run_id.txt`, and the step numbers of its rows. Offline, each resumption has its own directory.
         warn: receives one line for each tracker that fails, at its start or later.
 
     Returns:
