@@ -200,7 +200,7 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         _curve(loss, metrics_rows, "eval/loss", "held-out cross-entropy", ORANGE, marker="o")
         balance.set_title("Balance loss (1 = balanced, as a mean over layers)", loc="left")
         _curve(balance, metrics_rows, "router/balance_loss", "all layers", BLUE)
-        violation.set_title("MaxVio (0 = balanced, 1 = an expert gets twice its share)", loc="left")
+        violation.set_title("MaxVio (0 = balanced, 1 = twice the share)", loc="left")
         layers = sorted({key for row in metrics_rows for key in row if key.startswith("router/max_vio/")})
         for index, key in enumerate(layers):
             label = "single layers" if index == 0 else ""
