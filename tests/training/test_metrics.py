@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and the router's telemetry, against numbers worked out by hand."""
+"""`metrics.jsonl`, and the metrics of the router against numbers computed by hand."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def test_rows_read_back_to_the_same_bits(tmp_path: Path) -> None:
     row: Row = {"step": 1, "a": 0.1 + 0.2, "b": 5e-324, "c": 2**60, "inf": math.inf, "low": [-math.inf, 1 / 3]}
     writer = MetricsWriter(path, None)
     writer.write(row)
-    # Flushed: read while the writer still holds the file.
+    # The file is read while the writer still has it open, because rows are flushed.
     assert read_metrics(path) == [row]
     writer.write({"step": 2, "a": math.nan})
     assert math.isnan(read_metrics(path)[1]["a"])  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def test_router_metrics_by_hand() -> None:
         "router/load/layer_01": [0.0, 0.0, 1.0, 0.0],
         "router/dead": 4,
         "router/drop_rate": 0.25,
-        # Entropy of (1/2, 1/4, 1/4) is 1.5 bits of 2; that of a single expert 0.
+        # The entropy of (1/2, 1/4, 1/4) is 1.5 bits of 2, and that of a single expert is 0.
         "router/load_entropy": pytest.approx(0.375, abs=1e-15),
     }
 

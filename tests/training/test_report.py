@@ -1,10 +1,11 @@
-"""What a person reads: the figures are there, in plain text, and the plots are reproducible."""
+"""The output of a run: the numbers are there, in plain text, and the plots are reproducible."""
 
 import csv
 import json
 import math
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,16 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from moe.config import ModelConfig
+from moe.config import FEED_FORWARDS, FeedForwardSpec, ModelConfig
 from training.report.heatmap import relative_load, show_load
-from training.report.plots import plot_curves, plot_load
+from training.report.plots import plot_curves, plot_load, plot_overview
 from training.report.progress import Progress
 from training.report.sweep import sweep_table
 from training.report.tables import (
     RankSummary,
-    human_bytes,
-    human_count,
-    human_time,
     show_corpus,
     show_end,
     show_evaluation,
@@ -29,7 +27,7 @@ from training.report.tables import (
     show_model,
     show_sample,
 )
-from training.report.terminal import printable
+from training.report.terminal import human_bytes, human_count, human_time, printable
 
 Capture = pytest.CaptureFixture[str]
 
@@ -46,7 +44,7 @@ MOE_ROW = {
 
 
 def plain(capsys: Capture) -> str:
-    """What was printed, checked to be fit for a log file: no control character, no blank at the end of a line."""
+    """What was printed. Fails if it has control characters or blanks at line ends, which a log file must not have."""
     text = capsys.readouterr().out
     assert all(character == "\n" or character.isprintable() for character in text)
     assert all(line == line.rstrip() for line in text.split("\n"))
@@ -54,11 +52,11 @@ def plain(capsys: Capture) -> str:
 
 
 def row_of(text: str, first: str) -> str:
-    """The line whose first word is `first`, its words one space apart."""
+    """The line whose first word is `first`, with single spaces between its words."""
     return next(" ".join(line.split()) for line in text.splitlines() if line.split()[:1] == [first])
 
 
-def holding(rank: int, experts: list[int]) -> RankSummary:
+def summary_of(rank: int, experts: list[int]) -> RankSummary:
     return RankSummary(rank, f"host{rank // 8}", "cpu", experts, range(4), 6_000_000 + rank, 24_000_000, 4_000_000)
 
 
@@ -90,13 +88,23 @@ def test_corpus_and_model(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> N
     assert "dense SwiGLU, hidden 128" in text and "all earlier tokens" in text
 
 
+def test_a_feed_forward_kind_of_a_plugin_has_a_label(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {name: FEED_FORWARDS[name] for name in FEED_FORWARDS} | {"squared": FeedForwardSpec(False, "squared ReLU")}
+    monkeypatch.setattr(FEED_FORWARDS, "_entries", kinds)
+    model = ModelConfig(64, 4, 4, 2, 16, 128, num_experts=8, top_k=2, ffn="squared", moe_every=2)
+    sizes = {"total_params": 12_345_678, "active_params": 5_432_100, "vocab_size": 8192}
+    show_model(model, **sizes, tokenizer="BPE", precision="bf16", device="cpu")
+    text = plain(capsys)
+    assert "8 squared ReLU experts" in text and "the others dense squared ReLU, hidden 128" in text
+
+
 def test_layout(capsys: Capture) -> None:
-    assert holding(0, [0, 1, 2, 5, 7, 8]).expert_ranges() == "0-2,5,7-8"
-    assert holding(0, []).expert_ranges() == "none"
-    assert json.loads(json.dumps(holding(1, [4, 5]).as_dict()))["experts"] == [4, 5]
-    show_layout([holding(0, [0, 1]), holding(1, [2, 3])], "")
+    assert summary_of(0, [0, 1, 2, 5, 7, 8]).expert_ranges() == "0-2,5,7-8"
+    assert summary_of(0, []).expert_ranges() == "none"
+    assert json.loads(json.dumps(summary_of(1, [4, 5]).as_dict()))["experts"] == [4, 5]
+    show_layout([summary_of(0, [0, 1]), summary_of(1, [2, 3])], "")
     assert row_of(plain(capsys), "1") == "1 host0 cpu 0-3 2-3 6,000,001 4,000,000 24.0 MB"
-    show_layout([holding(rank, [2 * rank, 2 * rank + 1]) for rank in range(64)], "")
+    show_layout([summary_of(rank, [2 * rank, 2 * rank + 1]) for rank in range(64)], "")
     text = plain(capsys)
     assert len(text.splitlines()) == 6
     assert "Layout: 64 ranks" in text and "8 hosts in all" in text and "6,000,001 to 6,000,062" in text
@@ -112,7 +120,9 @@ def test_progress_lines_and_eta(capsys: Capture) -> None:
         progress.print("saved [bold]here[/bold]")
         progress.update({"train/loss": math.nan, "train/ce": math.nan, "optim/lr": 1e-4, "router/max_vio": None}, 103)
         assert progress.eta() == 14.0
-    first, saved, dense = plain(capsys).splitlines()
+    *legend, first, saved, dense = plain(capsys).splitlines()
+    assert "MaxVio: 0 = balanced, 1 = the fullest expert gets twice its share" in " ".join(legend)
+    assert "balance loss, 1 = balanced" in " ".join(legend) and len(legend) < 4 and max(map(len, legend)) <= 120
     for part in ("step 101/110", "3.2500", "1.0500", "0.500", "2.1%", "3.00e-04", "12.3 k tokens/s", "ETA 18.0 s"):
         assert part in first
     assert saved == "saved [bold]here[/bold]"
@@ -120,9 +130,10 @@ def test_progress_lines_and_eta(capsys: Capture) -> None:
 
 
 def test_terminal_gets_a_bar_and_colours() -> None:
-    """In a process of its own under a pseudo-terminal: there, and only there, escape codes appear."""
+    """A process under a pseudo-terminal prints escape codes, which the other tests see nowhere else."""
     program = (
-        "from training.report.progress import Progress\nfrom training.report.tables import show_evaluation, show_load\n"
+        "from training.report.heatmap import show_load\n"
+        "from training.report.progress import Progress\nfrom training.report.tables import show_evaluation\n"
         f"with Progress(2) as p:\n    p.update({MOE_ROW!r}, 1)\n    p.print('a line above')\n"
         "    show_evaluation({'code': 1.5}, 3.0, {'code': (2.0, 4.5)})\n    p.update({}, 2)\n"
         "show_load([[1.0, 3.0]], {})\nshow_load([[1.0] * 300], {})\n"
@@ -135,23 +146,29 @@ def test_terminal_gets_a_bar_and_colours() -> None:
     try:
         while chunk := os.read(parent, 65536):
             output += chunk
-    except OSError:  # Linux's way of saying that the other end is closed
+    except OSError:  # Linux raises it when the other end is closed.
         pass
     os.close(parent)
     assert process.wait() == 0, output
     text = output.decode()
     assert "\x1b[" in text and "step 1/2" in text and "step 2/2" in text and "a line above" in text
-    assert "beats gzip" in text and "1.50" in text and "a cell is the least balanced of 5 experts" in text
+    assert (
+        "below gzip -9" in text
+        and "yes" in text
+        and "1.50" in text
+        and "a cell is the least balanced of 5 experts" in text
+    )
 
 
 def test_evaluation(capsys: Capture) -> None:
     bits = {"code": 1.9, "prose": 2.4, "other": 2.0, "broken": math.nan}
     show_evaluation(bits, 3.21, {"code": (2.1, 4.6), "prose": (2.3, 4.5), "broken": (2.0, 4.0)})
     text = plain(capsys)
-    assert row_of(text, "code") == "code 1.900 2.100 4.600 beats gzip"
-    assert row_of(text, "prose") == "prose 2.400 2.300 4.500"
-    assert row_of(text, "other") == "other 2.000 - -"
-    assert row_of(text, "broken") == "broken nan 2.000 4.000"
+    assert row_of(text, "domain") == "domain model gzip -9 byte unigram below gzip -9"
+    assert row_of(text, "code") == "code 1.900 2.100 4.600 yes"
+    assert row_of(text, "prose") == "prose 2.400 2.300 4.500 no"
+    assert row_of(text, "other") == "other 2.000 - - -"
+    assert row_of(text, "broken") == "broken nan 2.000 4.000 no"
     assert "loss 3.2100" in text and "only the held-out text itself" in text
 
 
@@ -201,23 +218,57 @@ def test_plots_are_reproducible(tmp_path: Path) -> None:
     }
     for name, (load_LE, domains) in loads.items():
         plot_load(load_LE, domains, tmp_path / name)
-    # A dense model: no router rows; one row; a NaN; an evaluation row without training figures.
+    # A dense model has no router metrics. One loss is NaN, and one row has an evaluation and no training metrics.
     rows = [{"step": 1, "train/loss": math.nan, "train/ce": 3.0, "optim/lr": 1e-3}, {"step": 1, "eval/loss": 3.1}]
     plot_curves(rows, tmp_path / "dense")
     plot_curves([MOE_ROW | {"step": s, "router/max_vio/layer_00": 0.4} for s in (1, 2, 3)], tmp_path / "moe")
-    for name in (*loads, "dense", "moe"):
+    overviews = {"overview_dense": rows, "overview_moe": overview_rows(range(1, 30, 7), layers=12), "overview_none": []}
+    for name, overview in overviews.items():
+        plot_overview(overview, tmp_path / name)
+    for name in (*loads, "dense", "moe", *overviews):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    first = (tmp_path / "few.svg").read_bytes()
+    first, overview_first = (tmp_path / "few.svg").read_bytes(), (tmp_path / "overview_moe.svg").read_bytes()
     plot_load(*loads["few"], tmp_path / "few")
+    plot_overview(overviews["overview_moe"], tmp_path / "overview_moe")
     assert (tmp_path / "few.svg").read_bytes() == first
-    assert b"<dc:date>" not in first
+    assert (tmp_path / "overview_moe.svg").read_bytes() == overview_first
+    assert b"<dc:date>" not in first + overview_first
+
+
+def overview_rows(steps: range, layers: int) -> list[Mapping[str, object]]:
+    """Rows of a run with 4 experts, one of which gets no token; the last layer has no assignment in the first step."""
+    rows = []
+    for step in steps:
+        shares = {f"router/load/layer_{layer:02d}": [0.5, 0.3, 0.2, 0.0] for layer in range(layers)}
+        if step == steps[0]:
+            shares[f"router/load/layer_{layers - 1:02d}"] = [math.nan] * 4
+        rows.append({"step": step, "train/ce": 3.0 / step, **shares})
+    return [*rows, {"step": steps[-1] + 1, "eval/loss": 3.1}]
+
+
+@pytest.mark.parametrize(("layers", "shown"), [(1, [0]), (4, [0, 1, 2, 3]), (12, [0, 2, 4, 7, 9, 11])])
+def test_overview_shows_loss_and_load(tmp_path: Path, layers: int, shown: list[int]) -> None:
+    plot_overview(overview_rows(range(1, 30, 7), layers), tmp_path / "overview")
+    svg = (tmp_path / "overview.svg").read_text()
+    assert [int(layer) for layer in re.findall(r"<!-- layer (\d+) -->", svg)] == shown
+    for label in (
+        "optimizer step",
+        "cross-entropy (nats per token)",
+        "expert, by MoE layer",
+        "training",
+        "held-out text",
+    ):
+        assert f"<!-- {label} -->" in svg
+    plot_overview([{"step": 1, "train/ce": 3.0}], tmp_path / "dense")
+    dense = (tmp_path / "dense.svg").read_text()
+    assert "<!-- cross-entropy (nats per token) -->" in dense and "expert" not in dense
 
 
 def write_job(sweep: Path, job: int, experts: int | None, lr: float, result: Mapping[str, object] | None) -> None:
     directory = sweep / str(job)
     directory.mkdir()
     model = f"model: {{num_experts: {experts or 'null'}, top_k: {2 if experts else 'null'}}}"
-    # a run writes down the axes that it chose, a job that failed has none
+    # A run writes the sizes that it chose for the parallel axes; a job that failed still has `auto`.
     parallel = f"parallel: {{tensor: {1 if result and result['status'] == 'finished' else 'auto'}}}"
     optim = f"optim: {{lr: {lr}, eps: 0.1}}"
     (directory / "config.yaml").write_text(f"run: {{name: s/{job}}}\n{model}\n{optim}\n{parallel}\n")

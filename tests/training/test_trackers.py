@@ -1,4 +1,4 @@
-"""W&B: what an offline run's file holds, and that training outlives W&B."""
+"""Trackers: the content of an offline W&B run, trackers of plugins, and failures that must not end a run."""
 
 import json
 import subprocess
@@ -9,9 +9,18 @@ from typing import Any
 
 import pytest
 
+from common.errors import ConfigError
 from training.config import TrackingConfig
 from training.report.metrics import Row
-from training.report.trackers import NullTracker, Tracker, check_tracking, load_histogram, start_tracking
+from training.report.trackers import (
+    TRACKERS,
+    TrackedRun,
+    Tracker,
+    Trackers,
+    check_tracking,
+    load_histogram,
+    start_tracking,
+)
 
 
 def row_of(step: int) -> Row:
@@ -23,9 +32,11 @@ def row_of(step: int) -> Row:
     }
 
 
-def start(directory: Path, resumed_step: int | None, warnings: list[str]) -> Tracker:
+def start(
+    directory: Path, resumed_step: int | None, warnings: list[str], config: TrackingConfig | None = None
+) -> Trackers:
     return start_tracking(
-        TrackingConfig(),
+        config or TrackingConfig(),
         name="tiny-1",
         directory=directory,
         resolved_config={"model": {"top_k": 2}},
@@ -34,8 +45,13 @@ def start(directory: Path, resumed_step: int | None, warnings: list[str]) -> Tra
     )
 
 
-def inspect(path: Path | None) -> list[dict[str, Any]]:
-    """The records that `wandb leet inspect` reads from an offline run's file."""
+def latest_run(directory: Path) -> Path:
+    """The directory of the W&B run that was started last; W&B keeps a link to it."""
+    return (directory / "wandb" / "latest-run").resolve()
+
+
+def inspect(path: Path) -> list[dict[str, Any]]:
+    """The records that `wandb leet inspect` reads from the file of an offline run."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [json.loads(line) for line in output.splitlines()]
@@ -56,12 +72,14 @@ def test_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[str
         tracker.log(row_of(step), step)
     tracker.summary({"eval/loss": 0.5})
     tracker.finish()
-    first = inspect(tracker.files())
+    first_files = latest_run(tmp_path)
+    first = inspect(first_files)
 
     resumed = start(tmp_path, 2, warnings)
     resumed.log(row_of(3), 3)
     resumed.finish()
-    second = inspect(resumed.files())
+    second_files = latest_run(tmp_path)
+    second = inspect(second_files)
 
     rows = history(first)
     assert [step for step, _ in rows] == [1, 2, 3]
@@ -77,28 +95,28 @@ def test_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert run["config"]["update"]["model"] == {"top_k": 2}
     assert again["run_id"] == run["run_id"] and again["display_name"] == "tiny-1"
     assert [step for step, _ in history(second)] == [3]
-    assert tracker.files() != resumed.files()
+    assert first_files != second_files
     assert not warnings
     assert capfd.readouterr() == ("", "")
     assert {path.name for path in tmp_path.iterdir()} == {"wandb"}
 
 
 class FakeRun:
-    """A W&B run whose service dies after `lives` calls."""
+    """A W&B run whose service fails after `calls` calls of `log`."""
 
-    def __init__(self, lives: int) -> None:
-        self.settings = SimpleNamespace(sync_dir="/nowhere")
+    def __init__(self, calls: int) -> None:
         self.logged: list[dict[str, Any]] = []
-        self.lives = lives
+        self.summary: dict[str, Any] = {}
+        self.calls = calls
 
     def log(self, row: dict[str, Any], step: int | None = None) -> None:
-        self.lives -= 1
-        if self.lives < 0:
+        self.calls -= 1
+        if self.calls < 0:
             raise ConnectionResetError("Connection lost")
         self.logged.append(row)
 
     def finish(self) -> None:
-        raise AssertionError("a dead service is left alone")
+        raise AssertionError("a service that has failed must not be called again")
 
 
 def fake_wandb(run: FakeRun | Exception) -> SimpleNamespace:
@@ -117,8 +135,8 @@ def fake_wandb(run: FakeRun | Exception) -> SimpleNamespace:
     )
 
 
-def test_warns_once_and_carries_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = FakeRun(lives=1)
+def test_a_failing_wandb_warns_once_and_is_not_called_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun(calls=1)
     warnings: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(run))
     tracker = start(tmp_path, None, warnings)
@@ -132,12 +150,15 @@ def test_warns_once_and_carries_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_training_starts_without_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(TimeoutError("no network")))
-    assert isinstance(start(tmp_path, None, warnings), NullTracker)
+    tracker = start(tmp_path, None, warnings)
+    assert tracker.running == {}
+    tracker.log(row_of(1), 1)
+    tracker.finish()
     assert len(warnings) == 1 and "no network" in warnings[0]
 
 
-def test_missing_pillow_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = FakeRun(lives=9)
+def test_missing_pillow_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun(calls=9)
     warnings: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(run))
     monkeypatch.setattr("training.report.trackers.find_spec", lambda name: None)
@@ -149,6 +170,91 @@ def test_missing_pillow_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("training.report.trackers.find_spec", lambda name: object())
     start(tmp_path, None, warnings).image("router/heatmap", tmp_path / "heatmap.png")
     assert run.logged == [{"router/heatmap": str(tmp_path / "heatmap.png")}]
+
+
+class ListTracker(Tracker):
+    """A tracker as a plugin writes it: it overrides the methods that it needs, and inherits the others."""
+
+    calls: list[tuple[Any, ...]]
+
+    def __init__(self, run: TrackedRun) -> None:
+        self.calls = [(run.name, run.directory, run.config, run.resumed_step)]
+        ListTracker.calls = self.calls
+
+    def log(self, row: Row, step: int) -> None:
+        self.calls.append((step, row["train/loss"]))
+
+    def finish(self) -> None:
+        self.calls.append(("finish",))
+
+
+class FailingTracker(Tracker):
+    def log(self, row: Row, step: int) -> None:
+        if step == 2:
+            raise OSError("disk full\nin detail")
+
+    def finish(self) -> None:
+        raise AssertionError("a tracker that has failed must not be called again")
+
+
+def refuse_to_start(run: TrackedRun) -> Tracker:
+    raise RuntimeError("no server")
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register the trackers of this file, for one test."""
+    monkeypatch.setattr(TRACKERS, "_entries", {})
+    TRACKERS.register("list")(ListTracker)
+    TRACKERS.add("failing", lambda run: FailingTracker())
+    TRACKERS.add("refusing", refuse_to_start)
+
+
+@pytest.mark.usefixtures("registry")
+def test_registered_trackers_get_every_row_beside_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun(calls=9)
+    warnings: list[str] = []
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(run))
+    config = TrackingConfig(trackers=("failing", "refusing", "list"))
+    check_tracking(config)
+    tracker = start(tmp_path, 7, warnings, config)
+    for step in (1, 2, 3):
+        tracker.log(row_of(step), step)
+    tracker.summary({"eval/loss": 0.5})
+    tracker.image("curves", tmp_path / "curves.png")
+    monkeypatch.setattr(run, "finish", lambda: None)
+    tracker.finish()
+    started = ("tiny-1", tmp_path, {"model": {"top_k": 2}}, 7)
+    assert ListTracker.calls == [started, (1, 1.0), (2, 0.5), (3, 1 / 3), ("finish",)]
+    assert [row["train/loss"] for row in run.logged[:3]] == [1.0, 0.5, 1 / 3]
+    assert run.logged[3:] == [{"curves": str(tmp_path / "curves.png")}] and run.summary == {"eval/loss": 0.5}
+    refusing, failing = warnings
+    assert refusing.startswith("tracker refusing did not start (RuntimeError: no server); training continues")
+    assert failing.startswith("tracker failing stopped (OSError: disk full); training continues")
+
+
+@pytest.mark.usefixtures("registry")
+def test_registered_trackers_work_without_wandb(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    tracker = start(tmp_path, None, warnings, TrackingConfig(wandb="disabled", trackers=("list", "list")))
+    tracker.finish()
+    assert list(tracker.running) == ["tracker list"] and not warnings
+    assert ListTracker.calls == [("tiny-1", tmp_path, {"model": {"top_k": 2}}, None), ("finish",)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_tracker_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = (
+        "tracking.trackers=[list,other]: expected names that a module in plugins=[...] registers "
+        "(registered: {known}), found {unknown}"
+    )
+    config = TrackingConfig(wandb="disabled", trackers=("list", "other"))
+    for trackers, known, unknown in (({}, "none", "list, other"), ({"list": ListTracker}, "list", "other")):
+        monkeypatch.setattr(TRACKERS, "_entries", trackers)
+        with pytest.raises(ConfigError) as caught:
+            check_tracking(config)
+        assert str(caught.value) == message.format(known=known, unknown=unknown)
+        assert caught.value.field == "tracking.trackers"
 
 
 def test_online_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

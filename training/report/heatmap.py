@@ -1,7 +1,8 @@
-"""Expert load as a layer x expert heatmap in the terminal, and what each text domain prefers.
+"""The expert load as a heatmap of layers and experts on stdout, and the experts that each domain uses most.
 
-Load everywhere here is `n_e / n_mean`: 1 at perfect balance, 0 for an expert that got no token, at most E / k.
-Suffixes: L MoE layers, E experts.
+The relative load of an expert is `n_e / n_mean`, its assignments divided by the mean over the experts of its layer. It
+is 1 at perfect balance, 0 for an expert without a token, and at most E / k.
+Shape suffixes: L MoE layers, E experts.
 """
 
 import math
@@ -12,46 +13,50 @@ from rich.text import Text
 from training.report.terminal import console, on_terminal, show, show_line, show_table
 
 Load = Sequence[Sequence[float]]
-"""Counts or shares of assignments, L rows of E."""
+"""Counts, shares or relative loads: L rows of E numbers."""
 
 PLAIN_EXPERTS = 16
-"""Experts on one plain line."""
+"""The number of experts on one plain line."""
 MAX_PLAIN_EXPERTS = 64
-"""With more experts than this, plain lines show groups of them."""
+"""With more experts than this, a column of the plain lines stands for several neighbouring experts."""
 
 _UNDER, _BALANCED, _OVER = (33, 102, 172), (247, 247, 247), (178, 24, 43)
-"""Blue, white, red: distinguishable with every common colour blindness."""
+"""Blue, white and red, which people with any common colour blindness can distinguish."""
 
 
 def relative_load(load_LE: Load) -> list[list[float]]:
-    """Each layer's counts or shares divided by their mean; all 0 in a layer that routed nothing."""
+    """Return the counts or shares of each layer divided by their mean. A layer without assignments gives zeros."""
     means = [sum(load_E) / len(load_E) for load_E in load_LE]
     return [[value / mean if mean else 0.0 for value in load_E] for load_E, mean in zip(load_LE, means, strict=True)]
 
 
 def routed(domains: Mapping[str, Load]) -> dict[str, Load]:
-    """The domains that sent any token to an expert: the load of the others is not 0, it is unknown."""
+    """Return the domains with at least one assignment. The load of the others is unknown rather than 0."""
     return {name: load_LE for name, load_LE in domains.items() if any(map(sum, load_LE))}
 
 
 def scale_limit(load_LE: Load) -> float:
-    """2, 4 or 8: colours span 1/limit to limit on a log scale, half and twice the balanced load equally strong."""
+    """Return the relative load at the end of the colour scale: 2, 4 or 8, depending on the highest load.
+
+    Colours range from 1 / limit to limit on a logarithmic scale, so that half and twice the balanced load are equally
+    strong.
+    """
     highest = max((value for load_E in load_LE for value in load_E), default=1.0)
     return next((limit for limit in (2.0, 4.0) if highest <= limit), 8.0)
 
 
 def show_load(load_LE: Load, domains: Mapping[str, Load]) -> None:
-    """Print the heatmap of everything and a row per domain.
+    """Print the heatmap of the load over all domains, and a table with one row per domain.
 
     Args:
-        load_LE: counts or shares over everything, per layer and expert.
-        domains: the same for each domain alone; one without a token gets no row.
+        load_LE: counts or shares over all domains.
+        domains: counts or shares of each domain alone. A domain without assignments gets no row.
     """
     relative_LE = relative_load(load_LE)
     if not relative_LE:
         return
     show_line()
-    show_line("Expert load, 1.00 = perfect balance (rows: layers, columns: experts)", style="bold")
+    show_line("Expert load on held-out text, 1.00 = perfect balance (rows: MoE layers, columns: experts)", style="bold")
     if on_terminal():
         _draw(relative_LE)
     else:
@@ -61,24 +66,28 @@ def show_load(load_LE: Load, domains: Mapping[str, Load]) -> None:
 
 
 def _show_domains(load_LE: Load, domains: Mapping[str, Load], top: int = 4) -> None:
-    """Experts are numbered anew in each layer, so a mean over layers would hide what a domain prefers: name them."""
-    whole_LE = relative_load(load_LE)
+    """Print the experts that each domain uses most.
+
+    The table names single experts, because expert 3 of one layer has nothing to do with expert 3 of another. A mean
+    over layers would therefore hide what a domain prefers.
+    """
+    all_LE = relative_load(load_LE)
     rows = []
     for name, domain_LE in domains.items():
         relative_LE = relative_load(domain_LE)
-        # Half the L1 distance of two shares, averaged over layers.
-        moved = sum(
-            sum(abs(a - b) for a, b in zip(mine_E, all_E, strict=True)) / (2 * len(all_E))
-            for mine_E, all_E in zip(relative_LE, whole_LE, strict=True)
-        ) / len(whole_LE)
+        # Half the L1 distance between the shares of this domain and those of all domains, averaged over layers.
+        elsewhere = sum(
+            sum(abs(a - b) for a, b in zip(domain_E, all_E, strict=True)) / (2 * len(all_E))
+            for domain_E, all_E in zip(relative_LE, all_LE, strict=True)
+        ) / len(all_LE)
         ranked = sorted(
             ((value, layer, expert) for layer, row_E in enumerate(relative_LE) for expert, value in enumerate(row_E)),
             key=lambda item: (-item[0], item[1], item[2]),
         )
         used = "  ".join(f"{layer}/{expert} {value:.2f}" for value, layer, expert in ranked[:top])
-        rows.append([name, f"{moved:.1%}", used])
+        rows.append([name, f"{elsewhere:.1%}", used])
     show_table(
-        "Load by domain (routed elsewhere: share of assignments that differ from all domains together)",
+        "Load by domain (routed elsewhere: the share of assignments that would have to move to match all domains)",
         ["domain", "routed elsewhere", "most used, as layer/expert load"],
         rows,
         left=["most used, as layer/expert load"],
@@ -86,7 +95,11 @@ def _show_domains(load_LE: Load, domains: Mapping[str, Load], top: int = 4) -> N
 
 
 def _grouped(relative_LE: Load, columns: int) -> tuple[list[list[float]], int]:
-    """Merge neighbouring experts into at most `columns` groups; a group shows its load furthest from balance."""
+    """Group neighbouring experts so that at most `columns` groups remain.
+
+    Returns:
+        For each layer, the load of each group that is furthest from balance; and the number of experts per group.
+    """
     size = math.ceil(len(relative_LE[0]) / columns)
     grouped = [
         [max(row_E[i : i + size], key=_distance) for i in range(0, len(row_E), size)] if size > 1 else list(row_E)
@@ -96,13 +109,14 @@ def _grouped(relative_LE: Load, columns: int) -> tuple[list[list[float]], int]:
 
 
 def _distance(value: float) -> float:
+    """Return how far a relative load is from balance: the absolute value of its logarithm."""
     return abs(math.log(max(value, 1e-3)))
 
 
 def _print_plain(relative_LE: Load) -> None:
     grouped_LE, size = _grouped(relative_LE, MAX_PLAIN_EXPERTS)
     if size > 1:
-        show_line(f"each column: the one of {size} neighbouring experts whose load is furthest from 1")
+        show_line(f"each column shows, of {size} neighbouring experts, the load that is furthest from 1")
     for start in range(0, len(grouped_LE[0]), PLAIN_EXPERTS):
         stop = min(start + PLAIN_EXPERTS, len(grouped_LE[0]))
         show_line("expert    " + "".join(f"{column * size:>6}" for column in range(start, stop)))
@@ -111,11 +125,11 @@ def _print_plain(relative_LE: Load) -> None:
 
 
 def _draw(relative_LE: Load) -> None:
-    """Coloured cells: with the number where all experts fit side by side, else one shade each."""
+    """Print coloured cells: numbers if all experts fit side by side, else one character per group of experts."""
     target = console()
-    room = target.width - 10
-    limit, numbers = scale_limit(relative_LE), len(relative_LE[0]) * 6 <= room
-    grouped_LE, size = (relative_LE, 1) if numbers else _grouped(relative_LE, max(room, 8))
+    columns = target.width - 10
+    limit, numbers = scale_limit(relative_LE), len(relative_LE[0]) * 6 <= columns
+    grouped_LE, size = (relative_LE, 1) if numbers else _grouped(relative_LE, max(columns, 8))
     shades = "·░▒▓█" if (target.encoding or "").startswith("utf") else ".-+*#"
     if numbers:
         show(Text(" " * 10 + "".join(f"{expert:^6}" for expert in range(len(relative_LE[0]))), style="dim"))
@@ -137,6 +151,7 @@ def _draw(relative_LE: Load) -> None:
 
 
 def _colour(value: float, limit: float) -> tuple[int, int, int]:
+    """Return the red, green and blue of a relative load on the colour scale that ends at `limit`."""
     position = max(-1.0, min(1.0, math.log(max(value, 1e-9)) / math.log(limit)))
     end = _OVER if position > 0 else _UNDER
     red, green, blue = (round(b + (e - b) * abs(position)) for b, e in zip(_BALANCED, end, strict=True))

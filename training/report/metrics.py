@@ -1,4 +1,4 @@
-"""What a run says about itself: the rows of `metrics.jsonl`, and the router's telemetry.
+"""The file `metrics.jsonl`, and the metrics of the router.
 
 Shape suffixes: L MoE layers, E experts.
 """
@@ -14,21 +14,24 @@ from torch import Tensor
 
 Value: TypeAlias = float | int | list[float]
 Row: TypeAlias = dict[str, Value]
+"""Metrics of one optimizer step by name."""
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl`: one strict-JSON object a line, flushed per row, so that a killed run loses no row.
+    """Writes `metrics.jsonl`: one JSON object per line, flushed after each row, so that a killed run loses no row.
 
-    Floats keep full precision (`repr`, which reads back to the same bits); NaN and infinities are the strings "NaN",
-    "Infinity" and "-Infinity", which strict JSON lacks and `float()` reads back. Every row has an integer `step`, and
-    rows are in order of it.
+    Every row has an integer `step`, and the rows are sorted by it. Floats are written with full precision: reading a
+    row gives the same bits. JSON has no NaN and no infinities, so they are written as the strings "NaN", "Infinity" and
+    "-Infinity", which `float()` reads.
 
-    With `resume_step` the rows of later steps are cut off first, and so is a last line that was torn by a kill: the
-    file is replaced in one step, so that a kill meanwhile leaves either the old one or the new one. Without it the file
-    starts empty.
+    Args:
+        path: the file.
+        resume_step: None starts an empty file. A number removes the rows of later steps, and a last line that is
+            incomplete because the process was killed. The file is replaced atomically: a kill leaves either the old
+            file or the new one.
 
     Raises:
-        ValueError: a line that is to be kept, before the last, is no row.
+        ValueError: a complete line of the existing file is not a row.
         OSError: the file cannot be written.
     """
 
@@ -39,7 +42,8 @@ class MetricsWriter:
             lines = path.read_bytes().splitlines(keepends=True)
             if lines and not lines[-1].endswith(b"\n"):
                 lines.pop()
-            # Kept as they stand, not written anew: a resumed run's file equals the uninterrupted run's.
+            # The bytes are copied rather than encoded again, so that the file of a resumed run equals, byte for byte,
+            # the file of an uninterrupted run.
             kept = b"".join(line for i, line in enumerate(lines, 1) if _step_of(line, path, i) <= resume_step)
         replacement = path.with_name(path.name + ".tmp")
         with open(replacement, "wb") as file:
@@ -50,45 +54,53 @@ class MetricsWriter:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, row: Row) -> None:
-        """Append `row`, which has an integer `step`, and hand it to the operating system."""
+        """Append `row`, which must have an integer `step`, and flush it to the operating system."""
         assert isinstance(row.get("step"), int), row
         self._file.write(json.dumps({name: _encode(value) for name, value in row.items()}, allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
-        """Make the rows survive a power cut: a checkpoint that does must not be without them."""
+        """Flush the rows to the disk, so that they survive a power cut as the checkpoint written after them does."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a `metrics.jsonl`, numbers as they were written; a torn last line is left out.
+    """Return the rows of a `metrics.jsonl`, without a last line that is incomplete because the process was killed.
 
     Raises:
-        ValueError: a line before the last is no row.
+        ValueError: a complete line is not a row.
         OSError: the file cannot be read.
     """
     lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return [_decode_row(line, path, number) for number, line in enumerate(whole, 1)]
+    complete = [line for line in lines if line.endswith(b"\n")]
+    return [_decode_row(line, path, number) for number, line in enumerate(complete, 1)]
 
 
 def max_vio(counts_LE: Tensor) -> list[float]:
-    """MaxVio per layer (arXiv 2408.15664), `max_e n_e / mean_e n_e - 1`: 0 is balance, E - 1 is a single expert."""
+    """Return MaxVio (arXiv 2408.15664) of each layer: `max_e n_e / mean_e n_e - 1` for the counts `n_e`.
+
+    0 means that all experts get the same number of tokens, 1 that the fullest expert gets twice its share. The largest
+    value is `E / k - 1` for top-k routing.
+    """
     counts_LE = counts_LE.double()
     return (counts_LE.amax(dim=1) / counts_LE.mean(dim=1) - 1).tolist()
 
 
 def load_shares(counts_LE: Tensor) -> list[list[float]]:
-    """Per layer, the share of all assignments that each expert got."""
+    """Return, for each layer, the share of the layer's assignments that each expert gets: L lists of E numbers."""
     counts_LE = counts_LE.double()
     return (counts_LE / counts_LE.sum(dim=1, keepdim=True)).tolist()
 
 
 def load_entropy(counts_LE: Tensor) -> list[float]:
-    """Per layer, the entropy of the load over ln E: 1 is perfect balance, 0 a single expert. 1 where E = 1."""
+    """Return, for each layer, the entropy of the load shares divided by ln E.
+
+    1 means that all experts get the same number of tokens, 0 that one expert gets all. With E = 1 it is 1.
+    """
     num_experts = counts_LE.shape[1]
     if num_experts == 1:
         return [1.0] * counts_LE.shape[0]
@@ -97,16 +109,19 @@ def load_entropy(counts_LE: Tensor) -> list[float]:
 
 
 def router_metrics(counts_LE: Tensor, dropped: float) -> Row:
-    """The router's part of a row, from one optimizer step.
+    """Return the router's metrics of one optimizer step.
 
     Args:
-        counts_LE: [L, E] assignments before any drop, summed over micro-batches and ranks, padding excluded.
-        dropped: assignments dropped for lack of capacity, summed alike and over layers.
+        counts_LE: [L, E] assignments of tokens to experts before any drop, without padding tokens, summed over
+            micro-batches and ranks.
+        dropped: the number of assignments dropped because an expert was full, summed over micro-batches, ranks and
+            layers.
 
     Returns:
-        `router/max_vio`, `router/load_entropy` (means over layers), `router/max_vio/layer_XX`, `router/load/layer_XX`
-        (E shares), `router/dead` (experts without an assignment, summed over layers), `router/drop_rate` (dropped
-        assignments over all). Layers count from 00 among MoE layers. A layer without any assignment gives NaN.
+        `router/max_vio` and `router/load_entropy` (means over layers), `router/max_vio/layer_XX`,
+        `router/load/layer_XX` (E shares), `router/dead` (experts without an assignment, summed over layers) and
+        `router/drop_rate` (the share of assignments that were dropped). XX counts the MoE layers from 00. A layer
+        without any assignment gives NaN.
     """
     counts_LE = counts_LE.detach().cpu()
     vio_L = max_vio(counts_LE)

@@ -1,6 +1,8 @@
-"""Figures of a run, as SVG and PNG. matplotlib is imported where it draws; no pyplot, so no backend and no display.
+"""The plots of a run or a sweep, as SVG and PNG files.
 
-The same numbers give the same SVG bytes (fixed hash salt, no date, default style whatever matplotlibrc says).
+The functions import matplotlib when they are called, because the import takes long. They need no display, because they
+do not use pyplot. The same numbers give the same bytes of SVG: the salt of the identifiers is fixed, the file has no
+date, and the user's matplotlibrc is not used.
 """
 
 import math
@@ -14,18 +16,27 @@ from training.report.terminal import human_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.figure import Figure, SubFigure
 
-# Okabe and Ito's palette: distinguishable with every common colour blindness.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#777777"
+"""Colours of Okabe and Ito's palette, which people with any common colour blindness can distinguish; and a grey."""
 
 MAX_VECTOR_CELLS = 4096
-"""Heatmaps with more cells are embedded in the SVG as pixels: viewers choke on that many paths."""
+"""A heatmap with more cells is an image inside the SVG, because SVG viewers are slow with so many shapes."""
+MAX_OVERVIEW_LAYERS = 6
+"""The most MoE layers that the overview shows."""
 
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """A figure of `width` x `height` inches, written to `path` with the suffixes .svg and .png when the block ends."""
+    """A context manager that gives a figure, and writes it when the block ends.
+
+    Args:
+        path: the file to write, once with the suffix .svg and once with .png.
+        width: in inches.
+        height: in inches.
+    """
     import matplotlib.style
     from matplotlib.figure import Figure
 
@@ -37,13 +48,71 @@ def figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
         canvas.savefig(path.with_suffix(".png"), dpi=140)
 
 
-def plot_load(load_LE: Load, domains: Mapping[str, Load], path: Path) -> None:
-    """Layer x expert heatmaps of load / balanced load: everything, then a small panel per domain.
+def plot_overview(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot the loss over training and, for an MoE model, the relative load of each expert beside it.
+
+    Each heatmap is one MoE layer. A column is the load in one logged step, drawn from the logged step before it.
 
     Args:
-        load_LE: counts or shares of assignments, L layers of E experts.
-        domains: the same for each domain alone; one without a token gets no panel.
-        path: its suffix is replaced by .svg and .png.
+        rows: the rows of `metrics.jsonl`.
+        path: the file to write; its suffix is replaced by .svg and .png.
+    """
+    keys = sorted(
+        {key for row in rows for key in row if key.startswith("router/load/")},
+        key=lambda key: int(key.rpartition("_")[2]),
+    )
+    shown = min(len(keys), MAX_OVERVIEW_LAYERS)
+    keys = [keys[round(index * (len(keys) - 1) / max(shown - 1, 1))] for index in range(shown)]
+    with figure(path, 10 if keys else 5, 4.4) as canvas:
+        left, *right = canvas.subfigures(1, 2 if keys else 1, width_ratios=[1, 1.3] if keys else None, squeeze=False)[0]
+        loss = left.add_subplot()
+        _curve(loss, rows, "train/ce", "training", BLUE)
+        _curve(loss, rows, "eval/loss", "held-out text", ORANGE, marker="o")
+        loss.set_ylabel("cross-entropy (nats per token)")
+        loss.grid(alpha=0.25)
+        _label_steps(loss)
+        if loss.lines:
+            loss.legend(frameon=False)
+        if keys:
+            _load_over_steps(right[0], rows, keys)
+
+
+def _load_over_steps(canvas: "SubFigure", rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Draw one heatmap of steps and experts for each of the metrics `keys`, below each other."""
+    from matplotlib.colors import LogNorm
+
+    rows = [row for row in rows if keys[0] in row]
+    edges = [rows[0]["step"] - 1, *(row["step"] for row in rows)]
+    loads = [relative_load([row[key] for row in rows]) for key in keys]
+    limit = max(map(scale_limit, loads))
+    panels = canvas.subplots(len(keys), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, key, load_SE in zip(panels, keys, loads, strict=True):
+        experts = len(load_SE[0])
+        mesh = axes.pcolormesh(
+            edges,
+            range(experts + 1),
+            list(zip(*load_SE, strict=True)),
+            cmap="RdBu_r",
+            # A logarithmic scale has no 0, so an expert without a token gets the lowest colour.
+            norm=LogNorm(1 / limit, limit, clip=True),
+            rasterized=len(rows) * experts > MAX_VECTOR_CELLS,
+        )
+        axes.set(ylabel=f"layer {int(key.rpartition('_')[2])}", ylim=(experts, 0))
+        axes.set_yticks([0.5, experts - 0.5], labels=["0", str(experts - 1)])
+        axes.tick_params(length=0)
+        axes.spines[:].set(visible=True, color="lightgrey")
+    canvas.supylabel("expert, by MoE layer", fontsize="medium")
+    _label_steps(axes)
+    _load_scale(canvas.colorbar(mesh, ax=list(panels), extend="both"), limit)
+
+
+def plot_load(load_LE: Load, domains: Mapping[str, Load], path: Path) -> None:
+    """Plot heatmaps of the relative load by layer and expert: one of all domains, and a smaller one per domain.
+
+    Args:
+        load_LE: counts or shares of assignments over all domains.
+        domains: counts or shares of each domain alone. A domain without assignments gets no heatmap.
+        path: the file to write; its suffix is replaced by .svg and .png.
     """
     from matplotlib.colors import LogNorm
 
@@ -67,15 +136,21 @@ def plot_load(load_LE: Load, domains: Mapping[str, Load], path: Path) -> None:
             if index % across:
                 axes.set_ylabel("")
         bar = canvas.colorbar(mesh, cax=canvas.add_subplot(grid[-1, :]), orientation="horizontal", extend="both")
-        ticks = [tick for tick in (1 / 8, 1 / 4, 1 / 2, 0.7, 1, 1.4, 2, 4, 8) if 1 / limit <= tick <= limit]
-        bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
-        bar.ax.minorticks_off()
-        bar.set_label("load / balanced load  (1 = balance; x = no token)")
+        _load_scale(bar, limit, "; x = no token")
+
+
+def _load_scale(bar: "Colorbar", limit: float, note: str = "") -> None:
+    """Label the colour bar of relative loads, whose colours range from 1 / limit to limit."""
+    ticks = [tick for tick in (1 / 8, 1 / 4, 1 / 2, 0.7, 1, 1.4, 2, 4, 8) if 1 / limit <= tick <= limit]
+    bar.set_ticks(ticks, labels=[f"{tick:.3g}" for tick in ticks])
+    bar.ax.minorticks_off()
+    bar.set_label(f"load / balanced load  (1 = balanced{note})")
 
 
 def _heatmap(axes: "Axes", relative_LE: Load, norm: Any, annotate: bool) -> Any:
+    """Draw relative loads by layer and expert; with `annotate`, also as numbers. Returns matplotlib's mesh."""
     layers, experts = len(relative_LE), len(relative_LE[0])
-    # A log scale has no place for 0; an expert without a token takes the lowest colour and a cross.
+    # A logarithmic scale has no 0, so an expert without a token gets the lowest colour, and a cross below.
     cells_LE = [[max(value, norm.vmin / 2) for value in row_E] for row_E in relative_LE]
     mesh = axes.pcolormesh(
         cells_LE,
@@ -109,8 +184,13 @@ def _heatmap(axes: "Axes", relative_LE: Load, norm: Any, annotate: bool) -> Any:
 
 
 def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Loss, balance loss, MaxVio, learning rate and gradient norm over optimizer steps, from rows of metrics.jsonl."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    """Plot loss, balance loss, MaxVio, learning rate and gradient norm over the optimizer steps.
+
+    Args:
+        metrics_rows: the rows of `metrics.jsonl`.
+        path: the file to write; its suffix is replaced by .svg and .png.
+    """
+    from matplotlib.ticker import FuncFormatter
 
     with figure(path, 10, 6.4) as canvas:
         ((loss, balance), (violation, optimizer)) = canvas.subplots(2, 2)
@@ -118,9 +198,9 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         _curve(loss, metrics_rows, "train/loss", "total: cross-entropy + auxiliary losses", GREY)
         _curve(loss, metrics_rows, "train/ce", "cross-entropy", BLUE)
         _curve(loss, metrics_rows, "eval/loss", "held-out cross-entropy", ORANGE, marker="o")
-        balance.set_title("Balance loss (1 = balance)", loc="left")
+        balance.set_title("Balance loss (1 = balanced, as a mean over layers)", loc="left")
         _curve(balance, metrics_rows, "router/balance_loss", "all layers", BLUE)
-        violation.set_title("MaxVio (0 = balance)", loc="left")
+        violation.set_title("MaxVio (0 = balanced, 1 = twice the share)", loc="left")
         layers = sorted({key for row in metrics_rows for key in row if key.startswith("router/max_vio/")})
         for index, key in enumerate(layers):
             label = "single layers" if index == 0 else ""
@@ -134,13 +214,12 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         norm.spines["right"].set_visible(True)
         norm.set_ylabel("gradient norm before clipping", color=RED)
         _curve(norm, metrics_rows, "optim/grad_norm", "gradient norm", RED, linewidth=0.8)
-        # The schedule is drawn over the noisy norm.
+        # The learning rate is drawn above the noisy gradient norm.
         optimizer.set_zorder(norm.get_zorder() + 1)
         optimizer.patch.set_visible(False)
         for axes in (loss, balance, violation, optimizer):
-            axes.set_xlabel("optimizer step")
+            _label_steps(axes)
             axes.grid(alpha=0.25)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
             labelled = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
             if not labelled:
                 axes.text(0.5, 0.5, "no data (a dense model has no router)", ha="center", transform=axes.transAxes)
@@ -149,12 +228,21 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axes.legend(handles=labelled, fontsize=8, framealpha=0.8)
 
 
+def _label_steps(axes: "Axes") -> None:
+    """Label the x axis of optimizer steps, with ticks at integers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
 def _curve(
     axes: "Axes", rows: Sequence[Mapping[str, Any]], key: str, label: str, color: str, marker: str = "", **style: Any
 ) -> None:
+    """Plot a metric over the steps of the rows that have it. An empty `label` keeps the curve out of the legend."""
     points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     if points:
-        # A line through one point is invisible.
+        # A line through a single point would be invisible.
         marker = marker or ("o" if len(points) < 3 else "")
         axes.plot(
             *zip(*points, strict=True), label=label or "_", color=color, marker=marker, markersize=4,
@@ -163,13 +251,14 @@ def _curve(
 
 
 def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Held-out loss against total parameters, a point per job labelled experts x top-k, coloured by active parameters.
+    """Plot the held-out loss of each job of a sweep over its number of parameters.
 
-    Jobs that were interrupted are hollow: their loss is that of fewer steps. Jobs without a finite loss are counted in
-    the title.
+    A point is labelled experts x top-k and coloured by the active parameters. A job that did not finish is hollow,
+    because its loss is that of fewer steps. The title says how many jobs have no finite loss.
 
     Args:
-        rows: as `training.report.sweep.sweep_table` returns them.
+        rows: the rows that `training.report.sweep.sweep_table` returns.
+        path: the file to write; its suffix is replaced by .svg and .png.
     """
     from matplotlib.colors import Normalize
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -204,7 +293,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.set_xlabel("total parameters  (hollow: did not finish, loss of fewer steps)")
         for index, row in enumerate(shown):
             label = "dense" if row.get("num_experts") is None else f"{row['num_experts']}x{row['top_k']}"
-            # Jobs of one size stand above each other: labels to alternating sides stay apart.
+            # Jobs of the same size are above each other. Labels on alternating sides do not overlap.
             left = index % 2 == 1
             axes.annotate(
                 label, (totals[index], losses[index]), xytext=(-8 if left else 8, 0), textcoords="offset points",

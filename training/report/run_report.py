@@ -14,15 +14,15 @@ from moe.config import ModelConfig
 from parallel.planning.plan import Plan
 from training.config import Config
 from training.evaluate import Evaluation
+from training.report.heatmap import show_load
 from training.report.metrics import read_metrics
-from training.report.plots import plot_curves, plot_load
+from training.report.plots import plot_curves, plot_load, plot_overview
 from training.report.tables import (
     RankSummary,
     show_corpus,
     show_end,
     show_evaluation,
     show_layout,
-    show_load,
     show_model,
     show_plan,
     show_sample,
@@ -111,6 +111,7 @@ def finish_run(
     rows = read_metrics(directory / "metrics.jsonl")
     last = rows[-1] if rows else {}
     plot_curves(rows, directory / "curves")
+    plot_overview(rows, directory / "overview")
     if sample is not None:
         show_sample(config.run.prompt, sample)
     result = {

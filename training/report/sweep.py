@@ -1,4 +1,4 @@
-"""What a sweep found: every job's `result.json` as one table, one CSV and one plot in the sweep directory."""
+"""The results of a sweep: a table, a CSV file and a plot, made from the `result.json` of each job."""
 
 import csv
 import json
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from common.text import shorten
 from parallel.planning.auto import CHOSEN
 from training.report.plots import plot_sweep
 from training.report.terminal import human_count, show_line, show_table
@@ -24,23 +25,30 @@ _RESULT_KEYS = (
     "status",
     "error",
 )
-_OWN_COLUMNS = ("model.num_experts", "model.top_k")
+"""The columns of the table that come from `result.json`."""
+_MODEL_KEYS = ("model.num_experts", "model.top_k")
+"""Configuration keys whose columns are among those of `result.json`, where they have no `model.` before them."""
 _PER_JOB = ("run.name", "run.root", "model.vocab_size")
-"""Keys that differ between jobs although nobody swept them (a job that failed early never learnt its vocabulary)."""
+"""Configuration keys that are not swept although jobs differ in them. The vocabulary size is null in the configuration
+of a job that failed before it read its tokenizer."""
 _CHOSEN = tuple(f"parallel.{axis}" for axis in CHOSEN)
-"""Keys whose `auto` becomes a number in a run; a job that failed early still has `auto`, and nobody swept it."""
+"""Configuration keys whose value `auto` a run replaces by a number. In a job that failed early it is still `auto`."""
 _MAX_ERROR = 160
+"""The most characters of an error message that are printed."""
 
 
 def sweep_table(sweep_dir: Path) -> list[dict[str, Any]]:
-    """Print the table of a sweep and write `sweep.csv`, `sweep.svg` and `sweep.png` into `sweep_dir`.
+    """Print the table of a sweep, and write `sweep.csv`, `sweep.svg` and `sweep.png` into `sweep_dir`.
 
-    Jobs are the subdirectories named by a number; a gap in the numbers is a job too. A job without a readable
-    `result.json` has the status `missing` or `unreadable`. A config key that was not the same in every job becomes a
-    column, under its dotted name.
+    Jobs are the subdirectories whose name is a number. A number that is missing in between counts as a job, too. A job
+    without a `result.json` has the status `missing`, and one whose `result.json` is no JSON object has the status
+    `unreadable`. Each configuration key whose value differs between jobs has a column, under its dotted name.
+
+    Args:
+        sweep_dir: the directory of the sweep.
 
     Returns:
-        A dict per job with the columns of the CSV; values that a job does not have are None.
+        For each job, a dict with the columns of the CSV file. A value that the job does not have is None.
     """
     numbers = [int(path.name) for path in sweep_dir.iterdir() if path.is_dir() and path.name.isdecimal()]
     jobs = range(max(numbers) + 1) if numbers else range(0)
@@ -51,8 +59,8 @@ def sweep_table(sweep_dir: Path) -> list[dict[str, Any]]:
         result = _result(sweep_dir / str(job))
         row: dict[str, Any] = {"job": job} | {key: config.get(key) for key in varying}
         row |= {key: result.get(key) for key in _RESULT_KEYS}
-        for key in _OWN_COLUMNS:
-            # A job that failed before it had a model still says in its config what was asked for.
+        for key in _MODEL_KEYS:
+            # If the job failed before it built a model, the configuration has the values that it would have used.
             name = key.removeprefix("model.")
             row[name] = config.get(key) if row[name] is None else row[name]
         rows.append(row)
@@ -74,7 +82,7 @@ def _result(job_dir: Path) -> dict[str, Any]:
 
 
 def _config(job_dir: Path) -> dict[str, Any]:
-    """The job's resolved config by dotted name; empty where it is missing or broken."""
+    """Return the job's resolved configuration by dotted key, or an empty dict if it is missing or not readable."""
     import yaml
 
     try:
@@ -85,6 +93,7 @@ def _config(job_dir: Path) -> dict[str, Any]:
 
 
 def _flat(section: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    """Return all values in nested dicts with their dotted keys."""
     items: list[tuple[str, Any]] = []
     for key, value in section.items():
         items += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
@@ -92,13 +101,13 @@ def _flat(section: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
 
 
 def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Keys, sorted, whose value is not the same in all configs that exist."""
-    known = [config for config in configs if config]
-    keys = sorted({key for config in known for key in config} - {*_OWN_COLUMNS, *_PER_JOB})
-    found = {key: {repr(config.get(key)) for config in known} for key in keys}
+    """Return the keys, sorted, whose values differ between the jobs that have a configuration."""
+    readable = [config for config in configs if config]
+    keys = sorted({key for config in readable for key in config} - {*_MODEL_KEYS, *_PER_JOB})
+    values = {key: {repr(config.get(key)) for config in readable} for key in keys}
     for key in _CHOSEN:
-        found.get(key, set()).discard(repr("auto"))
-    return [key for key in keys if len(found[key]) > 1]
+        values.get(key, set()).discard(repr("auto"))
+    return [key for key in keys if len(values[key]) > 1]
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -126,29 +135,27 @@ def _print(sweep_dir: Path, rows: Sequence[Mapping[str, Any]], varying: Sequence
     columns = ["job", *varying, "experts", "top-k", "total", "active", "loss", "MaxVio", "tokens/s", "status"]
     finished = sum(row["status"] == "finished" for row in rows)
     show_table(
-        f"Sweep: {finished} of {len(rows)} jobs finished (loss: held-out text, nats per token)",
+        f"Sweep: {finished} of {len(rows)} jobs finished (loss: held-out text, nats per token; MaxVio: 0 = balanced)",
         columns,
         table,
         left=["status"],
     )
     for row in rows:
         if row["error"]:
-            show_line(f"job {row['job']} {row['status']}: {_first_line(row['error'])}")
+            first = str(row["error"]).strip().split("\n")[0]
+            show_line(f"job {row['job']} {row['status']}: {shorten(first, _MAX_ERROR)}")
     show_line(f"{sweep_dir / 'sweep.csv'}, sweep.svg, sweep.png")
 
 
 def _experts(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the cells `experts` and `top-k`."""
     if row["num_experts"] is not None:
         return str(row["num_experts"]), str(row["top_k"])
     return ("dense", "-") if row["total_params"] is not None else ("-", "-")
 
 
 def _number(value: Any, text: Callable[[float], str]) -> str:
+    """Return `text(value)` if the value is a finite number, `-` if it is None, and else the value itself as text."""
     if value is None:
         return "-"
     return text(value) if isinstance(value, (int, float)) and math.isfinite(value) else str(value)
-
-
-def _first_line(error: Any) -> str:
-    line = str(error).strip().split("\n")[0]
-    return line if len(line) <= _MAX_ERROR else line[: _MAX_ERROR - 3] + "..."

@@ -1,7 +1,6 @@
-"""What rank 0 tells a person at the start and at the end of a run. Everything goes to stdout.
+"""The tables that rank 0 prints at the start and at the end of a run.
 
-Tables adapt to a terminal and become plain aligned lines elsewhere (`terminal`). The expert-load heatmap is in
-`heatmap`, the live progress in `progress`, figures in `plots`.
+`terminal` adapts them to a terminal, a pipe or a file. The table of the expert load is in `heatmap`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,77 +8,54 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from common.text import show_ranges
 from moe.config import FEED_FORWARDS, ModelConfig
 from parallel.planning.plan import HEADER, Plan, describe, describe_traffic
-from training.report.heatmap import show_load
-from training.report.progress import Progress
 from training.report.terminal import human_bytes, human_count, human_time, show_fields, show_line, show_table
 
-__all__ = [
-    "Progress",
-    "RankSummary",
-    "human_bytes",
-    "human_count",
-    "human_time",
-    "show_corpus",
-    "show_end",
-    "show_evaluation",
-    "show_layout",
-    "show_load",
-    "show_model",
-    "show_plan",
-    "show_sample",
-]
-
 MAX_RANKS_SHOWN = 16
+"""With more ranks than this, the layout table summarises the ranks between the first and the last in one row."""
 
 
 @dataclass(frozen=True)
 class RankSummary:
-    """What one rank really holds, counted on its own shards."""
+    """What one rank stores, counted on the shards of its modules."""
 
     rank: int
     host: str
     device: str
     experts: Sequence[int]
-    """Global indices of its experts (of every MoE layer); empty in a dense model."""
+    """Indices, among all experts of an MoE layer, of those that the rank stores. Empty for a dense model."""
     layers: Sequence[int]
-    """Numbers of its layers: a pipeline stage holds some."""
+    """Indices of the layers that the rank stores. Under pipeline parallelism, a rank stores some of them."""
     parameters: int
     bytes: int
-    """Of the weights."""
+    """The size of the weights."""
     expert_parameters: int
+    """The number of parameters that belong to experts."""
 
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in `result.json`."""
+        """Return the fields as `result.json` contains them."""
         return asdict(self) | {"experts": list(self.experts), "layers": list(self.layers)}
 
     def expert_ranges(self) -> str:
-        """`0-3`, `0,4,8-9`, or `none`."""
-        return _ranges(self.experts)
+        """Return the experts as text: `0-3`, `0,4,8-9`, or `none`."""
+        return show_ranges(self.experts) or "none"
 
     def layer_ranges(self) -> str:
-        return _ranges(self.layers)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    ranges: list[list[int]] = []
-    for number in sorted(numbers):
-        if ranges and ranges[-1][1] == number - 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ranges) or "none"
+        """Return the layers as text, in the same form."""
+        return show_ranges(self.layers) or "none"
 
 
 def show_corpus(summary: Sequence[Mapping[str, Any]], key: str, directory: Path) -> None:
-    """A row per domain and their sum; the baselines are bits per byte of the held-out text.
+    """Print one row per domain of the corpus, and their sum.
 
     Args:
-        summary: per domain `domain, documents, bytes, tokens, sha256, heldout_bytes, gzip_bits_per_byte,
-            unigram_bits_per_byte`.
-        key: content hash of the whole corpus.
-        directory: where its token shards lie.
+        summary: for each domain, a dict with the keys `domain`, `documents`, `bytes`, `tokens`, `sha256`,
+            `heldout_bytes`, `gzip_bits_per_byte` and `unigram_bits_per_byte`. The last two are measured on the held-out
+            text.
+        key: the content hash of the whole corpus.
+        directory: the directory of the token store.
     """
     rows = [
         [
@@ -114,11 +90,16 @@ def show_model(
     precision: str,
     device: str,
 ) -> None:
-    """Size and shape of the model.
+    """Print the size and the shape of the model.
 
     Args:
-        active_params: parameters that one token passes through.
-        tokenizer: where the tokenizer comes from.
+        model: the configuration of the model.
+        total_params: the number of parameters.
+        active_params: the number of parameters that one token uses.
+        vocab_size: the number of token ids.
+        tokenizer: the kind of tokenizer.
+        precision: the data type of the forward and backward pass.
+        device: the device of rank 0.
     """
     heads = f"{model.num_heads} query heads, {model.num_kv_heads} key/value heads of {model.head_dim}"
     fields = {
@@ -150,37 +131,37 @@ def _windows(model: ModelConfig) -> str:
 
 
 def show_layout(ranks: Sequence[RankSummary], axes: str) -> None:
-    """A row per rank; beyond 16 ranks the first, the last and what lies between them.
+    """Print one row per rank. With more than 16 ranks, one row summarises those between the first and the last.
 
     Args:
-        axes: what they are, as in `tensor=2 expert=4`.
+        ranks: what each rank stores, in the order of the ranks.
+        axes: the sizes of the parallel axes as text, such as `tensor=2 expert=4`; empty for a single rank.
     """
-
-    def row(holding: RankSummary) -> list[str]:
-        return [
-            str(holding.rank),
-            holding.host,
-            holding.device,
-            holding.layer_ranges(),
-            holding.expert_ranges(),
-            f"{holding.parameters:,}",
-            f"{holding.expert_parameters:,}",
-            human_bytes(holding.bytes),
+    rows = [
+        [
+            str(rank.rank),
+            rank.host,
+            rank.device,
+            rank.layer_ranges(),
+            rank.expert_ranges(),
+            f"{rank.parameters:,}",
+            f"{rank.expert_parameters:,}",
+            human_bytes(rank.bytes),
         ]
-
-    rows = [row(holding) for holding in ranks]
+        for rank in ranks
+    ]
     if len(ranks) > MAX_RANKS_SHOWN:
         between = ranks[1:-1]
-        hosts, held = {holding.host for holding in ranks}, [len(holding.experts) for holding in between]
+        hosts = {rank.host for rank in ranks}
         middle = [
             f"{between[0].rank} to {between[-1].rank}",
             f"{len(hosts)} hosts in all" if len(hosts) > 1 else ranks[0].host,
-            ", ".join(sorted({holding.device.split(":")[0] for holding in between})),
-            f"{_span([len(holding.layers) for holding in between])} each",
-            f"{_span(held)} each",
-            _span([holding.parameters for holding in between]),
-            _span([holding.expert_parameters for holding in between]),
-            human_bytes(max(holding.bytes for holding in between)),
+            ", ".join(sorted({rank.device.split(":")[0] for rank in between})),
+            f"{_show_span([len(rank.layers) for rank in between])} each",
+            f"{_show_span([len(rank.experts) for rank in between])} each",
+            _show_span([rank.parameters for rank in between]),
+            _show_span([rank.expert_parameters for rank in between]),
+            human_bytes(max(rank.bytes for rank in between)),
         ]
         rows = [rows[0], middle, rows[-1]]
     columns = ["rank", "host", "device", "layers", "experts", "parameters", "of experts", "weights"]
@@ -189,17 +170,18 @@ def show_layout(ranks: Sequence[RankSummary], axes: str) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """What a rank of each pipeline stage is expected to need, and to send in one optimizer step."""
-    show_table("Memory of a rank (~ estimated)", HEADER, describe(plan, human_bytes), left=["layers"])
-    sent = describe_traffic(plan, human_bytes)
-    idle = sent.pop("idle", None)
-    if sent:
-        show_line("sent by a rank in one step: " + ", ".join(f"{axis} {size}" for axis, size in sent.items()))
+    """Print the estimate of the memory that a rank of each pipeline stage needs, and of the bytes that it sends."""
+    show_table("Memory of a rank (~ = estimated)", HEADER, describe(plan, human_bytes), left=["layers"])
+    traffic = describe_traffic(plan, human_bytes)
+    idle = traffic.pop("idle", None)
+    if traffic:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in traffic.items())
+        show_line(f"sent by a rank in one optimizer step: {sizes}")
     if idle:
-        show_line(f"a pipeline rank idles {idle}")
+        show_line(f"a pipeline rank is idle for {idle}")
 
 
-def _span(values: Sequence[int]) -> str:
+def _show_span(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
@@ -207,43 +189,41 @@ def _span(values: Sequence[int]) -> str:
 def show_evaluation(
     bits_per_byte: Mapping[str, float], loss: float, baselines: Mapping[str, tuple[float, float]]
 ) -> None:
-    """Bits per byte of the held-out text by domain, beside what needs no training.
+    """Print the bits per byte of the held-out text in each domain, beside two baselines that need no training.
 
     Args:
-        loss: held-out cross-entropy, nats per token.
-        baselines: domain -> (gzip -9, byte unigram), bits per byte of the same bytes.
+        bits_per_byte: the model's bits per byte by domain.
+        loss: the cross-entropy of all held-out text, in nats per token.
+        baselines: by domain, the bits per byte of `gzip -9` and of a byte unigram on the same text.
     """
     rows = []
     for domain, bits in bits_per_byte.items():
-        known = domain in baselines
-        gzip, unigram = baselines.get(domain, (float("nan"), float("nan")))
-        rows.append(
-            [
-                domain,
-                f"{bits:.3f}",
-                f"{gzip:.3f}" if known else "-",
-                f"{unigram:.3f}" if known else "-",
-                "beats gzip" if bits < gzip else "",
-            ]
-        )
+        columns = ["-", "-", "-"]
+        if domain in baselines:
+            gzip, unigram = baselines[domain]
+            columns = [f"{gzip:.3f}", f"{unigram:.3f}", "yes" if bits < gzip else "no"]
+        rows.append([domain, f"{bits:.3f}", *columns])
     show_table(
         f"Held-out text: loss {loss:.4f} nats per token; bits per byte by domain",
-        ["domain", "model", "gzip -9", "byte unigram", ""],
+        ["domain", "model", "gzip -9", "byte unigram", "below gzip -9"],
         rows,
-        left=[""],
     )
     if baselines:
         show_line(
-            "gzip and the unigram see only the held-out text itself; the model has learnt from the training text."
+            "gzip -9 and the byte unigram use only the held-out text itself; the model was trained on the training text"
         )
 
 
 def show_sample(prompt: str, text: str) -> None:
-    """Generated `text` (without the prompt) after its prompt. Control characters appear as escapes."""
+    """Print a prompt in brackets and the text generated from it. Control characters are printed as escapes.
+
+    Args:
+        prompt: the prompt.
+        text: the generated text, without the prompt.
+    """
     show_line()
-    show_line("Sample", style="bold")
-    lines = f"[{prompt}]{text}".split("\n")
-    for line in lines:
+    show_line("Sample (the prompt in brackets)", style="bold")
+    for line in f"[{prompt}]{text}".split("\n"):
         show_line(f"  {line}")
 
 
@@ -255,7 +235,16 @@ def show_end(
     wall_s: float,
     tokens_per_s: float,
 ) -> None:
-    """Where everything lies, and the commands to go on with."""
+    """Print the run's directory and the commands that resume the run and show its results.
+
+    Args:
+        directory: the run's directory.
+        checkpoint: the directory of the last checkpoint, if there is one.
+        resume_command: the command line that continues the run.
+        open_command: the command line that shows the run's metrics.
+        wall_s: the seconds that the run took.
+        tokens_per_s: the training speed.
+    """
     show_fields(
         f"Done in {human_time(wall_s)}, {human_count(tokens_per_s)} tokens/s",
         {

@@ -1,7 +1,7 @@
-"""How figures reach a person: human-readable numbers, tables, and lines on stdout.
+"""Output on stdout: lines, tables, and numbers in a readable form.
 
-On a terminal `rich` draws; anywhere else (pipe, file, CI log) the same content comes as aligned plain lines without
-escape codes, and no width limit cuts them. Output goes to `sys.stdout` as it is at the call. Rank 0 only.
+On a terminal, the package `rich` draws. Elsewhere (a pipe, a file, a CI log), the same content is printed as aligned
+plain lines without escape codes, which are never cut or wrapped. Only rank 0 prints.
 """
 
 import math
@@ -16,22 +16,29 @@ from rich.table import Table
 from rich.text import Text
 
 PLAIN_WIDTH = 100_000
-"""Columns that plain output may use: more than any line here needs, so that nothing is ever cut or wrapped."""
+"""The width given to rich for plain output: more than any line needs, so that rich cuts and wraps nothing."""
 
 
 def _stdout() -> TextIO:
-    """The stream behind `sys.stdout`, where rich puts a proxy that answers `isatty` wrongly while a bar is shown."""
+    """Return the stream behind `sys.stdout`.
+
+    While a progress bar is shown, `sys.stdout` is a proxy of rich's, whose `isatty` returns False.
+    """
     stream: TextIO = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
     return stream
 
 
 def on_terminal() -> bool:
-    """Whether a person's terminal is on the other end of stdout, one that can move its cursor."""
+    """Return whether stdout is a terminal that can move its cursor."""
     return _stdout().isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def console() -> Console:
-    """A console on stdout. `FORCE_COLOR` and the like are ignored off a terminal: a log file gets no escape codes."""
+    """Return a rich console on the current stdout.
+
+    If stdout is not a terminal, environment variables such as `FORCE_COLOR` have no effect: a log file gets no escape
+    codes.
+    """
     terminal = on_terminal()
     return Console(
         file=_stdout(),
@@ -45,35 +52,47 @@ def console() -> Console:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, and characters that stdout cannot encode, written as backslash escapes.
+    """Return `text` with control characters, and characters that stdout cannot encode, as backslash escapes.
 
-    Newlines and tabs stay. A model with byte fallback can generate an escape sequence that would reprogram a terminal.
+    Newlines and tabs stay. The text can come from a model, which can generate escape sequences that change the settings
+    of a terminal.
     """
-    kept = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    escaped = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = _stdout().encoding or "utf-8"
-    return kept.encode(encoding, errors="backslashreplace").decode(encoding)
+    return escaped.encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def show(renderable: RenderableType) -> None:
-    """Print; off a terminal without the spaces that tables leave at the ends of lines."""
+    """Print a rich renderable. Plain output gets no spaces at the ends of lines, which rich's tables would leave."""
     target = console()
     with target.capture() as captured:
         target.print(renderable, soft_wrap=isinstance(renderable, Text))
     text = captured.get()
     if not target.is_terminal:
         text = "".join(line.rstrip() + "\n" for line in text.splitlines())
-    # Through sys.stdout and not the console: rich's proxy there keeps a live bar below what is printed.
+    # sys.stdout, and not the console's file: while a progress bar is shown, it is rich's proxy, which prints above the
+    # bar.
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def show_line(text: str = "", style: str = "") -> None:
-    """Print `text` as it is: no markup, no wrapping (the terminal wraps, so that a copied command stays whole)."""
+    """Print `text` without interpreting markup and without wrapping it.
+
+    The terminal itself wraps a long line, so a command that is copied from it stays one line.
+    """
     show(Text(printable(text), style=style))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
-    """Print a table after an empty line. Columns are right-aligned, except the first and those named in `left`."""
+    """Print an empty line, `title` and a table.
+
+    Args:
+        title: the line above the table.
+        columns: the names of the columns.
+        rows: the cells of each row, as text.
+        left: the names of the columns that are left-aligned, besides the first. The others are right-aligned.
+    """
     drawn = on_terminal()
     table = Table(
         box=box.SIMPLE_HEAD if drawn else None, show_edge=False, pad_edge=False, padding=(0, 1 if drawn else 2, 0, 0)
@@ -89,7 +108,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def show_fields(title: str, fields: Mapping[str, str]) -> None:
-    """Print `name  value` lines under a title, after an empty line."""
+    """Print an empty line, `title`, and one line `name  value` for each field."""
     show_line()
     show_line(title, style="bold")
     width = max(map(len, fields))
@@ -98,11 +117,16 @@ def show_fields(title: str, fields: Mapping[str, str]) -> None:
 
 
 def _scaled(value: float, units: Sequence[str]) -> str:
-    """`value` in the largest fitting unit, 1000 apart, with three significant digits (integers below 1000 as such)."""
+    """Return `value` in the largest unit that fits, with three significant digits; an integer below 1000 unchanged.
+
+    Args:
+        value: a number in the first unit.
+        units: names of units, each 1000 times the one before.
+    """
     if not math.isfinite(value):
         return str(value)
     power = 0
-    # 999.5 and not 1000: three digits of 999,950 would read "1000 k".
+    # The limit is 999.5 and not 1000, because 999,950 rounded to three digits would be printed as "1000 k".
     while abs(value) >= 999.5 and power < len(units) - 1:
         value, power = value / 1000, power + 1
     if power == 0 and float(value).is_integer():
@@ -113,17 +137,29 @@ def _scaled(value: float, units: Sequence[str]) -> str:
 
 
 def human_count(count: float) -> str:
-    """`46_700_000_000` -> `46.7 B` (thousand k, million M, billion B, trillion T)."""
+    """Return a count with a unit: k for thousand, M for million, B for billion, T for trillion.
+
+    >>> human_count(46_700_000_000)
+    '46.7 B'
+    """
     return _scaled(count, ("", "k", "M", "B", "T"))
 
 
 def human_bytes(size: float) -> str:
-    """`21_700_000` -> `21.7 MB`; decimal units (1 kB = 1000 B)."""
+    """Return a number of bytes with a decimal unit (1 kB = 1000 B).
+
+    >>> human_bytes(21_700_000)
+    '21.7 MB'
+    """
     return _scaled(size, ("B", "kB", "MB", "GB", "TB", "PB"))
 
 
 def human_time(seconds: float) -> str:
-    """`192` -> `3 min 12 s`; `0.42 s`, `12.3 s`, `1 h 02 min` and `2 d 03 h` for other lengths."""
+    """Return a duration in seconds as `0.42 s`, `12.3 s`, `3 min 12 s`, `1 h 02 min` or `2 d 03 h`.
+
+    >>> human_time(192)
+    '3 min 12 s'
+    """
     if not math.isfinite(seconds):
         return str(seconds)
     if seconds < 59.95:

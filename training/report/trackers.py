@@ -1,106 +1,167 @@
-"""Weights & Biases beside `metrics.jsonl`, which stays the source of truth: when W&B fails, training goes on."""
+"""Trackers: where the metrics of a run go besides `metrics.jsonl`, which stays the source of truth.
+
+The key `tracking.wandb` chooses Weights & Biases. The key `tracking.trackers` names further trackers, which a plugin
+registers in `TRACKERS`. A file `my_tracker.py` is enough:
+
+    from training.report.trackers import TRACKERS, TrackedRun, Tracker
+
+    @TRACKERS.register("loss_file")
+    class LossFile(Tracker):
+        def __init__(self, run: TrackedRun) -> None:
+            self.file = open(run.directory / "loss.txt", "a")
+
+        def log(self, row, step):
+            print(step, row["train/loss"], file=self.file)
+
+        def finish(self):
+            self.file.close()
+
+It is used by `python train.py plugins=[my_tracker.py] tracking.trackers=[loss_file]`. Only rank 0 has trackers. A
+tracker that raises ends no run: `Trackers` prints one warning and does not call that tracker again.
+"""
 
 import math
 import netrc
 import os
 import sys
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
+from common.checks import expect
 from common.errors import ConfigError
+from common.registry import Registry
+from common.text import first_line
 from training.config import TrackingConfig
 from training.report.metrics import Row
 
-# W&B refuses histograms with more.
 MAX_BINS = 512
-# Other ranks wait for the one that starts W&B: well under `parallel.timeout_s`.
+"""The most bins that W&B accepts in a histogram."""
 INIT_TIMEOUT_S = 30
+"""Seconds that W&B gets to start. The other ranks wait meanwhile, so this must be well below `parallel.timeout_s`."""
 
 
 class Tracker(Protocol):
-    """Where a run's numbers are shown. No method raises: a tracker that fails says so once and falls silent."""
+    """What receives the metrics of a run. A subclass inherits methods that do nothing, and overrides those it needs.
+
+    The methods are called between optimizer steps, so the whole run waits for them. They can raise any exception.
+    """
 
     def log(self, row: Row, step: int) -> None:
-        """Show a row of `metrics.jsonl` under its own names."""
+        """Receive the metrics of optimizer step `step`, under their names in `metrics.jsonl`. Must not change `row`."""
 
     def summary(self, values: dict[str, Any]) -> None:
-        """Set values that describe the run as a whole."""
+        """Receive values that describe the whole run: the content of `result.json`."""
 
     def image(self, name: str, path: Path) -> None:
-        """Show a PNG file."""
+        """Receive a plot, which is the PNG file `path`."""
 
     def finish(self) -> None:
-        """Write out what is held back, and end."""
-
-    def files(self) -> Path | None:
-        """The directory with this process's offline files, which `wandb leet` opens; None where there is none."""
+        """Write what is still buffered, and close. Also called when training fails."""
 
 
-class NullTracker:
-    """`tracking.wandb=disabled`."""
+@dataclass(frozen=True)
+class TrackedRun:
+    """The run that a tracker is started for."""
+
+    name: str
+    directory: Path
+    """The run's directory, in which a tracker can write files."""
+    config: dict[str, Any]
+    """The resolved configuration as plain containers. It contains no secrets."""
+    resumed_step: int | None
+    """The step of the checkpoint that the run continues from, or None for a new run. Rows of later steps that were
+    logged before are logged again."""
+
+
+TRACKERS: Registry[Callable[[TrackedRun], Tracker]] = Registry("tracking.trackers")
+"""Trackers that plugins register, by the names that `tracking.trackers` takes."""
+
+
+class Trackers(Tracker):
+    """Several trackers as one. Methods never raise.
+
+    Args:
+        warn: receives one line for each tracker that fails, when it fails.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self.running: dict[str, Tracker] = {}
+        """The trackers that have not failed, by their names in warnings."""
+
+    def start(self, name: str, factory: Callable[[], Tracker]) -> None:
+        """Add the tracker that `factory` returns, or warn if it raises."""
+        try:
+            self.running[name] = factory()
+        except Exception as error:  # A tracker can fail in any way: no network, a full disk, a mistake in a plugin.
+            self._warn(f"{name} did not start ({first_line(error)}); training continues, metrics.jsonl has every row")
 
     def log(self, row: Row, step: int) -> None:
-        pass
+        self._forward(lambda tracker: tracker.log(row, step))
 
     def summary(self, values: dict[str, Any]) -> None:
-        pass
+        self._forward(lambda tracker: tracker.summary(values))
 
     def image(self, name: str, path: Path) -> None:
-        pass
+        self._forward(lambda tracker: tracker.image(name, path))
 
     def finish(self) -> None:
-        pass
+        self._forward(lambda tracker: tracker.finish())
 
-    def files(self) -> Path | None:
-        return None
+    def _forward(self, call: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.running.items()):
+            try:
+                call(tracker)
+            except Exception as error:
+                del self.running[name]
+                self._warn(f"{name} stopped ({first_line(error)}); training continues, metrics.jsonl has every row")
 
 
-class WandbTracker:
-    """A W&B run. Loads (lists of E shares) become one scalar an expert, `<name>/expert_XX`, and one histogram."""
+class WandbTracker(Tracker):
+    """A W&B run. A list (the load of E experts) becomes E scalars, `<name>/expert_XX`, and one histogram."""
 
     def __init__(self, wandb: Any, run: Any, warn: Callable[[str], None]) -> None:
         self._wandb, self._run, self._warn = wandb, run, warn
-        self._alive = True
         self._images = find_spec("PIL") is not None
-        self._files = Path(run.settings.sync_dir)
 
     def log(self, row: Row, step: int) -> None:
-        self._attempt(lambda: self._run.log(self._expand(row), step=step))
+        with self._connection():
+            self._run.log(self._expand(row), step=step)
 
     def summary(self, values: dict[str, Any]) -> None:
-        self._attempt(lambda: self._run.summary.update(values))
+        with self._connection():
+            self._run.summary.update(values)
 
     def image(self, name: str, path: Path) -> None:
-        """Needs the package pillow; without it the image is left out, and a warning says so."""
+        """Log a PNG file. Without the package pillow, warn and leave the image out."""
         if not self._images:
             self._warn(f"W&B does not get the image {name} ({path}): the package pillow is not installed")
             return
-        # No step: pictures come at the end, and belong to the row that was logged last.
-        self._attempt(lambda: self._run.log({name: self._wandb.Image(str(path))}))
+        with self._connection():
+            # Without a step, W&B adds the image to the row that was logged last.
+            self._run.log({name: self._wandb.Image(str(path))})
 
     def finish(self) -> None:
-        self._attempt(lambda: self._run.finish())
+        with self._connection():
+            self._run.finish()
 
-    def files(self) -> Path | None:
-        return self._files
-
-    def _attempt(self, call: Callable[[], object]) -> None:
-        if not self._alive:
-            return
+    @contextmanager
+    def _connection(self) -> Iterator[None]:
+        """Remove W&B's exit hook if the connection to W&B's service is lost, and raise the error again."""
         try:
-            call()
-        except Exception as error:  # Whatever W&B's service dies of, training does not.
-            self._alive = False
-            self._warn(f"W&B stopped ({_one_line(error)}); training goes on, metrics.jsonl has every row")
-            if isinstance(error, ConnectionError):
-                # Takes back W&B's exit hook, which would end the process with the traceback of the same error.
-                with suppress(Exception):
-                    self._wandb.teardown(exit_code=0)
+            yield
+        except ConnectionError:
+            # The hook would end the process with the traceback of the same error.
+            with suppress(Exception):
+                self._wandb.teardown(exit_code=0)
+            raise
 
     def _expand(self, row: Row) -> dict[str, Any]:
         expanded: dict[str, Any] = {}
@@ -116,7 +177,10 @@ class WandbTracker:
 
 
 def load_histogram(load_E: list[float]) -> tuple[list[float], list[float]]:
-    """Heights and edges of a histogram over the expert index: a bar an expert, or neighbours together beyond 512."""
+    """Return the heights and the edges of a histogram over the expert index.
+
+    Each expert has a bin; beyond 512 experts, neighbouring experts share one.
+    """
     import numpy as np
 
     num_experts = len(load_E)
@@ -127,16 +191,25 @@ def load_histogram(load_E: list[float]) -> tuple[list[float], list[float]]:
 
 
 def check_tracking(config: TrackingConfig) -> None:
-    """Refuse what cannot work before any process starts. Reads no network.
+    """Check the section `tracking` before any process starts, without using the network.
 
     Raises:
-        ConfigError: `online` without an API key in `WANDB_API_KEY` or the netrc file.
+        ConfigError: `wandb` is `online` and there is no API key, neither in `WANDB_API_KEY` nor in the netrc file; or a
+            name in `trackers` is not registered.
     """
     if config.wandb == "online" and not os.environ.get("WANDB_API_KEY") and not _netrc_has_key():
         raise ConfigError(
             "tracking.wandb=online: expected an API key in the environment variable WANDB_API_KEY or in ~/.netrc "
             "(`wandb login` writes it), or tracking.wandb=offline"
         )
+    unknown = [name for name in config.trackers if name not in TRACKERS]
+    expect(
+        not unknown,
+        "tracking.trackers",
+        config.trackers,
+        f"names that a module in plugins=[...] registers (registered: {', '.join(TRACKERS) or 'none'}), found "
+        f"{', '.join(unknown)}",
+    )
 
 
 def start_tracking(
@@ -147,55 +220,59 @@ def start_tracking(
     resolved_config: dict[str, Any],
     resumed_step: int | None,
     warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
-) -> Tracker:
-    """Start tracking, on one rank.
+) -> Trackers:
+    """Start W&B, unless `tracking.wandb` is `disabled`, and each tracker in `tracking.trackers`. Call it on one rank.
+
+    Neither this function nor W&B prints anything. W&B captures no console output, code, git state or list of packages.
 
     Args:
-        name: the run's name, as shown.
-        directory: the run's directory; W&B's files go to `directory/wandb`.
-        resolved_config: shown as it is: the caller keeps secrets out of it.
-        resumed_step: the checkpoint's step if the run is resumed: then it keeps its W&B id (`wandb/run_id.txt`) and the
-            rows' own steps, each offline part in a directory of its own. None: a new W&B run.
-        warn: gets one line when W&B fails, at its start or later.
+        config: the section `tracking`, which `check_tracking` has accepted.
+        name: the name that trackers show for the run.
+        directory: the run's directory. W&B writes its files to `directory/wandb`.
+        resolved_config: the run's configuration without secrets, because trackers publish it.
+        resumed_step: the checkpoint's step if the run is resumed, else None. A resumed run keeps its W&B id, which is
+            in `wandb/run_id.txt`, and the step numbers of its rows. Offline, each resumption has its own directory.
+        warn: receives one line for each tracker that fails, at its start or later.
 
-    Prints nothing itself, and W&B neither: no console capture, no code, no git state, no list of packages.
+    Returns:
+        One tracker that forwards to all of them, and that never raises.
     """
-    if config.wandb == "disabled":
-        return NullTracker()
-    try:
-        import wandb
-
-        settings = wandb.Settings(
-            mode=config.wandb,
-            silent=True,
-            console="off",
-            disable_git=True,
-            disable_code=True,
-            disable_job_creation=True,
-            x_save_requirements=False,
-            init_timeout=INIT_TIMEOUT_S,
-        )
-        # Before init, which else announces where it found the key.
-        wandb.setup(settings=settings)
-        run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=name,
-            id=_run_id(directory / "wandb" / "run_id.txt", resumed_step),
-            # An offline run cannot ask the service what it has: there the rows' own steps do it alone.
-            resume="allow" if config.wandb == "online" and resumed_step is not None else None,
-            dir=str(directory),
-            config=resolved_config,
-            settings=settings,
-        )
-        return WandbTracker(wandb, run, warn)
-    except Exception as error:  # No network, a full disk, a service that does not start: the run is worth more.
-        warn(f"W&B did not start ({_one_line(error)}); training goes on, metrics.jsonl has every row")
-        return NullTracker()
+    run = TrackedRun(name, directory, resolved_config, resumed_step)
+    trackers = Trackers(warn)
+    if config.wandb != "disabled":
+        trackers.start("W&B", lambda: _start_wandb(config, run, warn))
+    for registered in dict.fromkeys(config.trackers):
+        trackers.start(f"tracker {registered}", partial(TRACKERS[registered], run))
+    return trackers
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+def _start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], None]) -> WandbTracker:
+    import wandb
+
+    settings = wandb.Settings(
+        mode=config.wandb,
+        silent=True,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        disable_job_creation=True,
+        x_save_requirements=False,
+        init_timeout=INIT_TIMEOUT_S,
+    )
+    # This must come before init, which would otherwise print where it found the API key.
+    wandb.setup(settings=settings)
+    wandb_run = wandb.init(
+        project=config.project,
+        entity=config.entity,
+        name=run.name,
+        id=_run_id(run.directory / "wandb" / "run_id.txt", run.resumed_step),
+        # An offline run cannot ask the service what it has already, so it relies on the step numbers of the rows.
+        resume="allow" if config.wandb == "online" and run.resumed_step is not None else None,
+        dir=str(run.directory),
+        config=run.config,
+        settings=settings,
+    )
+    return WandbTracker(wandb, wandb_run, warn)
 
 
 def _run_id(file: Path, resumed_step: int | None) -> str:
