@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parallel.planning.auto import CHOSEN
+from parallel.planning.auto import AUTO_AXES
 from training.report.plots import plot_sweep
 from training.report.terminal import human_count, show_line, show_table
 
@@ -27,7 +27,7 @@ _RESULT_KEYS = (
 _OWN_COLUMNS = ("model.num_experts", "model.top_k")
 _PER_JOB = ("run.name", "run.root", "model.vocab_size")
 """Keys that differ between jobs although nobody swept them (a job that failed early never learnt its vocabulary)."""
-_CHOSEN = tuple(f"parallel.{axis}" for axis in CHOSEN)
+_CHOSEN = tuple(f"parallel.{axis}" for axis in AUTO_AXES)
 """Keys whose `auto` becomes a number in a run; a job that failed early still has `auto`, and nobody swept it."""
 _MAX_ERROR = 160
 
