@@ -115,15 +115,14 @@ def rank_lists(layout: Layout, *axes: str) -> list[list[int]]:
     >>> rank_lists(Layout(context=2, tensor=2, expert=4), "expert")
     [[0, 1, 2, 3]]
     """
-    names, sizes = AXES, [getattr(layout, axis) for axis in AXES]
+    sizes = {axis: getattr(layout, axis) for axis in AXES}
     if not set(axes) <= set(AXES):
-        expert_replicate = layout.expert_data // layout.expert_shard
-        names = EXPERT_AXES
-        sizes = [layout.pipeline, expert_replicate, layout.expert_shard, layout.expert, layout.expert_tensor]
-    along = [names.index(axis) for axis in axes]
-    others = [axis for axis in range(len(names)) if axis not in along]
-    ranks = torch.arange(layout.world).view(sizes).permute(*others, *along)
-    return ranks.reshape(-1, math.prod(sizes[axis] for axis in along)).tolist()
+        replicas = layout.expert_data // layout.expert_shard
+        expert_sizes = (layout.pipeline, replicas, layout.expert_shard, layout.expert, layout.expert_tensor)
+        sizes = dict(zip(EXPERT_AXES, expert_sizes, strict=True))
+    order = sorted(sizes, key=lambda axis: axes.index(axis) if axis in axes else -1)  # the other axes first
+    ranks = torch.arange(layout.world).view(*sizes.values()).permute([list(sizes).index(axis) for axis in order])
+    return ranks.reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist()
 
 
 def _group_among(lists: list[list[int]], groups: Groups) -> dist.ProcessGroup:

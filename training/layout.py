@@ -33,7 +33,6 @@ def build_workload(config: Config, model: ModelConfig, *, itemsize: int = 2, tra
         trained: share of the parameters that train.
     """
     train = config.train
-    weight_itemsize = 8 if train.precision == "fp64" else 4
     return Workload(
         model,
         config.router,
@@ -41,7 +40,7 @@ def build_workload(config: Config, model: ModelConfig, *, itemsize: int = 2, tra
         train.accumulation,
         train.seq_len,
         itemsize=itemsize,
-        weight_itemsize=weight_itemsize,
+        weight_itemsize=8 if train.precision == "fp64" else 4,
         trained=trained,
     )
 

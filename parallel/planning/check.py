@@ -41,8 +41,8 @@ def _check_widths(layout: Layout, workload: Workload) -> None:
     for name, size in widths.items():
         expect(size % tensor == 0, "tensor", tensor, f"a divisor of model.{name}={size}")
     if model.is_moe:
-        width, parts = model.expert_width, layout.expert_tensor
-        expect(width % parts == 0, "expert_tensor", parts, f"a divisor of the experts' hidden width {width}")
+        parts, hidden = layout.expert_tensor, model.expert_width
+        expect(hidden % parts == 0, "expert_tensor", parts, f"a divisor of the experts' hidden width {hidden}")
     for axis, parts in (("context", layout.context), ("tensor", layout.sequence)):
         also = f" (times parallel.context={layout.context})" if axis == "tensor" and layout.context > 1 else ""
         expected = f"a divisor of train.seq_len={workload.seq_len}{also}"

@@ -204,7 +204,7 @@ def traffic(workload: Workload, layout: Layout, parallel: ParallelConfig) -> dic
     sent["gradients"] = gradient_bytes(weights, layout, workload) / layout.pipeline
     if at_both_ends:  # The two stages sum the gradients of the embedding.
         embedding = model.dim * (model.vocab_size or 0) // (layout.tensor * layout.shard)
-        summed = all_reduce_bytes(2, embedding * workload.weight_itemsize * workload.trained)
-        sent["gradients"] += 2 * summed / layout.pipeline
+        elements = embedding * workload.weight_itemsize * workload.trained
+        sent["gradients"] += 2 * all_reduce_bytes(2, elements) / layout.pipeline
     sent["bookkeeping"] = bookkeeping_bytes(workload, layout, parallel)
     return sent
