@@ -8,6 +8,7 @@ Letters: D model, H query heads, G key/value heads, C head dim, F hidden width, 
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ def kind(name: str) -> Kind:
     """Return which parallel axes shard a parameter.
 
     Args:
-        name: the parameter's name in `Transformer`, as in `layers.0.attention.wq.weight`.
+        name: the parameter's name in `Transformer`, as in `layers.0.attention.wq.weight`. `<parameter>.<expert>` is
+            one expert of a stacked parameter, as in `layers.0.ffn.experts.w_up.3` (`training/trainable.py`).
 
     Raises:
         ModelError: no rule covers the name.
@@ -58,7 +60,7 @@ def kind(name: str) -> Kind:
     if ".router." in name:
         return "router"
     if ".experts." in name:
-        if _leaf(name) in EXPERT_TENSOR_DIMS:
+        if _leaf(re.sub(r"\.\d+$", "", name)) in EXPERT_TENSOR_DIMS:
             return "experts"
     elif _leaf(name) in TENSOR_DIMS:
         return "tensor"

@@ -117,9 +117,29 @@ def test_a_plan_includes_the_parameters_of_a_plugins_router() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("embedding", "tensor"),
+        ("norm.weight", "replicated"),
+        ("layers.0.ffn_norm.weight", "replicated"),
+        ("layers.0.ffn.w_down.weight", "tensor"),
+        ("layers.0.ffn.shared.w_down.weight", "tensor"),
+        ("layers.0.ffn.router.low_rank.weight", "router"),
+        ("layers.0.ffn.router.experts.w_up", "router"),
+        ("layers.0.ffn.experts.w_down", "experts"),
+        ("layers.0.ffn.experts.w_down.13", "experts"),
+    ],
+)
+def test_kinds(name: str, expected: str) -> None:
+    assert kind(name) == expected
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "layers.0.ffn.adapter.weight",
+        "layers.0.ffn.experts.w_down.bias",
+        "layers.0.ffn.w_down.13",
         "layers.0.attention.wq.bias",
         "layers.0.attention.q_norm.weight",
         "layers.1.ffn.experts.b_up",
