@@ -59,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
     from training.evaluate import evaluate
     from training.formats.reader import open_model
     from training.initial import find_initial
-    from training.layout import resolve_layout
+    from training.layout import build_workload, resolve_layout
     from training.report.metrics import router_metrics
     from training.report.rank_summary import gather_rank_summaries
     from training.report.recorder import Recorder
@@ -99,10 +99,8 @@ def train(config: Config) -> dict[str, Any]:
     counts = count_parameters(whole)
     trained = trained_elements(whole, choose_trainable(whole, config.optim.train))
     memory = choose_on_rank0(agreed, world, "memory", lambda: memory_of_a_rank(device, world.local_world_size))
-    share_trained = trained / counts.total
-    config, plan, warning = resolve_layout(
-        config, model_config, world, memory=memory, itemsize=dtype.itemsize, trained=share_trained
-    )
+    workload = build_workload(config, model_config, itemsize=dtype.itemsize, trained=trained / counts.total)
+    config, plan, warning = resolve_layout(config, workload, world, memory)
     layout = plan.layout
     if device.type == "cpu" and config.engine.kind == "native":
         check_memory(counts.total, plan.fullest.state, world.local_world_size)

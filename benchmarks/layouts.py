@@ -1,13 +1,13 @@
-"""Time of one optimizer step under each layout, relative to plain data parallelism on the same processes.
+"""Measure the time of an optimizer step under each layout, relative to data parallelism on the same processes.
 
     python benchmarks/layouts.py                                     # two processes of this machine
     torchrun --nproc-per-node 8 benchmarks/layouts.py --dim 2048 --seq-len 4096 --rounds 20
     python benchmarks/layouts.py --layouts replicate=2 expert=2/deepspeed-3
 
-Every layout is built once and all take their steps in turn, round after round: what else the machine does meets them
-alike. On two processes of one machine the ratio is what a layout costs, not what it gains: it gains memory, and speed
-only where each process has a device of its own. A layout is written as in scripts/parity.py,
-and may name an engine: `expert=2/deepspeed-2` (ZeRO stage 2).
+Every layout is built once. In each round, every layout takes one step, so that other load on the machine affects all of
+them. With two processes on one machine, the ratio shows the cost of a layout and not its benefit: less memory, and more
+speed if each process has its own device. A layout is written as in scripts/parity.py. It can name an engine, as in
+`expert=2/deepspeed-2` (ZeRO stage 2).
 """
 
 import argparse
@@ -30,13 +30,14 @@ from training.build import build_engine, build_parts
 from training.config import Config, TrainConfig
 from training.device import compute_dtype, pick_device
 from training.engine import Engine
-from training.layout import resolve_layout
+from training.layout import build_workload, resolve_layout
 from training.parity.cases import ACCUMULATION, Case
 from training.parity.layouts import parse_layout
 from training.parity.trial import EngineKind, configuration
 from training.step import train_step
 
 BASELINE = "replicate={}"
+"""`{}` stands for the number of processes."""
 LAYOUTS = (
     "expert={}",
     "expert_tensor={}",
@@ -56,7 +57,7 @@ LAYOUTS = (
 
 
 def case_of(options: argparse.Namespace) -> Case:
-    """Like Mixtral: eight experts, two of them for a token, grouped keys and values, a window."""
+    """Return a small Mixtral: eight experts, top-2, grouped keys and values, a window."""
     model = ModelConfig(
         dim=options.dim, num_layers=options.layers, num_heads=8, num_kv_heads=4, head_dim=options.dim // 8,
         hidden_dim=2 * options.dim, num_experts=8, top_k=2, vocab_size=4096, sliding_window=options.seq_len // 2,
@@ -65,6 +66,7 @@ def case_of(options: argparse.Namespace) -> Case:
 
 
 def config_of(name: str, case: Case, options: argparse.Namespace) -> Config:
+    """Return the configuration of a layout that is named as on the command line."""
     layout, _, engine = name.partition("/")
     kind = cast(EngineKind, engine or "native")
     base = configuration(
@@ -85,23 +87,26 @@ def config_of(name: str, case: Case, options: argparse.Namespace) -> Config:
 
 
 def rows_of(options: argparse.Namespace, data_rank: int, data_ranks: int) -> list[Batch]:
-    """Whole rows of one document: every rank draws all of them, and takes its part of each micro-batch."""
+    """Return the micro-batches of a data-parallel rank: full rows of one document.
+
+    Every rank draws the rows of all ranks and takes its part, so that all layouts compute the same batch.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 4096, (options.rows, options.seq_len + 1), generator=generator)
     micro = options.rows // ACCUMULATION
-    own = micro // data_ranks
+    local = micro // data_ranks
     batches = []
     for number in range(ACCUMULATION):
-        start = number * micro + data_rank * own
-        part = tokens[start : start + own]
+        start = number * micro + data_rank * local
+        part = tokens[start : start + local]
         zeros = torch.zeros_like(part[:, 1:])
-        places = torch.arange(options.seq_len).expand(own, -1).clone()
-        batches.append(Batch(part[:, :-1].clone(), part[:, 1:].clone(), places, zeros.int(), zeros.to(torch.uint8)))
+        positions = torch.arange(options.seq_len).expand(local, -1).clone()
+        batches.append(Batch(part[:, :-1].clone(), part[:, 1:].clone(), positions, zeros.int(), zeros.to(torch.uint8)))
     return batches
 
 
 def seconds(engine: Engine, batches: list[Batch], router: RouterConfig) -> float:
-    """Of one step, until the slowest rank is done."""
+    """Return the seconds of one step, until the slowest rank is done."""
     cuda = engine.mesh.device.type == "cuda"
     dist.barrier()
     if cuda:
@@ -115,6 +120,7 @@ def seconds(engine: Engine, batches: list[Batch], router: RouterConfig) -> float
 
 
 def work(options: argparse.Namespace) -> None:
+    """Time all layouts and print the table. The function of every worker."""
     world = world_from_env()
     device = pick_device("auto", world.local_rank, world.local_world_size)
     init_process_group(open_store(world, 300.0), world.rank, world.world_size, device, 300.0)
@@ -124,7 +130,8 @@ def work(options: argparse.Namespace) -> None:
     running: dict[str, tuple[Engine, list[Batch]]] = {}
     for name in names:
         try:
-            config, plan, _ = resolve_layout(config_of(name, case, options), case.model, World(world_size=size))
+            config = config_of(name, case, options)
+            config, plan, _ = resolve_layout(config, build_workload(config, case.model), World(world_size=size))
             layout = plan.layout
         except ConfigError as error:
             if world.rank == 0:
@@ -138,25 +145,25 @@ def work(options: argparse.Namespace) -> None:
     for number in range(options.rounds + 1):
         for name, (engine, batches) in running.items():
             elapsed = seconds(engine, batches, case.router)
-            if number:  # the first round allocates
+            if number:  # The first round allocates memory.
                 times[name].append(elapsed)
     if world.rank == 0:
         show(times, options, device, size)
-    # What DeepSpeed holds is the process's, and goes with the first of its engines that is closed.
-    of_kind = {type(engine): engine for engine, _ in running.values()}
-    for engine in of_kind.values():
+    # Closing a DeepSpeed engine releases what DeepSpeed stores once per process, so only one of them is closed.
+    by_kind = {type(engine): engine for engine, _ in running.values()}
+    for engine in by_kind.values():
         engine.close()
     close_process_group()
 
 
 def show(times: dict[str, list[float]], options: argparse.Namespace, device: torch.device, size: int) -> None:
-    """Times, and their ratio to the first layout's: of the fastest rounds, and within each round."""
+    """Print the times and their ratios to the first layout: of the fastest rounds, and within each round."""
     from training.report.terminal import show_table
 
     baseline = next(iter(times.values()))
     rows = []
     for name, measured in times.items():
-        ratios = sorted(mine / base for mine, base in zip(measured, baseline, strict=True))
+        ratios = sorted(elapsed / base for elapsed, base in zip(measured, baseline, strict=True))
         rows.append(
             (
                 name,
@@ -179,12 +186,12 @@ def show(times: dict[str, list[float]], options: argparse.Namespace, device: tor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nproc", type=int, default=2, help="own processes; torchrun brings its own")
-    parser.add_argument("--layouts", nargs="*", help="the first is what the others are compared with")
+    parser.add_argument("--nproc", type=int, default=2, help="worker processes to start; ignored under torchrun")
+    parser.add_argument("--layouts", nargs="*", help="the first is the baseline of the others")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=8, help="of one step, all ranks together")
+    parser.add_argument("--rows", type=int, default=8, help="rows of one step over all ranks")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

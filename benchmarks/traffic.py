@@ -1,13 +1,15 @@
-"""Bytes that each rank sends in one optimizer step under each axis, beside the formulas of `parallel.planning.traffic`.
+"""Measure the bytes that each rank sends in an optimizer step, and compare them with `parallel.planning.traffic`.
 
-    python benchmarks/traffic.py                       # worlds of two and of four processes of this machine
+    python benchmarks/traffic.py                       # with two and with four processes on this machine
     python benchmarks/traffic.py --worlds 2 --dtype bf16 --accumulation 4
 
-Counted is every collective of the step, in the forward pass and in autograd's threads, ours and those of torch's FSDP
-and pipelines: all become operators of `c10d`, which a dispatch mode sees; one that it does not know is an error. A
-collective counts as a ring (`parallel.planning.traffic` defines it). `written` is the check from outside: what the
-kernel saw each process write. Where gloo sends as it is counted (all-reduce, all-to-all, point to point) that is the
-same but for headers; its all-gathers and reduce-scatters send more.
+The benchmark counts every collective of the step, in the forward pass and in autograd's threads: Mixwright's and those
+of torch's FSDP and pipelines. All of them are operators of `c10d`, which a dispatch mode sees. An operator that the
+benchmark does not know is an error. A collective counts as a ring, as `parallel.planning.traffic` defines it.
+
+The column `written` is an independent check: the bytes that the kernel saw each process write. Where gloo sends what is
+counted (all-reduce, all-to-all, point to point), both agree except for headers. Its all-gathers and reduce-scatters
+send more.
 
 Shapes: W window, S sequence.
 """
@@ -30,13 +32,13 @@ from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
 from parallel.layout import Layout
 from parallel.mesh import Groups, Mesh, build_mesh, close_process_group, init_process_group
-from parallel.planning.plan import plan
+from parallel.planning.traffic import traffic
 from parallel.startup.launch import World, launch_workers, world_from_env
 from parallel.startup.rendezvous import open_store
 from training.build import build_engine, build_parts
 from training.config import TrainConfig
 from training.device import compute_dtype
-from training.layout import resolve_layout
+from training.layout import build_workload, resolve_layout
 from training.parity.cases import Case
 from training.parity.layouts import parse_layout
 from training.parity.trial import configuration
@@ -49,7 +51,7 @@ MODEL = ModelConfig(
     vocab_size=256, sliding_window=WINDOW,
 )  # fmt: skip
 CASES: Mapping[str, Case] = {
-    # every token goes to every expert, so that load is as even as the formula has it
+    # Every token is sent to every expert, so that the load is as even as in the formula.
     "even load": Case(MODEL, RouterConfig()),
     "top-2": Case(replace(MODEL, top_k=2), RouterConfig()),
     "capacity": Case(replace(MODEL, top_k=2), RouterConfig(capacity_factor=1.25)),
@@ -59,16 +61,20 @@ CASES: Mapping[str, Case] = {
 
 
 class Job(NamedTuple):
+    """One measurement."""
+
     case: str
+    """A key of `CASES`."""
     layout: str
+    """Keys of `parallel` joined by `+`."""
     zigzag: bool = True
-    """Two pieces of a row on each context rank, where the layout would have them."""
+    """Whether the layout may use `Layout.zigzag`."""
 
     def __str__(self) -> str:
-        return f"{self.layout}, {self.case}" + ("" if self.zigzag else ", one piece a rank")
+        return f"{self.layout}, {self.case}" + ("" if self.zigzag else ", one piece per rank")
 
 
-JOBS: Mapping[int, list[Job]] = {
+JOBS: Mapping[int, list[Job]] = {  # by world size
     2: [
         Job("even load", "replicate=2"),
         Job("even load", "expert=2"),
@@ -105,7 +111,7 @@ JOBS: Mapping[int, list[Job]] = {
 
 
 class Traffic(TorchDispatchMode):
-    """While it is entered: the bytes that this rank sends, by axis."""
+    """A mode that counts the bytes that this rank sends, by axis."""
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()
@@ -117,7 +123,7 @@ class Traffic(TorchDispatchMode):
             name = function.name().partition("::")[2]
             scripts = (argument for argument in args if isinstance(argument, torch.ScriptObject))
             group = next(ProcessGroup.unbox(script) for script in scripts if script._type().name() == "ProcessGroup")
-            tensor = args[1] if name in FROM_INPUT else args[0]  # as (output, input, ...)
+            tensor = args[1] if name in SECOND_IS_INPUT else args[0]
             tensor = tensor[0] if isinstance(tensor, list) else tensor
             size = sent_bytes(name, tensor, group, args)
             if size:
@@ -125,9 +131,9 @@ class Traffic(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
     def _axis(self, tensor: Tensor, group: ProcessGroup) -> str:
-        """Told by who calls, by the kind of numbers, and by the ranks that are called."""
+        """Return the axis of a collective, from the calling files, the dtype and the ranks of the group."""
         callers = set(_callers())
-        if not tensor.is_floating_point() or tensor.dtype == torch.float64:  # counts, and figures of the step
+        if not tensor.is_floating_point() or tensor.dtype == torch.float64:  # counts, and the metrics of the step
             return "bookkeeping"
         for axis, module in (("gradients", "parallel/gradients"), ("shard", "fsdp/"), ("pipeline", "pipelining/")):
             if any(module in caller for caller in callers):
@@ -138,14 +144,25 @@ class Traffic(TorchDispatchMode):
 
 
 def same(one: ProcessGroup, other: ProcessGroup) -> bool:
+    """Return whether two groups have the same ranks."""
     return dist.get_process_group_ranks(one) == dist.get_process_group_ranks(other)
 
 
-FROM_INPUT = ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_")
+SECOND_IS_INPUT = ("_allgather_base_", "_reduce_scatter_base_", "alltoall_base_")
+"""Operators with the arguments (output, input, ...)."""
 
 
 def sent_bytes(name: str, tensor: Tensor, group: ProcessGroup, args: Any) -> float:
-    """What leaves this rank; `tensor`: what goes in."""
+    """Return the bytes that leave this rank.
+
+    Args:
+        name: a `c10d` operator.
+        tensor: its input.
+        args: all its arguments.
+
+    Raises:
+        LookupError: the operator is not known here.
+    """
     ranks, size = group.size(), tensor.numel() * tensor.element_size()
     if name == "allreduce_":
         return 2 * (ranks - 1) / ranks * size
@@ -163,6 +180,7 @@ def sent_bytes(name: str, tensor: Tensor, group: ProcessGroup, args: Any) -> flo
 
 
 def _callers() -> Iterator[str]:
+    """Yield the source file of every frame on the stack."""
     frame = sys._getframe(1)
     while frame is not None:
         yield frame.f_code.co_filename
@@ -170,74 +188,71 @@ def _callers() -> Iterator[str]:
 
 
 def written() -> int:
-    """Bytes this process has written so far, to sockets too, as Linux counts them; elsewhere 0."""
+    """Return the bytes that this process has written, including to sockets, as Linux counts them; 0 elsewhere."""
     path = Path("/proc/self/io")
     fields = dict(line.split(": ") for line in path.read_text().splitlines()) if path.exists() else {}
     return int(fields.get("wchar", 0))
 
 
 class Measured(NamedTuple):
-    """Of one rank and one step."""
+    """What one rank sent in one step."""
 
     sent: dict[str, float]
+    """Bytes by axis."""
     written: int
+    """Bytes that the kernel saw."""
 
 
 def measure(
-    job: Job, device: torch.device, options: argparse.Namespace, made: Groups
+    job: Job, device: torch.device, options: argparse.Namespace, groups: Groups
 ) -> tuple[list[Measured], dict[str, float]]:
-    """What each rank sends, and what the formulas say. Collective over the initialised world."""
+    """Return what each rank sends, and what the formulas give. Collective over the initialised world.
+
+    Args:
+        groups: as for `build_mesh`.
+    """
     case, size = CASES[job.case], dist.get_world_size()
-    config = configuration(case, parse_layout(job.layout), rows=options.rows, steps=2)
     train = TrainConfig(2, LENGTH, options.rows, accumulation=options.accumulation, precision=options.dtype)
+    config = replace(configuration(case, parse_layout(job.layout), rows=options.rows, steps=2), train=train)
     world = World(world_size=size, local_world_size=size)
-    config, ours, _ = resolve_layout(replace(config, train=train), case.model, world)
-    layout = ours.layout
-    layout = layout if job.zigzag else replace(layout, zigzag=False)
-    mesh = build_mesh(device, layout, made)
     dtype = compute_dtype(options.dtype, device)
+    workload = build_workload(config, case.model, itemsize=dtype.itemsize)
+    config, estimate, _ = resolve_layout(config, workload, world)
+    layout = estimate.layout if job.zigzag else replace(estimate.layout, zigzag=False)
+    mesh = build_mesh(device, layout, groups)
     parts = build_parts(config, case.model, mesh, dtype, 0)
     engine = build_engine(config, parts, mesh)
     batches = batches_of(layout, mesh.rank, options)
-    train_step(engine, batches, case.router, 1e-3)  # the first also builds
+    train_step(engine, batches, case.router, 1e-3)  # The first step also allocates and compiles.
     dist.barrier()
-    before, traffic = written(), Traffic(mesh)
-    with traffic:
+    before, counter = written(), Traffic(mesh)
+    with counter:
         train_step(engine, batches, case.router, 1e-3)
-    own = Measured(dict(traffic.sent), written() - before)
-    of_ranks: list[Any] = [None] * size
-    dist.all_gather_object(of_ranks, own)
+    measured = Measured(dict(counter.sent), written() - before)
+    by_rank: list[Any] = [None] * size
+    dist.all_gather_object(by_rank, measured)
     engine.close()
-    expected = plan(
-        layout,
-        config.parallel,
-        case.model,
-        case.router,
-        rows=batches[0].tokens_BS.shape[0],
-        seq_len=LENGTH,
-        accumulation=options.accumulation,
-        itemsize=dtype.itemsize,
-    )
-    return of_ranks, {str(axis): value for axis, value in expected.traffic.items()}
+    return by_rank, {str(axis): value for axis, value in traffic(workload, layout, config.parallel).items()}
 
 
 def batches_of(layout: Layout, rank: int, options: argparse.Namespace) -> list[Batch]:
-    """This data rank's micro-batches: full rows of one document, the same tokens for all (nobody looks at them)."""
-    own = options.rows // options.accumulation // layout.data
-    tokens = torch.randint(0, 256, (own, LENGTH), generator=torch.Generator().manual_seed(layout.data_rank(rank)))
+    """Return the micro-batches of a data-parallel rank: full rows of one document, with the same tokens in each."""
+    rows = options.rows // options.accumulation // layout.data
+    tokens = torch.randint(0, 256, (rows, LENGTH), generator=torch.Generator().manual_seed(layout.data_rank(rank)))
     zeros = torch.zeros_like(tokens)
-    places = torch.arange(LENGTH).expand(own, -1).clone()
-    return [Batch(tokens, tokens, places, zeros.int(), zeros.to(torch.uint8))] * options.accumulation
+    positions = torch.arange(LENGTH).expand(rows, -1).clone()
+    return [Batch(tokens, tokens, positions, zeros.int(), zeros.to(torch.uint8))] * options.accumulation
 
 
 def work(options: argparse.Namespace) -> None:
+    """Measure all jobs of this world size and print the table. The function of every worker."""
     world, device = world_from_env(), torch.device("cpu")
     init_process_group(open_store(world, 300.0), world.rank, world.world_size, device, 300.0)
-    made: Groups = {}
+    groups: Groups = {}
     rows: list[tuple[str, ...]] = []
     for job in JOBS[world.world_size]:
-        of_ranks, expected = measure(job, device, options, made)
-        rows += lines(str(job), of_ranks, expected)
+        by_rank, expected = measure(job, device, options, groups)
+        rows += lines(str(job), by_rank, expected)
     if world.rank == 0:
         from training.report.terminal import show_table
 
@@ -247,22 +262,23 @@ def work(options: argparse.Namespace) -> None:
     close_process_group()
 
 
-def lines(name: str, of_ranks: list[Measured], expected: Mapping[str, float]) -> list[tuple[str, ...]]:
+def lines(name: str, by_rank: list[Measured], expected: Mapping[str, float]) -> list[tuple[str, ...]]:
+    """Return the table rows of a job: one with all bytes, and one per axis that sends or should send."""
     rows = []
     for axis, formula in expected.items():
-        sent = sum(rank.sent.get(axis, 0) for rank in of_ranks) / len(of_ranks)
+        sent = sum(rank.sent.get(axis, 0) for rank in by_rank) / len(by_rank)
         if sent or formula:
             ratio = f"{sent / formula:.4f}" if formula else "-"
             rows.append(("", axis, f"{sent:,.0f}", f"{formula:,.0f}", ratio, ""))
-    total = sum(sum(rank.sent.values()) for rank in of_ranks) / len(of_ranks)
-    seen = sum(rank.written for rank in of_ranks) / len(of_ranks)
+    total = sum(sum(rank.sent.values()) for rank in by_rank) / len(by_rank)
+    seen = sum(rank.written for rank in by_rank) / len(by_rank)
     return [(name, "all", f"{total:,.0f}", "", "", f"{seen:,.0f}"), *rows]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="*", choices=list(JOBS), default=list(JOBS))
-    parser.add_argument("--rows", type=int, default=8, help="of one step, all ranks together")
+    parser.add_argument("--rows", type=int, default=8, help="rows of one step over all ranks")
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     options = parser.parse_args()

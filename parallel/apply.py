@@ -19,6 +19,7 @@ from parallel.fsdp import shard_weights
 from parallel.mesh import Mesh
 from parallel.tensor import shard_tensors
 from parallel.weight_shards import shard_locator
+from parallel.weight_specs import check_weights
 
 
 def build_model(
@@ -84,6 +85,7 @@ def _build_on_meta(
     """The model on the meta device, in the dtypes that the weights will have."""
     with torch.device("meta"):
         model = Transformer(config, router, compute_dtype)
+    check_weights({name: tuple(weight.shape) for name, weight in model.named_parameters()}, config, router)
     wide = torch.promote_types(compute_dtype, torch.float32)
     model.to(compute_dtype if inference_weights else wide)
     for module in model.modules():

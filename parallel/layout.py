@@ -1,20 +1,38 @@
-"""How many ranks each parallel axis has, and which place a rank takes on each. Plain numbers: no process group needed.
+"""The sizes of the parallel axes, and the position of each rank on every axis. Plain numbers: no process group needed.
 
-The world is `pipeline x replicate x shard x context x tensor`, tensor innermost: the more often ranks talk, the nearer
-they are numbered (tensor in every layer and twice, context once a layer, shard and replicate once a step). The ranks
-of one pipeline stage are, for the experts, `expert_data x expert x expert_tensor` ("parallel folding", arXiv
-2504.14960): the ranks that exchange tokens may be data-, context- and tensor-parallel ones of the rest of the model.
+The world is `pipeline x replicate x shard x context x tensor`, and `tensor` varies fastest with the rank. Axes whose
+ranks communicate more often come later, so that their ranks have neighbouring numbers and share a node: tensor-parallel
+ranks communicate several times in every layer, context-parallel ranks once per layer. For the experts, the ranks of one
+pipeline stage form a second grid, `expert_data x expert x expert_tensor` ("parallel folding", arXiv 2504.14960): the
+ranks that exchange tokens can be data-, context- and tensor-parallel ranks of the rest of the model.
 """
 
 import math
 from dataclasses import dataclass
 
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+"""Axes whose sizes multiply to the world size, the slowest varying first."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes. Their product (without the experts' own) is the world size."""
+    """Sizes of the parallel axes. The product of `AXES` is the world size.
+
+    >>> layout = Layout(pipeline=2, shard=2, tensor=2)
+    >>> layout.world, layout.data
+    (8, 2)
+    >>> layout.coordinates(5)
+    {'tensor': 1, 'context': 0, 'shard': 0, 'replicate': 0, 'pipeline': 1}
+    >>> [layout.data_rank(rank) for rank in range(8)]
+    [0, 0, 1, 1, 0, 0, 1, 1]
+
+    Every context rank has one piece of a row, or two pieces if `zigzag` is set:
+
+    >>> [Layout(context=2).pieces_of(context_rank) for context_rank in range(2)]
+    [[0], [1]]
+    >>> [Layout(context=2, zigzag=True).pieces_of(context_rank) for context_rank in range(2)]
+    [[0, 3], [1, 2]]
+    """
 
     pipeline: int = 1
     replicate: int = 1
@@ -24,61 +42,62 @@ class Layout:
     expert: int = 1
     expert_tensor: int = 1
     zigzag: bool = False
-    """Each context rank holds two pieces of a row, one counted from its start and one from its end: the causal work of
-    all ranks is the same. (Else one, so that a window reaches few neighbours.)"""
+    """Each context rank has two pieces of a row, one counted from the start and one from the end, so that all ranks
+    do the same amount of causal attention. Otherwise a rank has one piece, so that a window reaches few neighbours."""
 
     def __post_init__(self) -> None:
         assert self.stage % (self.expert * self.expert_tensor) == 0, self
 
     @property
     def world(self) -> int:
+        """Number of ranks."""
         return math.prod(getattr(self, axis) for axis in AXES)
 
     @property
     def stage(self) -> int:
-        """Ranks of a pipeline stage."""
+        """Ranks of one pipeline stage."""
         return self.world // self.pipeline
 
     @property
     def data(self) -> int:
-        """Ranks that see different rows."""
+        """Data-parallel ranks: the parts that the rows of a batch are divided into."""
         return self.replicate * self.shard
 
     @property
     def sequence(self) -> int:
-        """Parts that a row is cut into."""
+        """Ranks that share the rows of one data-parallel rank, each with a part of the sequence."""
         return self.context * self.tensor
 
     @property
     def expert_data(self) -> int:
-        """Ranks of a stage that hold the same experts."""
+        """Ranks of a stage that have the same experts."""
         return self.stage // (self.expert * self.expert_tensor)
 
     @property
     def expert_shard(self) -> int:
-        """Of these, ranks that share the experts' weights out among them (FSDP): as many of `shard` as fit."""
+        """Ranks with the same experts over which FSDP shards their weights: as many ranks of `shard` as possible."""
         return math.gcd(self.shard, self.expert_data)
 
     @property
     def pieces(self) -> int:
-        """Pieces of a row that context ranks hold between them."""
+        """Pieces that a row is divided into over all context ranks."""
         return self.context * (2 if self.zigzag else 1)
 
     def pieces_of(self, context_rank: int) -> list[int]:
-        """Numbers, in the sequence, of the pieces that a context rank holds."""
+        """Return the pieces of a context rank, each by its index in the sequence."""
         return [context_rank, self.pieces - 1 - context_rank] if self.zigzag else [context_rank]
 
-    def place(self, rank: int) -> dict[str, int]:
-        """The rank's index on every axis."""
-        place = {}
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Return the index of a rank on every axis."""
+        coordinates = {}
         for axis in reversed(AXES):
-            rank, place[axis] = divmod(rank, getattr(self, axis))
-        return place
+            rank, coordinates[axis] = divmod(rank, getattr(self, axis))
+        return coordinates
 
     def data_rank(self, rank: int) -> int:
-        """Which of the `data` parts of a batch the rank sees."""
-        place = self.place(rank)
-        return place["replicate"] * self.shard + place["shard"]
+        """Return which of the `data` parts of a batch a rank computes."""
+        coordinates = self.coordinates(rank)
+        return coordinates["replicate"] * self.shard + coordinates["shard"]
 
     def __str__(self) -> str:
         names = (*AXES, "expert", "expert_tensor")

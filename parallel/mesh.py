@@ -1,4 +1,4 @@
-"""The world of processes, cut into axes, and the process groups along them (`parallel/layout.py` has the order)."""
+"""The process groups along the axes of a layout (`parallel/layout.py` defines the order of the ranks)."""
 
 import math
 from dataclasses import dataclass, fields
@@ -10,11 +10,16 @@ import torch.distributed as dist
 from parallel.layout import AXES, Layout
 
 EXPERT_AXES = ("pipeline", "expert_replicate", "expert_shard", "expert", "expert_tensor")
+"""The axes that the experts see, the slowest varying first; `expert_data` is `expert_replicate x expert_shard`."""
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Process groups of this rank. Keep it inside `main`: groups that outlive it abort the process at exit."""
+    """The process groups of this rank.
+
+    Keep a mesh in a local variable of `main`: process groups that still exist when the interpreter exits abort the
+    process.
+    """
 
     device: torch.device
     layout: Layout
@@ -22,26 +27,26 @@ class Mesh:
     stage: dist.ProcessGroup
     """Ranks of this pipeline stage."""
     pipeline: dist.ProcessGroup
-    """One rank of every stage: those at this rank's place in theirs."""
+    """One rank of every stage: those with the same position in their stage as this rank."""
     shard: dist.ProcessGroup
     context: dist.ProcessGroup
     tensor: dist.ProcessGroup
     sequence: dist.ProcessGroup
-    """Ranks that see the same rows, in the order of their parts of them: context and tensor."""
+    """Ranks that share the same rows, along context and tensor, in the order of their parts of the sequence."""
     expert: dist.ProcessGroup
-    """Ranks that hold different experts and exchange tokens."""
+    """Ranks that have different experts and exchange tokens."""
     expert_tensor: dist.ProcessGroup
     expert_data: dist.ProcessGroup
-    """Ranks that hold the same experts."""
+    """Ranks that have the same experts."""
     expert_shard: dist.ProcessGroup
     ends: dist.ProcessGroup | None
-    """The first and the last rank of `pipeline`; None on others, and without a pipeline."""
+    """The first and the last rank of `pipeline`; None on other ranks, and without a pipeline."""
     same_replicated: dist.ProcessGroup
-    """Ranks of the stage that hold, under FSDP, the same part of what tensor parallelism leaves whole."""
+    """Ranks of the stage that store the same shards of `replicated` parameters (`parallel.weight_specs.Kind`)."""
     same_tensor: dist.ProcessGroup
-    """Ranks of the stage that hold the same part of what tensor parallelism cuts."""
+    """Ranks of the stage that store the same shards of `tensor` parameters."""
     same_experts: dist.ProcessGroup
-    """Ranks of the stage that hold the same part of the same experts."""
+    """Ranks of the stage that store the same shards of the same experts."""
 
     @property
     def rank(self) -> int:
@@ -53,57 +58,34 @@ class Mesh:
 
     @property
     def groups(self) -> list[dist.ProcessGroup]:
+        """Every process group once. Axes with the same ranks share a group."""
         found = [value for value in vars(self).values() if isinstance(value, dist.ProcessGroup)]
         return list({id(group): group for group in found}.values())
 
 
 Groups = dict[tuple[tuple[int, ...], ...], dist.ProcessGroup]
-"""All ranks, cut into the groups of one axis -> this rank's."""
+"""The ranks of every group along some axes -> the group of this rank."""
 
 
-def build_mesh(device: torch.device, layout: Layout, made: Groups | None = None) -> Mesh:
-    """Cut the initialised world as `layout` says. Collective: every rank calls it, with the same layout.
+def build_mesh(device: torch.device, layout: Layout, groups: Groups | None = None) -> Mesh:
+    """Create the process groups of `layout` in the initialised world. Collective: every rank passes the same layout.
 
     Args:
-        made: groups of other layouts in this process, to be used again; new ones are added. (torch keeps what it knows
-            of DTensors by their ranks, so that groups cannot be taken down and made anew.)
+        groups: groups that earlier calls created in this process. They are reused, and new ones are added. Code that
+            builds several meshes needs this, because torch caches facts about DTensors by the ranks of their group, so
+            that a group cannot be destroyed and created again.
     """
     assert layout.world == dist.get_world_size(), (layout, dist.get_world_size())
     world = dist.group.WORLD
     assert world is not None
-    expert_sizes = (
-        layout.pipeline,
-        layout.expert_data // layout.expert_shard,
-        layout.expert_shard,
-        layout.expert,
-        layout.expert_tensor,
-    )
-    ranks = torch.arange(layout.world)
-    dense = ranks.view([getattr(layout, axis) for axis in AXES])
-    experts = ranks.view(expert_sizes)
-    made = {} if made is None else made
-    made[(tuple(ranks.tolist()),)] = world
+    groups = {} if groups is None else groups
+    groups[(tuple(range(layout.world)),)] = world
 
     def group(*axes: str) -> dist.ProcessGroup:
-        """This rank's group along `axes`, in rank order; groups of the same ranks are one."""
-        names, cube = (AXES, dense) if set(axes) <= set(AXES) else (EXPERT_AXES, experts)
-        along = [names.index(axis) for axis in axes]
-        size = math.prod(cube.shape[i] for i in along)
-        others = [i for i in range(len(names)) if i not in along]
-        return of_parts(cube.permute(*others, *along).reshape(-1, size).tolist())
+        return _group_among(rank_lists(layout, *axes), groups)
 
-    def of_parts(parts: list[list[int]]) -> dist.ProcessGroup:
-        key = tuple(map(tuple, parts))
-        if key not in made:
-            own = next((part for part in parts if world.rank() in part), [])
-            if len(own) == 1:  # no agreement with others needed: thousands of ranks need not hear of each other's
-                made[key] = dist.new_group(own, use_local_synchronization=True)
-            else:
-                made[key], _ = dist.new_subgroups_by_enumeration(parts)
-        return made[key]
-
-    columns = dense.flatten(1).t().tolist()
-    ends = of_parts([[column[0], column[-1]] for column in columns]) if layout.pipeline > 1 else None
+    pipelines = rank_lists(layout, "pipeline")
+    ends = _group_among([[ranks[0], ranks[-1]] for ranks in pipelines], groups) if layout.pipeline > 1 else None
     return Mesh(
         device=device,
         layout=layout,
@@ -125,15 +107,52 @@ def build_mesh(device: torch.device, layout: Layout, made: Groups | None = None)
     )
 
 
+def rank_lists(layout: Layout, *axes: str) -> list[list[int]]:
+    """Return the ranks of every group along some axes, all of `AXES` or all of `EXPERT_AXES`.
+
+    >>> rank_lists(Layout(context=2, tensor=2), "context")
+    [[0, 2], [1, 3]]
+    >>> rank_lists(Layout(context=2, tensor=2, expert=4), "expert")
+    [[0, 1, 2, 3]]
+    """
+    sizes = {axis: getattr(layout, axis) for axis in AXES}
+    if not set(axes) <= set(AXES):
+        replicas = layout.expert_data // layout.expert_shard
+        expert_sizes = (layout.pipeline, replicas, layout.expert_shard, layout.expert, layout.expert_tensor)
+        sizes = dict(zip(EXPERT_AXES, expert_sizes, strict=True))
+    order = sorted(sizes, key=lambda axis: axes.index(axis) if axis in axes else -1)  # the other axes first
+    ranks = torch.arange(layout.world).view(*sizes.values()).permute([list(sizes).index(axis) for axis in order])
+    return ranks.reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist()
+
+
+def _group_among(lists: list[list[int]], groups: Groups) -> dist.ProcessGroup:
+    """Return the process group of this rank among the groups with these ranks. Collective, unless `groups` has it."""
+    key = tuple(map(tuple, lists))
+    if key not in groups:
+        ranks = next((ranks for ranks in lists if dist.get_rank() in ranks), [])
+        if len(ranks) == 1:  # A rank alone needs no agreement with others. With thousands of ranks that saves time.
+            groups[key] = dist.new_group(ranks, use_local_synchronization=True)
+        else:
+            groups[key], _ = dist.new_subgroups_by_enumeration(lists)
+    return groups[key]
+
+
 def mesh_of_one(device: torch.device) -> Mesh:
-    """This rank alone, in a world of any size: what the others' results are compared with. Not collective."""
+    """Return the mesh of this rank alone, in a world of any size. Not collective.
+
+    The results of a layout are compared with those of this mesh.
+    """
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     groups = {field.name: alone for field in fields(Mesh) if field.name not in ("device", "layout", "ends")}
     return Mesh(device=device, layout=Layout(), ends=None, **groups)
 
 
 def init_process_group(store: dist.Store, rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
-    """Start the default process group: NCCL on GPUs (gloo beside it for CPU tensors), gloo on CPUs."""
+    """Start the default process group: NCCL on GPUs (with gloo for CPU tensors), gloo on CPUs.
+
+    Args:
+        timeout_s: seconds that a collective may take, until `set_timeout` changes it.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -146,18 +165,18 @@ def init_process_group(store: dist.Store, rank: int, world_size: int, device: to
 
 
 def set_timeout(mesh: Mesh, timeout_s: float) -> None:
-    """Bound every collective from now on; start-up, which compiles and reads, was given longer."""
+    """Set the seconds that a collective may take from now on. Start-up, which compiles and reads files, gets more."""
     for group in mesh.groups:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 def broadcast_from_first(tensor: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """Rank 0's `tensor`, in place, on every rank."""
+    """Overwrite `tensor` on every rank with rank 0's, and return it."""
     dist.broadcast(tensor, src=0, group=mesh.world)
     return tensor
 
 
 def close_process_group() -> None:
-    """Let every rank arrive, then take the groups down: what is left to the interpreter's end may abort there."""
+    """Wait for every rank and destroy the process groups. If the interpreter's exit destroys them, it can abort."""
     dist.barrier()
     dist.destroy_process_group()

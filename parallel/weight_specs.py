@@ -1,25 +1,36 @@
-"""Every weight of a model by name, shape and how axes cut it: read off the configuration, without torch and in no time.
+"""Every parameter of a model by name, with its shape and the parallel axes that shard it. Plain numbers, no torch.
 
-What torch builds (`moe.model.Transformer`) has the same names and shapes; a test holds them together. How axes cut them
-is said here, and only here.
+`moe.model.Transformer` creates parameters of exactly these names and shapes, and `check_weights` compares them when a
+model is built. The rules about which axes shard a parameter are the tables at the top of this file. No other file
+repeats them, and a parameter that no rule covers is an error.
 
 Letters: D model, H query heads, G key/value heads, C head dim, F hidden width, E experts, V vocabulary.
 """
 
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from moe.config import ModelConfig, is_gated
+from common.errors import ModelError
+from common.text import show_value
+from moe.config import ModelConfig, RouterConfig, is_gated
 from parallel.layout import Layout
 
-Kind = Literal["whole", "replicated", "tensor", "experts"]
-"""Which axes cut it: none (routers), FSDP alone, tensor parallelism, or expert parallelism."""
+Kind = Literal["router", "replicated", "tensor", "experts"]
+"""Which parallel axes shard a parameter:
 
-
+- `router`: none. Every rank of the pipeline stage stores the whole parameter.
+- `replicated`: FSDP (`parallel.shard`). Tensor-parallel ranks store the same values.
+- `tensor`: tensor parallelism, along the dim in `TENSOR_DIMS`, and FSDP.
+- `experts`: expert parallelism along dim 0, `parallel.expert_tensor` along the dim in `EXPERT_TENSOR_DIMS`, and FSDP
+  over the ranks that store the same experts (`Layout.expert_shard`).
+"""
+REPLICATED = ("norm", "attention_norm", "ffn_norm")
+"""Parameters of the kind `replicated`."""
 TENSOR_DIMS = {
     "embedding": 0,
     "head": 0,
@@ -31,92 +42,180 @@ TENSOR_DIMS = {
     "w_up": 0,
     "w_down": 1,
 }
-"""Weights [out, in] that tensor parallelism cuts, and along which dim: heads, hidden units, or the vocabulary."""
+"""Parameters [out, in] of the kind `tensor` -> the dim that is sharded: heads, hidden units or the vocabulary."""
 EXPERT_TENSOR_DIMS = {"w_gate": 1, "w_up": 1, "w_down": 2}
-"""The same for stacked experts: their hidden units."""
+"""Parameters of the kind `experts`, stacked over the experts -> the dim of the hidden units."""
 
 
 def kind(name: str) -> Kind:
-    """Which axes cut the parameter `name`: expert parallelism, tensor parallelism, FSDP alone, or (routers) none."""
-    if ".experts." in name:
-        return "experts"
+    """Return which parallel axes shard a parameter.
+
+    Args:
+        name: the parameter's name in `Transformer`, as in `layers.0.attention.wq.weight`. `<parameter>.<expert>` is
+            one expert of a stacked parameter, as in `layers.0.ffn.experts.w_up.3` (`training/trainable.py`).
+
+    Raises:
+        ModelError: no rule covers the name.
+    """
     if ".router." in name:
-        return "whole"
-    return "tensor" if _leaf(name) in TENSOR_DIMS else "replicated"
+        return "router"
+    if ".experts." in name:
+        if _leaf(re.sub(r"\.\d+$", "", name)) in EXPERT_TENSOR_DIMS:
+            return "experts"
+    elif _leaf(name) in TENSOR_DIMS:
+        return "tensor"
+    elif _leaf(name) in REPLICATED:
+        return "replicated"
+    raise ModelError(
+        f"{name}: expected a parameter that a rule in parallel/weight_specs.py covers (REPLICATED, TENSOR_DIMS or "
+        "EXPERT_TENSOR_DIMS; parameters of a router need none), found no rule"
+    )
 
 
-def cut_dim(name: str) -> int | None:
-    """The dim along which tensor parallelism (of experts: `expert_tensor`) cuts the parameter; None: it does not."""
+def tensor_dim(name: str) -> int | None:
+    """Return the dim that tensor parallelism shards (for experts: `parallel.expert_tensor`), or None without one."""
     dims = {"experts": EXPERT_TENSOR_DIMS, "tensor": TENSOR_DIMS}.get(kind(name), {})
     return dims.get(_leaf(name))
 
 
 def shard_dim(shape: Sequence[int], parts: int) -> int:
-    """Along which FSDP cuts what is left: experts whole where they divide, else each one's rows; matrices by rows."""
+    """Return the dim along which FSDP shards a parameter, after tensor and expert parallelism.
+
+    This is dim 0, except for stacked experts whose number `parts` does not divide. Those are sharded along dim 1 if
+    `parts` divides it.
+    """
     return 1 if len(shape) == 3 and shape[0] % parts and shape[1] % parts == 0 else 0
 
 
 @dataclass(frozen=True)
 class WeightSpec:
+    """The shape of a parameter and how parallel axes shard it."""
+
     shape: tuple[int, ...]
-    """Of the whole."""
+    """Shape of the whole parameter."""
     kind: Kind
-    dim: int | None = None
-    """What tensor parallelism cuts it along, or `expert_tensor` where it is of experts."""
+    tensor_dim: int | None = None
+    """The dim that `tensor_dim` returns for the parameter's name."""
     root: bool = False
-    """Outside of the blocks: embedding, last norm, head."""
+    """Whether it is outside of the blocks (embedding, last norm, head). FSDP gathers these as one unit, the root."""
 
     @classmethod
     def named(cls, name: str, *shape: int, root: bool = False) -> "WeightSpec":
-        return cls(shape, kind(name), cut_dim(name), root)
+        """Return the spec of the parameter `name`. The name can be relative to the block."""
+        return cls(shape, kind(name), tensor_dim(name), root)
 
     @property
     def numel(self) -> int:
+        """Elements of the whole parameter."""
         return math.prod(self.shape)
 
     def local_shape(self, layout: Layout) -> tuple[int, ...]:
-        """After tensor and expert parallelism."""
+        """Return the shape on one rank after tensor and expert parallelism, before FSDP."""
         shape = list(self.shape)
         if self.kind == "experts":
             shape[0] //= layout.expert
-        if self.dim is not None:
-            shape[self.dim] //= layout.expert_tensor if self.kind == "experts" else layout.tensor
+        if self.tensor_dim is not None:
+            shape[self.tensor_dim] //= layout.expert_tensor if self.kind == "experts" else layout.tensor
         return tuple(shape)
 
-    def largest_part(self, layout: Layout, sharers: int) -> int:
-        """Elements that the fullest rank holds: FSDP cuts along one dim, and its last parts may be shorter."""
+    def largest_shard(self, layout: Layout, ranks: int) -> int:
+        """Return the elements on the rank that stores most of them. FSDP's last shards can be smaller.
+
+        Args:
+            ranks: ranks over which FSDP shards the parameter.
+        """
         shape = list(self.local_shape(layout))
-        dim = shard_dim(shape, sharers)
-        shape[dim] = -(-shape[dim] // sharers)
+        dim = shard_dim(shape, ranks)
+        shape[dim] = -(-shape[dim] // ranks)
         return math.prod(shape)
 
 
-def sharers(layout: Layout) -> dict[Kind, int]:
-    """Ranks that FSDP shares a weight out among."""
+def ranks_per_shard_group(layout: Layout) -> dict[Kind, int]:
+    """Return the number of ranks over which FSDP shards a parameter of each kind."""
     shard = layout.shard
-    return {"whole": 1, "replicated": shard, "tensor": shard, "experts": layout.expert_shard}
+    return {"router": 1, "replicated": shard, "tensor": shard, "experts": layout.expert_shard}
 
 
-def named_weights(model: ModelConfig) -> dict[str, WeightSpec]:
-    """All weights of the model, under their names in `Transformer`."""
-    named = dict(_ends(model, first=True, last=True))
+def named_weights(model: ModelConfig, router: RouterConfig) -> dict[str, WeightSpec]:
+    """Return all parameters of a model under their names in `Transformer`."""
+    named = dict(_weights_outside_blocks(model, first=True, last=True))
     for layer in range(model.num_layers):
-        named |= {f"layers.{layer}.{name}": weight for name, weight in _block(model, model.is_moe_layer(layer))}
+        block = block_weights(model, router, model.is_moe_layer(layer))
+        named |= {f"layers.{layer}.{name}": weight for name, weight in block}
     return named
 
 
-@lru_cache(maxsize=4096)
-def count_weights(model: ModelConfig, layers: Sequence[int]) -> Counter[WeightSpec]:
-    """How many there are of each, in the pipeline stage of these layers (a range or a tuple)."""
-    counted = Counter(weight for _, weight in _ends(model, first=0 in layers, last=model.num_layers - 1 in layers))
+def count_weights(model: ModelConfig, router: RouterConfig, layers: Sequence[int]) -> Counter[WeightSpec]:
+    """Return how many parameters of each spec a pipeline stage with these layers has."""
+    outside = _weights_outside_blocks(model, first=0 in layers, last=model.num_layers - 1 in layers)
+    counted = Counter(weight for _, weight in outside)
     for is_moe, number in Counter(map(model.is_moe_layer, layers)).items():
-        for _, weight in _block(model, is_moe):
+        for _, weight in block_weights(model, router, is_moe):
             counted[weight] += number
     return counted
 
 
-def _ends(model: ModelConfig, first: bool, last: bool) -> Iterator[tuple[str, WeightSpec]]:
-    """What is outside of the blocks; a tied embedding is needed at both ends."""
+def check_weights(parameters: Mapping[str, Sequence[int]], model: ModelConfig, router: RouterConfig) -> None:
+    """Check that a built model has exactly the parameters of `named_weights`.
+
+    Args:
+        parameters: name -> shape of every parameter of the whole model.
+
+    Raises:
+        ModelError: names the first parameter that is missing, unexpected or of another shape.
+    """
+    expected = {name: weight.shape for name, weight in named_weights(model, router).items()}
+    for name in dict.fromkeys([*parameters, *expected]):
+        wanted, found = (
+            f"shape {show_value(list(shapes[name]))}" if name in shapes else "no parameter of this name"
+            for shapes in (expected, parameters)
+        )
+        if wanted != found:
+            raise ModelError(
+                f"{name}: expected {wanted}, found {found} (parallel/weight_specs.py lists every parameter of a model; "
+                f"the weight_shapes of a router's configuration, here {type(router).__name__}, those of its router)"
+            )
+
+
+def block_weights(model: ModelConfig, router: RouterConfig, is_moe: bool) -> tuple[tuple[str, WeightSpec], ...]:
+    """Return (name relative to the block, spec) for every parameter of a MoE block or a dense block."""
+    if not is_moe:
+        return _block_weights(model, None)
+    # The cache gets the shapes instead of `router`, because a plugin's configuration may not be hashable.
+    shapes = router.weight_shapes(model.dim, model.num_experts or 0)
+    return _block_weights(model, tuple((name, tuple(shape)) for name, shape in shapes.items()))
+
+
+@lru_cache(maxsize=256)
+def _block_weights(
+    model: ModelConfig, router_shapes: tuple[tuple[str, tuple[int, ...]], ...] | None
+) -> tuple[tuple[str, WeightSpec], ...]:
+    """`block_weights`, with the shapes of the router's parameters; None for a dense block."""
+    dim, heads = model.dim, model.num_heads * model.head_dim
+    kv_heads = model.num_kv_heads * model.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
+    for name, width in (("wq", heads), ("wk", kv_heads), ("wv", kv_heads)):
+        shapes[f"attention.{name}.weight"] = (width, dim)
+    shapes["attention.wo.weight"] = (dim, heads)
+    if router_shapes is None:
+        shapes |= _feed_forward_shapes("ffn", model.ffn, model.hidden_dim, dim)
+    else:
+        experts, width = model.num_experts or 0, model.expert_width
+        shapes |= {f"ffn.router.{name}": shape for name, shape in router_shapes}
+        for name in _input_matrices(model.expert_kind):
+            shapes[f"ffn.experts.{name}"] = (experts, width, dim)
+        shapes["ffn.experts.w_down"] = (experts, dim, width)
+        if model.num_shared_experts:
+            hidden = model.num_shared_experts * width
+            shapes |= _feed_forward_shapes("ffn.shared", model.expert_kind, hidden, dim)
+    return tuple((name, WeightSpec.named(name, *shape)) for name, shape in shapes.items())
+
+
+def _weights_outside_blocks(model: ModelConfig, first: bool, last: bool) -> Iterator[tuple[str, WeightSpec]]:
+    """Yield the parameters outside of the blocks for a pipeline stage that is the `first`, the `last`, or both.
+
+    The first and the last stage both store a tied embedding.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     if first or (last and model.tie_embeddings):
         shapes["embedding"] = (model.vocab_size or 0, model.dim)
@@ -127,34 +226,17 @@ def _ends(model: ModelConfig, first: bool, last: bool) -> Iterator[tuple[str, We
     return ((name, WeightSpec.named(name, *shape, root=True)) for name, shape in shapes.items())
 
 
-def _block(model: ModelConfig, is_moe: bool) -> Iterator[tuple[str, WeightSpec]]:
-    dim, heads = model.dim, model.num_heads * model.head_dim
-    kv_heads = model.num_kv_heads * model.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
-    for name, width in (("wq", heads), ("wk", kv_heads), ("wv", kv_heads)):
-        shapes[f"attention.{name}.weight"] = (width, dim)
-    shapes["attention.wo.weight"] = (dim, heads)
-    if not is_moe:
-        shapes |= _network("ffn", model.ffn, model.hidden_dim, dim)
-    else:
-        experts, width = model.num_experts or 0, model.expert_width
-        shapes["ffn.router.weight"] = (experts, dim)
-        for name in _inward(model.expert_kind):
-            shapes[f"ffn.experts.{name}"] = (experts, width, dim)
-        shapes["ffn.experts.w_down"] = (experts, dim, width)
-        if model.num_shared_experts:
-            shapes |= _network("ffn.shared", model.expert_kind, model.num_shared_experts * width, dim)
-    return ((name, WeightSpec.named(name, *shape)) for name, shape in shapes.items())
-
-
-def _network(prefix: str, kind: str, hidden: int, dim: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.{name}.weight": (hidden, dim) for name in _inward(kind)}
+def _feed_forward_shapes(prefix: str, kind: str, hidden: int, dim: int) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape for a feed-forward network of one kind (`model.ffn`)."""
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.{name}.weight": (hidden, dim) for name in _input_matrices(kind)}
     return shapes | {f"{prefix}.w_down.weight": (dim, hidden)}
 
 
-def _inward(kind: str) -> tuple[str, ...]:
+def _input_matrices(kind: str) -> tuple[str, ...]:
+    """Return the names of the matrices that a feed-forward network of this kind applies to its input."""
     return ("w_gate", "w_up") if is_gated(kind) else ("w_up",)
 
 
 def _leaf(name: str) -> str:
+    """Return the last part of a parameter's name, without a final `.weight`."""
     return name.removesuffix(".weight").rpartition(".")[2]

@@ -24,7 +24,7 @@ from common.strict import from_dict, leaf_keys, located, unknown_key
 from common.text import nearest, one_line
 from parallel.startup.launch import WorkerFailure, World, die_with_parent, launch_workers, world_from_env
 from training.config import Config, LaunchConfig, RunConfig
-from training.layout import resolve_layout
+from training.layout import build_workload, resolve_layout
 from training.run import choose_name, discard_unstarted, launched_directory, prepare_directory, save_config, save_result
 
 T = TypeVar("T")
@@ -159,7 +159,7 @@ def execute(
         world = world_from_env() if launched else World(world_size=launch.nproc, local_world_size=launch.nproc)
     except ValueError as error:
         raise located(error, "") from error
-    resolve_layout(config, config.model, world)
+    resolve_layout(config, build_workload(config, config.model), world)
     check_tracking(config.tracking)
     if launched:
         die_with_parent()

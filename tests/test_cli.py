@@ -14,7 +14,7 @@ from common.strict import from_dict
 from parallel.startup.launch import WorkerFailure, World
 from scripts import cli as boundary
 from training.config import Config
-from training.layout import resolve_layout
+from training.layout import build_workload, resolve_layout
 
 ROOT = boundary.CONF.parent
 
@@ -103,7 +103,8 @@ def test_strict_conversion_of_what_hydra_composed(overrides: list[str], line: st
 
 def test_the_world_has_to_fit() -> None:
     def lay_out(config: Config, ranks: int) -> None:
-        resolve_layout(config, config.model, World(world_size=ranks, local_world_size=ranks))
+        world = World(world_size=ranks, local_world_size=ranks)
+        resolve_layout(config, build_workload(config, config.model), world)
 
     lay_out(composed("train.global_batch=8", "train.accumulation=2"), 4)
     with pytest.raises(

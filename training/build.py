@@ -1,4 +1,4 @@
-"""From a configuration to the engine that it names, around the part of the model that lies here."""
+"""From a configuration to this rank's part of the model and to the engine around it."""
 
 from collections.abc import Sequence
 
@@ -18,17 +18,17 @@ from training.engine import Engine, NativeEngine
 def build_parts(
     config: Config, model: ModelConfig, mesh: Mesh, dtype: torch.dtype, seed: int | None
 ) -> list[Transformer]:
-    """This rank's part of the model: one module, or one for each of its pipeline stages.
+    """Build this rank's part of the model: one module, or one for each of its pipeline stages.
 
     Args:
-        dtype: of the computation.
-        seed: of the initial weights; None leaves them to the caller.
+        dtype: compute dtype.
+        seed: seed of the initial weights. None leaves the weights uninitialised, and the caller has to fill them.
     """
     parallel = config.parallel
     layers: list[range] | list[None] = [None]
     if mesh.pipeline.size() > 1:
-        of_stages = stage_layers(model, mesh.pipeline.size() * parallel.stages_per_rank, parallel.stage_layers)
-        layers = [of_stages[stage] for stage in stages_of(mesh.pipeline.rank(), mesh.layout, parallel.schedule)]
+        by_stage = stage_layers(model, config.router, parallel.num_stages(mesh.layout), parallel.stage_layers)
+        layers = [by_stage[stage] for stage in stages_of(mesh.pipeline.rank(), mesh.layout, parallel.schedule)]
     return [
         build_model(
             model,
@@ -36,16 +36,16 @@ def build_parts(
             mesh,
             compute_dtype=dtype,
             seed=seed,
-            layers=of_part,
+            layers=layers_of_part,
             recompute=parallel.recompute,
             offload=parallel.offload,
         )
-        for of_part in layers
+        for layers_of_part in layers
     ]
 
 
 def build_engine(config: Config, parts: Sequence[Transformer], mesh: Mesh) -> Engine:
-    """The engine around `parts`, whose weights it takes as they are. Collective."""
+    """Build the engine that the configuration names around `parts`. It keeps their weights. Collective."""
     if config.engine.kind == "deepspeed":
         from training.deepspeed.engine import DeepSpeedEngine
 

@@ -1,36 +1,61 @@
-"""The layout of a run: what `parallel` leaves to us is chosen, and what cannot be is refused."""
+"""The layout of a run: axes that are `auto` get a size, and a layout that is not possible is refused."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from common.errors import ConfigError
 from common.strict import located
 from moe.config import ModelConfig
-from parallel.planning.auto import plain, resolve
+from parallel.planning.auto import resolve, without_auto
 from parallel.planning.plan import Plan, plan
+from parallel.planning.workload import Workload
 from parallel.startup.launch import World
 from training.config import Config
 from training.deepspeed.settings import check_engine, deepspeed_settings
+from training.optimizer import OPTIMIZERS
 
 
-def resolve_layout(
-    config: Config,
-    model: ModelConfig,
-    world: World,
-    *,
-    memory: int | None = None,
-    itemsize: int = 2,
-    trained: float = 1.0,
-) -> tuple[Config, Plan, str | None]:
-    """The configuration without `auto` axes, what it means, and a warning. Needs no process group and no torch.
+class ResolvedLayout(NamedTuple):
+    """The result of `resolve_layout`."""
+
+    config: Config
+    """The configuration with a number for every parallel axis except `expert` and `replicate`."""
+    plan: Plan
+    warning: str | None
+    """One line for the user if the layout seems not to fit into the memory."""
+
+
+def build_workload(config: Config, model: ModelConfig, *, itemsize: int = 2, trained: float = 1.0) -> Workload:
+    """Return what one optimizer step of a run computes.
 
     Args:
-        model: `config.model`, with its vocabulary where it is known already.
-        memory: bytes of one rank's device, the same on all ranks; None: unknown.
+        model: `config.model`, with the size of the vocabulary if it is already known.
         itemsize: bytes of a number in the forward pass.
         trained: share of the parameters that train.
+    """
+    train = config.train
+    return Workload(
+        model,
+        config.router,
+        train.global_batch,
+        train.accumulation,
+        train.seq_len,
+        itemsize=itemsize,
+        weight_itemsize=8 if train.precision == "fp64" else 4,
+        trained=trained,
+        moments=len(OPTIMIZERS[config.optim.kind].moments),
+    )
+
+
+def resolve_layout(config: Config, workload: Workload, world: World, memory: int | None = None) -> ResolvedLayout:
+    """Choose the parallel axes that are `auto`, and plan the layout. Needs no process group.
+
+    Args:
+        workload: `build_workload(config, ...)`.
+        memory: bytes of one rank's device, the same on all ranks; None: unknown.
 
     Raises:
-        ConfigError: names the key to change.
+        ConfigError: the layout is not possible; the message names the key to change.
     """
     train, parallel = config.train, config.parallel
     try:
@@ -39,37 +64,10 @@ def resolve_layout(
         raise ConfigError(str(error)) from error
     if config.engine.kind == "deepspeed":
         deepspeed_settings(config.engine, train, config.optim, world.world_size)
-        parallel = plain(parallel)
-    weight_itemsize = 8 if train.precision == "fp64" else 4
+        parallel = without_auto(parallel)
     try:
-        choice = resolve(
-            parallel,
-            model,
-            config.router,
-            world_size=world.world_size,
-            local_world_size=world.local_world_size,
-            global_batch=train.global_batch,
-            accumulation=train.accumulation,
-            seq_len=train.seq_len,
-            memory=memory,
-            itemsize=itemsize,
-            weight_itemsize=weight_itemsize,
-            trained=trained,
-        )
+        parallel, warning = resolve(parallel, workload, world, memory)
     except ValueError as error:
         raise located(error, "train" if str(error).startswith("global_batch") else "parallel") from error
-    parallel = choice.parallel
-    layout = parallel.layout(world.world_size, model, train.seq_len)
-    made = plan(
-        layout,
-        parallel,
-        model,
-        config.router,
-        rows=train.global_batch // train.accumulation // layout.data,
-        seq_len=train.seq_len,
-        accumulation=train.accumulation,
-        itemsize=itemsize,
-        weight_itemsize=weight_itemsize,
-        trained=trained,
-    )
-    return replace(config, parallel=parallel), made, choice.warning
+    layout = parallel.layout(world.world_size, workload.model, workload.seq_len)
+    return ResolvedLayout(replace(config, parallel=parallel), plan(layout, parallel, workload), warning)

@@ -1,142 +1,135 @@
-"""Sizes for the axes that `parallel` leaves to us (`auto`), from the model, the batch and the ranks. Numbers only.
+"""The choice of the parallel axes that are `auto`, from the model, the batch and the ranks. Plain numbers.
 
 The rule:
 
-1. **Plain if it can be.** All `auto` axes are 1, and the ranks are data-parallel ones with the experts spread over
-   them, if the batch has rows for each and everything fits into their memory (unknown: it is taken to fit).
-2. Else every way to cut the world is tried: sizes that divide what they cut, data-parallel ranks that the batch divides
-   among, tensor parallelism inside a node, no more stages than micro-batches. Those that do not fit are out.
-3. Of the rest the one is taken that should be fastest: computing, waiting for a pipeline to fill, and sending, where a
-   byte between nodes counts `ACROSS` times one inside (`parallel.planning.traffic` counts bytes). What is equally good
-   to a twentieth is decided by how few axes are cut.
+1. The simplest layout is taken if it is possible: all `auto` axes are 1, so that the ranks are data-parallel and the
+   experts are distributed over them. The batch must have rows for every rank, and the memory must suffice (if its size
+   is unknown, it is taken to suffice).
+2. Otherwise all layouts of the world are candidates whose axes divide what they shard, whose tensor-parallel ranks are
+   in one node, and whose pipeline has no more stages than micro-batches. Those that do not fit into the memory are out.
+3. Of the remaining candidates the one with the lowest estimated time is taken. The estimate adds computation, the idle
+   time of the pipeline and communication, with the bytes of `parallel.planning.traffic`. Among candidates within a
+   twentieth of the lowest time, the one that uses the fewest axes is taken.
 
-If nothing fits, what needs least is taken, with a warning. The same numbers give the same choice: all ranks have to ask
-with the same `memory`.
+If no candidate fits, the one that needs the least memory is taken, with a warning. Equal arguments give equal choices,
+so all ranks must pass the same `memory`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from moe.config import ModelConfig, RouterConfig
-from parallel.config import ParallelConfig, check_layout
+from parallel.config import ParallelConfig
 from parallel.layout import Layout
-from parallel.planning.plan import bubble, estimate_memory, number_of_stages
-from parallel.planning.traffic import Step, gradient_bytes, shard_bytes, traffic
-from parallel.weight_specs import WeightSpec, count_weights
+from parallel.planning.check import check_layout
+from parallel.planning.plan import bubble, estimate_memory
+from parallel.planning.traffic import gradient_bytes, shard_bytes, traffic
+from parallel.planning.workload import Workload
+from parallel.startup.launch import World
 
-CHOSEN = ("shard", "context", "tensor", "pipeline")
-"""Axes to choose, the simplest first. `replicate` takes the ranks that are left, `expert` as many as it can."""
-ROOM = 0.9
-"""Share of the memory to plan with: activations are an estimate."""
-ACROSS = 9.0
-"""Cost of a byte between nodes; inside one it is 1 (NVLink of an H100: 450 GB/s; a 400 Gb/s network card: 50)."""
-FLOPS_A_BYTE = 900.0
-"""Operations in the time of a byte inside a node (an H100 at 400 TFLOP/s)."""
-LATENCY = 9e6
-"""Cost of a collective of up to eight ranks, however little it sends: 20 microseconds, in bytes."""
-ALIKE = 1.05
+AUTO_AXES = ("shard", "context", "tensor", "pipeline")
+"""The axes that are chosen, the simplest first. `replicate` gets the remaining ranks, `expert` as many as possible."""
+USABLE_MEMORY = 0.9
+"""Share of the memory that a layout may use, because the activations are an estimate."""
+TOLERANCE = 1.05
+"""Costs up to this factor apart count as equal."""
+INTER_NODE_COST = 9.0
+"""Cost of a byte between nodes. Inside a node it is 1 (NVLink of an H100: 450 GB/s; a 400 Gb/s network card: 50)."""
+FLOPS_PER_BYTE = 900.0
+"""Floating-point operations in the time that a byte takes inside a node (an H100 at 400 TFLOP/s)."""
+COLLECTIVE_COST = 9e6
+"""Cost of starting a collective of up to eight ranks, however little it sends: 20 microseconds, in bytes."""
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
+    """The result of `resolve`."""
+
     parallel: ParallelConfig
-    """No axis is `auto` but `expert` and `replicate`, as given."""
+    """The configuration. Only `expert` and `replicate` can still be `auto`."""
     warning: str | None = None
-    """What a user should know of it."""
+    """One line for the user if no layout fits into the memory."""
 
 
-def plain(parallel: ParallelConfig) -> ParallelConfig:
-    """`parallel` with 1 for each axis that was to be chosen."""
-    sizes: dict[str, Any] = {axis: 1 for axis in CHOSEN if getattr(parallel, axis) == "auto"}
+class _Candidate(NamedTuple):
+    parallel: ParallelConfig
+    layout: Layout
+    memory: int
+    """Bytes of device memory that the fullest rank needs."""
+
+
+def without_auto(parallel: ParallelConfig) -> ParallelConfig:
+    """Return `parallel` with 1 for each of `AUTO_AXES` that is `auto`."""
+    sizes: dict[str, Any] = {axis: 1 for axis in AUTO_AXES if getattr(parallel, axis) == "auto"}
     return replace(parallel, **sizes)
 
 
-def resolve(
-    parallel: ParallelConfig,
-    model: ModelConfig,
-    router: RouterConfig,
-    *,
-    world_size: int,
-    local_world_size: int,
-    global_batch: int,
-    accumulation: int,
-    seq_len: int,
-    memory: int | None = None,
-    itemsize: int = 2,
-    weight_itemsize: int = 4,
-    trained: float = 1.0,
-) -> Choice:
+def resolve(parallel: ParallelConfig, workload: Workload, world: World, memory: int | None = None) -> Choice:
     """Choose the axes that are `auto`.
 
     Args:
-        local_world_size: ranks of a node.
-        global_batch: rows of an optimizer step.
         memory: bytes of one rank's device; None: unknown.
-        itemsize, weight_itemsize, trained: as of `parallel.planning.plan.plan`.
 
     Raises:
-        ValueError: nothing is valid. Starts with the key to change: a field of `parallel`, or `global_batch`.
+        ValueError: no layout is possible. The message starts with the key to change, a field of `parallel` or
+            `global_batch`.
     """
-    search = _Search(parallel, model, router, world_size, local_world_size, global_batch, accumulation, seq_len)
-    if all(getattr(parallel, axis) != "auto" for axis in CHOSEN):
-        search.require(parallel)
+    search = _Search(parallel, workload, world)
+    if all(getattr(parallel, axis) != "auto" for axis in AUTO_AXES):
+        search.layout(parallel)
         return Choice(parallel)
-    step = Step(0, seq_len, accumulation, itemsize, weight_itemsize, trained, parallel.recompute)
-    sharded = parallel.offload and parallel.shard == "auto"  # to offload, something has to be sharded
-    if not sharded:
-        layout = search.valid(plain(parallel))
-        if layout and (memory is None or search.needs(plain(parallel), layout, step) <= ROOM * memory):
-            return Choice(plain(parallel))
-    found = [(config, layout) for config in search.configs() if (layout := search.valid(config))]
-    if not found:
-        first = next(search.configs(), None) if sharded else None
-        search.require(first or plain(parallel))  # says why
-    needs = {layout: search.needs(config, layout, step) for config, layout in found}
-    fitting = [pair for pair in found if memory is None or needs[pair[1]] <= ROOM * memory]
+    usable = math.inf if memory is None else USABLE_MEMORY * memory
+    must_shard = parallel.offload and parallel.shard == "auto"  # Without FSDP there is nothing to offload.
+    if not must_shard:
+        simplest = search.candidate(without_auto(parallel))
+        if simplest and simplest.memory <= usable:
+            return Choice(simplest.parallel)
+    candidates = [candidate for config in search.configs() if (candidate := search.candidate(config))]
+    if not candidates:
+        first = next(search.configs(), None) if must_shard else None
+        search.layout(first or without_auto(parallel))  # This raises the reason.
+    fitting = [candidate for candidate in candidates if candidate.memory <= usable]
     warning = None
     if not fitting and memory is not None:
-        least = min(needs.values())
-        fitting = [pair for pair in found if needs[pair[1]] <= least * ALIKE]
+        least = min(candidate.memory for candidate in candidates)
+        fitting = [candidate for candidate in candidates if candidate.memory <= least * TOLERANCE]
         warning = (
-            f"no layout of {world_size} ranks seems to fit: what needs least needs about {least / 1e9:.1f} GB of each "
-            f"rank's {memory / 1e9:.1f} GB, and a tenth is to stay free; more ranks, parallel.recompute=full, "
+            f"no layout of {world.world_size} ranks seems to fit: the smallest needs about {least / 1e9:.1f} GB of "
+            f"each rank's {memory / 1e9:.1f} GB, of which a tenth must stay free; more ranks, parallel.recompute=full, "
             "parallel.offload=true or more train.accumulation may help"
         )
-    costs = {layout: search.cost(config, layout, step) for config, layout in fitting}
-    bound = min(costs.values()) * ALIKE
-    best = min((pair for pair in fitting if costs[pair[1]] <= bound), key=lambda pair: _cuts(pair[1], costs[pair[1]]))
-    return Choice(best[0], warning)
+    costs = {candidate: search.cost(candidate) for candidate in fitting}
+    bound = min(costs.values()) * TOLERANCE
+    best = min(
+        (candidate for candidate in fitting if costs[candidate] <= bound),
+        key=lambda candidate: (_axes_used(candidate.layout), costs[candidate]),
+    )
+    return Choice(best.parallel, warning)
 
 
-def _cuts(layout: Layout, cost: float) -> tuple[int, float]:
-    """How much a layout cuts, to be compared."""
-    return sum(getattr(layout, axis) > 1 for axis in CHOSEN), cost
+def _axes_used(layout: Layout) -> int:
+    """Return how many of `AUTO_AXES` are larger than 1."""
+    return sum(getattr(layout, axis) > 1 for axis in AUTO_AXES)
 
 
 @dataclass(frozen=True)
 class _Search:
+    """The candidates for a configuration with `auto` axes, and their costs."""
+
     parallel: ParallelConfig
-    model: ModelConfig
-    router: RouterConfig
-    world_size: int
-    local_world_size: int
-    global_batch: int
-    accumulation: int
-    seq_len: int
+    workload: Workload
+    world: World
 
     def configs(self) -> Iterator[ParallelConfig]:
-        """All ways to give the `auto` axes sizes whose product divides the world."""
-        given = [getattr(self.parallel, axis) for axis in (*CHOSEN, "replicate")]
-        rest = self.world_size // math.prod(size for size in given if size != "auto")
+        """Yield a configuration for all sizes of the `auto` axes whose product divides the world size."""
+        fixed = [getattr(self.parallel, axis) for axis in (*AUTO_AXES, "replicate")]
+        rest = self.world.world_size // math.prod(size for size in fixed if size != "auto")
         bounds = {
-            "tensor": self.local_world_size,
-            "pipeline": min(self.accumulation, self.model.num_layers),
-            "shard": self.global_batch // self.accumulation,
+            "tensor": self.world.local_world_size,
+            "pipeline": min(self.workload.accumulation, self.workload.model.num_layers),
+            "shard": self.workload.global_batch // self.workload.accumulation,
         }
-        free = [axis for axis in CHOSEN if getattr(self.parallel, axis) == "auto"]
 
         def sizes(axes: list[str], rest: int) -> Iterator[dict[str, Any]]:
             if not axes:
@@ -147,87 +140,72 @@ class _Search:
                     for others in sizes(axes[1:], rest // size):
                         yield {axes[0]: size, **others}
 
-        for chosen in sizes(free, rest):
+        for chosen in sizes([axis for axis in AUTO_AXES if getattr(self.parallel, axis) == "auto"], rest):
             if not (self.parallel.offload and chosen.get("shard") == 1):
                 yield replace(self.parallel, **chosen)
 
-    def valid(self, config: ParallelConfig) -> Layout | None:
-        try:
-            return self.require(config)
-        except ValueError:
-            return None
-
-    def require(self, config: ParallelConfig) -> Layout:
-        """Its layout, or why there is none."""
-        layout = config.layout(self.world_size, self.model, self.seq_len)
-        check_layout(
-            layout,
-            config,
-            self.model,
-            seq_len=self.seq_len,
-            accumulation=self.accumulation,
-            pooled=self.router.layer_reduction == "hf_pooled",
-        )
-        together = self.accumulation * layout.data
-        if self.global_batch % together:
-            fewer = self.global_batch // together * together
-            near = [str(number) for number in (fewer, fewer + together) if number]
-            raise ValueError(
-                f"global_batch={self.global_batch}: expected a multiple of train.accumulation={self.accumulation} "
-                f"times the {layout.data} data-parallel ranks, the nearest: {' or '.join(near)}"
-            )
+    def layout(self, parallel: ParallelConfig) -> Layout:
+        """Return the layout of a configuration without `auto` axes. Raises ValueError if it is not possible."""
+        layout = parallel.layout(self.world.world_size, self.workload.model, self.workload.seq_len)
+        check_layout(layout, parallel, self.workload)
         return layout
 
-    def step(self, layout: Layout, step: Step) -> Step:
-        return replace(step, rows=self.global_batch // self.accumulation // layout.data)
+    def candidate(self, parallel: ParallelConfig) -> _Candidate | None:
+        """Return the layout of a configuration and the memory it needs, or None if it is not possible."""
+        try:
+            layout = self.layout(parallel)
+        except ValueError:
+            return None
+        estimates = estimate_memory(layout, parallel, self.workload)
+        return _Candidate(parallel, layout, max(estimate.device for estimate in estimates))
 
-    def needs(self, config: ParallelConfig, layout: Layout, step: Step) -> int:
-        """Bytes of device memory on the fullest rank."""
-        held = estimate_memory(layout, config, self.model, self.router, self.step(layout, step))
-        return max(stage.device for stage in held)
+    def cost(self, candidate: _Candidate) -> float:
+        """Return the estimated time of an optimizer step, in the time that a byte takes inside a node."""
+        parallel, layout, _ = candidate
+        workload = self.workload
+        sent = traffic(workload, layout, parallel)
+        communication = sent["expert"] * self._byte_cost(layout.expert_tensor, layout.expert)
+        communication += sent["expert_tensor"] * self._byte_cost(1, layout.expert_tensor, ring=True)
+        communication += sent["tensor"] * self._byte_cost(1, layout.tensor, ring=True)
+        communication += sent["context"] * self._byte_cost(layout.tensor, layout.context)
+        communication += sent["pipeline"] * self._byte_cost(layout.stage, layout.pipeline)
+        fsdp = 0.0
+        for of_experts in (False, True):
+            weights = {w: number for w, number in workload.weights.items() if (w.kind == "experts") == of_experts}
+            stride = layout.expert_tensor * layout.expert if of_experts else layout.sequence
+            shard = layout.expert_shard if of_experts else layout.shard
+            replicas = layout.expert_data // shard if of_experts else layout.replicate
+            byte_cost = self._byte_cost(stride, shard, ring=True)
+            fsdp += shard_bytes(weights, layout, workload) / layout.pipeline * byte_cost
+            byte_cost = self._byte_cost(stride * shard, replicas, ring=True)
+            communication += gradient_bytes(weights, layout, workload) / layout.pipeline * byte_cost
+        passes = 4 if parallel.recompute == "full" else 3
+        flops = 2 * passes * self._active_parameters * workload.global_batch * workload.seq_len
+        computation = flops / layout.world / FLOPS_PER_BYTE
+        communication += max(0.0, fsdp - computation)  # FSDP gathers weights while the previous block computes.
+        busy = 1 - bubble(layout.pipeline, workload.accumulation, parallel.schedule)
+        return computation / busy + communication + self._latency_cost(layout)
 
-    def cost(self, config: ParallelConfig, layout: Layout, step: Step) -> float:
-        """Of an optimizer step, in bytes that could be sent inside a node in its time."""
-        step = self.step(layout, step)
-        sent = traffic(self.model, self.router, layout, step, number_of_stages(layout, config))
-        sequence, of_experts = layout.sequence, layout.expert_tensor * layout.expert
-        sending = sent["expert"] * self.between(layout.expert_tensor, layout.expert)
-        sending += sent["expert_tensor"] * self.between(1, layout.expert_tensor, ring=True)
-        sending += sent["tensor"] * self.between(1, layout.tensor, ring=True)
-        sending += sent["context"] * self.between(layout.tensor, layout.context)
-        sending += sent["pipeline"] * self.between(layout.stage, layout.pipeline)
-        travelling = 0.0
-        for experts in (False, True):
-            weights = {w: number for w, number in self.weights.items() if (w.kind == "experts") == experts}
-            stride = of_experts if experts else sequence
-            shard = layout.expert_shard if experts else layout.shard
-            copies = layout.expert_data // shard if experts else layout.replicate
-            dear = self.between(stride, shard, ring=True)
-            travelling += shard_bytes(weights, layout, step) / layout.pipeline * dear
-            dear = self.between(stride * shard, copies, ring=True)
-            sending += gradient_bytes(weights, layout, step) / layout.pipeline * dear
-        passes = 4 if step.recompute == "full" else 3
-        computing = 2 * passes * self.active * self.global_batch * self.seq_len / layout.world / FLOPS_A_BYTE
-        sending += max(0.0, travelling - computing)  # FSDP's weights travel while the block before computes
-        filled = 1 - bubble(layout.pipeline, self.accumulation, config.schedule)
-        return computing / filled + sending + self.waiting(layout)
+    def _byte_cost(self, stride: int, size: int, ring: bool = False) -> float:
+        """Return the cost of a byte that a group sends; 1 if the group is inside a node.
 
-    def between(self, stride: int, size: int, ring: bool = False) -> float:
-        """What a byte between `size` ranks that are `stride` apart costs: 1 inside a node.
-
-        A ring leaves a node once, for all of its ranks in there; others send to all ranks alike.
+        Args:
+            stride: distance between the numbers of neighbouring ranks in the group.
+            size: ranks of the group.
+            ring: a ring leaves each node once for all ranks of the group in the node. Otherwise every rank sends the
+                same amount to all other ranks.
         """
-        inside = max(1, min(size, self.local_world_size // stride))
+        inside = max(1, min(size, self.world.local_world_size // stride))
         if inside == size:
             return 1.0
         if ring:
-            return max(1.0, ACROSS / inside)
+            return max(1.0, INTER_NODE_COST / inside)
         leaving = (size - inside) / (size - 1)
-        return leaving * ACROSS + (1 - leaving)
+        return leaving * INTER_NODE_COST + (1 - leaving)
 
-    def waiting(self, layout: Layout) -> float:
-        """For the collectives of a step, but for those that every layout has. Longer rings have more hops."""
-        layers, moe = self.model.num_layers, self.model.num_moe_layers
+    def _latency_cost(self, layout: Layout) -> float:
+        """Return the cost of starting the collectives of a step, without those that every layout has."""
+        layers, moe = self.workload.model.num_layers, self.workload.model.num_moe_layers
         calls = {
             "tensor": 8 * layers,
             "context": 2 * layers,
@@ -235,19 +213,17 @@ class _Search:
             "pipeline": 4 * layout.pipeline,
         }
         sizes = {axis: getattr(layout, axis) for axis in calls}
-        each = sum(calls[axis] * max(1, size / 8) for axis, size in sizes.items() if size > 1)
-        return LATENCY * self.accumulation * each / layout.pipeline
+        # A ring of more than eight ranks takes longer, in proportion to its hops.
+        starts = sum(calls[axis] * max(1, size / 8) for axis, size in sizes.items() if size > 1)
+        return COLLECTIVE_COST * self.workload.accumulation * starts / layout.pipeline
 
     @cached_property
-    def weights(self) -> Mapping[WeightSpec, int]:
-        return count_weights(self.model, range(self.model.num_layers))
-
-    @cached_property
-    def active(self) -> float:
-        """Parameters that a token meets, the embedding's included."""
-        experts, top_k = self.model.num_experts or 1, self.model.top_k or 1
-        met = {"experts": top_k / experts}
-        return sum(weight.numel * number * met.get(weight.kind, 1) for weight, number in self.weights.items())
+    def _active_parameters(self) -> float:
+        """Parameters that one token uses, including the embedding."""
+        experts, top_k = self.workload.model.num_experts or 1, self.workload.model.top_k or 1
+        share = {"experts": top_k / experts}
+        weights = self.workload.weights.items()
+        return sum(weight.numel * number * share.get(weight.kind, 1) for weight, number in weights)
 
 
 def _divisors(number: int) -> list[int]:

@@ -1,207 +1,210 @@
-"""Bytes that ranks send in an optimizer step, by axis: one formula a function. (The true ones: benchmarks/traffic.py.)
+"""The bytes that a rank sends in an optimizer step, by parallel axis, with one function per formula.
 
-*Sent* is what leaves a rank when a collective runs as a ring or directly: all-gather n - 1 times the rank's part,
-reduce-scatter the same, all-reduce both, all-to-all what goes to others, point to point the payload. Where ranks differ
-(ends of a pipeline, early and late context ranks) it is the mean over all ranks. A library may send more.
+`benchmarks/traffic.py` measures the same bytes. *Sent* bytes are those that leave a rank when a collective runs as a
+ring or directly: in an all-gather n - 1 times the rank's part, in a reduce-scatter the same, in an all-reduce both, in
+an all-to-all the rows for other ranks, point to point the payload. Where ranks send different amounts (the ends of a
+pipeline, early and late context ranks), the figure is the mean over all ranks. A library can send more.
 
-Letters: b rows of a micro-batch on a data rank, S sequence, T tokens that a rank routes, D model, G key/value heads,
-C head dim, W window, k top-k, E experts, V vocabulary, n ranks of an axis, m micro-batches of a step.
+Letters: b rows of a micro-batch on a data-parallel rank, S sequence, T tokens that a rank routes, D model,
+G key/value heads, C head dim, W window, k top-k, n ranks of an axis.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
-from moe.config import ModelConfig, RouterConfig
+from parallel.config import ParallelConfig
 from parallel.layout import Layout
-from parallel.weight_specs import WeightSpec, count_weights, sharers
+from parallel.planning.workload import Workload
+from parallel.weight_specs import WeightSpec, ranks_per_shard_group
 
 Axis = Literal["expert", "expert_tensor", "tensor", "context", "pipeline", "shard", "gradients", "bookkeeping"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step works on."""
-
-    rows: int
-    """b, of a micro-batch on one data rank."""
-    seq_len: int
-    accumulation: int
-    """m."""
-    itemsize: int
-    """Bytes of a number in the forward pass."""
-    weight_itemsize: int = 4
-    """Bytes of a number in weights, gradients and moments."""
-    trained: float = 1.0
-    """Share of the parameters that train."""
-    recompute: Literal["none", "selective", "full"] = "none"
-
-    def tokens(self, layout: Layout) -> int:
-        """T, of a micro-batch."""
-        return self.rows * self.seq_len // layout.sequence
-
-
-def gathered(ranks: int, part: float) -> float:
-    """All-gather or reduce-scatter of `ranks` parts: a ring passes n - 1 of them through every rank."""
+def all_gather_bytes(ranks: int, part: float) -> float:
+    """Return the bytes of an all-gather or a reduce-scatter of n parts: a ring passes n - 1 parts through a rank."""
     return (ranks - 1) * part
 
 
-def reduced(ranks: int, whole: float) -> float:
-    """All-reduce: a reduce-scatter and an all-gather of parts of whole/n."""
+def all_reduce_bytes(ranks: int, whole: float) -> float:
+    """Return the bytes of an all-reduce: a reduce-scatter and an all-gather of n parts of `whole` / n bytes."""
     return 2 * (ranks - 1) / ranks * whole
 
 
-def routed_rows(model: ModelConfig, router: RouterConfig, step: Step, layout: Layout) -> float:
-    """Rows that a rank sends into a MoE layer: k a token, or what capacities leave room for."""
+def routed_rows(workload: Workload, layout: Layout) -> float:
+    """Return the rows that a rank sends to the experts of a MoE layer: k per token, or as many as capacities allow."""
+    model, router = workload.model, workload.router
     assert model.num_experts is not None and model.top_k is not None
-    wanted = model.top_k * step.tokens(layout)
+    wanted = model.top_k * workload.tokens(layout)
     factor = router.capacity_factor
     if factor is None and router.kind != "expert_choice":
         return wanted
-    if layout.sequence > 1:  # capacities are those of whole sequences, and rows are counted before they travel
+    if layout.sequence > 1:
+        # Capacities are those of whole sequences. The ranks exchange counts and send only the rows that are kept.
         return wanted * (factor or 1.0) if router.kind == "expert_choice" else wanted * min(1.0, factor or 1.0)
-    from moe.selection import expert_capacity  # it needs torch, which nothing else here does
+    from moe.selection import expert_capacity  # Imported here, because it needs torch and this module does not.
 
-    # each expert's capacity, filled or not: nobody has to know counts
-    return model.num_experts * step.rows * expert_capacity(factor or 1.0, model.top_k, step.seq_len, model.num_experts)
+    # Each expert gets its capacity in rows, empty ones included, so that no rank has to know how many rows are used.
+    capacity = expert_capacity(factor or 1.0, model.top_k, workload.seq_len, model.num_experts)
+    return model.num_experts * workload.rows(layout) * capacity
 
 
 def expert_bytes(rows: float, dim: int, ranks: int, itemsize: int, passes: int = 2) -> float:
-    """A MoE layer: rows go out and come back, in each pass; 1/n of them belong to experts here. 4·k·T·D·(1 - 1/n)."""
+    """Return the bytes of expert parallelism in a MoE layer, 4·k·T·D·(1 - 1/n) numbers with two passes.
+
+    Rows are sent to the experts and back in each pass; 1/n of them stay on their rank.
+    """
     return 2 * passes * rows * dim * (1 - 1 / ranks) * itemsize
 
 
 def expert_tensor_bytes(rows: float, dim: int, ranks: int, itemsize: int, passes: int = 2) -> float:
-    """A MoE layer: every rank of an expert gets all n ranks' rows, and all add up each one's results."""
-    return 2 * passes * gathered(ranks, rows * dim * itemsize)
+    """Return the bytes of `expert_tensor` in a MoE layer.
+
+    In each pass the n ranks that share an expert all-gather their rows and reduce-scatter the results.
+    """
+    return 2 * passes * all_gather_bytes(ranks, rows * dim * itemsize)
 
 
 def tensor_bytes(tokens: int, dim: int, ranks: int, itemsize: int, transfers: int = 4) -> float:
-    """A network: its T tokens are gathered and its results scattered, forward; both the other way round, backward."""
-    return transfers * gathered(ranks, tokens * dim * itemsize)
+    """Return the bytes of tensor parallelism around one network (attention or feed-forward).
+
+    The forward pass all-gathers the tokens and reduce-scatters the results; the backward pass does the reverse.
+    """
+    return transfers * all_gather_bytes(ranks, tokens * dim * itemsize)
 
 
 def prediction_bytes(tokens: int, ranks: int, itemsize: int) -> float:
-    """Cross-entropy on n parts of the vocabulary: maximum, Σ exp and the label's logit of n·T tokens are reduced."""
-    return reduced(ranks, 3 * ranks * tokens * max(4, itemsize))
+    """Return the bytes of the cross-entropy over a sharded vocabulary.
+
+    It all-reduces the maximum, the sum of exponentials and the logit of the label for n·T tokens.
+    """
+    return all_reduce_bytes(ranks, 3 * ranks * tokens * max(4, itemsize))
 
 
-def fetched_places(window: int | None, length: int, ranks: int) -> float:
-    """Places whose keys and values a context rank sends, or receives, in the mean: W - 1, or all to its left.
+def fetched_positions(window: int | None, length: int, ranks: int) -> float:
+    """Return the positions whose keys and values a context rank sends (and receives), in the mean over the n ranks.
 
-    Rank r has r·length places to its left, and sees no more than W - 1 of them.
+    Rank r has r·length positions before its part, and its queries see at most W - 1 of them (all without a window).
     """
     reach = (ranks - 1) * length if window is None else window - 1
     return sum(min(rank * length, reach) for rank in range(ranks)) / ranks
 
 
-def context_bytes(places: float, rows: int, kv_width: int, itemsize: int, passes: int = 2) -> float:
-    """A layer: keys and values [b, G, C] of these places travel, forward, and their gradients back."""
-    return passes * places * rows * 2 * kv_width * itemsize
+def context_bytes(positions: float, rows: int, kv_width: int, itemsize: int, passes: int = 2) -> float:
+    """Return the bytes of context parallelism in one layer.
+
+    A pass sends the keys and values [b, G, C] of the fetched positions, or in the backward pass their gradients.
+    """
+    return passes * positions * rows * 2 * kv_width * itemsize
 
 
 def pipeline_bytes(tokens: int, dim: int, stages: int, ranks: int, itemsize: int) -> float:
-    """A micro-batch: [T, D] crosses each border between stages, and its gradient comes back; a mean over the ranks."""
+    """Return the bytes of a pipeline for one micro-batch, in the mean over the n ranks.
+
+    Every stage but the last sends [T, D] to the next stage, which sends the gradient back.
+    """
     return 2 * (stages - 1) * tokens * dim * itemsize / ranks
 
 
-def shard_bytes(weights: Mapping[WeightSpec, int], layout: Layout, step: Step) -> float:
-    """FSDP's units: parts are gathered in the compute dtype, gradients scattered in the weights'.
+def shard_bytes(weights: Mapping[WeightSpec, int], layout: Layout, workload: Workload) -> float:
+    """Return the bytes of FSDP: weights are all-gathered in the compute dtype, gradients reduce-scattered in theirs.
 
-    Blocks are gathered for the forward pass and again for the backward pass, the root once; a pipeline keeps all
-    gathered for its step. Parts are padded to the largest.
+    The weights of a block are gathered for the forward pass and again for the backward pass, those of the root once.
+    A pipeline gathers all weights once per step. Shards are padded to the largest.
     """
     total = 0.0
-    shared_by = sharers(layout)
+    shard_ranks = ranks_per_shard_group(layout)
     for weight, number in weights.items():
-        ranks = shared_by[weight.kind]
-        part = weight.largest_part(layout, ranks) * number
+        ranks = shard_ranks[weight.kind]
+        part = weight.largest_shard(layout, ranks) * number
         gathers = 1 if weight.root or layout.pipeline > 1 else 2
-        total += gathered(ranks, part) * (gathers * step.itemsize + step.trained * step.weight_itemsize)
-    return total * (1 if layout.pipeline > 1 else step.accumulation)
+        itemsize = gathers * workload.itemsize + workload.trained * workload.weight_itemsize
+        total += all_gather_bytes(ranks, part) * itemsize
+    return total * (1 if layout.pipeline > 1 else workload.accumulation)
 
 
-def gradient_bytes(weights: Mapping[WeightSpec, int], layout: Layout, step: Step) -> float:
-    """All-reduce of each gradient over the ranks of a stage that hold the same part (parallel/gradients.py), once."""
-    copies = {
-        "whole": layout.stage,
+def gradient_bytes(weights: Mapping[WeightSpec, int], layout: Layout, workload: Workload) -> float:
+    """Return the bytes of the gradients' all-reduce over the ranks with the same shard (`parallel/gradients.py`)."""
+    replicas = {
+        "router": layout.stage,
         "replicated": layout.replicate * layout.context * layout.tensor,
         "tensor": layout.replicate * layout.context,
         "experts": layout.expert_data // layout.expert_shard,
     }
     total = 0.0
-    shared_by = sharers(layout)
+    shard_ranks = ranks_per_shard_group(layout)
     for weight, number in weights.items():
-        elements = math.prod(weight.local_shape(layout)) / shared_by[weight.kind] * number
-        total += reduced(copies[weight.kind], elements * step.weight_itemsize * step.trained)
+        elements = math.prod(weight.local_shape(layout)) / shard_ranks[weight.kind] * number
+        total += all_reduce_bytes(replicas[weight.kind], elements * workload.weight_itemsize * workload.trained)
     return total
 
 
-def bookkeeping_bytes(model: ModelConfig, router: RouterConfig, layout: Layout, step: Step) -> float:
-    """At most: counts (8 bytes each) for the losses, for dispatch and for capacities; document numbers; scalars."""
+def bookkeeping_bytes(workload: Workload, layout: Layout, parallel: ParallelConfig) -> float:
+    """Return an upper bound for all other communication.
+
+    This is the counts for losses, dispatch and capacities (8 bytes each), document numbers, and scalars.
+    """
+    model, router, rows, tokens = workload.model, workload.router, workload.rows(layout), workload.tokens(layout)
     stage, experts, sequence = layout.stage, model.num_experts or 0, layout.sequence
     moe_layers = model.num_moe_layers / layout.pipeline
-    each = reduced(stage, 8 * (moe_layers * experts + 3 * (moe_layers > 0)))
+    micro = all_reduce_bytes(stage, 8 * (moe_layers * experts + 3 * (moe_layers > 0)))
     if router.balance_scope != "global":
-        each += reduced(sequence, 8 * moe_layers * step.rows * (experts + 1))
-    passes = 2 if step.recompute == "full" else 1
-    per_layer = 8 * experts * (1 - 1 / layout.expert) + gathered(layout.expert_tensor, 8 * experts)
-    if router.kind == "expert_choice":  # scores of all tokens, and which are padding
-        per_layer += gathered(sequence, step.tokens(layout) * (experts * max(4, step.itemsize) + 1))
+        micro += all_reduce_bytes(sequence, 8 * moe_layers * rows * (experts + 1))
+    passes = 2 if parallel.recompute == "full" else 1
+    per_layer = 8 * experts * (1 - 1 / layout.expert) + all_gather_bytes(layout.expert_tensor, 8 * experts)
+    if router.kind == "expert_choice":  # the scores of all tokens, and which tokens are padding
+        per_layer += all_gather_bytes(sequence, tokens * (experts * max(4, workload.itemsize) + 1))
     elif router.capacity_factor is not None and router.drop_policy == "prob":
-        per_layer += gathered(sequence, step.tokens(layout) * (model.top_k or 0) * (max(4, step.itemsize) + 8))
+        per_layer += all_gather_bytes(sequence, tokens * (model.top_k or 0) * (max(4, workload.itemsize) + 8))
     elif router.capacity_factor is not None:
-        per_layer += gathered(sequence, 8 * step.rows * (2 if layout.zigzag else 1) * experts)
-    each += passes * moe_layers * per_layer
-    places = fetched_places(None, step.seq_len // layout.context, layout.context)
-    each += 2 * 4 * step.rows * places  # of int32 documents, once a pass; twice where windows differ
-    scalars = reduced(layout.world, 8 * (2 + 1 + 3))
-    return step.accumulation * each + scalars + reduced(layout.pipeline, 8 * (model.num_moe_layers * experts + 1))
+        per_layer += all_gather_bytes(sequence, 8 * rows * (2 if layout.zigzag else 1) * experts)
+    micro += passes * moe_layers * per_layer
+    positions = fetched_positions(None, workload.seq_len // layout.context, layout.context)
+    micro += 2 * 4 * rows * positions  # int32 document numbers, once per pass; twice if layers have different windows
+    scalars = all_reduce_bytes(layout.world, 8 * (2 + 1 + 3))
+    figures = all_reduce_bytes(layout.pipeline, 8 * (model.num_moe_layers * experts + 1))
+    return workload.accumulation * micro + scalars + figures
 
 
-def traffic(model: ModelConfig, router: RouterConfig, layout: Layout, step: Step, stages: int = 1) -> dict[Axis, float]:
-    """Bytes that a rank sends in one optimizer step, in the mean over all ranks, by axis.
-
-    Args:
-        stages: of the pipeline, on all ranks together.
-    """
-    weights = dict(count_weights(model, range(model.num_layers)))
+def traffic(workload: Workload, layout: Layout, parallel: ParallelConfig) -> dict[Axis, float]:
+    """Return the bytes that a rank sends in one optimizer step by axis, in the mean over all ranks."""
+    model, size, tokens, dim = workload.model, workload.itemsize, workload.tokens(layout), workload.model.dim
+    weights = dict(workload.weights)
     at_both_ends = layout.pipeline > 1 and model.tie_embeddings
     if at_both_ends:
         weights |= {weight: 2 for weight in weights if weight.root and weight.kind == "tensor"}
-    size, tokens, dim = step.itemsize, step.tokens(layout), model.dim
     moe = model.num_moe_layers
     dense = model.num_layers - moe
-    passes = 3 if step.recompute == "full" else 2  # forward, backward, and forward again
+    passes = 3 if parallel.recompute == "full" else 2  # forward, backward, and the repeated forward
 
     micro: dict[Axis, float] = {"expert": 0.0, "expert_tensor": 0.0}
     if moe:
-        rows = routed_rows(model, router, step, layout)
+        rows = routed_rows(workload, layout)
         micro["expert"] = moe * expert_bytes(rows, dim, layout.expert, size, passes)
         micro["expert_tensor"] = moe * expert_tensor_bytes(rows, dim, layout.expert_tensor, size, passes)
-    # the scatter that ends a block is not repeated: nothing kept comes after it
+    # Recomputing a dense block does not repeat its last reduce-scatter, because nothing that is stored comes after it.
     transfers = 2 * passes * (model.num_layers + moe * bool(model.num_shared_experts)) + (passes + 2) * dense
-    transfers += 2 + 2  # after the embedding, before the head
+    transfers += 2 + 2  # after the embedding, and before the head
     micro["tensor"] = tensor_bytes(tokens, dim, layout.tensor, size, transfers)
     micro["tensor"] += prediction_bytes(tokens, layout.tensor, size)
     micro["context"] = 0.0
-    kv_width, length = model.num_kv_heads * model.head_dim // layout.tensor, step.seq_len // layout.context
+    kv_width, length = model.num_kv_heads * model.head_dim // layout.tensor, workload.seq_len // layout.context
     for window, number in Counter(map(model.window, range(model.num_layers))).items():
-        places = fetched_places(window, length, layout.context)
-        if layout.zigzag:  # all of the row, in an all-gather
-            places = gathered(layout.context, length)
-        micro["context"] += number * context_bytes(places, step.rows, kv_width, size, passes)
+        positions = fetched_positions(window, length, layout.context)
+        if layout.zigzag:  # an all-gather of the whole row
+            positions = all_gather_bytes(layout.context, length)
+        micro["context"] += number * context_bytes(positions, workload.rows(layout), kv_width, size, passes)
     for axis in ("expert", "expert_tensor", "tensor", "context"):
-        micro[axis] /= layout.pipeline  # each layer is on one of so many ranks
-    micro["pipeline"] = pipeline_bytes(tokens, dim, stages, layout.pipeline, size)
+        micro[axis] /= layout.pipeline  # Each layer is on one of the pipeline's ranks.
+    micro["pipeline"] = pipeline_bytes(tokens, dim, parallel.num_stages(layout), layout.pipeline, size)
 
-    sent: dict[Axis, float] = {axis: step.accumulation * value for axis, value in micro.items()}
-    sent["shard"] = shard_bytes(weights, layout, step) / layout.pipeline
-    sent["gradients"] = gradient_bytes(weights, layout, step) / layout.pipeline
-    if at_both_ends:  # they add up the embedding's
+    sent: dict[Axis, float] = {axis: workload.accumulation * value for axis, value in micro.items()}
+    sent["shard"] = shard_bytes(weights, layout, workload) / layout.pipeline
+    sent["gradients"] = gradient_bytes(weights, layout, workload) / layout.pipeline
+    if at_both_ends:  # The two stages sum the gradients of the embedding.
         embedding = model.dim * (model.vocab_size or 0) // (layout.tensor * layout.shard)
-        sent["gradients"] += 2 * reduced(2, embedding * step.weight_itemsize * step.trained) / layout.pipeline
-    sent["bookkeeping"] = bookkeeping_bytes(model, router, layout, step)
+        elements = embedding * workload.weight_itemsize * workload.trained
+        sent["gradients"] += 2 * all_reduce_bytes(2, elements) / layout.pipeline
+    sent["bookkeeping"] = bookkeeping_bytes(workload, layout, parallel)
     return sent

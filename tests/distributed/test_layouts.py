@@ -21,7 +21,7 @@ from tests.distributed.harness import run_ranks
 from training import build as engines
 from training.checkpoint import checkpoint
 from training.engine import NativeEngine
-from training.layout import resolve_layout
+from training.layout import build_workload, resolve_layout
 from training.parity import trial as parity
 from training.parity.cases import CASES, MODEL, OPTIM, rows_for
 from training.parity.layouts import chosen, layouts_for, parse_layout
@@ -118,12 +118,13 @@ def config_of(layout: str, world_size: int):
     """For `mixtral`; with the rows of a world of 2."""
     case = CASES["mixtral"]
     config = configuration(case, parse_layout(layout), rows=rows_for(2), steps=2 * STEPS)
-    return resolve_layout(config, case.model, World(world_size=world_size))[0]
+    return resolve_layout(config, build_workload(config, case.model), World(world_size=world_size)).config
 
 
 def trial(layout: str) -> Trial:
     config = config_of(layout, dist.get_world_size())
-    sizes = resolve_layout(config, config.model, World(world_size=dist.get_world_size()))[1].layout
+    world = World(world_size=dist.get_world_size())
+    sizes = resolve_layout(config, build_workload(config, config.model), world).plan.layout
     return Trial(CASES["mixtral"], config, build_mesh(CPU, sizes))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.batch import Batch
-from moe.config import ModelConfig
+from moe.config import ModelConfig, RouterConfig
 from moe.recompute import Recompute
 from parallel.apply import build_model
 from parallel.config import ParallelConfig
@@ -90,7 +90,7 @@ def run_job(rank: int, world: int, job: Job) -> dict:
     else:
         schedule = job.parallel.schedule
         stages = stages_of(mesh.pipeline.rank(), layout, schedule)
-        layers = stage_layers(model, layout.pipeline * job.parallel.stages_per_rank, job.stage_layers)
+        layers = stage_layers(model, router, job.parallel.num_stages(layout), job.stage_layers)
         parts = [build(layers[stage]) for stage in stages]
         pipe = Pipeline(parts, stages, mesh, schedule)
     engine = NativeEngine(parts, replace(OPTIM, train=job.train), mesh, pipe)
@@ -137,7 +137,7 @@ def test_layers_are_cut_where_stages_cost_the_same():
     layer = 2 * 16 * 32 + 2 * 16 * 16 + 2 * 3 * 16 * 16 + 8 * 16
 
     def lengths(model: ModelConfig, stages: int, given: tuple[int, ...] | None = None) -> list[int]:
-        layers = stage_layers(model, stages, given)
+        layers = stage_layers(model, RouterConfig(), stages, given)
         assert [number for stage in layers for number in stage] == list(range(model.num_layers))
         return [len(stage) for stage in layers]
 

@@ -1,13 +1,14 @@
 """Plans against what is really built, formulas against hand-computed cases, and the choices of `auto`."""
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from common.errors import ModelError
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
@@ -31,20 +32,21 @@ from parallel.planning.plan import (
     plan,
 )
 from parallel.planning.traffic import (
-    Step,
+    all_gather_bytes,
+    all_reduce_bytes,
     context_bytes,
     expert_bytes,
     expert_tensor_bytes,
-    fetched_places,
-    gathered,
+    fetched_positions,
     gradient_bytes,
     prediction_bytes,
-    reduced,
     routed_rows,
     tensor_bytes,
 )
+from parallel.planning.workload import Workload
 from parallel.stages import stage_layers, stages_of
-from parallel.weight_specs import EXPERT_TENSOR_DIMS, TENSOR_DIMS, kind, named_weights
+from parallel.startup.launch import World
+from parallel.weight_specs import EXPERT_TENSOR_DIMS, TENSOR_DIMS, check_weights, count_weights, kind, named_weights
 from tests.test_conf import composed
 from training.config import with_vocabulary
 
@@ -52,25 +54,139 @@ MODEL = ModelConfig(
     dim=16, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=4, hidden_dim=24, num_experts=8, top_k=2,
     expert_hidden_dim=12, num_shared_experts=1, first_k_dense=1, vocab_size=40,
 )  # fmt: skip
+DENSE = replace(MODEL, num_experts=None, top_k=None, expert_hidden_dim=None, num_shared_experts=0, first_k_dense=0)
 ODD = replace(MODEL, dim=18, num_experts=6, expert_hidden_dim=10, num_shared_experts=0, tie_embeddings=True)
-"""FSDP cuts its norms, embedding and experts into parts of unequal length."""
+"""FSDP shards its norms, embedding and experts into shards of unequal size."""
+
+
+@dataclass(frozen=True)
+class ScaledRouterConfig(RouterConfig):
+    """The configuration of a plugin's router, with two parameters beside the usual one and a key that has no hash."""
+
+    options: dict[str, float] = field(default_factory=dict)
+
+    def weight_shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:
+        return super().weight_shapes(dim, num_experts) | {"scale": (num_experts,), "low_rank.weight": (4, dim)}
+
+
+ROUTER, SCALED = RouterConfig(), ScaledRouterConfig()
 
 
 @pytest.mark.parametrize("name", ["mixtral_8x7b", "deepseek_moe_16b", "switch_base_8", "glam_64e", "llama2_7b"])
-def test_the_inventory_is_that_of_the_model(name: str) -> None:
+def test_specs_are_those_of_the_built_model(name: str) -> None:
     config = composed([f"model={name}"])
-    listed = named_weights(config.model)
-    built = dict(meta_model(config.model, config.router).named_parameters())
-    assert {key: tuple(weight.shape) for key, weight in built.items()} == {k: w.shape for k, w in listed.items()}
+    listed = named_weights(config.model, config.router)
+    built = {key: tuple(weight.shape) for key, weight in meta_model(config.model, config.router).named_parameters()}
+    assert built == {key: weight.shape for key, weight in listed.items()}
+    check_weights(built, config.model, config.router)
     for key, weight in listed.items():
         leaf = key.removesuffix(".weight").rpartition(".")[2]
         dims = {"tensor": TENSOR_DIMS, "experts": EXPERT_TENSOR_DIMS}.get(weight.kind, {})
-        assert (weight.kind, weight.dim) == (kind(key), dims.get(leaf)), key
+        assert (weight.kind, weight.tensor_dim) == (kind(key), dims.get(leaf)), key
 
 
-def planned(parallel: ParallelConfig, model: ModelConfig, world: int, **options: float) -> Plan:
-    sizes = {"rows": 2, "seq_len": 32, "accumulation": 4, "itemsize": 4} | options
-    return plan(parallel.layout(world, model, 32), parallel, model, RouterConfig(), **sizes)  # type: ignore[arg-type]
+def test_every_layer_lists_the_parameters_of_a_plugins_router() -> None:
+    plain, scaled = named_weights(MODEL, RouterConfig()), named_weights(MODEL, SCALED)
+    added = {name: weight for name, weight in scaled.items() if name not in plain}
+    assert {name: weight.shape for name, weight in added.items()} == {
+        f"layers.{layer}.ffn.router.{name}": shape
+        for layer in range(1, 6)
+        for name, shape in (("scale", (8,)), ("low_rank.weight", (4, 16)))
+    }
+    assert {weight.kind for weight in added.values()} == {"router"}
+    assert scaled.items() - added.items() == plain.items()
+    # Two of the five MoE layers are in this stage.
+    counted = count_weights(MODEL, SCALED, range(2, 4)) - count_weights(MODEL, RouterConfig(), range(2, 4))
+    assert counted == {added["layers.1.ffn.router.scale"]: 2, added["layers.1.ffn.router.low_rank.weight"]: 2}
+    assert named_weights(DENSE, SCALED) == named_weights(DENSE, ROUTER)
+
+
+def test_a_plan_includes_the_parameters_of_a_plugins_router() -> None:
+    parallel = ParallelConfig(pipeline=2, shard=2, expert=2)
+    plain, scaled = (planned(parallel, MODEL, 8, router=router) for router in (RouterConfig(), SCALED))
+    extra = [scaled.stages[rank].parameters - plain.stages[rank].parameters for rank in range(2)]
+    moe_layers = [sum(map(MODEL.is_moe_layer, stage.layers)) for stage in plain.stages]
+    assert extra == [layers * (8 + 4 * 16) for layers in moe_layers]
+    # FSDP does not shard them: the four ranks of a stage all-reduce their gradients.
+    assert scaled.traffic["gradients"] - plain.traffic["gradients"] == pytest.approx(5 * 72 * 4 * 2 * 3 / 4 / 2)
+    assert scaled.traffic["shard"] == plain.traffic["shard"]
+    # The search caches what it computes, and must not hash the configuration: `options` has no hash.
+    assert (
+        resolve(AUTO, workload(Layout(shard=4), router=SCALED), World(world_size=4, local_world_size=4)).warning is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("embedding", "tensor"),
+        ("norm.weight", "replicated"),
+        ("layers.0.ffn_norm.weight", "replicated"),
+        ("layers.0.ffn.w_down.weight", "tensor"),
+        ("layers.0.ffn.shared.w_down.weight", "tensor"),
+        ("layers.0.ffn.router.low_rank.weight", "router"),
+        ("layers.0.ffn.router.experts.w_up", "router"),
+        ("layers.0.ffn.experts.w_down", "experts"),
+        ("layers.0.ffn.experts.w_down.13", "experts"),
+    ],
+)
+def test_kinds(name: str, expected: str) -> None:
+    assert kind(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.ffn.adapter.weight",
+        "layers.0.ffn.experts.w_down.bias",
+        "layers.0.ffn.w_down.13",
+        "layers.0.attention.wq.bias",
+        "layers.0.attention.q_norm.weight",
+        "layers.1.ffn.experts.b_up",
+        "layers.1.ffn.experts.wq",
+        "scale",
+    ],
+)
+def test_a_parameter_without_a_rule_is_an_error(name: str) -> None:
+    with pytest.raises(
+        ModelError, match=rf"^{re.escape(name)}: expected .* parallel/weight_specs\.py covers .*no rule$"
+    ):
+        kind(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "difference"),
+    [
+        ("layers.3.ffn.adapter.weight", (4, 16), "expected no parameter of this name, found shape [4,16]"),
+        ("layers.3.ffn.router.bias", (8,), "expected no parameter of this name, found shape [8]"),
+        ("layers.3.ffn.router.weight", (8, 8), "expected shape [8,16], found shape [8,8]"),
+        ("layers.3.attention.wo.weight", None, "expected shape [16,16], found no parameter of this name"),
+    ],
+)
+def test_a_built_model_with_other_parameters_is_refused(name: str, shape: tuple | None, difference: str) -> None:
+    built = {key: tuple(weight.shape) for key, weight in meta_model(MODEL, RouterConfig()).named_parameters()}
+    check_weights(built, MODEL, RouterConfig())
+    changed = {key: value for key, value in (built | {name: shape}).items() if value is not None}
+    hint = "(parallel/weight_specs.py lists every parameter of a model"
+    with pytest.raises(ModelError, match=f"^{re.escape(f'{name}: {difference} {hint}')}.*RouterConfig"):
+        check_weights(changed, MODEL, RouterConfig())
+    # Of several differences, the first in the order of the model is named.
+    first = r"^layers\.1\.ffn\.router\.weight: expected shape \[8,16\], found shape \[9,9\] "
+    with pytest.raises(ModelError, match=first):
+        check_weights(changed | {"layers.1.ffn.router.weight": (9, 9)}, MODEL, RouterConfig())
+
+
+def workload(layout: Layout, model: ModelConfig = MODEL, router: RouterConfig = ROUTER, **options: float) -> Workload:
+    """Two rows of 32 tokens on every data-parallel rank in each of four micro-batches."""
+    sizes = {"accumulation": 4, "seq_len": 32, "itemsize": 4} | options
+    return Workload(model, router, global_batch=2 * int(sizes["accumulation"]) * layout.data, **sizes)  # type: ignore[arg-type]
+
+
+def planned(
+    parallel: ParallelConfig, model: ModelConfig, world: int, router: RouterConfig = ROUTER, **options: float
+) -> Plan:
+    layout = parallel.layout(world, model, 32)
+    return plan(layout, parallel, workload(layout, model, router, **options))
 
 
 @pytest.mark.parametrize("model", [MODEL, ODD], ids=["model", "odd"])
@@ -87,42 +203,48 @@ def planned(parallel: ParallelConfig, model: ModelConfig, world: int, **options:
     ],
     ids=lambda parallel: " ".join(f"{k}={v}" for k, v in vars(parallel).items() if v != getattr(ParallelConfig(), k)),
 )
-def test_a_plan_holds_what_is_built(model: ModelConfig, parallel: ParallelConfig) -> None:
+def test_a_plan_has_the_memory_of_what_is_built(model: ModelConfig, parallel: ParallelConfig) -> None:
     """On every rank of eight, none of which is a process."""
     layout = parallel.layout(8, model)
-    held = [0] * layout.pipeline
+    largest = [0] * layout.pipeline
     for rank in range(8):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
         try:
             mesh = build_mesh(torch.device("cpu"), layout)
-            place = mesh.pipeline.rank()
+            position = mesh.pipeline.rank()
             layers: list[range] | list[None] = [None]
             if layout.pipeline > 1:
-                dealt = stage_layers(model, layout.pipeline * parallel.stages_per_rank, parallel.stage_layers)
-                layers = [dealt[stage] for stage in stages_of(place, layout, parallel.schedule)]
+                by_stage = stage_layers(model, ROUTER, parallel.num_stages(layout), parallel.stage_layers)
+                layers = [by_stage[stage] for stage in stages_of(position, layout, parallel.schedule)]
             parts = [
-                build_model(model, RouterConfig(), mesh, compute_dtype=torch.float32, seed=None, layers=own)
-                for own in layers
+                build_model(model, ROUTER, mesh, compute_dtype=torch.float32, seed=None, layers=layers_of_part)
+                for layers_of_part in layers
             ]
             weights = [
                 part.local_shard(name, weight).local for part in parts for name, weight in part.named_parameters()
             ]
-            held[place] = max(held[place], sum(weight.numel() for weight in weights))
+            largest[position] = max(largest[position], sum(weight.numel() for weight in weights))
             assert all(weight.element_size() == 4 for weight in weights)
         finally:
             dist.destroy_process_group()
-    made = planned(parallel, model, 8, trained=0.5)
-    assert [stage.parameters for stage in made.stages] == held
-    for stage in made.stages:
+    expected = planned(parallel, model, 8, trained=0.5)
+    assert [stage.parameters for stage in expected.stages] == largest
+    for stage in expected.stages:
         assert stage.weights == 4 * stage.parameters
         # half of it trains
         assert (stage.gradients, stage.moments) == pytest.approx((stage.weights / 2, stage.weights), rel=1e-3)
         assert stage.state == stage.weights + stage.gradients + stage.moments and stage.host == 0
 
 
+def test_optimizer_state_is_as_many_tensors_as_the_workload_says() -> None:
+    for moments in (0, 1, 3):
+        stage = planned(ParallelConfig(shard=2), MODEL, 2, moments=moments).fullest
+        assert stage.moments == moments * stage.weights
+
+
 def test_formulas_by_hand() -> None:
-    assert gathered(4, 10) == 30
-    assert reduced(4, 8) == 12
+    assert all_gather_bytes(4, 10) == 30
+    assert all_reduce_bytes(4, 8) == 12
     # 6 rows of 5 numbers of 2 bytes: 60 bytes, two thirds to other ranks, out and back, and gradients
     assert expert_bytes(6, 5, 3, 2) == pytest.approx(4 * 40)
     assert expert_tensor_bytes(6, 5, 3, 2) == 4 * 120
@@ -137,91 +259,93 @@ def test_formulas_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("window", "mean"), [(None, 12), (5, 3), (13, 8), (1, 0)])
-def test_places_fetched(window: int | None, mean: float) -> None:
-    """Four ranks of eight places. Without a window 0, 8, 16 and 24 of them; W = 5: 0, 4, 4, 4; W = 13: 0, 8, 12, 12."""
-    assert fetched_places(window, 8, 4) == mean
+def test_positions_fetched(window: int | None, mean: float) -> None:
+    """Four ranks with eight positions each fetch 0, 8, 16 and 24 without a window; 0, 4, 4, 4 with W = 5; 0, 8, 12, 12
+    with W = 13."""
+    assert fetched_positions(window, 8, 4) == mean
     reach = 24 if window is None else window - 1
     assert sum(sum(rows_to_each(reach, 8, source, 4)) for source in range(4)) / 4 == mean
 
 
 def test_rows_and_gradients_by_hand() -> None:
-    step = Step(rows=2, seq_len=32, accumulation=4, itemsize=2)
-    assert routed_rows(MODEL, RouterConfig(), step, Layout(replicate=4)) == 2 * 2 * 32
-    assert routed_rows(MODEL, RouterConfig(), step, Layout(context=4)) == 2 * 2 * 8
+    replicas, contexts = Layout(replicate=4), Layout(context=4)
+    assert routed_rows(workload(replicas), replicas) == 2 * 2 * 32
+    assert routed_rows(workload(contexts), contexts) == 2 * 2 * 8
     # ceil(1.25 · 2 · 32 / 8) = 10 rows for each expert of each sequence, filled or not
-    assert routed_rows(MODEL, RouterConfig(capacity_factor=1.25), step, Layout(replicate=4)) == 8 * 2 * 10
-    assert routed_rows(MODEL, RouterConfig(capacity_factor=0.5), step, Layout(context=4)) == 2 * 2 * 8 / 2
-    # of dense layers on two replicas of two shards: half of them, reduced among two ranks, 4 bytes each
-    dense = replace(MODEL, num_experts=None, top_k=None, expert_hidden_dim=None, num_shared_experts=0, first_k_dense=0)
-    weights = dict.fromkeys(named_weights(dense).values(), 1)
+    assert routed_rows(workload(replicas, router=RouterConfig(capacity_factor=1.25)), replicas) == 8 * 2 * 10
+    assert routed_rows(workload(contexts, router=RouterConfig(capacity_factor=0.5)), contexts) == 2 * 2 * 8 / 2
+    # Dense layers on two replicas of two shards: half of them is all-reduced over two ranks, 4 bytes per element.
+    weights = dict.fromkeys(named_weights(DENSE, ROUTER).values(), 1)
     elements = sum(weight.numel for weight in weights)
-    assert gradient_bytes(weights, Layout(replicate=2, shard=2), step) == elements / 2 * 4
-    assert gradient_bytes(weights, Layout(shard=2), step) == 0
+    layout = Layout(replicate=2, shard=2)
+    assert gradient_bytes(weights, layout, workload(layout)) == elements / 2 * 4
+    assert gradient_bytes(weights, Layout(shard=2), workload(Layout(shard=2))) == 0
 
 
 def test_a_layout_that_sends_nothing_and_one_that_sends_everything() -> None:
     alone = planned(ParallelConfig(), MODEL, 1)
     assert alone.sent == 0 and alone.bubble == 0
     every = ParallelConfig(pipeline=2, shard=2, replicate=2, context=2, tensor=2, expert=4, expert_tensor=2)
-    made = planned(every, MODEL, 32)
-    assert all(made.traffic.values())
-    assert {len(row) for row in describe(made, str)} == {len(HEADER)} and len(describe(made, str)) == 2
-    assert set(describe_traffic(made, str)) == {*made.traffic, "idle"}
+    expected = planned(every, MODEL, 32)
+    assert all(expected.traffic.values())
+    assert {len(row) for row in describe(expected, str)} == {len(HEADER)} and len(describe(expected, str)) == 2
+    assert set(describe_traffic(expected, str)) == {*expected.traffic, "idle"}
 
 
-def test_what_recompute_and_offload_leave() -> None:
+def test_recompute_and_offload_need_less_memory() -> None:
     modes = ("none", "selective", "full")
-    kept = [planned(ParallelConfig(recompute=mode), MODEL, 1).fullest.activations for mode in modes]  # type: ignore[arg-type]
-    assert kept[0] > kept[1] > kept[2]
-    here, there = (planned(ParallelConfig(shard=2, offload=offload), MODEL, 2).fullest for offload in (False, True))
-    assert there.host == here.state and there.device == here.device - here.state
+    stored = [planned(ParallelConfig(recompute=mode), MODEL, 1).fullest.activations for mode in modes]  # type: ignore[arg-type]
+    assert stored[0] > stored[1] > stored[2]
+    kept, offloaded = (planned(ParallelConfig(shard=2, offload=offload), MODEL, 2).fullest for offload in (False, True))
+    assert offloaded.host == kept.state and offloaded.device == kept.device - kept.state
 
 
 @pytest.mark.parametrize("mode", ["none", "selective"])
 @pytest.mark.parametrize("model", [replace(MODEL, num_shared_experts=0), MODEL], ids=["mixtral", "deepseek"])
-def test_activations_are_about_what_autograd_keeps(model: ModelConfig, mode: Recompute) -> None:
+def test_activations_are_about_what_autograd_stores(model: ModelConfig, mode: Recompute) -> None:
     model = replace(model, dim=64, head_dim=16, hidden_dim=160, expert_hidden_dim=80)
     built = Transformer(model, RouterConfig(), torch.float32)
     init_parameters(built, 0)
     set_recompute(built, mode)
     weights = {weight.untyped_storage().data_ptr() for weight in built.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    stored: dict[int, torch.Tensor] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        stored[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     tokens = torch.randint(0, 40, (2, 64))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         token_nats(built(ModelInputs(tokens, torch.arange(64).expand(2, -1))).logits_BSV, tokens)
-    size = sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
-    step = Step(rows=2, seq_len=64, accumulation=1, itemsize=4, recompute=mode)
-    estimate = activation_bytes(Layout(), model, RouterConfig(), step, range(model.num_layers))
+    size = sum(tensor.untyped_storage().nbytes() for pointer, tensor in stored.items() if pointer not in weights)
+    parallel = ParallelConfig(recompute=mode)
+    step = workload(Layout(), model, seq_len=64, accumulation=1)
+    estimate = activation_bytes(Layout(), parallel, step, range(model.num_layers))
     assert 0.75 * size < estimate < 1.35 * size
 
 
 AUTO = ParallelConfig(tensor="auto", pipeline="auto", context="auto", shard="auto")
 GB = 10**9
 SITUATIONS = [
-    # laptops and small machines: as without `auto`
+    # Laptops and small machines: as without `auto`.
     ("small", 1, 1, 8 * GB, (16, 1, 512), {}, "one process"),
     ("small", 2, 2, 8 * GB, (16, 1, 512), {}, "replicate=2 expert=2"),
     ("small", 4, 4, None, (16, 4, 512), {}, "replicate=4 expert=4"),
     ("mixtral_tiny", 3, 3, 8 * GB, (12, 1, 128), {}, "replicate=3"),
-    # a batch that has fewer rows than the world ranks
+    # A batch with fewer rows than ranks.
     ("mixtral_tiny", 8, 8, None, (2, 1, 512), {}, "replicate=2 context=4 expert=4"),
     ("mixtral_tiny", 4, 4, None, (1, 1, 512), {}, "context=4 expert=4"),
-    # where plain does not fit, weights are shared out
+    # If the simplest layout does not fit, weights are sharded.
     ("mixtral_8x7b", 8, 8, 141 * GB, (8, 1, 4096), {"recompute": "full"}, "replicate=8 expert=8"),
     ("mixtral_8x7b", 8, 8, 120 * GB, (8, 1, 4096), {"recompute": "full"}, "shard=8 expert=8"),
     ("mixtral_8x7b", 64, 8, 80 * GB, (256, 4, 4096), {}, "replicate=8 shard=8 expert=8"),
     ("llama2_7b", 8, 8, 80 * GB, (64, 8, 4096), {}, "shard=8"),
     ("deepseek_moe_16b", 8, 8, 80 * GB, (64, 8, 4096), {}, "shard=8 expert=8"),
-    # with many micro-batches a step, a pipeline is cheaper than weights that travel for each of them
+    # With many micro-batches per step, a pipeline is cheaper than gathering the weights for each of them.
     ("mixtral_8x7b", 64, 8, 80 * GB, (512, 16, 4096), {}, "pipeline=2 replicate=4 shard=8 expert=8"),
-    # fine-grained experts on many ranks leave little on each
+    # Fine-grained experts on many ranks: each rank stores few.
     ("deepseek_moe_16b", 64, 8, 80 * GB, (256, 4, 4096), {}, "replicate=64 expert=64"),
-    # what is given stays
+    # Sizes that the user sets are kept.
     ("mixtral_8x7b", 64, 8, 80 * GB, (128, 4, 4096), {"tensor": 8, "expert": 4}, "shard=8 tensor=8 expert=4"),
     ("mixtral_tiny", 4, 4, None, (8, 1, 512), {"offload": True}, "shard=4 expert=4"),
 ]  # fmt: skip
@@ -233,10 +357,8 @@ def choice(
     config = composed([f"model={name}"])
     model = with_vocabulary(config.model, 4096) if config.model.vocab_size is None else config.model
     global_batch, accumulation, seq_len = batch
-    chosen = resolve(
-        replace(AUTO, **given), model, config.router, world_size=world, local_world_size=local, memory=memory,
-        global_batch=global_batch, accumulation=accumulation, seq_len=seq_len,
-    )  # fmt: skip
+    step = Workload(model, config.router, global_batch, accumulation, seq_len)
+    chosen = resolve(replace(AUTO, **given), step, World(world_size=world, local_world_size=local), memory)
     layout = chosen.parallel.layout(world, model, seq_len)
     assert layout.world == world and global_batch % (accumulation * layout.data) == 0
     assert all(getattr(chosen.parallel, key) == value for key, value in given.items())
@@ -272,6 +394,6 @@ def test_too_large_for_all_ranks_together() -> None:
         (2, (7, 1, 512), {"offload": True}, r"global_batch=7: .* the 2 data-parallel ranks, the nearest: 6 or 8$"),
     ],
 )
-def test_what_nothing_can_mend(world: int, batch: tuple[int, int, int], given: dict, line: str) -> None:
+def test_an_impossible_layout_is_refused(world: int, batch: tuple[int, int, int], given: dict, line: str) -> None:
     with pytest.raises(ValueError, match=f"^{line}"):
         choice("mixtral_tiny", world, world, None, batch, given)

@@ -37,7 +37,7 @@ from training.config import (
 from training.deepspeed.settings import check_choice
 from training.device import compute_dtype
 from training.engine import Engine
-from training.layout import resolve_layout
+from training.layout import build_workload, resolve_layout
 from training.parity.cases import (
     ACCUMULATION,
     CASES,
@@ -279,7 +279,7 @@ def refusal(job: Job, world: World, precision: Precision = "fp64") -> str | None
     case, rows = CASES[job.model], rows_for(world.world_size)
     try:
         config = configuration(case, job.parallel, rows=rows, precision=precision, engine=job.engine)
-        resolve_layout(config, case.model, world)
+        resolve_layout(config, build_workload(config, case.model), world)
         if job.engine != "native":
             check_choice(
                 choose_trainable(meta_model(case.model, case.router), case.train).experts, format_patterns(case.train)
@@ -337,7 +337,7 @@ def prove(
         if first and job.model not in references:
             references[job.model] = run_case(case, plain, alone)
         config = configuration(case, job.parallel, rows=rows, steps=steps, precision=precision, engine=job.engine)
-        config, plan, _ = resolve_layout(config, case.model, world)
+        config, plan, _ = resolve_layout(config, build_workload(config, case.model), world)
         layout = plan.layout
         result = run_case(case, config, build_mesh(device, layout, groups))
         cut = layout.pipeline * layout.shard * layout.tensor * layout.expert * layout.expert_tensor > 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.text import shorten
-from parallel.planning.auto import CHOSEN
+from parallel.planning.auto import AUTO_AXES
 from training.report.plots import plot_sweep
 from training.report.terminal import human_count, show_line, show_table
 
@@ -31,7 +31,7 @@ _MODEL_KEYS = ("model.num_experts", "model.top_k")
 _PER_JOB = ("run.name", "run.root", "model.vocab_size")
 """Configuration keys that are not swept although jobs differ in them. The vocabulary size is null in the configuration
 of a job that failed before it read its tokenizer."""
-_CHOSEN = tuple(f"parallel.{axis}" for axis in CHOSEN)
+_CHOSEN = tuple(f"parallel.{axis}" for axis in AUTO_AXES)
 """Configuration keys whose value `auto` a run replaces by a number. In a job that failed early it is still `auto`."""
 _MAX_ERROR = 160
 """The most characters of an error message that are printed."""

@@ -1,0 +1,89 @@
+"""Whether a model, its sequences and its batch can be divided as a layout asks for."""
+
+from common.checks import expect
+from parallel.config import ParallelConfig
+from parallel.layout import Layout
+from parallel.planning.workload import Workload
+
+
+def check_layout(layout: Layout, parallel: ParallelConfig, workload: Workload) -> None:
+    """Refuse a layout that does not divide the model, the sequences or the batch.
+
+    Raises:
+        ValueError: the message starts with a field of `parallel`, or with `global_batch`.
+    """
+    _check_widths(layout, workload)
+    if layout.pipeline > 1:
+        _check_pipeline(layout, parallel, workload)
+    rows, accumulation = workload.global_batch, workload.accumulation
+    divisor = accumulation * layout.data
+    fewer = rows // divisor * divisor
+    nearest = [str(number) for number in (fewer, fewer + divisor) if number]
+    expect(
+        rows % divisor == 0,
+        "global_batch",
+        rows,
+        f"a multiple of train.accumulation={accumulation} times the {layout.data} data-parallel ranks, the nearest: "
+        f"{' or '.join(nearest)}",
+    )
+
+
+def _check_widths(layout: Layout, workload: Workload) -> None:
+    """Check that the axes divide the dims of the parameters and of the sequence."""
+    model, tensor = workload.model, layout.tensor
+    widths = {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
+    if model.num_moe_layers < model.num_layers:
+        widths["hidden_dim"] = model.hidden_dim
+    if model.num_shared_experts:
+        widths["num_shared_experts x expert_hidden_dim"] = model.num_shared_experts * model.expert_width
+    if model.vocab_size is not None:
+        widths["vocab_size"] = model.vocab_size
+    for name, size in widths.items():
+        expect(size % tensor == 0, "tensor", tensor, f"a divisor of model.{name}={size}")
+    if model.is_moe:
+        parts, hidden = layout.expert_tensor, model.expert_width
+        expect(hidden % parts == 0, "expert_tensor", parts, f"a divisor of the experts' hidden width {hidden}")
+    for axis, parts in (("context", layout.context), ("tensor", layout.sequence)):
+        also = f" (times parallel.context={layout.context})" if axis == "tensor" and layout.context > 1 else ""
+        expected = f"a divisor of train.seq_len={workload.seq_len}{also}"
+        expect(workload.seq_len % parts == 0, axis, getattr(layout, axis), expected)
+
+
+def _check_pipeline(layout: Layout, parallel: ParallelConfig, workload: Workload) -> None:
+    """Check that there are enough layers and micro-batches for the stages, and that the schedule allows the options."""
+    num_layers, ranks, accumulation = workload.model.num_layers, layout.pipeline, workload.accumulation
+    expect(
+        parallel.num_stages(layout) <= num_layers,
+        "pipeline",
+        ranks,
+        f"at most {num_layers // parallel.stages_per_rank}: {parallel.stages_per_rank} stage(s) per rank, "
+        f"model.num_layers={num_layers}",
+    )
+    layers = parallel.stage_layers
+    expect(
+        layers is None or sum(layers) == num_layers,
+        "stage_layers",
+        layers,
+        f"numbers that add up to model.num_layers={num_layers}",
+    )
+    enough = -(-accumulation // ranks) * ranks
+    any_number = parallel.schedule == "1f1b"
+    expect(
+        accumulation >= ranks and (any_number or accumulation % ranks == 0),
+        "pipeline",
+        ranks,
+        f"{'at least one micro-batch' if any_number else 'a whole number of micro-batches'} per pipeline rank, "
+        f"train.accumulation={enough} instead of {accumulation}",
+    )
+    expect(
+        not (parallel.schedule == "zero_bubble" and parallel.recompute == "full"),
+        "recompute",
+        "full",
+        "none or selective with parallel.schedule=zero_bubble (it runs a backward pass in two parts)",
+    )
+    expect(
+        workload.router.layer_reduction != "hf_pooled",
+        "pipeline",
+        ranks,
+        "1 with router.layer_reduction=hf_pooled (it pools all layers)",
+    )
