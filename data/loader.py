@@ -58,8 +58,10 @@ class Loader:
         cross_documents: bool,
     ) -> None:
         if global_batch < 1 or global_batch % (accumulation * world_size):
-            found = f"train.accumulation={accumulation} times {world_size} data-parallel ranks"
-            raise DataError(f"train.global_batch={global_batch}: expected a multiple of {found}")
+            raise DataError(
+                f"train.global_batch={global_batch}: expected a multiple of train.accumulation={accumulation} times "
+                f"{world_size} data-parallel ranks"
+            )
         if split.num_rows(seq_len) < 1:
             most = max(split.num_tokens - 1, 0)
             raise DataError(

@@ -89,7 +89,7 @@ class CorpusSpool:
         return self.domains.index(domain)
 
     def _documents(self) -> Iterator[SpooledDocument]:
-        # Unpickling can run code. It is safe here, because this process has written the file into its own directory.
+        # Unpickling can run code. Here it is safe: this process wrote the file, into a directory that it created.
         with self.path.open("rb") as file:
             for _ in range(self._num_documents):
                 yield SpooledDocument(*pickle.load(file))

@@ -111,7 +111,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         if found := re.search(r"set it to a value <= (\d+)", str(error)):
             expected = f"at most {found[1]}, the number of pieces in this text"
         elif found := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-            expected = f"at least {found[1]}, the number of characters and byte tokens for this text"
+            expected = f"at least {found[1]}, the number of characters and byte tokens that this text needs"
         else:
             expected = f"a size that this text can fill ({str(error).strip().splitlines()[-1]})"
         raise DataError(f"data.vocab_size={vocab_size}: expected {expected}") from error
