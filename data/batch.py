@@ -1,10 +1,10 @@
-"""What the loader hands to the model.
+"""The batch that the loader gives to the model.
 
-Legend: B rows of this micro-batch on this rank, S sequence, V vocabulary.
+Legend: B rows of a micro-batch on this rank, S sequence length.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,25 +26,27 @@ __all__ = ["IGNORE", "Batch"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows, all tensors [B, S] on one device.
+    """Packed rows. All tensors have the shape [B, S] and are on one device.
 
     Raises:
-        DataError: other shapes or dtypes, or a label on padding.
+        DataError: a tensor has another shape or dtype, or there is a label on padding.
     """
 
     tokens_BS: torch.Tensor
     """int64; 0 on padding."""
     labels_BS: torch.Tensor
-    """int64: the next token, or `IGNORE` where there is none in this document."""
+    """int64: the next token, or `IGNORE` where this document has no next token."""
     positions_BS: torch.Tensor
-    """int64, from 0 at each start of a document and of a row."""
+    """int64; starts from 0 at the start of every document and of every row."""
     documents_BS: torch.Tensor
-    """int32: counts the documents of a row from 0; -1 on padding. Attention stays within one number."""
+    """int32: the number of the document within the row, from 0; -1 on padding. A token attends only to tokens with
+    the same number."""
     domains_BS: torch.Tensor
     """uint8: index into `Store.domains`."""
 
     numbers_BS: torch.Tensor | None = None
-    """int64: each place's number in the endless global order of training; what random draws for it depend on."""
+    """int64: the number of each token's place in the global order of training, which runs over all epochs. Random
+    numbers drawn for a place depend on this number and not on the layout. None outside of training."""
 
     def __post_init__(self) -> None:
         shape = self.tokens_BS.shape
@@ -55,15 +57,19 @@ class Batch:
             if tensor.dtype != dtype or tensor.shape != shape or len(shape) != 2:
                 found = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise DataError(
-                    f"batch.{name}: expected {dtype} of the [B, S] of tokens_BS {tuple(shape)}, found {found}"
+                    f"batch.{name}: expected {dtype} with the shape [B, S] of tokens_BS {tuple(shape)}, found {found}"
                 )
-        # Reading values would make an accelerator wait; what lies there has been checked on its way.
+        # On an accelerator, reading values would wait for the device. They were checked on the CPU before the copy.
         if self.tokens_BS.device.type == "cpu" and (self.labels_BS[self.documents_BS < 0] != IGNORE).any():
             raise DataError(f"batch.labels_BS: expected {IGNORE} on padding (documents_BS < 0), found labels")
 
     @classmethod
     def stack(cls, rows: Sequence[Row], first_number: int | None = None) -> "Batch":
-        """Rows of one length as a batch on the CPU; `first_number`: of the first row in the global order."""
+        """Return rows of equal length as a batch on the CPU.
+
+        Args:
+            first_number: the number of the first row in the global order of training. None: no `numbers_BS`.
+        """
         tensors = [torch.from_numpy(np.stack(columns)) for columns in zip(*rows, strict=True)]
         if first_number is not None:
             length = tensors[0].shape[1]
@@ -72,28 +78,26 @@ class Batch:
         return cls(*tensors)
 
     def part(self, pieces: Sequence[int], of: int) -> "Batch":
-        """Of every row cut into `of` equal pieces, those of the numbers `pieces`, one behind the other."""
+        """Split every row into `of` equal pieces and return those with the numbers `pieces`, concatenated."""
         if len(pieces) == of:
             return self
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(
-            **{
-                name: torch.cat([x.chunk(of, dim=1)[piece] for piece in pieces], dim=1)
-                for name, x in tensors.items()
-                if x is not None
-            }
-        )
+        return self._map(lambda tensor: torch.cat([tensor.chunk(of, dim=1)[piece] for piece in pieces], dim=1))
 
     def to(self, device: torch.device | str) -> "Batch":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: x.to(device, non_blocking=True) for name, x in tensors.items() if x is not None})
+        """Return a copy on `device`, as `torch.Tensor.to` does."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Return the batch in which `function` has been applied to every tensor."""
+        tensors = {name: getattr(self, name) for name in DTYPES}
+        return Batch(**{name: function(tensor) for name, tensor in tensors.items() if tensor is not None})
 
     @property
     def num_labels(self) -> int:
-        """Tokens that the cross-entropy is summed over."""
+        """The number of labels that are not `IGNORE`, over which the cross-entropy is summed."""
         return int((self.labels_BS != IGNORE).sum())
 
     @property
     def num_valid(self) -> int:
-        """Tokens that are not padding."""
+        """The number of tokens that are not padding."""
         return int((self.documents_BS >= 0).sum())

@@ -1,62 +1,70 @@
-"""Where text comes from and how it becomes tokens, mirrored name for name by `conf/data`.
+"""The configuration section `data`: where text comes from and how it becomes tokens. `conf/data` has the same names.
 
-A `ValueError` raised here starts with `<field>=<value>: expected ...`; the Hydra boundary puts the section before it.
+The message of a `ValueError` raised here starts with `<field>=<value>: expected ...`. The code that reads the
+configuration puts the section's name before it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from common.checks import expect
+from common.registry import Registry
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A corpus (`kind` and the keys of that kind), its tokenizer, its held-out part, and where the tokens are kept."""
+    """A corpus (`kind` and the keys of that kind), its tokenizer, its held-out part, and the cache of its tokens.
 
-    kind: Literal["embedded", "files", "hub", "sft"]
-    """`embedded`: text that every Python brings along; `files`: your own; `hub`: a Hugging Face dataset; `sft`: your
-    own conversations, of which only the answers are labels."""
+    The built-in kinds share this dataclass. A plugin that adds a kind can register a subclass with further keys
+    (`CORPUS_CONFIGS`).
+    """
+
+    kind: str
+    """`embedded`: text that every Python installation contains; `files`: local files; `hub`: a Hugging Face dataset;
+    `sft`: local conversations, in which only the answers are labels; or a kind that a plugin registers."""
     cache: str = ".cache/data"
     """Directory of the token stores."""
     vocab_size: int = 4096
-    """Of the tokenizer to train; ignored when `tokenizer` names one."""
+    """Size of the tokenizer that is trained on the corpus; ignored when `tokenizer` is given."""
     tokenizer: str | None = None
     """Path of a sentencepiece `.model`; `null`: train one on the corpus."""
     cross_documents: bool = False
-    """Attention and positions run across the documents packed into a row."""
+    """Let attention and positions cross the boundaries of the documents that are packed into a row."""
     heldout_fraction: float = 0.02
-    """Share of the documents, chosen by their hash, that is never trained on."""
+    """Fraction of the documents, chosen by their hash, that is never trained on."""
     heldout_max_bytes: int = 200_000
-    """Held-out text kept per domain; what is beyond goes to training."""
+    """Maximum bytes of held-out text per domain. Further documents are trained on."""
 
     code_bytes: int = 6_000_000
-    """`embedded`: source code of the standard library, at most."""
+    """`embedded`: maximum bytes of the standard library's source code."""
     prose_bytes: int = 2_000_000
-    """`embedded`: documentation and docstrings of the standard library, at most."""
+    """`embedded`: maximum bytes of the standard library's documentation and docstrings."""
     arithmetic_bytes: int = 2_000_000
-    """`embedded`: generated exercises."""
+    """`embedded`: maximum bytes of generated exercises."""
 
     paths: tuple[str, ...] = ()
-    """`files`: files or globs. `.jsonl` and `.parquet` (also `.jsonl.gz`) hold one document a row; the rest is text.
-    `sft`: `.jsonl` (or `.jsonl.gz`), one conversation a line."""
+    """`files`: files or globs. `.jsonl` (also `.jsonl.gz`) and `.parquet` contain one document per row; every other
+    file is text. `sft`: `.jsonl` or `.jsonl.gz`, one conversation per line."""
     text_key: str = "text"
     """`files`, `hub`: column of the text."""
     domain_key: str | None = None
     """`files`, `hub`, `sft`: column of the domain; `null`: the name of the file's folder, or of the dataset."""
 
     hub_path: str | None = None
-    """`hub`: name of a dataset, or a local directory laid out like one."""
+    """`hub`: name of a dataset, or a local directory with the same structure."""
     hub_name: str | None = None
-    """`hub`: its configuration, where it has several."""
+    """`hub`: name of the dataset's configuration, if it has several."""
     hub_split: str = "train"
     hub_revision: str | None = None
-    """`hub`: a commit or tag; name one, since the cached tokens are those of the revision first seen."""
+    """`hub`: a commit or tag. Without one, the cached tokens stay those of the revision that was read first."""
     max_documents: int | None = None
-    """`files`, `hub`, `sft`: stop after so many documents."""
+    """`files`, `hub`, `sft`: maximum number of documents to read."""
     messages_key: str = "messages"
-    """`sft`: the entry of a line that holds the messages (`data.corpora.chat`)."""
+    """`sft`: the key of a line's messages (`data.corpora.chat`)."""
 
     def __post_init__(self) -> None:
+        CORPUS_CONFIGS.check(self.kind)
         expect(bool(self.cache), "cache", repr(self.cache), "a directory")
         expect(self.vocab_size >= 300, "vocab_size", self.vocab_size, "an integer >= 300 (256 bytes and some pieces)")
         expect(0 < self.heldout_fraction < 1, "heldout_fraction", self.heldout_fraction, "a number between 0 and 1")
@@ -65,11 +73,23 @@ class DataConfig:
             expect(getattr(self, field) >= 0, field, getattr(self, field), "an integer >= 0 (0: leave that domain out)")
         if self.kind == "embedded":
             total = self.code_bytes + self.prose_bytes + self.arithmetic_bytes
-            expect(total > 0, "code_bytes", self.code_bytes, "at least one of the embedded domains to have bytes")
+            expect(total > 0, "code_bytes", self.code_bytes, "an integer > 0, or prose_bytes or arithmetic_bytes > 0")
         else:
             expect(bool(self.text_key), "text_key", repr(self.text_key), "the name of a column")
         expect(self.kind not in ("files", "sft") or bool(self.paths), "paths", self.paths, "at least one file or glob")
         expect(self.kind != "hub" or bool(self.hub_path), "hub_path", self.hub_path, "a dataset's name or directory")
-        expect(bool(self.messages_key), "messages_key", repr(self.messages_key), "the name of an entry")
+        expect(bool(self.messages_key), "messages_key", repr(self.messages_key), "the name of a key")
         limit = self.max_documents
         expect(limit is None or limit >= 1, "max_documents", limit, "an integer >= 1, or null")
+
+    @classmethod
+    def class_for(cls, raw: Mapping[str, Any]) -> "type[DataConfig]":
+        """Return the dataclass to build from the plain section `raw`: the one that is registered for its `kind`."""
+        kind = raw.get("kind")
+        return CORPUS_CONFIGS.get(kind, cls) if isinstance(kind, str) else cls
+
+
+CORPUS_CONFIGS: Registry[type[DataConfig]] = Registry("data.kind")
+"""The configuration dataclass of every kind of corpus; `data.corpora.corpus.CORPORA` has the code that opens it."""
+for _kind in ("embedded", "files", "hub", "sft"):
+    CORPUS_CONFIGS.add(_kind, DataConfig)

@@ -1,6 +1,6 @@
-"""Which rows come when: an order that depends on the seed alone, whatever the number of ranks.
+"""The order of the rows, which depends only on the seed and not on the number of ranks.
 
-Legend: A micro-batches of an optimizer step (accumulation), B rows of one of them on this rank, S sequence.
+Legend: A micro-batches of an optimizer step (accumulation), B rows of a micro-batch on this rank, S sequence length.
 """
 
 from collections.abc import Iterator
@@ -15,26 +15,34 @@ from data.tokens.split import TokenSplit
 
 
 def epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """The permutation of `range(num_rows)` of one epoch, int64."""
-    # NumPy promises the raw bits of a bit generator for all time, and not what Generator.permutation makes of them.
+    """Return the permutation of `range(num_rows)` for one epoch, int64 [num_rows]."""
+    # NumPy guarantees the raw bits of a bit generator across versions, but not the results of Generator.permutation.
     bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_rows)
     return np.argsort(bits, kind="stable")
 
 
 class Loader:
-    """This rank's share of the training rows, step by step; resumes exactly, also with other sizes.
+    """Returns the training rows of this rank, step by step.
 
-    An epoch is every row once, in an order of its own; the next follows without a gap, within a step if need be.
+    The global order of rows consists of one epoch after another. An epoch contains every row once, and each epoch has
+    its own permutation. A step can contain the end of one epoch and the start of the next.
+
+    A loader resumes exactly (`load_state_dict`). The number of ranks, `global_batch` and `accumulation` can then
+    differ from those of the saved loader.
 
     Args:
+        split: the rows, usually `Store.train`.
         seq_len: S.
-        global_batch: rows of an optimizer step, over all ranks and micro-batches.
-        accumulation: micro-batches of a step.
-        rank, world_size: of the data-parallel ranks.
-        seed: >= 0, chooses the order.
+        global_batch: rows per optimizer step, over all ranks and micro-batches.
+        accumulation: micro-batches per step.
+        rank: the index of this rank among the data-parallel ranks.
+        world_size: the number of data-parallel ranks.
+        seed: an integer >= 0 that chooses the order.
+        cross_documents: see `pack_row`.
 
     Raises:
-        DataError: sizes that do not divide, or text that fills no row.
+        DataError: `global_batch` is not a multiple of `accumulation` times `world_size`, the split has no row of this
+            length, or the seed is negative.
     """
 
     def __init__(
@@ -50,12 +58,14 @@ class Loader:
         cross_documents: bool,
     ) -> None:
         if global_batch < 1 or global_batch % (accumulation * world_size):
-            found = f"train.accumulation={accumulation} times {world_size} data-parallel ranks"
-            raise DataError(f"train.global_batch={global_batch}: expected a multiple of {found}")
+            raise DataError(
+                f"train.global_batch={global_batch}: expected a multiple of train.accumulation={accumulation} times "
+                f"{world_size} data-parallel ranks"
+            )
         if split.num_rows(seq_len) < 1:
             most = max(split.num_tokens - 1, 0)
             raise DataError(
-                f"train.seq_len={seq_len}: expected at most {most}, the {split.name} tokens that have a next"
+                f"train.seq_len={seq_len}: expected at most {most}, the {split.name} tokens that have a next token"
             )
         if seed < 0:
             raise DataError(f"run.seed={seed}: expected an integer >= 0")
@@ -73,10 +83,10 @@ class Loader:
         self._order = epoch_order(seed, 0, self._num_rows)
 
     def next_step(self) -> list[Batch]:
-        """The A micro-batches, each [B, S], of this rank for the next optimizer step.
+        """Return the A micro-batches, each [B, S], of this rank for the next optimizer step.
 
-        Micro-batch m is rows m*G/A ... (m+1)*G/A of the step's G = `global_batch` rows in the global order, and of
-        these the `rank`-th of `world_size` equal parts is this rank's.
+        A step takes the next G = `global_batch` rows of the global order. Micro-batch m contains rows m * G/A to
+        (m + 1) * G/A - 1 of them. It is divided into `world_size` equal parts, and this rank takes part `rank`.
         """
         per_rank = self.global_batch // self.accumulation // self.world_size
         batches = []
@@ -88,21 +98,24 @@ class Loader:
         return batches
 
     def _row(self, number: int) -> Row:
-        """Row `number` of the endless global order."""
+        """Return row `number` of the global order."""
         epoch, place = divmod(number, self._num_rows)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(self.seed, epoch, self._num_rows)
         return self.split.row(int(self._order[place]), self.seq_len, self.cross_documents)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able. `rows`: rows that all ranks together have consumed; the rest tells which order they are of."""
+        """Return the state as JSON values, the same on every rank.
+
+        `rows` is the number of rows that all ranks together have consumed. The other entries identify the global order.
+        """
         return {"rows": self._rows} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after `state`, saved by any rank of any layout.
+        """Continue after `state`, which any rank of any layout can have saved.
 
         Raises:
-            DataError: it is of another corpus, sequence length or seed: its rows would be others.
+            DataError: `state` belongs to another corpus, sequence length or seed, and so to another order of rows.
         """
         keys = {"corpus": "data", "seq_len": "train.seq_len", "seed": "run.seed"}
         for name, value in self._identity().items():
@@ -119,9 +132,18 @@ class Loader:
 def evaluation_batches(
     split: TokenSplit, *, seq_len: int, batch_rows: int, rank: int, world_size: int, cross_documents: bool
 ) -> Iterator[Batch]:
-    """Every row of `split` once over all ranks, in [`batch_rows`, S] batches, as many on each rank.
+    """Yield the rows of `split` that this rank evaluates, in batches of shape [`batch_rows`, S].
 
-    Where the rows run out, rows of padding alone (documents -1) stand in for them.
+    The ranks together get every row once, and every rank gets the same number of batches. After the last row, batches
+    are filled with rows of padding (document number -1).
+
+    Args:
+        split: the rows, usually `Store.heldout`.
+        seq_len: S.
+        batch_rows: rows per batch.
+        rank: the index of this rank among the data-parallel ranks.
+        world_size: the number of data-parallel ranks.
+        cross_documents: see `pack_row`.
     """
     num_rows = split.num_rows(seq_len)
     for start in range(0, num_rows, batch_rows * world_size):

@@ -1,6 +1,6 @@
-"""Rows cut out of one long stream of documents, with the marks that keep the documents apart.
+"""Rows from one long stream of documents, with positions and numbers that keep the documents apart.
 
-Legend: S sequence, T tokens of the stream that a row looks at (at most S + 1).
+Legend: S sequence length, T tokens of the stream that a row is made from (at most S + 1).
 """
 
 from typing import NamedTuple
@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 
 IGNORE = -100
-"""The label of a position that predicts nothing (what `torch.nn.functional.cross_entropy` leaves out)."""
+"""The label of a position that predicts nothing, as `torch.nn.functional.cross_entropy` ignores it by default."""
 
 
 class Row(NamedTuple):
-    """One packed row; the fields mean what they mean in `Batch`, whose order this is."""
+    """One packed row. The fields have the meaning, and the order, of the fields of `Batch`."""
 
     tokens_S: np.ndarray
     labels_S: np.ndarray
@@ -29,14 +29,14 @@ def pack_row(
     cross_documents: bool,
     supervised_T: np.ndarray | None = None,
 ) -> Row:
-    """A row of S = `seq_len` inputs and their labels from T consecutive tokens of the stream, padded where T <= S.
+    """Return the row of S = `seq_len` inputs and labels for T consecutive tokens of the stream, padded if T <= S.
 
     Args:
-        tokens_T: 1 <= T <= S + 1 tokens; number S is a label only.
-        starts: offsets into `tokens_T`, ascending, at which documents start; the first token's is not among them.
-        domain_ids: of the first token's document, then of those at `starts`.
-        cross_documents: attention, positions and labels run across documents, as if the row were one.
-        supervised_T: whether each token may be a label; None: all may.
+        tokens_T: 1 <= T <= S + 1 tokens. The token at index S is a label only.
+        starts: the indices in `tokens_T` at which documents start, ascending, without index 0.
+        domain_ids: the domain of the first token's document, then those of the documents at `starts`.
+        cross_documents: let attention, positions and labels cross documents, as if the row were one document.
+        supervised_T: whether each token may be a label. None: every token may.
     """
     inputs = min(len(tokens_T), seq_len)
     row = padding_row(seq_len)
@@ -54,19 +54,23 @@ def pack_row(
     else:
         row.documents_S[:inputs] = document_S
         row.positions_S[:inputs] = index_S - np.concatenate([[0], starts])[document_S]
-        row.labels_S[starts - 1] = IGNORE  # what follows there is another document
+        row.labels_S[starts - 1] = IGNORE  # The next token belongs to the next document.
     return row
 
 
 def whole_document_rows(starts: np.ndarray, num_tokens: int, seq_len: int) -> np.ndarray:
-    """Start and end (exclusive) in the stream of each row, [n, 2], such that a document that fits a row is in one.
+    """Divide the stream into rows of S = `seq_len` such that every document that fits a row is in one row.
 
-    A row takes documents in their order as long as all of their tokens fit, S = `seq_len` inputs and one last label.
-    A document that fits none begins a row of its own and is cut every S tokens; what is left of it begins the next.
+    A row has S inputs and one last label, S + 1 tokens. It takes as many of the next documents as fit completely. A
+    longer document starts a new row and is split every S tokens; the row with its last tokens can take further
+    documents.
 
     Args:
-        starts: of the documents in the stream, ascending, the first 0.
-        num_tokens: length of the stream.
+        starts: the indices in the stream at which documents start, ascending, the first 0.
+        num_tokens: the length of the stream.
+
+    Returns:
+        int64 [n, 2]: the start and the end (exclusive) in the stream of each of the n rows.
     """
     ends = np.append(starts[1:], num_tokens)
     rows = []
@@ -78,13 +82,13 @@ def whole_document_rows(starts: np.ndarray, num_tokens: int, seq_len: int) -> np
             rows.append((start, stop))
             start = stop
         else:
-            rows.append((start, start + seq_len + 1))  # the last token is a label here, and the next row's first input
+            rows.append((start, start + seq_len + 1))  # The last token is only a label; the next row starts with it.
             start += seq_len
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
 
 
 def padding_row(seq_len: int) -> Row:
-    """A row without a token."""
+    """Return a row of padding only."""
     return Row(
         tokens_S=np.zeros(seq_len, np.int64),
         labels_S=np.full(seq_len, IGNORE, np.int64),

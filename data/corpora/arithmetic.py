@@ -1,4 +1,4 @@
-"""Generated exercises: text of which the right continuation is known. The seed is fixed: always the same documents."""
+"""Generated exercises, whose correct continuation is known. The seed is fixed, so the documents are always the same."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ THINGS = (
 
 
 def _number(rng: random.Random) -> int:
-    """Up to four digits, each length as likely as the others."""
+    """Return a number of one to four digits; each length is equally likely."""
     return rng.randrange(10 ** rng.randint(1, 4))
 
 
@@ -89,7 +89,7 @@ KINDS: tuple[Callable[[random.Random], str], ...] = (
 
 
 def exercises() -> Iterator[str]:
-    """Documents without end: lines of one to three kinds of exercise, 8 to 40 of them."""
+    """Yield documents without end. Each has 8 to 40 lines, of one to three kinds of exercises."""
     rng = random.Random("arithmetic")
     while True:
         kinds = rng.sample(KINDS, rng.randint(1, 3))

@@ -1,7 +1,8 @@
-"""The default corpus: text that every Python machine has. Three domains and no download.
+"""The default corpus, which needs no download: text of the Python installation, and generated exercises.
 
-`code`: sources of the standard library without docstrings; `prose`: the language reference that `help()` shows, and
-the docstrings (all under the PSF licence); `arithmetic`: generated exercises. The text varies with the Python version.
+It has three domains. `code` is the standard library's source code without docstrings. `prose` is the language reference
+that `help()` shows, and the docstrings of the standard library (both under the PSF licence). `arithmetic` consists of
+generated exercises. The text depends on the Python version.
 """
 
 import ast
@@ -12,32 +13,33 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from data.corpora.arithmetic import exercises
 from data.corpora.document import Document
 
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
-"""Installed packages, tests, applications, and code tables that are mostly digits."""
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings"}
+"""Installed packages, tests, applications, and character tables, which are mostly digits."""
 SHORTEST_BYTES = 200
-"""Less than this teaches little beside the document's own start and end marks."""
+"""Shorter documents are left out: most of what they teach is where a document starts and ends."""
 LONGEST_BYTES = 100_000
-"""A longer file would fill the held-out part of its domain alone."""
+"""Longer source files are left out: a single one could fill the held-out part of its domain."""
 MACHINE_FILES = ("_sysconfigdata", "_sysconfig_vars")
-"""Written when Python was built: they differ between machines of one Python version."""
+"""Prefixes of files that are written when Python is built. They differ between machines with one Python version."""
 
 
+@dataclass
 class EmbeddedCorpus:
-    """`code_bytes`, `prose_bytes`, `arithmetic_bytes`: no domain exceeds its size; 0 leaves it out."""
+    """Source code, prose and exercises. The fields are the maximum sizes of the domains; 0 leaves a domain out."""
 
-    def __init__(self, code_bytes: int, prose_bytes: int, arithmetic_bytes: int) -> None:
-        self.code_bytes = code_bytes
-        self.prose_bytes = prose_bytes
-        self.arithmetic_bytes = arithmetic_bytes
+    code_bytes: int
+    prose_bytes: int
+    arithmetic_bytes: int
 
     def fingerprint(self) -> str:
-        """SHA-256 over the sizes asked for, the Python version that parses the sources, and the sources."""
+        """Return the SHA-256 of the sizes, of the Python version, and of all source files."""
         sizes = (self.code_bytes, self.prose_bytes, self.arithmetic_bytes)
         digest = hashlib.sha256(repr((sizes, sys.version_info[:3])).encode())
         if self.code_bytes or self.prose_bytes:
@@ -47,19 +49,20 @@ class EmbeddedCorpus:
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
+        """Yield the documents of one domain after the other."""
         yield from _within(self.code_bytes, self._code(), "code")
         yield from _within(self.prose_bytes, self._prose(), "prose")
         yield from _within(self.arithmetic_bytes, exercises(), "arithmetic")
 
     @cached_property
     def _sources(self) -> list[Path]:
-        """In the order of their names' hashes, so that a small size takes a sample and not the letter A."""
-        library, found = _library(), []
+        """The source files, sorted by the hash of their name, so that a small size gives a sample of all of them."""
+        library, sources = _library(), []
         for folder, folders, files in os.walk(library):
-            folders[:] = [name for name in folders if name not in LEFT_OUT and not name.startswith("config-")]
+            folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS and not name.startswith("config-")]
             names = [name for name in files if name.endswith(".py") and not name.startswith(MACHINE_FILES)]
-            found += [Path(folder, name) for name in names]
-        return sorted(found, key=lambda path: hashlib.sha256(path.relative_to(library).as_posix().encode()).digest())
+            sources += [Path(folder, name) for name in names]
+        return sorted(sources, key=lambda path: hashlib.sha256(path.relative_to(library).as_posix().encode()).digest())
 
     def _code(self) -> Iterator[str]:
         for path in self._sources:
@@ -84,7 +87,7 @@ def _library() -> Path:
 def _topics() -> list[str]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it apart
+    except ImportError:  # Some distributions put this module into a separate package.
         return []
     return [topics[name] for name in sorted(topics)]
 
@@ -92,12 +95,15 @@ def _topics() -> list[str]:
 def _parse(path: Path) -> tuple[str, ast.Module]:
     source = path.read_text(encoding="utf-8")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in the library's own strings
+        warnings.simplefilter("ignore")  # Some files of the library contain deprecated escape sequences.
         return source, ast.parse(source)
 
 
 def _within(limit: int, texts: Iterator[str], domain: str) -> Iterator[Document]:
-    """The texts of useful length, up to `limit` bytes; content with 95 % of it: the last small gap is a long search."""
+    """Yield the texts of at least `SHORTEST_BYTES` as documents, as long as they fit into `limit` bytes.
+
+    Stops when 95 % of `limit` is used, because most further texts would be read and found too long.
+    """
     room = limit
     while room > limit // 20 and (text := next(texts, None)) is not None:
         size = len(text.encode())
@@ -116,21 +122,28 @@ def _documented(tree: ast.Module) -> Iterator[Documented]:
 
 
 def without_docstrings(source: str, tree: ast.Module) -> str:
-    """`source` with each docstring replaced by `...`: else the prose held out would be read here in training."""
-    lines = source.encode().splitlines(keepends=True)  # ast counts columns in bytes
+    """Return `source` without docstrings.
+
+    `...` replaces a docstring that is the only statement of a body or shares a line with other code.
+    Docstrings are documents of the domain `prose`. Left in the code, held-out prose would be trained on.
+    """
+    lines = source.encode().splitlines(keepends=True)  # The column numbers of `ast` count bytes.
     for node in _documented(tree):
         docstring = node.body[0]
         assert docstring.end_lineno is not None and docstring.end_col_offset is not None
         first, last = docstring.lineno - 1, docstring.end_lineno - 1
         before, after = lines[first][: docstring.col_offset], lines[last][docstring.end_col_offset :]
-        alone = not before.strip() and not after.strip()
-        needless = alone and (len(node.body) > 1 or isinstance(node, ast.Module))
-        lines[first : last + 1] = [b"" if needless else before + b"..." + after] + [b""] * (last - first)
+        is_alone = not before.strip() and not after.strip()
+        is_removable = is_alone and (len(node.body) > 1 or isinstance(node, ast.Module))
+        lines[first : last + 1] = [b"" if is_removable else before + b"..." + after] + [b""] * (last - first)
     return b"".join(lines).decode().lstrip("\n")
 
 
 def docstrings(tree: ast.Module) -> str:
-    """All docstrings of a module in the order of the source, each below the name of what it describes."""
+    """Return all docstrings of a module in the order of the source, each after the name of its class or function.
+
+    Docstrings of classes and functions with fewer than 40 characters are left out.
+    """
     parts = []
     for node in sorted(_documented(tree), key=lambda node: getattr(node, "lineno", 0)):
         text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
@@ -142,9 +155,9 @@ def docstrings(tree: ast.Module) -> str:
 
 
 def without_repeats(text: str, seen: set[str]) -> str:
-    """`text` without the paragraphs already in `seen`, to which its own are added.
+    """Return `text` without the long paragraphs that are in `seen`, and add its paragraphs to `seen`.
 
-    The topics of `help()` quote each other by whole sections: what is held out would be read in training elsewhere.
+    The topics of `help()` repeat whole sections of each other. With repeats, held-out text would be trained on.
     """
     kept = []
     for paragraph in text.strip().split("\n\n"):

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.files import sha256_of
@@ -10,38 +11,42 @@ from data.corpora.document import Document
 from data.corpora.rows import Columns, documents_of, streamed_rows
 
 
+@dataclass
 class HubCorpus:
-    """`path`: a dataset's name on the hub, or a local directory laid out like one. One domain, or a column of them."""
+    """The rows of one split of a dataset."""
 
-    def __init__(
-        self,
-        path: str,
-        name: str | None,
-        split: str,
-        revision: str | None,
-        text_key: str,
-        domain_key: str | None,
-        max_documents: int | None,
-    ) -> None:
-        self.path = path
-        self.name = name
-        self.split = split
-        self.revision = revision
-        self.text_key = text_key
-        self.domain_key = domain_key
-        self.max_documents = max_documents
+    path: str
+    """The name of a dataset on the hub, or a local directory with the same structure."""
+    name: str | None
+    """The dataset's configuration, if it has several."""
+    split: str
+    revision: str | None
+    """A commit or tag."""
+    text_key: str
+    """The column of the text."""
+    domain_key: str | None
+    """The column of the domain. None: the dataset is one domain, named by the last part of `path`."""
+    max_documents: int | None
+    """The maximum number of documents to read."""
 
     def fingerprint(self) -> str:
-        """SHA-256 over what was asked for, and over the contents of a local directory.
+        """Return the SHA-256 of the fields, and of the files of a local directory.
 
-        What the hub holds is not looked at: a dataset that changes there under one revision keeps its cached tokens.
+        The content of a dataset on the hub is not part of it: if the dataset changes and `revision` does not, the
+        cached tokens are used.
         """
+        # The names of the fields are part of the fingerprint: with another name, cached tokens would not be found.
         digest = hashlib.sha256(repr(sorted(vars(self).items())).encode())
         for file in sorted(path for path in Path(self.path).rglob("*") if path.is_file()):
             digest.update(f"{file}\n{sha256_of(file)}".encode())
         return digest.hexdigest()
 
     def documents(self) -> Iterator[Document]:
+        """Yield one document per row.
+
+        Raises:
+            DataError: the dataset cannot be read, or does not have these columns.
+        """
         rows = streamed_rows(
             f"data.hub_path={self.path}: expected a dataset that can be read"
             f" with data.hub_name={self.name or 'null'} data.hub_split={self.split}",
@@ -51,5 +56,4 @@ class HubCorpus:
             revision=self.revision,
         )
         columns = Columns(self.text_key, self.domain_key, Path(self.path).name)
-        every = documents_of(rows, columns, self.path)
-        return itertools.islice(every, self.max_documents)
+        return itertools.islice(documents_of(rows, columns, self.path), self.max_documents)

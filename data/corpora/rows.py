@@ -1,4 +1,4 @@
-"""Rows of a table (JSON lines, parquet, the hub) as documents."""
+"""Rows of a table (JSON lines, parquet, a Hugging Face dataset) as documents."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,24 +11,30 @@ from data.corpora.document import Document
 
 
 class Columns(NamedTuple):
+    """The columns of a table that make a document."""
+
     text: str
     domain: str | None
-    """`None`: every row is of `default_domain`."""
+    """None: every row has `default_domain`."""
     default_domain: str
 
 
 def documents_of(rows: Iterable[Mapping[str, Any]], columns: Columns, source: str) -> Iterator[Document]:
-    """One document a row. `source` names the table in errors.
+    """Yield one document per row.
+
+    Args:
+        source: the name of the table in messages.
 
     Raises:
-        DataError: a row without these columns, or with text that is no string.
+        DataError: a row does not have these columns, or its text is not a string.
     """
     for number, row in enumerate(rows, start=1):
         text = row.get(columns.text)
         if not isinstance(text, str):
             found = f"found {type(text).__name__}" if columns.text in row else f"columns are {', '.join(row) or 'none'}"
-            complaint = f"expected a column of strings in {source}, row {number} ({found})"
-            raise DataError(f"data.text_key={columns.text}: {complaint}")
+            raise DataError(
+                f"data.text_key={columns.text}: expected a column of strings in {source}, row {number} ({found})"
+            )
         if columns.domain is None:
             yield Document(text, columns.default_domain)
         elif row.get(columns.domain) in (None, ""):
@@ -38,19 +44,19 @@ def documents_of(rows: Iterable[Mapping[str, Any]], columns: Columns, source: st
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet file, streamed.
+    """Yield the rows of a parquet file without loading it as a whole.
 
     Raises:
-        DataError: not a parquet file, or a damaged one.
+        DataError: the file is not a parquet file, or is damaged.
     """
     return streamed_rows(f"data.paths={path}: expected a parquet file", "parquet", data_files=str(path), split="train")
 
 
-def streamed_rows(complaint: str, *what: str | None, **how: Any) -> Iterator[dict[str, Any]]:
-    """Rows of `datasets.load_dataset(*what, **how, streaming=True)`.
+def streamed_rows(message: str, *args: str | None, **kwargs: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `datasets.load_dataset(*args, **kwargs, streaming=True)`.
 
     Raises:
-        DataError: `complaint` and the first line of whatever went wrong there.
+        DataError: the dataset cannot be read; `message`, followed by the first line of the library's error.
     """
     import datasets
     import huggingface_hub
@@ -59,7 +65,7 @@ def streamed_rows(complaint: str, *what: str | None, **how: Any) -> Iterator[dic
     datasets.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity(logging.ERROR)
     try:
-        # The consumer's own errors do not pass through here: it does not throw into this generator.
-        yield from datasets.load_dataset(*what, **how, streaming=True)
-    except Exception as error:  # the library raises what its many readers and transports raise
-        raise DataError(f"{complaint} ({first_line(error)})") from error
+        # An error in the code that consumes these rows is not raised inside this generator, and so not caught here.
+        yield from datasets.load_dataset(*args, **kwargs, streaming=True)
+    except Exception as error:  # The library's readers and transports raise many types of errors.
+        raise DataError(f"{message} ({first_line(error)})") from error

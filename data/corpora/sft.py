@@ -5,22 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
-from data.corpora.chat import TEMPLATE, render
+from data.corpora.chat import TEMPLATE, conversation_segments
 from data.corpora.document import Document
-from data.corpora.files import fingerprint_of, folder, is_jsonl, json_lines, matching_files, open_text
+from data.corpora.files import fingerprint_of, folder_name, is_jsonl, json_lines, matching_files, open_text
 
 
 class SftCorpus:
-    """One conversation a line: `{"messages": [{"role": "user", "content": "..."}, ...]}`, a document each.
+    """Conversations, one per line: `{"messages": [{"role": "user", "content": "..."}, ...]}`.
 
     Args:
         paths: files or globs, `.jsonl` or `.jsonl.gz`.
-        messages_key: the entry of a line that holds the messages.
-        domain_key: the entry that names the domain; None: the folder that the file lies in.
-        max_documents: stop after so many.
+        messages_key: the key of a line's messages.
+        domain_key: the key of a line's domain. None: the domain is the name of the file's folder.
+        max_documents: the maximum number of conversations to read.
 
     Raises:
-        DataError: a file that is not there, is empty, or is of another kind.
+        DataError: a file does not exist, is empty, or has another suffix.
     """
 
     def __init__(
@@ -35,30 +35,31 @@ class SftCorpus:
         self.max_documents = max_documents
 
     def fingerprint(self) -> str:
+        """Return the SHA-256 of the files, of the keys that choose what is read, and of the chat template's version."""
         keys = ("sft", TEMPLATE, self.messages_key, self.domain_key, self.max_documents)
         return fingerprint_of(self.files, keys)
 
     def documents(self) -> Iterator[Document]:
-        """Every line; one that is no conversation ends it all, named by file and line.
+        """Yield one document per line that is not blank. No invalid line is skipped.
 
         Raises:
-            DataError: such a line, or a file that cannot be read.
+            DataError: a line is not a conversation, or a file cannot be read. The message names the file and the line.
         """
-        every = itertools.chain.from_iterable(map(self._conversations, self.files))
-        return itertools.islice(every, self.max_documents)
+        conversations = itertools.chain.from_iterable(map(self._conversations, self.files))
+        return itertools.islice(conversations, self.max_documents)
 
     def _conversations(self, path: Path) -> Iterator[Document]:
         with open_text(path) as file:
             for number, line in json_lines(file, path):
                 where = f"data.paths={path}: line {number}"
                 if self.messages_key not in line:
-                    entries = ", ".join(line) or "none"
-                    raise DataError(f"{where}: expected data.messages_key={self.messages_key} in it, found {entries}")
+                    keys = ", ".join(line) or "none"
+                    raise DataError(f"{where}: expected data.messages_key={self.messages_key} in it, found {keys}")
                 try:
-                    segments = render(line[self.messages_key])
+                    segments = conversation_segments(line[self.messages_key])
                 except DataError as error:
                     raise DataError(f"{where}: {error}") from error
-                domain = folder(path) if self.domain_key is None else line.get(self.domain_key)
+                domain = folder_name(path) if self.domain_key is None else line.get(self.domain_key)
                 if domain in (None, ""):
                     raise DataError(f"{where}: expected a value of data.domain_key={self.domain_key}, found none")
                 turns = tuple(len(segment.text) for segment in segments)

@@ -1,4 +1,4 @@
-"""Text to a store of tokens on disk: ingest, tokenizer, shards, manifest.
+"""Builds a token store: the spooled text, the tokenizer, the token shards, the manifest.
 
 Legend: T tokens of a document.
 """
@@ -17,53 +17,55 @@ import numpy as np
 
 from common.errors import DataError
 from common.files import fsync, sha256_of
+from common.text import show_value
 from data.config import DataConfig
-from data.corpora.chat import Segment, cut, encode
+from data.corpora.chat import Segment, encode, split_segments
 from data.corpora.document import Corpus
-from data.tokens.ingest import Ingest, Ingested
+from data.tokens.spool import CorpusSpool, SpooledDocument
 from data.tokens.tokenizer import Tokenizer, sentences, train_tokenizer, without_normalization
 
 FORMAT = 1
-"""Part of the store's key: raised whenever the same configuration would give other files."""
+"""Part of the store's key. Raise it when a change gives the same configuration other files."""
 SHARD_TOKENS = 2**27
 SAMPLE_BYTES = 4_000_000
-"""Text that the tokenizer is trained on, spread evenly over the training documents."""
+"""Bytes of text that the tokenizer is trained on, spread evenly over the training documents."""
 TOKENIZER_FILE = "tokenizer.model"
-ANSWERS = "-answers.npy"
-"""Behind a split's name: [n, 2] start and end, in its stream of tokens, of each answer with its </s>."""
+ANSWERS_SUFFIX = "-answers.npy"
+"""`<split>-answers.npy` contains, for each of n answers with its </s>, the start and the end (exclusive) in the split's
+token stream: int64 [n, 2]."""
 
 
 def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, report: Callable[[str], None]) -> None:
-    """Write the store of `corpus` into the empty `directory`; all of it is on the disk (fsync) at the return.
+    """Write the token store of `corpus` into the empty `directory`. On return, all files are on the disk (fsync).
+
+    `report` is called with a line at the start of each stage. `key` is written to the manifest.
 
     Raises:
-        DataError: text that cannot be used, or too little of it for what `config` asks.
+        DataError: text cannot be used, or there is too little of it for this configuration.
     """
     report("reading the corpus")
-    spool = directory / "text.tmp"
-    text = Ingest(corpus, spool, config)
+    spool = CorpusSpool(corpus, directory / "text.tmp", config)
     tokenizer_file = directory / TOKENIZER_FILE
     if config.tokenizer is None:
         report(f"training a tokenizer of {config.vocab_size} tokens")
-        tokenizer_file.write_bytes(train_tokenizer(_sample(text), config.vocab_size))
+        tokenizer_file.write_bytes(train_tokenizer(_sample(spool), config.vocab_size))
     else:
         tokenizer_file.write_bytes(without_normalization(config.tokenizer))
     tokenizer = Tokenizer(tokenizer_file)
 
-    report(f"tokenizing {text.train_bytes / 1e6:.1f} MB")
-    named = config.tokenizer or "null"
-    encoder = _Encoder(tokenizer, named)
+    report(f"tokenizing {spool.train_bytes / 1e6:.1f} MB")
+    encoder = _Encoder(tokenizer, show_value(config.tokenizer))
     splits = {
-        "train": _write_split(directory, "train", encoder, text.train(), text.domains),
-        "heldout": _write_split(directory, "heldout", encoder, text.heldout(), text.domains, keep_text=True),
+        "train": _write_split(directory, "train", encoder, spool.train(), spool.domains),
+        "heldout": _write_split(directory, "heldout", encoder, spool.heldout(), spool.domains, keep_text=True),
     }
-    spool.unlink()
+    spool.path.unlink()
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "key": key,
         "dtype": encoder.dtype.name,
         "vocab_size": tokenizer.vocab_size,
-        "domains": text.domains,
+        "domains": spool.domains,
         "splits": splits,
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(directory.iterdir())
@@ -76,42 +78,53 @@ def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, r
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:
-    """SHA-256 over all of `manifest` but the entry that holds it."""
+    """Return the SHA-256 of `manifest` without its entry `sha256`."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _sample(text: Ingest) -> Iterator[str]:
+def _sample(spool: CorpusSpool) -> Iterator[str]:
+    """Yield parts of the training text, spread evenly over it, of about `SAMPLE_BYTES` in total."""
     seen = taken = 0
-    for document in text.train():
+    for document in spool.train():
         for piece in sentences(document.text):
             size = len(piece.encode())
             seen += size
-            if taken * text.train_bytes <= seen * SAMPLE_BYTES:
+            if taken * spool.train_bytes <= seen * SAMPLE_BYTES:
                 taken += size
                 yield piece
 
 
 class _Encoder:
-    """Documents to ids with their marks, checked to stand for exactly the bytes of the text."""
+    """Encodes documents with <s> and </s>, and checks that the ids represent exactly the bytes of the text.
 
-    def __init__(self, tokenizer: Tokenizer, named: str) -> None:
+    Args:
+        shown_tokenizer: the value of `data.tokenizer`, for messages.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, shown_tokenizer: str) -> None:
         self.tokenizer = tokenizer
-        self.named = named
+        self.shown_tokenizer = shown_tokenizer
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32).newbyteorder("<")
         self._bytes_V = tokenizer.token_bytes()
 
-    def __call__(self, document: Ingested, round_trip: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [T], and [T] whether each is a label (all are in a plain text, <s> aside)."""
-        segments = cut(document.text, document.turns) if document.turns else [Segment(document.text, supervised=True)]
-        ids, supervised = encode(segments, self.tokenizer)
+    def __call__(self, document: SpooledDocument, round_trip: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids [T], and bool [T], whether each id is a label. In a plain text, all except <s> are labels.
+
+        Args:
+            round_trip: check also that decoding the ids gives the text.
+
+        Raises:
+            DataError: the ids do not represent the text.
+        """
+        ids, supervised = encode(_segments(document), self.tokenizer)
         ids_T = np.array(ids, dtype=self.dtype)
-        exact = int(self._bytes_V[ids_T].sum()) == document.size
-        if not exact or (round_trip and self.tokenizer.decode(ids) != document.text):
+        same_size = int(self._bytes_V[ids_T].sum()) == document.size
+        if not same_size or (round_trip and self.tokenizer.decode(ids) != document.text):
             start = document.text[:40].encode("unicode_escape").decode()
             raise DataError(
-                f"data.tokenizer={self.named}: expected a model that keeps text as it is (identity normalization,"
-                f" byte_fallback), found a change in the document that starts with '{start}'"
+                f"data.tokenizer={self.shown_tokenizer}: expected a model that keeps text as it is (identity "
+                f"normalization, byte_fallback), found a change in the document that starts with '{start}'"
             )
         return ids_T, np.array(supervised)
 
@@ -120,60 +133,84 @@ def _write_split(
     directory: Path,
     name: str,
     encoder: _Encoder,
-    documents: Iterator[Ingested],
+    documents: Iterator[SpooledDocument],
     domains: list[str],
     keep_text: bool = False,
 ) -> dict[str, Any]:
-    """Write shards and index of one split; its part of the manifest. `keep_text`: with baselines of each domain.
+    """Write the shards and the index files of one split, and return its entry in the manifest.
 
-    Of conversations, `<name>-answers.npy` tells which tokens are labels, and baselines are those of the answers alone.
+    For conversations, `<name>-answers.npy` says which tokens are labels.
+
+    Args:
+        keep_text: compute the baselines of each domain. For conversations, they are baselines of the answers only.
     """
     writer = _ShardWriter(directory, name)
     starts, domain_ids, answers = array("q"), bytearray(), array("q")
-    counts: list[Counter[str]] = [Counter() for _ in domains]
-    digests = [hashlib.sha256() for _ in domains]
-    texts = [bytearray() for _ in domains]
+    totals = [_DomainTotals() for _ in domains]
     for document in documents:
         ids_T, supervised_T = encoder(document, round_trip=keep_text)
         if document.turns:
             answers.extend((_runs(supervised_T) + writer.tokens).flatten().tolist())
         starts.append(writer.tokens)
-        domain_ids.append(document.domain)
+        domain_ids.append(document.domain_id)
         writer.write(ids_T)
-        counts[document.domain].update(documents=1, bytes=document.size, tokens=len(ids_T))
-        content = document.text.encode()
-        digests[document.domain].update(content)
-        if keep_text:
-            texts[document.domain] += _said(document).encode()
+        totals[document.domain_id].add(document, len(ids_T), keep_text)
     writer.close()
     np.save(directory / f"{name}-starts.npy", np.frombuffer(starts, dtype=np.int64))
     np.save(directory / f"{name}-domains.npy", np.frombuffer(domain_ids, dtype=np.uint8))
     if answers:
-        np.save(directory / f"{name}{ANSWERS}", np.frombuffer(answers, dtype=np.int64).reshape(-1, 2))
+        np.save(directory / f"{name}{ANSWERS_SUFFIX}", np.frombuffer(answers, dtype=np.int64).reshape(-1, 2))
     per_domain: dict[str, dict[str, Any]] = {}
-    for domain, count, digest, text in zip(domains, counts, digests, texts, strict=True):
-        per_domain[domain] = {key: count[key] for key in ("documents", "bytes", "tokens")}
-        per_domain[domain] |= {"sha256": digest.hexdigest()}
+    for domain, total in zip(domains, totals, strict=True):
+        per_domain[domain] = {**total.counts, "sha256": total.digest.hexdigest()}
         if keep_text:
-            per_domain[domain] |= ({"label_bytes": len(text)} if answers else {}) | baselines(bytes(text))
+            text = bytes(total.evaluated_text)
+            per_domain[domain] |= ({"label_bytes": len(text)} if answers else {}) | baselines(text)
     return {"tokens": writer.tokens, "max_token": writer.max_token, "shards": writer.shards, "domains": per_domain}
 
 
 def _runs(supervised_T: np.ndarray) -> np.ndarray:
-    """[n, 2]: start and end (exclusive) of each run of true values."""
-    edges = np.flatnonzero(np.diff(supervised_T.astype(np.int8), prepend=0, append=0))
-    return edges.reshape(-1, 2)
+    """Return the start and the end (exclusive) of each run of true values, int64 [n, 2]."""
+    return np.flatnonzero(np.diff(supervised_T.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
 
 
-def _said(document: Ingested) -> str:
-    """The text that is evaluated: all of a plain one, the answers of a conversation."""
+def _segments(document: SpooledDocument) -> list[Segment]:
+    """Return the segments of a conversation. A plain text is one segment, of which every token is a label."""
     if not document.turns:
-        return document.text
-    return "".join(segment.text for segment in cut(document.text, document.turns) if segment.supervised)
+        return [Segment(document.text, supervised=True)]
+    return split_segments(document.text, document.turns)
+
+
+def _evaluated_text(document: SpooledDocument) -> str:
+    """Return the text whose tokens are labels: all of a plain text, the answers of a conversation."""
+    return "".join(segment.text for segment in _segments(document) if segment.supervised)
+
+
+class _DomainTotals:
+    """Adds up the documents of one domain of a split."""
+
+    def __init__(self) -> None:
+        self.counts = Counter(documents=0, bytes=0, tokens=0)
+        self.digest = hashlib.sha256()
+        self.evaluated_text = bytearray()
+
+    def add(self, document: SpooledDocument, num_tokens: int, keep_text: bool) -> None:
+        self.counts.update(documents=1, bytes=document.size, tokens=num_tokens)
+        self.digest.update(document.text.encode())
+        if keep_text:
+            self.evaluated_text += _evaluated_text(document).encode()
 
 
 class _ShardWriter:
-    """Appends tokens to `<name>-00000.bin` and on, each of `SHARD_TOKENS`; a document may span two."""
+    """Appends tokens to the files `<name>-00000.bin`, `<name>-00001.bin` and so on, each of `SHARD_TOKENS` tokens.
+
+    The tokens of a document can be in several files.
+
+    Attributes:
+        shards: names of the files.
+        tokens: number of tokens written.
+        max_token: largest token id written.
+    """
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory = directory
@@ -204,7 +241,10 @@ class _ShardWriter:
 
 
 def baselines(text: bytes) -> dict[str, float | None]:
-    """Bits per byte that need no training: `gzip -9`, and the entropy of the byte histogram. `None` without text."""
+    """Return the bits per byte of two methods without training: `gzip -9`, and the entropy of the byte histogram.
+
+    Both are None if `text` is empty.
+    """
     if not text:
         return {"gzip_bits_per_byte": None, "unigram_bits_per_byte": None}
     shares = [count / len(text) for count in Counter(text).values()]

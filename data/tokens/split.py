@@ -1,6 +1,6 @@
-"""One side of a token store, train or held-out, as rows.
+"""The rows of one split of a token store: training or held-out.
 
-Legend: S sequence, T tokens of a slice of the stream.
+Legend: S sequence length, T tokens of a slice of the stream.
 """
 
 from pathlib import Path
@@ -10,17 +10,23 @@ import numpy as np
 
 from common.errors import DataError
 from data.packing import Row, pack_row, whole_document_rows
-from data.tokens.build import ANSWERS
+from data.tokens.build import ANSWERS_SUFFIX
 
 
 class TokenSplit:
-    """The documents of one split as one stream of tokens, <s> document </s> <s> ..., that rows are cut from.
+    """The documents of one split as a stream of tokens, <s> document </s> <s> document </s> ..., divided into rows.
 
-    Row i of length S has the tokens i*S ... i*S + S: S inputs and, one further, S labels. `keep_last_row`: what is
-    left at the end becomes a padded row (held-out: every token is a label once, <s> aside); else it is dropped.
+    Row i of length S is made from the S + 1 tokens i * S to i * S + S: the first S are inputs, the last S are labels.
 
-    Conversations are not cut where a row ends, so that no answer is asked for without its question: a row has whole
-    documents and padding (`whole_document_rows`), and only answers are labels.
+    In a split of conversations, a row does not end within a conversation that fits a row, so that no answer is
+    separated from its question. Rows contain whole documents and padding (`whole_document_rows`), and only answers are
+    labels.
+
+    Args:
+        directory: the directory of the store.
+        manifest: the store's manifest.
+        name: `train` or `heldout`.
+        keep_last_row: return the last, incomplete row too, padded. Every token except <s> is then a label once.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], name: str, *, keep_last_row: bool = False) -> None:
@@ -35,12 +41,16 @@ class TokenSplit:
         self._starts = np.load(directory / f"{name}-starts.npy", mmap_mode="r", allow_pickle=False)
         self._domain_ids = np.load(directory / f"{name}-domains.npy", mmap_mode="r", allow_pickle=False)
         self._answers: np.ndarray | None = None
-        if f"{name}{ANSWERS}" in manifest["files"]:
-            self._answers = np.load(directory / f"{name}{ANSWERS}", mmap_mode="r", allow_pickle=False)
-        self._bounds: dict[int, np.ndarray] = {}
+        if f"{name}{ANSWERS_SUFFIX}" in manifest["files"]:
+            self._answers = np.load(directory / f"{name}{ANSWERS_SUFFIX}", mmap_mode="r", allow_pickle=False)
+        self._row_bounds: dict[int, np.ndarray] = {}
 
     def check_vocab(self, vocab_size: int) -> None:
-        """Raises: DataError: a token id outside of the vocabulary of `vocab_size`."""
+        """Read all tokens and compare them with the size of the vocabulary.
+
+        Raises:
+            DataError: a token id is not below `vocab_size`.
+        """
         for shard in self._shards:
             highest = max((int(shard[i : i + 2**24].max()) for i in range(0, len(shard), 2**24)), default=0)
             if highest >= vocab_size:
@@ -48,14 +58,14 @@ class TokenSplit:
                 raise DataError(f"{file}: expected token ids below vocab_size {vocab_size}, found {highest}")
 
     def num_rows(self, seq_len: int) -> int:
-        """Rows of S = `seq_len`; the last token of the stream can only be a label."""
+        """Return the number of rows of S = `seq_len`. The last token of the stream can only be a label."""
         if self._answers is not None:
             return len(self._whole_rows(seq_len))
         pairs = max(self.num_tokens - 1, 0)
         return -(-pairs // seq_len) if self.keep_last_row else pairs // seq_len
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` ... `stop` - 1 of the stream, [T]."""
+        """Return the tokens `start` to `stop` - 1 of the stream, [T]."""
         first = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
         parts = []
         while start < stop:
@@ -66,7 +76,7 @@ class TokenSplit:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def row(self, i: int, seq_len: int, cross_documents: bool = False) -> Row:
-        """Row `i`, 0 <= i < `num_rows(seq_len)`; `cross_documents`: see `pack_row`."""
+        """Return row `i`, 0 <= i < `num_rows(seq_len)`. For `cross_documents`, see `pack_row`."""
         start, stop = i * seq_len, min((i + 1) * seq_len + 1, self.num_tokens)
         if self._answers is not None:
             start, stop = map(int, self._whole_rows(seq_len)[i])
@@ -78,13 +88,13 @@ class TokenSplit:
         return pack_row(tokens_T, starts, domain_ids, seq_len, cross_documents, supervised_T)
 
     def _whole_rows(self, seq_len: int) -> np.ndarray:
-        if seq_len not in self._bounds:
-            self._bounds[seq_len] = whole_document_rows(self._starts, self.num_tokens, seq_len)
-        return self._bounds[seq_len]
+        if seq_len not in self._row_bounds:
+            self._row_bounds[seq_len] = whole_document_rows(self._starts, self.num_tokens, seq_len)
+        return self._row_bounds[seq_len]
 
     @staticmethod
     def _supervised(answers: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Whether each of the tokens `start` ... `stop` - 1 belongs to an answer, [T]."""
+        """Return whether each of the tokens `start` to `stop` - 1 belongs to an answer, bool [T]."""
         supervised_T = np.zeros(stop - start, dtype=bool)
         first = np.searchsorted(answers[:, 1], start, side="right")
         last = np.searchsorted(answers[:, 0], stop)

@@ -1,4 +1,4 @@
-"""Tokens on disk: written once, opened by every process of a run, memory-mapped, verified."""
+"""Token stores: built once per configuration, then verified and memory-mapped by every process of a run."""
 
 import hashlib
 import json
@@ -18,14 +18,16 @@ from data.tokens.tokenizer import Tokenizer, without_normalization
 
 
 def prepare(config: DataConfig, *, verify: bool = True, report: Callable[[str], None] | None = None) -> "Store":
-    """Open the store of `config`, or build it first: in one process, while others that call this wait.
+    """Open the token store of `config`, and build it first if it does not exist.
+
+    If several processes call this at the same time, one of them builds the store while the others wait.
 
     Args:
-        verify: read all files and compare their checksums; else only their sizes.
-        report: is told what is being done, when there is something to do.
+        verify: read all files and compare their checksums. Otherwise only the sizes are compared.
+        report: called with a line at the start of each stage of building.
 
     Raises:
-        DataError: text that cannot be read or used, a cache that cannot be written, a damaged store.
+        DataError: text cannot be read or used, the cache cannot be written, or the store is damaged.
     """
     from filelock import FileLock
 
@@ -38,7 +40,7 @@ def prepare(config: DataConfig, *, verify: bool = True, report: Callable[[str], 
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / f".{directory.name}.lock"):
                 if not directory.exists():
-                    temporary = cache / f".{directory.name}.tmp"  # debris of a builder that was killed may lie there
+                    temporary = cache / f".{directory.name}.tmp"  # A process that was killed can have left it behind.
                     shutil.rmtree(temporary, ignore_errors=True)
                     temporary.mkdir()
                     try:
@@ -56,7 +58,14 @@ def prepare(config: DataConfig, *, verify: bool = True, report: Callable[[str], 
 
 
 def store_key(config: DataConfig, fingerprint: str) -> str:
-    """SHA-256 over all that decides the tokens: a store found under it is the store that would be built."""
+    """Return the SHA-256 of everything that the files of a store depend on.
+
+    Args:
+        fingerprint: the corpus's fingerprint.
+
+    Raises:
+        DataError: `config.tokenizer` is not a sentencepiece model.
+    """
     if config.tokenizer is None:
         tokenizer = f"train {config.vocab_size}"
     else:
@@ -66,23 +75,32 @@ def store_key(config: DataConfig, fingerprint: str) -> str:
 
 
 class Store:
-    """A tokenized corpus in two splits, and the tokenizer that made it.
+    """An opened token store: the two splits of a corpus, and the tokenizer.
+
+    Args:
+        directory: the directory of the store.
+        verify: read all files and compare their checksums. Otherwise only the sizes are compared.
+
+    Attributes:
+        domains: the names of the domains; `Batch.domains_BS` contains indices into them.
+        train: the rows to train on.
+        heldout: the rows that are never trained on.
 
     Raises:
-        DataError: a file that is missing, cut, or (with `verify`) not the one that was written.
+        DataError: a file is missing or has another size or, with `verify`, another content than when it was written.
     """
 
     def __init__(self, directory: str | Path, *, verify: bool = True) -> None:
         self.directory = Path(directory)
         self.manifest: dict[str, Any] = self._read_manifest()
-        for name, written in self.manifest["files"].items():
+        for name, entry in self.manifest["files"].items():
             path = self.directory / name
             if not path.is_file():
                 raise self._damaged(path, "a file", "none")
-            if path.stat().st_size != written["bytes"]:
-                raise self._damaged(path, f"{written['bytes']} bytes", str(path.stat().st_size))
-            if verify and (found := sha256_of(path)) != written["sha256"]:
-                raise self._damaged(path, f"sha256 {written['sha256']}", found)
+            if path.stat().st_size != entry["bytes"]:
+                raise self._damaged(path, f"{entry['bytes']} bytes", str(path.stat().st_size))
+            if verify and (found := sha256_of(path)) != entry["sha256"]:
+                raise self._damaged(path, f"sha256 {entry['sha256']}", found)
         self.domains: tuple[str, ...] = tuple(self.manifest["domains"])
         self.tokenizer = Tokenizer(self.directory / TOKENIZER_FILE)
         self.train = TokenSplit(self.directory, self.manifest, "train")
@@ -110,9 +128,9 @@ class Store:
         return DataError(f"{path}: expected {expected}, found {found}; delete {self.directory} to build it again")
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row a domain: documents, bytes and tokens of both splits, a hash of the text, the held-out baselines.
+        """Return one row per domain: documents, bytes and tokens of both splits, a hash of the text, the baselines.
 
-        `heldout_bytes`, like the baselines, counts what is evaluated: of conversations, the answers.
+        `heldout_bytes` and the baselines cover the evaluated text: for conversations, the answers only.
         """
         rows = []
         for domain in self.domains:

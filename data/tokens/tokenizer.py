@@ -1,6 +1,6 @@
-"""Text to token ids and back, without loss: sentencepiece BPE (arXiv 1808.06226) with bytes for what is rare.
+"""Text to token ids and back without loss: sentencepiece BPE (arXiv 1808.06226), with byte tokens for rare characters.
 
-Legend: V vocabulary.
+Legend: V vocabulary size.
 """
 
 import io
@@ -14,16 +14,21 @@ import numpy as np
 from common.errors import DataError
 
 SPACE = "\u2581"
-"""How sentencepiece writes a space inside a piece."""
+"""The character by which sentencepiece represents a space in a piece."""
 SENTENCE_CHARS = 2_048
-"""Training reads text in pieces of whole lines of about this length, so that pieces with line ends are learned too."""
+"""Approximate length of the sentences for training. They consist of several lines, so that pieces with line ends are
+learned too."""
 
 
 class Tokenizer:
-    """A sentencepiece model file whose encoding keeps every character: `decode(encode(text)) == text`.
+    """A sentencepiece model that encodes every text without loss: `decode(encode(text)) == text`.
+
+    Attributes:
+        bos_id: token id of <s>.
+        eos_id: token id of </s>.
 
     Raises:
-        DataError: not a sentencepiece model, or one that cannot keep text as it is.
+        DataError: the file is not a sentencepiece model, or the model has no byte tokens, no <s> or no </s>.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -41,7 +46,7 @@ class Tokenizer:
         byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if min(self.bos_id, self.eos_id) < 0 or not all(map(self._model.is_byte, byte_ids)):
             raise DataError(f"data.tokenizer={path}: expected a model with byte_fallback and ids for <s> and </s>")
-        self._space_mark_ids = [byte_ids[byte] for byte in SPACE.encode()]
+        self._literal_space_ids = [byte_ids[byte] for byte in SPACE.encode()]
 
     def _bytes_of(self, token_id: int) -> int:
         model = self._model
@@ -52,29 +57,31 @@ class Tokenizer:
         return len(model.id_to_piece(token_id).replace(SPACE, " ").encode())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without marks of beginning and end."""
+        """Return the token ids of `text`, without <s> and </s>."""
         ids: list[int] = []
         for i, part in enumerate(text.split(SPACE)):
-            # A literal mark in the text would come back as a space: it goes byte by byte.
-            ids += (self._space_mark_ids if i else []) + self._model.encode(part)
+            # sentencepiece would decode a literal `SPACE` in the text as a space. It is encoded as three byte tokens.
+            ids += (self._literal_space_ids if i else []) + self._model.encode(part)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; ids that stand for no text (marks, or beyond the vocabulary) are left out."""
-        kept = [i for i in map(int, ids) if 0 <= i < self.vocab_size and self._bytes_V[i]]
-        text: str = self._model.decode(kept)
+        """Return the text of `ids`. Ids without text (<s>, </s>, or outside of the vocabulary) are left out."""
+        text: str = self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and self._bytes_V[i]])
         return text
 
     def token_bytes(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, int32 [V]; 0 for marks. Over a document's ids they sum to its length."""
+        """Return the number of UTF-8 bytes of each id, int32 [V]; 0 for <s> and </s>.
+
+        The sum over the ids of a text is the number of its bytes.
+        """
         return self._bytes_V.copy()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """The sentencepiece model (a file's content) trained on `texts`; the same texts give the same bytes.
+    """Train a sentencepiece model on `texts` and return the content of its file. The same texts give the same bytes.
 
     Raises:
-        DataError: the texts are too few for `vocab_size`.
+        DataError: the texts have too few pieces, or too many different characters, for `vocab_size`.
     """
     import sentencepiece
 
@@ -89,22 +96,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # Indentation is most of what code is: runs of spaces as pieces give 2.9 bytes per token there, not 1.9.
+            # Pieces of several spaces make indentation short: 2.9 bytes per token of source code instead of 1.9.
             allow_whitespace_only_pieces=True,
             split_digits=True,
             unk_id=0,
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            max_sentence_length=16 * SENTENCE_CHARS,  # bytes: a longer piece would be left out without a word
+            max_sentence_length=16 * SENTENCE_CHARS,  # In bytes. A longer sentence would be ignored silently.
             num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
         if found := re.search(r"set it to a value <= (\d+)", str(error)):
-            expected = f"at most {found[1]}, the pieces that so little text has"
+            expected = f"at most {found[1]}, the number of pieces in this text"
         elif found := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
-            expected = f"at least {found[1]}, the characters and bytes of this text"
+            expected = f"at least {found[1]}, the number of characters and byte tokens that this text needs"
         else:
             expected = f"a size that this text can fill ({str(error).strip().splitlines()[-1]})"
         raise DataError(f"data.vocab_size={vocab_size}: expected {expected}") from error
@@ -112,18 +119,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def without_normalization(path: str) -> bytes:
-    """The model at `path` with its text normalisation switched off: no space put before a text, none removed.
+    """Return the content of the model file `path`, changed so that spaces in a text are neither added nor removed.
 
     Raises:
-        DataError: not a sentencepiece model.
+        DataError: the file is not a sentencepiece model.
     """
     from sentencepiece import sentencepiece_model_pb2
 
-    schema: Any = sentencepiece_model_pb2  # made at import time: type checkers see nothing in it
+    schema: Any = sentencepiece_model_pb2  # Its classes are created at import time, so type checkers do not see them.
     model = schema.ModelProto()
     try:
         model.ParseFromString(Path(path).read_bytes())
-    except Exception as error:  # protobuf's DecodeError has a different home in each of its implementations
+    except Exception as error:  # Each protobuf implementation has its own DecodeError.
         raise DataError(f"data.tokenizer={path}: expected a sentencepiece model that can be read") from error
     model.normalizer_spec.add_dummy_prefix = False
     model.normalizer_spec.remove_extra_whitespaces = False
@@ -132,7 +139,10 @@ def without_normalization(path: str) -> bytes:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """`text` in pieces of whole lines of about `SENTENCE_CHARS`; a line of several times that is cut within."""
+    """Split `text` into parts of whole lines, of about `SENTENCE_CHARS` characters.
+
+    A part that has more than four times as many characters, because of a long line, is split within the line.
+    """
     stream = io.StringIO(text)
     while lines := stream.readlines(SENTENCE_CHARS):
         piece = "".join(lines)

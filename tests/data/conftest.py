@@ -8,7 +8,7 @@ from data.tokens.store import Store, prepare
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """The embedded corpus, small; its store is shared by the room's tests and never written to."""
+    """A small embedded corpus. The tests of this directory share its token store and do not write to it."""
     return DataConfig(
         kind="embedded",
         cache=str(tmp_path_factory.mktemp("data")),
@@ -27,7 +27,7 @@ def store(tiny: DataConfig) -> Store:
 
 @pytest.fixture
 def two_domains(tmp_path: Path) -> tuple[str, ...]:
-    """Two folders of text, 30 files each, as globs."""
+    """Globs for two folders of text with 30 files each."""
     for domain in ("north", "south"):
         (tmp_path / domain).mkdir()
         for i in range(30):

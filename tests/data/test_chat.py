@@ -1,7 +1,7 @@
 import pytest
 
 from common.errors import DataError
-from data.corpora.chat import Segment, encode, prompt, render
+from data.corpora.chat import Segment, conversation_segments, encode, prompt_segments
 from data.tokens.store import Store
 
 
@@ -12,18 +12,18 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 
 
 def test_a_conversation_as_text() -> None:
-    assert render(turns("Hi", "Hello.", "2 + 2?", "4", system="Be brief.")) == [
+    assert conversation_segments(turns("Hi", "Hello.", "2 + 2?", "4", system="Be brief.")) == [
         Segment("[INST] Be brief.\n\nHi [/INST]", False),
         Segment(" Hello.", True),
         Segment("[INST] 2 + 2? [/INST]", False),
         Segment(" 4", True),
     ]
-    assert prompt(turns("Hi")) == [Segment("[INST] Hi [/INST]", False)]
+    assert prompt_segments(turns("Hi")) == [Segment("[INST] Hi [/INST]", False)]
 
 
 def test_ids_have_marks_and_a_prompt_begins_every_answer_to_it(store: Store) -> None:
     tokenizer = store.tokenizer
-    ids, supervised = encode(render(turns("Hi", "Hello </s> you", "2?", "4")), tokenizer)
+    ids, supervised = encode(conversation_segments(turns("Hi", "Hello </s> you", "2?", "4")), tokenizer)
     assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
     assert ids.count(tokenizer.eos_id) == 2 and ids[-1] == tokenizer.eos_id
     assert tokenizer.decode(ids) == "[INST] Hi [/INST] Hello </s> you[INST] 2? [/INST] 4"
@@ -31,7 +31,7 @@ def test_ids_have_marks_and_a_prompt_begins_every_answer_to_it(store: Store) -> 
     assert answers == [
         *tokenizer.encode(" Hello </s> you"), tokenizer.eos_id, *tokenizer.encode(" 4"), tokenizer.eos_id
     ]  # fmt: skip
-    history, _ = encode(prompt(turns("Hi", "Hello </s> you", "2?")), tokenizer)
+    history, _ = encode(prompt_segments(turns("Hi", "Hello </s> you", "2?")), tokenizer)
     assert ids[: len(history)] == history and not any(supervised[: supervised.index(True)])
 
 
@@ -57,9 +57,9 @@ def test_ids_have_marks_and_a_prompt_begins_every_answer_to_it(store: Store) -> 
 )  # fmt: skip
 def test_what_is_no_conversation_is_told_in_one_line(messages: object, complaint: str) -> None:
     with pytest.raises(DataError, match=f"^{complaint}$"):
-        render(messages)
+        conversation_segments(messages)
 
 
 def test_a_prompt_ends_with_the_user() -> None:
     with pytest.raises(DataError, match=r"^message 2: expected the last message to be the user's, found role assist"):
-        prompt(turns("a", "b"))
+        prompt_segments(turns("a", "b"))

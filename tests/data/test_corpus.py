@@ -125,13 +125,13 @@ def test_heldout_goes_by_content() -> None:
     choice = HeldoutChoice(0.5, max_bytes=100)
     low, high = bytes(32), b"\xff" * 32
     other = b"\x01" + bytes(31)
-    choice.see(low, "a", 90)
-    choice.see(other, "a", 20)  # beyond what domain a may hold
-    choice.see(other, "b", 20)  # its copy: the same side, though b has room
-    choice.see(high, "b", 5)
-    choice.see(high, "c", 5)  # the only one of its domain
-    # b had none by the fraction, so it gives its smallest hash, and with it every copy of that document.
-    assert choice.digests() == {low, other}
+    choice.add_document(low, "a", 90)
+    choice.add_document(other, "a", 20)  # Domain a has no room for it.
+    choice.add_document(other, "b", 20)  # A copy of it is not held out either, although b has room.
+    choice.add_document(high, "b", 5)
+    choice.add_document(high, "c", 5)  # The only document of its domain.
+    # No document of b is held out by the fraction, so b's document with the smallest hash is, and so are its copies.
+    assert choice.choose() == {low, other}
 
 
 def test_splits_share_no_document_and_respect_the_cap(tmp_path: Path, two_domains: tuple[str, ...]) -> None:
@@ -186,7 +186,10 @@ def bad_bytes(name: str, content: bytes) -> Callable[[Path], str]:
         (bad_rows('["text"]\n'), "data.paths=.*/bad.jsonl: expected an object in line 1, found list"),
         (bad_rows('{"body": "a"}\n'), "data.text_key=text: expected a column of strings .* row 1 .columns are body"),
         (bad_rows('{"text": "a"}\n{"text": 3}\n'), "data.text_key=text: expected .* row 2 .found int"),
-        (bad_rows('{"text": "\\ud800"}\n'), "data.paths=.*: expected Unicode text, document 1 has surrogates"),
+        (
+            bad_rows('{"text": "\\ud800"}\n'),
+            "data.paths=.*: expected Unicode text, found none in document 1 .surrogates",
+        ),
     ],
 )
 def test_unusable_files_end_in_one_line(tmp_path: Path, write: Callable[[Path], str], message: str) -> None:
@@ -199,7 +202,7 @@ def test_unusable_files_end_in_one_line(tmp_path: Path, write: Callable[[Path], 
 
 def test_unusable_keys_end_in_one_line(tmp_path: Path, two_domains: tuple[str, ...]) -> None:
     common = {"kind": "files", "cache": str(tmp_path), "paths": two_domains, "vocab_size": 320}
-    with pytest.raises(DataError, match=r"^data.heldout_fraction=0.999\d*: expected a share that leaves .* all 60$"):
+    with pytest.raises(DataError, match=r"^data.heldout_fraction=0.999\d*: expected a fraction that leaves .* all 60$"):
         prepare(DataConfig(**common, heldout_fraction=0.9999999))
     rows = bad_rows('{"text": "a", "d": "x"}\n{"text": "b", "d": null}\n')(tmp_path)
     with pytest.raises(DataError, match=r"^data.domain_key=d: expected a value in .*bad.jsonl, row 2, found none$"):

@@ -21,7 +21,7 @@ def tokens_of(batches: list[Batch]) -> list[list[int]]:
 
 
 def global_rows(store: Store, steps: int, *, world_size: int, accumulation: int, **changes: int) -> list[list[int]]:
-    """Token rows of `steps` steps put back into the global order: micro-batch by micro-batch, rank by rank."""
+    """Return the token rows of `steps` steps in the global order: by micro-batch, and by rank within a micro-batch."""
     sizes = {"world_size": world_size, "accumulation": accumulation} | changes
     loaders = [loader(store, rank=rank, **sizes) for rank in range(world_size)]
     rows = []
@@ -33,7 +33,8 @@ def global_rows(store: Store, steps: int, *, world_size: int, accumulation: int,
 
 
 def test_the_order_is_a_permutation_that_only_seed_and_epoch_choose() -> None:
-    assert epoch_order(0, 0, 6).tolist() == [0, 2, 1, 5, 4, 3]  # as first released: resuming relies on it
+    # With another order, runs could not resume from older checkpoints.
+    assert epoch_order(0, 0, 6).tolist() == [0, 2, 1, 5, 4, 3]
     assert sorted(epoch_order(3, 1, 1000)) == list(range(1000))
     assert len({tuple(epoch_order(seed, epoch, 50)) for seed in range(3) for epoch in range(3)}) == 9
 

@@ -1,4 +1,4 @@
-"""Conversations on disk and in rows: only answers are labels, and a conversation that fits a row is in one."""
+"""Conversations in a token store and in rows: only answers are labels, and no row splits a conversation that fits."""
 
 import gzip
 import json
@@ -12,7 +12,7 @@ import pytest
 
 from common.errors import ConfigError, DataError
 from data.config import DataConfig
-from data.corpora.chat import encode, render
+from data.corpora.chat import conversation_segments, encode
 from data.loader import Loader
 from data.packing import IGNORE, pack_row, whole_document_rows
 from data.tokens import build
@@ -23,7 +23,7 @@ SEQ_LEN = 256
 
 
 def conversation(number: int) -> list[dict[str, str]]:
-    """One to three pairs, of the length that the number says; every seventh has a system message."""
+    """Return one to three questions with answers of different lengths. Every seventh has a system message."""
     messages = [{"role": "system", "content": "Answer in words."}] if number % 7 == 0 else []
     for turn in range(number % 3 + 1):
         question = f"What is {number} plus {turn}" + " and no less" * (number % 4) + "?"
@@ -55,12 +55,12 @@ def chats(config: DataConfig) -> Store:
 
 @pytest.mark.parametrize("side", ["train", "heldout"])
 def test_rows_hold_whole_conversations_whose_answers_are_the_labels(chats: Store, side: str) -> None:
-    """Every conversation comes back from the rows, once and unbroken, with the labels that its messages say."""
+    """The rows contain every conversation once, undivided, with exactly the tokens of its answers as labels."""
     split, tokenizer = getattr(chats, side), chats.tokenizer
     written = {}
     for number in range(200):
-        ids, supervised = encode(render(conversation(number)), tokenizer)
-        labels = [i if says else IGNORE for i, says in zip(ids[1:], supervised[1:], strict=True)]
+        ids, supervised = encode(conversation_segments(conversation(number)), tokenizer)
+        labels = [i if is_answer else IGNORE for i, is_answer in zip(ids[1:], supervised[1:], strict=True)]
         written[tuple(ids)] = [*labels, IGNORE]
     found = []
     for i in range(split.num_rows(SEQ_LEN)):
@@ -69,7 +69,8 @@ def test_rows_hold_whole_conversations_whose_answers_are_the_labels(chats: Store
             where = row.documents_S == document
             ids, labels = row.tokens_S[where].tolist(), row.labels_S[where].tolist()
             if len(ids) + np.flatnonzero(where)[0] == SEQ_LEN and ids[-1] != tokenizer.eos_id:
-                ids, labels = [*ids, tokenizer.eos_id], [*labels, IGNORE]  # was the label behind the row's last input
+                # The last token of the conversation was only a label of this row, not an input.
+                ids, labels = [*ids, tokenizer.eos_id], [*labels, IGNORE]
             assert row.positions_S[where].tolist() == list(range(where.sum()))
             assert labels == written[tuple(ids)]
             found.append(tuple(ids))
@@ -84,16 +85,17 @@ def test_bits_per_byte_and_baselines_are_of_the_answers(chats: Store) -> None:
     labels = np.concatenate([row.labels_S for row in rows])
     [row] = chats.summary()
     starts = np.load(chats.directory / "heldout-starts.npy").tolist()
-    conversations = {"".join(s.text for s in render(conversation(n))): render(conversation(n)) for n in range(200)}
+    segments = [conversation_segments(conversation(number)) for number in range(200)]
+    conversations = {"".join(segment.text for segment in each): each for each in segments}
     size = chats.tokenizer.token_bytes()[labels[labels != IGNORE]].sum()
     assert 0 < size == row["heldout_bytes"] < chats.manifest["splits"]["heldout"]["domains"][row["domain"]]["bytes"]
-    said = (
+    answers = (
         segment.text
         for start, stop in zip(starts, [*starts[1:], chats.heldout.num_tokens], strict=True)
         for segment in conversations[chats.tokenizer.decode(chats.heldout.tokens(start, stop))]
         if segment.supervised
     )
-    assert row["gzip_bits_per_byte"] == baselines("".join(said).encode())["gzip_bits_per_byte"]
+    assert row["gzip_bits_per_byte"] == baselines("".join(answers).encode())["gzip_bits_per_byte"]
 
 
 def test_the_store_is_found_again_and_shards_change_nothing(
@@ -110,7 +112,8 @@ def test_the_store_is_found_again_and_shards_change_nothing(
 
 
 def test_whole_document_rows_by_hand() -> None:
-    # Lengths 3 2 4 9 2 over rows of S = 4 inputs (five tokens): 3+2 | 4 | 9 is cut at 4 and 8 | its last and 2.
+    # Documents of 3, 2, 4, 9 and 2 tokens in rows of S = 4 inputs (5 tokens). The document of 9 tokens takes two rows:
+    # its fifth token is the last label of the first row and the first input of the second.
     starts = np.array([0, 3, 5, 9, 18])
     assert whole_document_rows(starts, 20, 4).tolist() == [[0, 5], [5, 9], [9, 14], [13, 18], [18, 20]]
     by_three = [[0, 3], [3, 5], [5, 9], [9, 13], [12, 16], [15, 18], [18, 20]]
@@ -130,10 +133,10 @@ def test_every_answer_token_is_a_label_once_however_short_the_rows(chats: Store,
 def test_supervision_masks_labels_and_nothing_else() -> None:
     tokens, starts = np.array([1, 5, 6, 2, 1, 7, 2]), np.array([4])
     domains = np.array([0, 1], dtype=np.uint8)
-    says = np.array([0, 0, 1, 1, 0, 1, 1], dtype=bool)
+    supervised = np.array([0, 0, 1, 1, 0, 1, 1], dtype=bool)
     for cross in (False, True):
         plain = pack_row(tokens, starts, domains, 6, cross)
-        masked = pack_row(tokens, starts, domains, 6, cross, says)
+        masked = pack_row(tokens, starts, domains, 6, cross, supervised)
         assert masked.labels_S.tolist() == [IGNORE, 6, 2, IGNORE, 7, 2]
         for field in ("tokens_S", "positions_S", "documents_S", "domains_S"):
             assert getattr(masked, field).tolist() == getattr(plain, field).tolist()

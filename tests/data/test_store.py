@@ -58,9 +58,9 @@ def test_shards_are_one_stream(tiny: DataConfig, store: Store, tmp_path: Path, m
 
 
 def test_a_second_call_opens_what_is_there(tiny: DataConfig, store: Store) -> None:
-    said: list[str] = []
-    again = prepare(replace(tiny, cross_documents=True), verify=False, report=said.append)
-    assert (again.directory, said) == (store.directory, [])
+    reports: list[str] = []
+    again = prepare(replace(tiny, cross_documents=True), verify=False, report=reports.append)
+    assert (again.directory, reports) == (store.directory, [])
     assert {path.name for path in store.directory.iterdir()} == {*store.manifest["files"], "manifest.json"}
     assert prepare(replace(tiny, heldout_fraction=0.2)).directory != store.directory
 
@@ -129,23 +129,23 @@ def test_a_token_beyond_the_vocabulary_is_named(store: Store, tmp_path: Path) ->
         Store(copy)
 
 
-def prepare_and_tell(config: DataConfig, queue: "multiprocessing.Queue[list[str]]") -> None:
-    said: list[str] = []
-    prepare(config, report=said.append)
-    queue.put(said)
+def prepare_and_send_reports(config: DataConfig, queue: "multiprocessing.Queue[list[str]]") -> None:
+    reports: list[str] = []
+    prepare(config, report=reports.append)
+    queue.put(reports)
 
 
 def test_of_two_processes_one_builds_and_the_other_waits(tiny: DataConfig, tmp_path: Path) -> None:
     config = replace(tiny, cache=str(tmp_path), code_bytes=0)
     context = multiprocessing.get_context("spawn")
     queue: multiprocessing.Queue[list[str]] = context.Queue()
-    processes = [context.Process(target=prepare_and_tell, args=(config, queue)) for _ in range(2)]
+    processes = [context.Process(target=prepare_and_send_reports, args=(config, queue)) for _ in range(2)]
     for process in processes:
         process.start()
-    said = [queue.get(timeout=60) for _ in processes]
+    reports = [queue.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(timeout=60)
-    assert Counter(map(bool, said)) == {True: 1, False: 1}
+    assert Counter(map(bool, reports)) == {True: 1, False: 1}
     assert [process.exitcode for process in processes] == [0, 0]
 
 
@@ -154,5 +154,5 @@ def test_debris_of_a_killed_builder_is_no_hindrance(tiny: DataConfig, store: Sto
     debris.mkdir()
     (debris / "train-00000.bin").write_bytes(b"half")
     rebuilt = prepare(replace(tiny, cache=str(tmp_path)))
-    # The manifest has the hash of every file: a second build gives the same bytes.
+    # The manifest contains the hash of every file, so equal manifests mean that a second build gives the same bytes.
     assert rebuilt.manifest["sha256"] == store.manifest["sha256"] and not debris.exists()

@@ -105,7 +105,7 @@ def test_models_that_cannot_keep_text_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [(5000, r"at most \d{3}, the pieces"), (300, r"at least \d{3}, the char")]
+    ("size", "expected"), [(5000, r"at most \d{3}, the number of pieces"), (300, r"at least \d{3}, the number of char")]
 )
 def test_a_vocabulary_that_does_not_fit_the_text_names_one_that_does(size: int, expected: str) -> None:
     letters = "".join(map(chr, range(0x400, 0x450)))

@@ -1,0 +1,107 @@
+"""A corpus in a temporary local file, so that a source that can be slow (a network) is read only once."""
+
+import hashlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import DataError
+from common.text import show_value
+from data.config import DataConfig
+from data.corpora.corpus import CORPORA
+from data.corpora.document import Corpus
+from data.tokens.heldout import HeldoutChoice
+
+MAX_DOMAINS = 255
+"""A domain id is stored in one byte."""
+
+
+class SpooledDocument(NamedTuple):
+    """A document in the spool file."""
+
+    digest: bytes
+    """SHA-256 of the text."""
+    domain_id: int
+    """Index into `CorpusSpool.domains`."""
+    text: str
+    size: int
+    """UTF-8 bytes."""
+    turns: tuple[int, ...]
+    """As in `Document`."""
+
+
+class CorpusSpool:
+    """Reads `corpus` once, writes it to the file `path`, and chooses the held-out documents.
+
+    Documents that consist of white space are left out.
+
+    Attributes:
+        domains: the names of the domains, in the order in which they first appear.
+        train_bytes: UTF-8 bytes of all training documents.
+
+    Raises:
+        DataError: text cannot be read or encoded, there are too many domains, or no document is left for the training
+            or for the held-out part.
+    """
+
+    def __init__(self, corpus: Corpus, path: Path, config: DataConfig) -> None:
+        self.path = path
+        self.domains: list[str] = []
+        key = CORPORA[config.kind].source_key
+        source = f"data.{key}={show_value(getattr(config, key))}"
+        choice = HeldoutChoice(config.heldout_fraction, config.heldout_max_bytes)
+        self._num_documents = 0
+        with path.open("wb") as file:
+            for number, (text, domain, turns) in enumerate(corpus.documents(), start=1):
+                if not text or text.isspace():
+                    continue
+                try:
+                    content = text.encode()
+                except UnicodeEncodeError as error:
+                    raise DataError(
+                        f"{source}: expected Unicode text, found none in document {number} ({error.reason})"
+                    ) from error
+                digest = hashlib.sha256(content).digest()
+                choice.add_document(digest, domain, len(content))
+                pickle.dump((digest, self._domain_id(domain, config), text, len(content), turns), file)
+                self._num_documents += 1
+        self._heldout = choice.choose()
+        if not self._num_documents:
+            raise DataError(f"{source}: expected text, found none")
+        if not self._heldout:
+            raise DataError(
+                f"{source}: expected at least two documents in a domain, one to hold out, found {self._num_documents}"
+            )
+        self.train_bytes = sum(document.size for document in self.train())
+        if not self.train_bytes:
+            raise DataError(
+                f"data.heldout_fraction={config.heldout_fraction}: expected a fraction that leaves documents to train "
+                f"on, found none left of all {self._num_documents}"
+            )
+
+    def _domain_id(self, domain: str, config: DataConfig) -> int:
+        if domain not in self.domains:
+            if len(self.domains) == MAX_DOMAINS:
+                key = f"data.domain_key={show_value(config.domain_key)}"
+                raise DataError(f"{key}: expected at most {MAX_DOMAINS} domains, found another: {domain}")
+            self.domains.append(domain)
+        return self.domains.index(domain)
+
+    def _documents(self) -> Iterator[SpooledDocument]:
+        # Unpickling can run code. Here it is safe: this process wrote the file, into a directory that it created.
+        with self.path.open("rb") as file:
+            for _ in range(self._num_documents):
+                yield SpooledDocument(*pickle.load(file))
+
+    def train(self) -> Iterator[SpooledDocument]:
+        """Yield the training documents in the order of the corpus."""
+        return (document for document in self._documents() if document.digest not in self._heldout)
+
+    def heldout(self) -> Iterator[SpooledDocument]:
+        """Yield each held-out document once. A copy would be evaluated twice, and would improve the gzip baseline."""
+        seen: set[bytes] = set()
+        for document in self._documents():
+            if document.digest in self._heldout and document.digest not in seen:
+                seen.add(document.digest)
+                yield document
