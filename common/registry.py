@@ -45,7 +45,7 @@ class Registry(Generic[T]):
 
     def check(self, name: object) -> None:
         """Raise ConfigError, which lists the known names, unless `name` is registered."""
-        if name not in self._entries:
+        if name not in self:
             choices = ", ".join(self._entries)
             raise ConfigError(
                 f"{self.key.rpartition('.')[2]}={name}: expected one of {choices}, or a name that a module in "
@@ -63,10 +63,10 @@ class Registry(Generic[T]):
 
     def get(self, name: object, default: T) -> T:
         """The implementation of `name`, or `default` if there is none."""
-        return self._entries.get(name, default)  # type: ignore[call-overload, no-any-return]
+        return self._entries.get(name, default) if isinstance(name, str) else default
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -112,8 +112,7 @@ def encode_chat(text: Text, messages: Any) -> list[int]:
     Raises:
         DataError: it is no such conversation.
     """
-    as_tokenizer: Any = text  # `encode` uses what `Text` has
-    return chat.encode(chat.prompt(messages), as_tokenizer)[0]
+    return chat.encode(chat.prompt_segments(messages), text)[0]
 
 
 class StreamedText:

@@ -1,10 +1,12 @@
 """A corpus in a temporary local file, so that a source that can be slow (a network) is read only once."""
 
 import hashlib
-import pickle
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from common.errors import DataError
 from common.text import show_value
@@ -13,6 +15,10 @@ from data.corpora.corpus import CORPORA
 from data.corpora.document import Corpus
 from data.tokens.heldout import HeldoutChoice
 
+HEADER = struct.Struct("<32sBQQ")
+"""The header of a document in the spool file: SHA-256 of its text, domain id, UTF-8 bytes, number of turns. The turns
+and the text follow. (pickle would need no format, but no code of this project unpickles a file.)"""
+TURN = np.dtype("<u8")
 MAX_DOMAINS = 255
 """A domain id is stored in one byte."""
 
@@ -51,7 +57,7 @@ class CorpusSpool:
         key = CORPORA[config.kind].source_key
         source = f"data.{key}={show_value(getattr(config, key))}"
         choice = HeldoutChoice(config.heldout_fraction, config.heldout_max_bytes)
-        self._num_documents = 0
+        num_documents = 0
         with path.open("wb") as file:
             for number, (text, domain, turns) in enumerate(corpus.documents(), start=1):
                 if not text or text.isspace():
@@ -64,20 +70,21 @@ class CorpusSpool:
                     ) from error
                 digest = hashlib.sha256(content).digest()
                 choice.add_document(digest, domain, len(content))
-                pickle.dump((digest, self._domain_id(domain, config), text, len(content), turns), file)
-                self._num_documents += 1
+                file.write(HEADER.pack(digest, self._domain_id(domain, config), len(content), len(turns)))
+                file.write(np.array(turns, dtype=TURN).tobytes() + content)
+                num_documents += 1
         self._heldout = choice.choose()
-        if not self._num_documents:
+        if not num_documents:
             raise DataError(f"{source}: expected text, found none")
         if not self._heldout:
             raise DataError(
-                f"{source}: expected at least two documents in a domain, one to hold out, found {self._num_documents}"
+                f"{source}: expected at least two documents in a domain, one to hold out, found {num_documents}"
             )
         self.train_bytes = sum(document.size for document in self.train())
         if not self.train_bytes:
             raise DataError(
                 f"data.heldout_fraction={config.heldout_fraction}: expected a fraction that leaves documents to train "
-                f"on, found none left of all {self._num_documents}"
+                f"on, found none left of all {num_documents}"
             )
 
     def _domain_id(self, domain: str, config: DataConfig) -> int:
@@ -89,10 +96,11 @@ class CorpusSpool:
         return self.domains.index(domain)
 
     def _documents(self) -> Iterator[SpooledDocument]:
-        # Unpickling can run code. Here it is safe: this process wrote the file, into a directory that it created.
         with self.path.open("rb") as file:
-            for _ in range(self._num_documents):
-                yield SpooledDocument(*pickle.load(file))
+            while header := file.read(HEADER.size):
+                digest, domain_id, size, num_turns = HEADER.unpack(header)
+                turns = tuple(np.frombuffer(file.read(num_turns * TURN.itemsize), dtype=TURN).tolist())
+                yield SpooledDocument(digest, domain_id, file.read(size).decode(), size, turns)
 
     def train(self) -> Iterator[SpooledDocument]:
         """Yield the training documents in the order of the corpus."""
