@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cli import CONF
+from scripts.cli.hydra import CONF
 from training.report.metrics import read_metrics
 
 TINY = [
@@ -112,7 +112,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, cache):
         time.sleep(0.05)
     assert not (tmp_path / "killed" / "result.json").exists()
     out = run(tmp_path, cache, "run.name=killed", *arguments)
-    assert "going on from step-" in out
+    assert "continued from step-" in out
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 

@@ -188,6 +188,9 @@ class Config:
     tracking: TrackingConfig
     launch: LaunchConfig
     engine: EngineConfig = NATIVE
+    plugins: tuple[str, ...] = ()
+    """Python modules to import before anything else: paths of `.py` files, entry points of `mixwright.plugins`, or
+    module names. They register routers, corpora, optimizers and so on (docs/extending.md)."""
 
     def __post_init__(self) -> None:
         try:

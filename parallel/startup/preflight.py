@@ -34,6 +34,7 @@ MAY_DIFFER = {
     "data.cache": "may be a disk of the node; that the tokens in it are the same is checked by their hash",
     "data.paths": "the text may lie elsewhere on another node; the same hash of the tokens covers it",
     "data.tokenizer": "as the text: its content is part of that hash",
+    "plugins": "paths, which may differ between nodes; the SHA-256 of each plugin's content is a fact of its own",
 }
 """Keys (or whole sections) of the configuration that may differ between nodes, and why. `run.root` and `run.init_from`
 are not among them: all ranks write to, or read from, what rank 0 found there."""
