@@ -71,7 +71,7 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: str | None =
         HydraException, OmegaConfBaseException: an override cannot be used. `errors.user_message` explains both.
     """
     if config_dir is not None:
-        if not Path(config_dir).is_dir():
+        if not os.path.isdir(config_dir):
             raise ConfigError(f"--config-dir={config_dir}: expected a directory")
         overrides = [f"hydra.searchpath=[{quote(f'file://{Path(config_dir).resolve()}')}]", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
