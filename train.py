@@ -60,7 +60,7 @@ def job(cfg: DictConfig) -> float:
     except Exception as error:
         if sweep_dir is None:
             end(error, sys.argv[1:])
-        record_failure(error, cfg, sweep_dir, number)
+        record_failure(error, sys.argv[1:], cfg, sweep_dir, number)
         return math.nan
 
 

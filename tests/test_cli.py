@@ -65,7 +65,7 @@ def test_unknown_preset_lists_the_options() -> None:
     )
 
 
-def test_under_a_launcher_only_local_rank_0_speaks() -> None:
+def test_under_a_launcher_only_local_rank_0_prints() -> None:
     world = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     silent = train("--local_rank=1", "model.top_k=9", LOCAL_RANK="1", **world)
     assert (silent.returncode, silent.stderr) == (2, "")
@@ -139,7 +139,7 @@ def test_sweep_directory_is_chosen_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert job["run"]["name"] == "mine/3"
 
 
-def test_worker_failures_speak_for_themselves() -> None:
+def test_the_message_of_a_worker_failure() -> None:
     assert user_message(WorkerFailure(2, "data.paths=x: expected a file"), []) == "data.paths=x: expected a file"
     assert user_message(WorkerFailure(1, "Traceback"), []) is None
     assert user_message(RuntimeError("bug"), []) is None

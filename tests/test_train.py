@@ -51,7 +51,7 @@ def numbers(directory: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in rows]
 
 
-def test_one_process_leaves_everything_behind_and_goes_on_only_when_asked(tmp_path, cache):
+def test_one_process_writes_everything_and_continues_only_when_asked(tmp_path, cache):
     out = run(tmp_path, cache, "train.steps=3", "run.experiment=demo")
     directory = tmp_path / "demo-1"
     result = json.loads((directory / "result.json").read_text())
@@ -95,7 +95,7 @@ def test_one_process_leaves_everything_behind_and_goes_on_only_when_asked(tmp_pa
         assert err.startswith(f"error: {line}") and err.count("\n") == 1
 
 
-def test_mistakes_that_only_the_data_can_tell(tmp_path, cache):
+def test_mistakes_that_only_the_data_shows(tmp_path, cache):
     for override, line in (
         ("model.vocab_size=100", "model.vocab_size=100: expected at least 500"),
         ("train.seq_len=100000", "train.seq_len=100000: expected at most"),

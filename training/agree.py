@@ -48,7 +48,7 @@ class AgreedRun:
     """The model's configuration, with its vocabulary."""
     counts: ParameterCounts
     """Numbers of parameters of the whole model."""
-    trained: int
+    trained_parameters: int
     """Number of parameters that `optim.train` chooses."""
     flops_per_token: float
     """FLOPs of forward and backward for one token."""
@@ -60,9 +60,9 @@ class AgreedRun:
     """The checkpoint that the run continues from; None for a run that starts at step 0."""
     state: dict[str, Any] | None
     """The state in this checkpoint."""
-    initial: str | None
+    initial_directory: str | None
     """The model directory whose weights the run starts from; None for random weights or a checkpoint."""
-    finished: dict[str, Any] | None
+    finished_result: dict[str, Any] | None
     """The content of `result.json` if the run has reached `train.steps` already."""
 
 
@@ -94,10 +94,15 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
     model = with_vocabulary(config.model, tokens.tokenizer.vocab_size)
     whole = meta_model(model, config.router)
     counts = count_parameters(whole)
-    trained = trained_elements(whole, choose_trainable(whole, config.optim.train))
+    trained_parameters = trained_elements(whole, choose_trainable(whole, config.optim.train))
     memory = from_rank_0("memory", lambda: memory_of_a_rank(process.device, world.local_world_size))
     resolved, plan, warning = resolve_layout(
-        config, model, world, memory=memory, itemsize=process.dtype.itemsize, trained=trained / counts.total
+        config,
+        model,
+        world,
+        memory=memory,
+        itemsize=process.dtype.itemsize,
+        trained=trained_parameters / counts.total,
     )
     if process.device.type == "cpu" and config.engine.kind == "native":
         check_memory(counts.total, plan.fullest.state, world.local_world_size)
@@ -114,7 +119,7 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
         for plugin in changed_plugins(state.get("plugins", {})) if process.is_main else ():
             show_line(f"warning: plugin {plugin} has changed since the checkpoint {checkpoint} was written")
     init_from = config.run.init_from if checkpoint is None else None
-    initial = from_rank_0("initial", lambda: find_initial(init_from, warn=show_line))
+    initial_directory = from_rank_0("initial", lambda: find_initial(init_from, warn=show_line))
     finished = from_rank_0("finished", lambda: finished_result(directory, config.train.steps))
     return AgreedRun(
         config=resolved,
@@ -124,14 +129,14 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
         tokens=tokens,
         model=model,
         counts=counts,
-        trained=trained,
+        trained_parameters=trained_parameters,
         flops_per_token=training_flops_per_token(whole, config.train.seq_len),
         plan=plan,
         warning=warning,
         checkpoint=checkpoint,
         state=state,
-        initial=initial,
-        finished=finished,
+        initial_directory=initial_directory,
+        finished_result=finished,
     )
 
 

@@ -36,18 +36,18 @@ from training.sample import sample_text
 from training.schedule import learning_rate
 from training.step import StepResult, train_step
 
-MAX_REFUSED = 5
-"""The run ends with an error after this many steps in a row whose gradient norm is not finite. Such a step changes no
-weight."""
+MAX_NONFINITE_STEPS = 5
+"""A step whose gradient norm is not finite changes no weight. After this number of such steps in a row the run fails."""
 
 
 def train(config: Config) -> dict[str, Any]:
     """Train one run. Every worker process calls this function.
 
     Returns:
-        On rank 0 the content of `result.json`, on other ranks an empty dict.
+        On rank 0 the content of `result.json`. On other ranks the same if the run was finished before, else an empty
+        dict.
     """
-    started = time.monotonic()
+    run_start = time.monotonic()
     steps = config.train.steps
 
     # 1. This process: its rank, its device and its data type.
@@ -57,11 +57,11 @@ def train(config: Config) -> dict[str, Any]:
     # 2. The run: the ranks agree on its name, tokens, model, layout and starting point.
     rank_store = open_store(world, config.parallel.start_timeout_s)
     run = agree_on_run(config, process, rank_store)
-    if run.finished is not None:
+    if run.finished_result is not None:
         if process.is_main:
-            show_finished(run.directory, run.finished)
+            show_finished(run.directory, run.finished_result)
         wait_for_all(rank_store, world, "seen")
-        return run.finished
+        return run.finished_result
 
     # 3. The data: this rank's share of the rows, in an order that depends only on the seed.
     layout = run.plan.layout
@@ -83,46 +83,50 @@ def train(config: Config) -> dict[str, Any]:
     mesh = build_mesh(device, layout)
 
     # 5. The model and its engine: built on the meta device, sharded, materialised, filled; optimizer; checkpoint.
-    parts = build_parts(run.config, run.model, mesh, process.dtype, config.run.seed if run.initial is None else None)
-    if run.initial is not None:
-        source = open_model(run.initial, check=False)
+    seed = config.run.seed if run.initial_directory is None else None
+    parts = build_parts(run.config, run.model, mesh, process.dtype, seed)
+    if run.initial_directory is not None:
+        source = open_model(run.initial_directory, check=False)
         for part in parts:
             source.fill(part)
     summary = RunSummary(run, process.dtype, gather_rank_summaries(parts, mesh))
     engine = build_engine(run.config, parts, mesh)
-    if run.checkpoint is not None and run.state is not None:
+    if run.checkpoint and run.state:
         tensors = engine.tensors()
         checkpoint.load(Path(run.checkpoint), tensors)
         engine.finish_loading(tensors, run.state["updates"])
         del tensors
     if process.is_main:
-        named = dataclasses.replace(config.run, name=run.name)
-        save_config(run.directory, to_dict(dataclasses.replace(run.config, run=named, model=run.model)))
+        named_run = dataclasses.replace(config.run, name=run.name)
+        save_config(run.directory, to_dict(dataclasses.replace(run.config, run=named_run, model=run.model)))
         save_tokenizer(run.directory, run.tokens.tokenizer.path)
         show_start(summary)
-    # Collectives until here had more time, because the ranks read files and compile.
+    # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
 
     # 6. The loop.
     first_step = run.state["step"] if run.state else 0
     resumed_step = first_step if run.state else None
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
-    evaluation, saved, refused = None, run.checkpoint, 0
+    evaluation, newest_checkpoint, nonfinite_steps = None, run.checkpoint, 0
     with Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder:
         for step in range(first_step, steps):
             done = step + 1
             lr = learning_rate(step, steps, config.optim)
-            began = time.monotonic()
+            step_start = time.monotonic()
 
             # ---------------------------------- one optimizer step ----------------------------------
             batches = loader.next_step()
             result = train_step(engine, batches, config.router, lr, config.run.seed)
             # -----------------------------------------------------------------------------------------
 
-            throughput.add(result.tokens, time.monotonic() - began)
-            refused = 0 if math.isfinite(result.grad_norm) else refused + 1
-            if refused == MAX_REFUSED:
-                raise RuntimeError(f"step {done}: gradient norm {result.grad_norm}, for the {refused}th step in a row")
+            throughput.add(result.tokens, time.monotonic() - step_start)
+            nonfinite_steps = 0 if math.isfinite(result.grad_norm) else nonfinite_steps + 1
+            if nonfinite_steps == MAX_NONFINITE_STEPS:
+                raise RuntimeError(
+                    f"step {done}: the gradient norm is {result.grad_norm}, and has not been finite for "
+                    f"{nonfinite_steps} steps in a row"
+                )
 
             row = step_row(result, lr) | speed_row(throughput, run.flops_per_token, peak)
             write = done == 1 or is_due(done, config.train.log_every, steps)
@@ -138,8 +142,9 @@ def train(config: Config) -> dict[str, Any]:
                 state = checkpoint_state(run, engine, loader, done)
                 recorder.sync()
                 root = run.directory / CHECKPOINTS
-                saved = str(checkpoint.save(root, done, engine.tensors(), state, keep=config.checkpoint.keep))
-                recorder.saved(saved)
+                directory = checkpoint.save(root, done, engine.tensors(), state, keep=config.checkpoint.keep)
+                newest_checkpoint = str(directory)
+                recorder.saved(newest_checkpoint)
 
         recorder.end_progress()
 
@@ -153,9 +158,9 @@ def train(config: Config) -> dict[str, Any]:
             outcome = finish_run(
                 summary,
                 evaluation,
-                checkpoint=saved,
+                checkpoint=newest_checkpoint,
                 sample=sample,
-                wall_s=time.monotonic() - started,
+                wall_s=time.monotonic() - run_start,
                 tokens_per_s=throughput.of_all_steps(),
             )
             recorder.finish(outcome, run.directory)
@@ -182,10 +187,10 @@ def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, step: int) 
 
 
 def is_due(done: int, every: int, steps: int) -> bool:
-    """Whether something that happens `every` so many steps, and after the last one, happens after step `done`.
+    """Return whether something that happens every `every` steps, and after the last step, happens after step `done`.
 
     Args:
-        every: 0 means only after the last step.
+        every: 0 if it happens only after the last step.
         steps: the number of steps of the run.
     """
     return done == steps or (every > 0 and done % every == 0)
@@ -212,12 +217,13 @@ def speed_row(throughput: "Throughput", flops_per_token: float, peak: float | No
 
 
 def peak_of_all_ranks(run: AgreedRun, process: Process) -> float | None:
-    """Return the peak of all devices together in FLOP/s, or None if there is no utilisation to compute from it.
+    """Return the peak of all devices together in FLOP/s, or None if no utilisation can be computed from it.
 
-    If some parameters do not train, fewer FLOPs are done than `run.flops_per_token` counts.
+    That is so if the peak is unknown, or if some parameters do not train: `run.flops_per_token` counts the gradients
+    of all parameters.
     """
     peak = peak_flops(process.device, process.dtype, run.config.train.peak_tflops)
-    return peak * process.world.world_size if peak is not None and run.trained == run.counts.total else None
+    return peak * process.world.world_size if peak is not None and run.trained_parameters == run.counts.total else None
 
 
 class Throughput:

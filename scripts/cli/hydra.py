@@ -143,14 +143,17 @@ def job_arguments() -> list[str]:
     return [*(f"--config-dir={directory}" for directory in directories), *hydra.overrides.task]
 
 
-def record_failure(error: Exception, cfg: DictConfig, sweep_dir: Path, number: int | None) -> None:
+def record_failure(
+    error: Exception, arguments: Sequence[str], cfg: DictConfig, sweep_dir: Path, number: int | None
+) -> None:
     """Print why a job of a sweep failed, and write its configuration and `result.json` for its row of the table.
 
     Args:
+        arguments: the job's, as `job_arguments` returned them.
         cfg: what Hydra composed for the job.
         sweep_dir, number: as in `plain`.
     """
-    message = user_message(error, sys.argv[1:])
+    message = user_message(error, arguments)
     if message is None:
         print(details(error), file=sys.stderr)
         message = details(error).strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Schedules, optimizer groups, and which checkpoint a run goes on from."""
+"""Parts of the training loop: schedules, optimizer groups, throughput, and the check of a checkpoint's state."""
 
 import dataclasses
 import math

@@ -43,10 +43,10 @@ def test_simultaneous_launches_get_different_names(tmp_path: Path) -> None:
 
 def test_torchrun_name_from_a_unique_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job/7")
-    for _ in range(2):  # the second time as after a restart
+    for _ in range(2):  # The second time is as after a restart.
         assert torchrun_name(config(tmp_path), lambda choose: choose()) == "exp-job-7"
     assert torchrun_name(config(tmp_path, "mine"), lambda choose: choose()) == "mine"
-    # another launch with the same id does not go on with the old run
+    # Another launch with the same id does not continue the old run.
     monkeypatch.setattr("training.run._start_time", lambda pid: "1")
     assert torchrun_name(config(tmp_path), lambda choose: choose()) == "exp-1"
 
@@ -61,9 +61,9 @@ def test_restarted_workers_find_the_name_of_their_launch(
     first = torchrun_name(run, lambda choose: choose())
     assert first == "exp-1" and launched_directory(run) == tmp_path / first
     assert choose_name(run) == "exp-2"
-    # same agent (this process's parent), after a restart
+    # The same launcher, which is this process's parent, after a restart.
     assert torchrun_name(run, lambda choose: choose()) == first
-    # another agent that was given the same process id later
+    # Another launcher that has the same process id later.
     monkeypatch.setattr("training.run._start_time", lambda pid: "1")
     assert torchrun_name(run, lambda choose: choose()) == "exp-3"
 

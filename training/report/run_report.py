@@ -63,9 +63,9 @@ def show_start(summary: RunSummary) -> None:
     show_line(f"run directory {run.directory}{continued}")
     if run.warning:
         show_line(run.warning)
-    if run.trained < run.counts.total:
-        chosen = format_patterns(run.config.optim.train)
-        show_line(f"optim.train={chosen}: {run.trained:,} of {run.counts.total:,} parameters train")
+    if run.trained_parameters < run.counts.total:
+        patterns = format_patterns(run.config.optim.train)
+        show_line(f"optim.train={patterns}: {run.trained_parameters:,} of {run.counts.total:,} parameters train")
 
 
 def evaluation_row(evaluation: Evaluation) -> dict[str, Any]:
