@@ -37,7 +37,7 @@ from training.schedule import learning_rate
 from training.step import StepResult, train_step
 
 MAX_NONFINITE_STEPS = 5
-"""A step whose gradient norm is not finite changes no weight. After this number of such steps in a row the run fails."""
+"""A step whose gradient norm is not finite changes no weight. After this many in a row the run fails."""
 
 
 def train(config: Config) -> dict[str, Any]:
