@@ -47,6 +47,11 @@ def load_plugins(plugins: Sequence[str]) -> None:
         _loaded[given] = (path.name if given.endswith(".py") else given, sha256_of(file) if file.is_file() else "")
 
 
+def given_plugins() -> tuple[str, ...]:
+    """What `load_plugins` was given in this process, in the order of loading. A worker process has to load the same."""
+    return tuple(_loaded)
+
+
 def loaded_plugins() -> dict[str, str]:
     """Name -> SHA-256 of the file, for every plugin that this process has loaded. A file's name is without its path."""
     return dict(_loaded.values())

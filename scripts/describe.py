@@ -14,7 +14,7 @@ from typing import Any, Literal
 from common.checks import expect
 from common.strict import located, to_dict
 from moe.config import ModelConfig, RouterConfig
-from scripts.cli import run_tool
+from scripts.cli.tools import run_tool
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from common.checks import expect
-from scripts.cli import run_tool
+from scripts.cli.tools import run_tool
 
 
 @dataclass(frozen=True)

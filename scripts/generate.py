@@ -20,7 +20,8 @@ from common.checks import expect
 from common.errors import ConfigError, DataError
 from moe.generation.sampling import Sampling
 from parallel.startup.launch import die_with_parent, world_from_env
-from scripts.cli import in_processes, run_tool
+from scripts.cli.tools import run_tool
+from scripts.cli.workers import in_processes
 from training.config import LaunchConfig
 
 START_TIMEOUT_S = 300.0

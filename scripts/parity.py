@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal, cast
 from common.checks import expect
 from common.errors import ConfigError
 from parallel.startup.launch import World, die_with_parent, world_from_env
-from scripts.cli import in_processes, run_tool
+from scripts.cli.tools import run_tool
+from scripts.cli.workers import in_processes
 from training.config import LaunchConfig
 
 if TYPE_CHECKING:  # the command line does not wait for torch

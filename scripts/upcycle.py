@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from scripts.cli import run_tool
+from scripts.cli.tools import run_tool
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,22 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from common import plugins
 from common.errors import ConfigError
-from common.strict import from_dict
+from common.strict import from_dict, leaf_keys
+from moe.config import ROUTER_CONFIGS
 from parallel.startup.launch import WorkerFailure, World
-from scripts import cli as boundary
-from training.config import Config
+from scripts.cli import workers
+from scripts.cli.errors import user_message
+from scripts.cli.hydra import CONF, compose_config, load_named_plugins, plain, sweep_directory, without_local_rank
+from scripts.cli.tools import run_tool
+from scripts.describe import DescribeConfig
+from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
 
-ROOT = boundary.CONF.parent
+ROOT = CONF.parent
 
 
 def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -53,14 +58,14 @@ def test_a_mistake_is_one_line_and_status_2(arguments: list[str], line: str) -> 
 
 def test_unknown_preset_lists_the_options() -> None:
     done = train("model=mixtral_tinyy")
-    options = ", ".join(sorted(path.stem for path in (boundary.CONF / "model").glob("*.yaml")))
+    options = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
     assert (done.returncode, done.stderr) == (
         2,
         f"error: model=mixtral_tinyy: expected one of {options}; the nearest is mixtral_tiny\n",
     )
 
 
-def test_under_a_launcher_only_local_rank_0_speaks() -> None:
+def test_under_a_launcher_only_local_rank_0_prints() -> None:
     world = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     silent = train("--local_rank=1", "model.top_k=9", LOCAL_RANK="1", **world)
     assert (silent.returncode, silent.stderr) == (2, "")
@@ -76,8 +81,7 @@ def test_showing_the_config_needs_no_torch() -> None:
 
 
 def composed(*overrides: str) -> Config:
-    with initialize_config_dir(str(boundary.CONF), version_base="1.3"):
-        return from_dict(Config, boundary.plain(compose("config", list(overrides))))
+    return from_dict(Config, compose_config("config", overrides))
 
 
 @pytest.mark.parametrize(
@@ -118,28 +122,28 @@ def test_the_world_has_to_fit() -> None:
 
 def test_local_rank_of_deepspeed_is_stripped() -> None:
     given = ["--local_rank=1", "a=1", "--local_rank", "3", "--local-rank=0", "-m"]
-    assert boundary.without_local_rank(given) == ["a=1", "-m"]
+    assert without_local_rank(given) == ["a=1", "-m"]
+    others = ["-c", "job", "prompt=-a b", "--local", "--config-dir", "d", "~x", "--cfg=job", "stop=--local_rank=1"]
+    assert without_local_rank(others) == others
 
 
 def test_sweep_directory_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     root = f"run.root={tmp_path}"
-    assert boundary.sweep_directory([root]) is None
+    assert sweep_directory([root]) is None
     sweep = ["-m", root, "experiment=quickstart", "model.top_k=1,2"]
-    assert boundary.sweep_directory(sweep) == tmp_path / "quickstart-1"
-    assert boundary.sweep_directory(sweep) == tmp_path / "quickstart-2"
-    assert boundary.sweep_directory([*sweep, "run.name=mine"]) == tmp_path / "mine"
-    job = boundary.plain(OmegaConf.create({"run": {"root": str(tmp_path), "name": "mine"}}), tmp_path / "mine", 3)
+    assert sweep_directory(sweep) == tmp_path / "quickstart-1"
+    assert sweep_directory(sweep) == tmp_path / "quickstart-2"
+    assert sweep_directory([*sweep, "run.name=mine"]) == tmp_path / "mine"
+    job = plain(OmegaConf.create({"run": {"root": str(tmp_path), "name": "mine"}}), tmp_path / "mine", 3)
     assert job["run"]["name"] == "mine/3"
 
 
-def test_worker_failures_speak_for_themselves() -> None:
-    assert (
-        boundary.user_message(WorkerFailure(2, "data.paths=x: expected a file"), []) == "data.paths=x: expected a file"
-    )
-    assert boundary.user_message(WorkerFailure(1, "Traceback"), []) is None
-    assert boundary.user_message(RuntimeError("bug"), []) is None
+def test_the_message_of_a_worker_failure() -> None:
+    assert user_message(WorkerFailure(2, "data.paths=x: expected a file"), []) == "data.paths=x: expected a file"
+    assert user_message(WorkerFailure(1, "Traceback"), []) is None
+    assert user_message(RuntimeError("bug"), []) is None
 
 
 def test_failed_jobs_are_rows_and_status_1(tmp_path: Path) -> None:
@@ -157,13 +161,109 @@ def test_a_refusal_under_torchrun_leaves_no_run_behind(tmp_path, monkeypatch):
     config = composed(f"run.root={tmp_path}", "run.name=refused", "tracking=disabled")
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(boundary, "die_with_parent", lambda: None)
+    monkeypatch.setattr(workers, "die_with_parent", lambda: None)
 
     def refuse(config):
-        boundary.prepare_directory(config.run, config.run.name)
+        workers.prepare_directory(config.run, config.run.name)
         (tmp_path / "refused" / ".lock").touch()
         raise ConfigError("model.vocab_size=1: expected more")
 
     with pytest.raises(ConfigError):
-        boundary.execute(config, refuse)
+        workers.execute(config, refuse)
     assert list(tmp_path.iterdir()) == []
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from moe.config import ROUTER_CONFIGS, RouterConfig
+
+@dataclass(frozen=True)
+class ThresholdConfig(RouterConfig):
+    MEANING: ClassVar[tuple[str, ...]] = (*RouterConfig.MEANING, "threshold")
+    kind: str = "threshold"
+    threshold: float = 0.5
+
+ROUTER_CONFIGS.add("threshold", ThresholdConfig)
+"""
+
+
+@pytest.fixture
+def user_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A plugin `threshold.py`, and a directory `presets` with a router preset that names it."""
+    monkeypatch.setattr(ROUTER_CONFIGS, "_entries", dict(ROUTER_CONFIGS._entries))
+    monkeypatch.setattr(plugins, "_loaded", {})
+    monkeypatch.delitem(sys.modules, "mixwright_plugin_threshold", raising=False)
+    (tmp_path / "threshold.py").write_text(PLUGIN)
+    (tmp_path / "presets" / "router").mkdir(parents=True)
+    preset = f"# @package _global_\nplugins: [{tmp_path}/threshold.py]\nrouter: {{kind: threshold, threshold: 0.25}}\n"
+    (tmp_path / "presets" / "router" / "mine.yaml").write_text(preset)
+    return tmp_path
+
+
+def describe_router(config: Config, *arguments: str) -> list[object]:
+    return [type(config.router).__name__, config.router, config.plugins, *arguments]
+
+
+def test_a_preset_of_the_user_brings_its_plugin_and_workers_load_it(user_files: Path) -> None:
+    raw = compose_config("config", ["router=mine"], str(user_files / "presets"))
+    assert raw["plugins"] == [f"{user_files}/threshold.py"]
+    with pytest.raises(ConfigError, match=r"^router.kind=threshold: expected one of softmax_topk, .*plugins=\[...\]"):
+        from_dict(Config, raw | {"router": {"kind": "threshold"}})
+    load_named_plugins(raw)
+    config = from_dict(Config, raw)
+    assert type(config.router) is ROUTER_CONFIGS["threshold"] and config.router.threshold == 0.25
+    launch = LaunchConfig(nproc=1, threads=1)
+    seen = workers.in_processes(launch, describe_router, config, "an argument", fresh=True)
+    assert seen == ["ThresholdConfig", seen[1], tuple(raw["plugins"]), "an argument"] and seen[1] == config.router
+
+
+def test_every_tool_takes_plugins_and_presets_of_the_user(
+    user_files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "plugins" not in leaf_keys(DescribeConfig)
+    plugin = f"plugins=[{user_files}/threshold.py]"
+    for arguments in (
+        ["--config-dir", str(user_files / "presets"), "router=mine"],
+        [plugin, "router.kind=threshold", "+router.threshold=0.25"],
+    ):
+        seen: list[DescribeConfig] = []
+        monkeypatch.setattr(sys, "argv", ["describe.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run_tool("describe", DescribeConfig, seen.append)
+        assert ended.value.code == 0 and type(seen[0].router) is ROUTER_CONFIGS["threshold"]
+        assert seen[0].router == ROUTER_CONFIGS["threshold"](threshold=0.25)
+    for arguments, line in (
+        (["--config-dir=/nowhere"], "--config-dir=/nowhere: expected a directory"),
+        (["--config-dir"], "--config-dir=: expected a directory"),
+        (["plugins=threshold.py"], "plugins=threshold.py: expected a list, each item a string"),
+        (["--verbose"], "--verbose: expected key=value, or --help for the keys"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["describe.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run_tool("describe", DescribeConfig, seen.append)
+        assert (ended.value.code, capsys.readouterr().err) == (2, f"error: {line}\n")
+
+
+def test_train_takes_plugins_and_presets_of_the_user(user_files: Path) -> None:
+    presets = ("--config-dir", str(user_files / "presets"), "router=mine")
+    kinds = "softmax_topk, sigmoid_topk, expert_choice"
+    unknown = f"router.kind=threshold: expected one of {kinds}, or a name that a module in plugins=[...] registers"
+    for arguments, line in (
+        (["router.kind=threshold"], unknown),
+        ([*presets, "model.top_k=9"], "model.top_k=9: expected an integer from 1 to num_experts=8"),
+        (["plugins=[none.py]"], "plugins=none.py: expected a module that can be imported (FileNotFoundError: no file"),
+        (["plugins=none.py"], "plugins=none.py: expected a list, each item a string"),
+    ):
+        done = train(*arguments)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {line}") and done.stderr.count("\n") == 1
+    sweep = train("-m", *presets, f"run.root={user_files}", "run.name=s", "model.top_k=9,10")
+    assert sweep.returncode == 1
+    lines = sweep.stderr.splitlines()
+    assert [line.partition(": expected")[0] for line in lines] == [
+        "error: job 0: model.top_k=9",
+        "error: job 1: model.top_k=10",
+    ]
+    saved = yaml.safe_load((user_files / "s" / "1" / "config.yaml").read_text())
+    assert saved["plugins"] == [f"{user_files}/threshold.py"] and saved["router"]["threshold"] == 0.25

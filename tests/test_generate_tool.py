@@ -16,7 +16,7 @@ from moe.generation.generate import generate
 from moe.init import init_parameters
 from moe.model import Transformer
 from moe.region import Region
-from scripts.cli import CONF
+from scripts.cli.hydra import CONF
 from scripts.generate import main
 from scripts.text import HuggingFaceText, StreamedText, Terminal, end_marks
 from tests.foreign import saved

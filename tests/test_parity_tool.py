@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 
 from common.errors import ConfigError
-from scripts.cli import CONF
+from scripts.cli.hydra import CONF
 from scripts.parity import ParityConfig, jobs_for
 from training.parity.cases import CASES
 from training.parity.layouts import chosen, layouts_for, parse_layout

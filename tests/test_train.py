@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cli import CONF
+from scripts.cli.hydra import CONF
 from training.report.metrics import read_metrics
 
 TINY = [
@@ -51,7 +51,7 @@ def numbers(directory: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in rows]
 
 
-def test_one_process_leaves_everything_behind_and_goes_on_only_when_asked(tmp_path, cache):
+def test_one_process_writes_everything_and_continues_only_when_asked(tmp_path, cache):
     out = run(tmp_path, cache, "train.steps=3", "run.experiment=demo")
     directory = tmp_path / "demo-1"
     result = json.loads((directory / "result.json").read_text())
@@ -73,15 +73,29 @@ def test_one_process_leaves_everything_behind_and_goes_on_only_when_asked(tmp_pa
 
     again = run(tmp_path, cache, "train.steps=3", "run.experiment=demo", "run.name=demo-1")
     assert "is finished at step 3" in again
-    run(tmp_path, cache, "train.steps=4", "run.name=demo-1")
+    presets = f"--config-dir={tmp_path}/presets"
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("")
+    (tmp_path / "presets" / "experiment").mkdir(parents=True)
+    preset = f"# @package _global_\nplugins: [{plugin}]\nrun: {{experiment: demo}}\n"
+    (tmp_path / "presets" / "experiment" / "mine.yaml").write_text(preset)
+    more = run(tmp_path, cache, presets, "experiment=mine", "train.steps=4", "run.name=demo-1")
     assert [row["step"] for row in numbers(directory)] == [1, 2, 3, 4]
-    refused = start(tmp_path, cache, "train.steps=5", "run.name=demo-1", "model.num_experts=8")
-    _, err = refused.communicate(timeout=120)
-    assert refused.returncode == 2
-    assert err.startswith("error: model.num_experts=8: expected 4 as in the checkpoint") and err.count("\n") == 1
+    assert f"train.py {presets} " in more
+    plugin.write_text("changed = True")
+    warned = run(tmp_path, cache, presets, "experiment=mine", "train.steps=4", "run.name=demo-1")
+    assert "warning: plugin mine.py has changed since the checkpoint" in warned and "is finished at step 4" in warned
+    for plugins, line in (
+        ((), f"{directory}/checkpoints/step-4: it was written with plugins=[mine.py]: name them again"),
+        ((f"plugins=[{plugin}]",), "model.num_experts=8: expected 4 as in the checkpoint"),
+    ):
+        refused = start(tmp_path, cache, "train.steps=5", "run.name=demo-1", "model.num_experts=8", *plugins)
+        _, err = refused.communicate(timeout=120)
+        assert refused.returncode == 2
+        assert err.startswith(f"error: {line}") and err.count("\n") == 1
 
 
-def test_mistakes_that_only_the_data_can_tell(tmp_path, cache):
+def test_mistakes_that_only_the_data_shows(tmp_path, cache):
     for override, line in (
         ("model.vocab_size=100", "model.vocab_size=100: expected at least 500"),
         ("train.seq_len=100000", "train.seq_len=100000: expected at most"),
@@ -112,7 +126,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, cache):
         time.sleep(0.05)
     assert not (tmp_path / "killed" / "result.json").exists()
     out = run(tmp_path, cache, "run.name=killed", *arguments)
-    assert "going on from step-" in out
+    assert "continued from step-" in out
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 

@@ -1,21 +1,57 @@
-"""The device of this process, its arithmetic, and its peak."""
+"""This process: its rank, its device and data type, and the memory and peak speed of the device."""
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from common.errors import ConfigError
+from parallel.startup.launch import World, world_from_env
+from training.config import Config
 
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0}
-"""Dense bf16 tensor-core peak of one GPU by what its name contains, from NVIDIA's data sheets (SXM versions)."""
+"""Part of a GPU's name -> its dense bf16 tensor-core peak, from NVIDIA's data sheets (SXM versions)."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process as one of the processes that train."""
+
+    world: World
+    """Its rank, and the numbers of ranks."""
+    device: torch.device
+    dtype: torch.dtype
+    """Data type of the forward and backward pass."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which writes the run's files and prints."""
+        return self.world.rank == 0
+
+
+def set_up_process(config: Config) -> Process:
+    """Read this process's rank from the environment, choose its device and data type, and set torch's global state.
+
+    Raises:
+        ConfigError: `train.device=cuda`, and there are fewer GPUs than ranks on this host.
+    """
+    world = world_from_env()
+    device = pick_device(config.train.device, world.local_rank, world.local_world_size)
+    dtype = compute_dtype(config.train.precision, device)
+    if config.run.deterministic:
+        make_deterministic()
+    return Process(world, device, dtype)
 
 
 def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
-    """The GPU of this local rank, or the CPU: `auto` takes GPUs where every rank of this host gets one.
+    """Return the device of this local rank, and make a GPU the current device.
+
+    Args:
+        wanted: `cpu`, `cuda`, or `auto`, which chooses GPUs if there is one for every rank of this host.
 
     Raises:
-        ConfigError: `cuda` was asked for and is not there, or has fewer devices than this host has ranks.
+        ConfigError: `cuda` is wanted, and there are fewer GPUs than ranks on this host.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and gpus < local_world_size):
@@ -28,34 +64,34 @@ def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
 
 
 def check_memory(parameters: int, state: int, local_ranks: int) -> None:
-    """Refuse a run on CPUs whose weights and optimizer state alone are more than this host's memory.
+    """Refuse a run on CPUs whose weights, gradients and optimizer state alone exceed this host's memory.
 
-    Without this the system would end some process, not always ours, once memory is full.
+    Otherwise the kernel would kill some process, perhaps of another program, when the memory is full.
 
     Args:
-        parameters: of the whole model.
+        parameters: number of parameters of the whole model.
         state: bytes of weights, gradients and moments on one rank.
-        local_ranks: ranks on this host.
+        local_ranks: number of ranks on this host.
 
     Raises:
-        ConfigError: it cannot fit.
+        ConfigError: the host has too little memory.
     """
     needed, memory = state * local_ranks, _host_memory()
     if needed > memory:
         raise ConfigError(
             f"train.device=cpu: expected a model that fits this host's {memory / 1e9:.1f} GB of memory; "
-            f"{parameters:,} parameters need {needed / 1e9:.1f} GB on {local_ranks} ranks, activations left out"
+            f"{parameters:,} parameters need {needed / 1e9:.1f} GB on {local_ranks} ranks, without activations"
         )
 
 
 def make_deterministic() -> None:
-    """Refuse kernels whose result depends on timing. Call it before the first CUDA matmul."""
+    """Make torch refuse kernels whose result depends on timing. To be called before the first CUDA matmul."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)  # type: ignore[no-untyped-call]
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Arithmetic of the forward pass for `train.precision`; `auto` is bf16 where the hardware multiplies it."""
+    """Return the data type of the forward pass for `train.precision`. `auto` is bf16 if the hardware multiplies it."""
     if precision == "auto":
         on_gpu = device.type == "cuda"
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_multiplies_bf16()
@@ -64,7 +100,11 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None) -> float | None:
-    """Peak FLOP/s of one device, as given or as known for its name in bf16; None where unknown."""
+    """Return the peak of one device in FLOP/s, or None if it is unknown.
+
+    Args:
+        given_tflops: `train.peak_tflops`. None: look the GPU's name up in `PEAK_TFLOPS`, which has bf16 peaks.
+    """
     if given_tflops is not None:
         return given_tflops * 1e12
     if device.type == "cuda" and dtype == torch.bfloat16:
@@ -73,24 +113,24 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
     return None
 
 
-def _cpu_multiplies_bf16() -> bool:
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-
-
 def memory_of_a_rank(device: torch.device, local_ranks: int) -> int:
-    """Bytes of memory that one of `local_ranks` ranks on this host has at its disposal."""
+    """Return the bytes of memory that one of the `local_ranks` ranks on this host can use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return _host_memory() // local_ranks
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of memory that are free on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _cpu_multiplies_bf16() -> bool:
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))

@@ -1,7 +1,7 @@
-"""`run.init_from=DIR`: a run that starts from the weights of a model directory, as its first step's parameters.
+"""`run.init_from=DIR`: the first step starts from the weights of a model directory.
 
-What the weights mean comes with them: the whole `model` section, and of `router` what decides which experts a token
-gets and with what weight. Capacity, losses and jitter are the run's own.
+The directory also determines what the weights mean: the section `model`, and the keys of `router` that decide which
+experts a token gets and with what weight. The capacity, the losses and the jitter of the router are the run's choice.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,27 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
 from common.strict import to_dict
+from common.text import show_value
 
-if TYPE_CHECKING:  # the command line does not wait for torch
+if TYPE_CHECKING:  # The command line does not wait for torch.
     from training.formats.reader import ModelReader
 
 FREE_MODEL_KEYS = ("expert_kernel", "init_std")
-"""Keys of the model that say nothing about its weights."""
-ROUTER_KEYS = ("kind", "normalize", "scale", "num_groups", "topk_groups")
+"""The keys of `model` that do not change what the weights mean. (`RouterConfig.MEANING` has the keys that do.)"""
 
 
 def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The composed sections `raw` with those of the directory `run.init_from`, where it is given.
+    """Return the composed configuration `raw`, with the sections that the directory `run.init_from` determines.
 
-    `data.tokenizer=null` becomes the directory's tokenizer. Reads configurations and headers only.
+    Without `run.init_from`, `raw` is returned. If `data.tokenizer` is null, it becomes the directory's tokenizer. Only
+    configuration files and the headers of weight files are read.
 
     Args:
-        overrides: what the user typed, `key=value` each: such a choice is held against the directory, while presets
-            and experiments give way to it.
+        overrides: the user's `key=value` arguments. Such a value must agree with the directory. The directory replaces
+            the values of presets and experiments.
 
     Raises:
-        ConfigError: a choice that contradicts the directory.
-        ModelError: a directory that cannot be read.
+        ConfigError: an override contradicts the directory.
+        ModelError: the directory cannot be read.
     """
     directory = raw.get("run", {}).get("init_from")
     if not isinstance(directory, str):
@@ -41,14 +42,15 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     model, router = to_dict(source.model), to_dict(source.router)
     inherited = {"model": {key: value for key, value in model.items() if key not in FREE_MODEL_KEYS}}
     if source.model.is_moe:
-        inherited["router"] = {key: router[key] for key in ROUTER_KEYS}
+        inherited["router"] = {key: router[key] for key in type(source.router).MEANING}
     result = dict(raw)
     for section, values in inherited.items():
         for key, value in values.items():
             given = raw[section].get(key, value)
             if {section, f"{section}.{key}"} & typed and not _agrees(key, given, value, source):
                 raise ConfigError(
-                    f"{section}.{key}={_shown(given)}: expected {_shown(value)}, as in run.init_from={directory}"
+                    f"{section}.{key}={show_value(given)}: expected {show_value(value)}, as in "
+                    f"run.init_from={directory}"
                 )
         result[section] = raw[section] | values
     if raw["data"].get("tokenizer") is None:
@@ -62,10 +64,15 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def find_initial(directory: str | None, warn: Callable[[str], None]) -> str | None:
-    """The path that `run.init_from` stands for: of a run, its newest whole checkpoint. One rank asks, for all.
+    """Return the path that `run.init_from` stands for. For a run, this is its newest undamaged checkpoint.
+
+    It reads the whole checkpoint. Only rank 0 calls it, and shares the result.
+
+    Args:
+        warn: receives one line for each damaged checkpoint.
 
     Raises:
-        ModelError: nothing there is whole.
+        ModelError: there is no model directory or no undamaged checkpoint.
     """
     from training.formats.reader import open_model
 
@@ -74,19 +81,13 @@ def find_initial(directory: str | None, warn: Callable[[str], None]) -> str | No
 
 def _agrees(key: str, given: Any, inherited: Any, source: "ModelReader") -> bool:
     if key == "vocab_size" and given is None:
-        return True  # null stands for whatever it is
+        return True  # null stands for the size of the tokenizer.
     if key == "normalize":
         top_k = source.model.top_k or 1
         given, inherited = (top_k > 1 if value == "auto" else value for value in (given, inherited))
     if isinstance(inherited, float) and isinstance(given, int | float | str) and not isinstance(given, bool):
         try:
-            return float(given) == inherited  # YAML reads 1e-5 as a string
+            return float(given) == inherited  # YAML reads 1e-5 as a string.
         except ValueError:
             return False
     return bool(given == inherited)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(_shown, value))}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

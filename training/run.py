@@ -1,4 +1,7 @@
-"""What a run is called and where it lies: `<root>/<name>/`, or `<root>/<sweep>/<job>/` for a job of a sweep."""
+"""The name of a run and the files in its directory: `<root>/<name>/`, or `<root>/<sweep>/<job>/` for a job of a sweep.
+
+This module does not import torch, so that the command line can use it.
+"""
 
 import contextlib
 import itertools
@@ -20,13 +23,13 @@ RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FILE = "tokenizer.model"
 SHARED_RUN_IDS = ("", "none", "default")
-"""Values of TORCHELASTIC_RUN_ID that many launches have."""
+"""Values of TORCHELASTIC_RUN_ID that do not identify a launch, because many launches have them."""
 
 
 def choose_name(run: RunConfig) -> str:
-    """The explicit name, else `<experiment>-<n>` with the lowest n from 1 that no other run has.
+    """Return `run.name`, or `<experiment>-<n>` with the lowest n from 1 that no other run has.
 
-    The directory is created here, which claims the name: launches at the same moment get different ones.
+    A chosen name is reserved by creating its directory, so that two launches at the same moment get different names.
 
     Raises:
         RunError: no directory can be created below `run.root`.
@@ -45,10 +48,11 @@ def choose_name(run: RunConfig) -> str:
 
 
 def torchrun_name(run: RunConfig, share: Callable[[Callable[[], str]], str]) -> str:
-    """The name of a run that torchrun or deepspeed started, the same on every rank and after every restart.
+    """Return the name of a run that torchrun or deepspeed started. It is the same on every rank and after a restart.
 
-    The explicit name; else what this launch chose before a restart; else `<experiment>-<TORCHELASTIC_RUN_ID>` where
-    that id is no default and the name is free; else the next free number.
+    It is, in this order: `run.name`; the name that this launch chose before it was restarted;
+    `<experiment>-<TORCHELASTIC_RUN_ID>`, if that id identifies the launch and no other run has the name; the name that
+    `choose_name` chooses.
 
     Args:
         share: `share(choose)` calls `choose` on rank 0 only and returns its result on every rank.
@@ -62,13 +66,13 @@ def torchrun_name(run: RunConfig, share: Callable[[Callable[[], str]], str]) -> 
 
 
 def launched_directory(run: RunConfig) -> Path | None:
-    """Where the run of this launch lies: as `torchrun_name` named it. None if it has not yet."""
+    """Return the directory of this launch's run, or None if `torchrun_name` has not chosen a name yet."""
     name = run.name if run.name is not None else _find(run, launch_identity())
     return None if name is None else Path(run.root) / name
 
 
 def launch_identity() -> dict[str, Any]:
-    """What tells this launch from every other one, and stays when its workers are restarted: the agent process."""
+    """Return what identifies this launch also after a restart of its workers: the launcher's process, their parent."""
     agent = os.getppid()
     return {
         "run_id": os.environ.get("TORCHELASTIC_RUN_ID", ""),
@@ -79,15 +83,15 @@ def launch_identity() -> dict[str, Any]:
 
 
 def prepare_directory(run: RunConfig, name: str) -> Path:
-    """Create `<root>/<name>` and prove that files can be written there.
+    """Create the directory `<root>/<name>`, check that files can be written in it, and return it.
 
     Raises:
-        RunError: they cannot, with the system's reason.
+        RunError: the directory or a file in it cannot be written. The message has the system's reason.
     """
     directory = Path(run.root) / name
     with _as_run_error(run.root):
         directory.mkdir(parents=True, exist_ok=True)
-        # root may write where the permission bits say no, and nobody may on a read-only disk: only a real file tells
+        # Permission bits do not tell: root ignores them, and a disk can be read-only. So a file is written.
         handle, probe = tempfile.mkstemp(prefix=".write-test-", dir=directory)
         os.close(handle)
         os.unlink(probe)
@@ -95,16 +99,19 @@ def prepare_directory(run: RunConfig, name: str) -> Path:
 
 
 def discard_unstarted(directory: Path) -> None:
-    """Remove the directory of a run that was refused before it wrote anything: its name is free again."""
+    """Remove the directory of a run that was refused before it wrote anything, so that its name is free again."""
     if directory.is_dir() and {path.name for path in directory.iterdir()} <= {".lock", LAUNCH_FILE}:
         shutil.rmtree(directory)
 
 
 def lock_run(directory: Path, name: str) -> Any:
-    """Hold the run for this process until it ends or the lock is released.
+    """Lock the run, so that no other process writes it. The lock ends with this process or when it is released.
+
+    Returns:
+        The lock, a `filelock.FileLock`.
 
     Raises:
-        RunError: another process is writing it.
+        RunError: another process has the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -112,23 +119,27 @@ def lock_run(directory: Path, name: str) -> Any:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RunError(f"run.name={name}: expected a run that nobody else is writing; {directory} is in use") from None
+        raise RunError(
+            f"run.name={name}: expected a run that no other process is writing; {directory} is in use"
+        ) from None
     return lock
 
 
-def is_finished(directory: Path, steps: int) -> bool:
-    """Whether `result.json` in the run's directory says that the run ended well after at least `steps` steps."""
+def finished_result(directory: Path, steps: int) -> dict[str, Any] | None:
+    """Return the content of `result.json` if the run in `directory` has finished after at least `steps` steps, else
+    None."""
     try:
         result = json.loads((directory / RESULT_FILE).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(result, dict) and result.get("status") == "finished" and result.get("step", -1) >= steps
+        return None
+    finished = isinstance(result, dict) and result.get("status") == "finished" and result.get("step", -1) >= steps
+    return result if finished else None
 
 
 def save_config(directory: Path, config: Mapping[str, Any]) -> Path:
-    """Write the plain mapping as `config.yaml` in `directory`, whole or not at all; returns the file.
+    """Write a configuration of plain containers to `config.yaml` in `directory` atomically, and return the file.
 
-    No secret can be in it: no config dataclass holds one, keys come from the environment only.
+    It contains no secret, because keys come from the environment and no configuration dataclass has a field for one.
     """
     import yaml
 
@@ -136,19 +147,19 @@ def save_config(directory: Path, config: Mapping[str, Any]) -> Path:
 
 
 def save_tokenizer(directory: Path, file: Path) -> None:
-    """Copy the tokenizer's `file` into `directory`, whole or not at all, so that a run can be used without its data."""
+    """Copy the tokenizer `file` into `directory` atomically, so that the run can be used without its token store."""
     partial = directory / f".{TOKENIZER_FILE}.{os.getpid()}"
     shutil.copyfile(file, partial)
     partial.replace(directory / TOKENIZER_FILE)
 
 
 def save_result(directory: Path, result: Mapping[str, Any]) -> Path:
-    """Write the plain mapping as `result.json` in `directory`, whole or not at all; returns the file."""
+    """Write a result of plain containers to `result.json` in `directory` atomically, and return the file."""
     return write_atomically(directory / RESULT_FILE, json.dumps(dict(result), indent=2) + "\n")
 
 
 def _find(run: RunConfig, identity: dict[str, Any]) -> str | None:
-    """The run that the launch has begun already."""
+    """The name of the run that this launch has started already."""
     for path in sorted(Path(run.root).glob(f"*/{LAUNCH_FILE}")):
         if path.parent.name.startswith(f"{run.experiment}-"):
             with contextlib.suppress(OSError, ValueError):
@@ -158,9 +169,9 @@ def _find(run: RunConfig, identity: dict[str, Any]) -> str | None:
 
 
 def _find_or_choose(run: RunConfig, identity: dict[str, Any]) -> str:
-    found = _find(run, identity)
-    if found is not None:
-        return found
+    started = _find(run, identity)
+    if started is not None:
+        return started
     root = Path(run.root)
     run_id = identity["run_id"]
     name = f"{run.experiment}-{''.join(c if c.isalnum() or c in '._-' else '-' for c in run_id)}"
@@ -173,9 +184,9 @@ def _find_or_choose(run: RunConfig, identity: dict[str, Any]) -> str:
 
 
 def _start_time(pid: int) -> str:
-    """When the process started, in kernel ticks: a process id alone is used again. Empty where there is no /proc."""
+    """The start time of a process in kernel ticks, because a process id is used again. Empty if there is no /proc."""
     try:
-        # the command name, in parentheses, may hold spaces; start time is field 22 of proc_pid_stat(5)
+        # The command name is in parentheses and may contain spaces. The start time is field 22 of proc_pid_stat(5).
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

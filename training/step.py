@@ -11,7 +11,7 @@ Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts, X columns of
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,8 +49,8 @@ class StepResult(NamedTuple):
     dropped: int
     router: float | None = None
     """The router kind's own term; None if it has none."""
-    telemetry: dict[str, list[float]] | None = None
-    """The router kind's own telemetry: name -> mean over tokens per layer. None if it has none."""
+    telemetry: Mapping[str, Sequence[float]] = {}
+    """The router kind's own telemetry: name -> mean over tokens per layer."""
 
 
 def move_to_device(batch: Batch, mesh: Mesh, seed: int | None = None) -> tuple[ModelInputs, Batch]:

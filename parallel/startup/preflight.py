@@ -36,6 +36,7 @@ MAY_DIFFER = {
     "data.cache": "may be a disk of the node; a hash checks that the tokens in it are the same",
     "data.paths": "the text may be at another path on another node; the hash of the tokens covers it",
     "data.tokenizer": "may be at another path, like the text; its content is part of that hash",
+    "plugins": "may be at other paths on another node; the SHA-256 of each plugin is compared",
 }
 """Keys and sections of the configuration that may differ between nodes, with the reason. `run.root` and `run.init_from`
 must not: all ranks write to, or read from, the path that rank 0 has checked."""

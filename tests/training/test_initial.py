@@ -1,4 +1,4 @@
-"""run.init_from: what comes from the directory, what the user may still say, and what contradicts."""
+"""run.init_from: what the directory determines, what the user can still choose, and which choices contradict it."""
 
 import json
 import re
@@ -76,7 +76,7 @@ def test_a_choice_that_contradicts_is_named(typed, model, router, message, mixtr
         start_from(given, [typed])
 
 
-def test_choices_that_agree_are_welcome(mixtral):
+def test_choices_that_agree_are_accepted(mixtral):
     given = raw(mixtral, normalize="auto")
     given["model"] |= {"dim": 24, "rope_theta": "1e6", "norm_eps": 1e-5, "vocab_size": None}
     typed = [

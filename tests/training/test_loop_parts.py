@@ -1,4 +1,4 @@
-"""Schedules, optimizer groups, and which checkpoint a run goes on from."""
+"""Parts of the training loop: schedules, optimizer groups, throughput, and the check of a checkpoint's state."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ from common.strict import to_dict
 from moe.config import ModelConfig, RouterConfig
 from training.config import OptimConfig
 from training.device import check_memory
+from training.loop import Throughput, is_due, speed_row
 from training.optimizer import build_optimizer
 from training.resume import checked_state
 from training.schedule import learning_rate
@@ -67,3 +68,32 @@ def test_a_checkpoint_of_another_model_names_the_key(tmp_path):
         checked_state(saved, model, dataclasses.replace(router, normalize=False), 3)
     with pytest.raises(CheckpointError, match=r"^train\.steps=2: expected at least 3"):
         checked_state(saved, model, router, 2)
+
+
+def test_a_checkpoint_that_needs_a_plugin_names_it(tmp_path):
+    from training.checkpoint import checkpoint
+
+    state = {"step": 3, "plugins": {"mine.py": "0" * 64}, "model": {}, "router": {"kind": "mine"}}
+    saved = str(checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, state, keep=2))
+    model = ModelConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8)
+    with pytest.raises(CheckpointError) as refused:
+        checked_state(saved, model, RouterConfig(), 3)
+    line = "it was written with plugins=[mine.py]: name them again on the command line"
+    assert str(refused.value) == f"{saved}: {line}"
+
+
+def test_throughput_of_an_interval_and_of_all_steps():
+    throughput = Throughput()
+    assert throughput.of_all_steps() is None
+    throughput.add(10, 2.0)
+    assert throughput.of_interval() == throughput.of_all_steps() == 5.0
+    throughput.start_interval()
+    throughput.add(20, 1.0)
+    assert (throughput.of_interval(), throughput.of_all_steps()) == (20.0, 10.0)
+    assert speed_row(throughput, 3.0, None) == {"speed/tokens_per_s": 20.0}
+    assert speed_row(throughput, 3.0, 240.0) == {"speed/tokens_per_s": 20.0, "speed/mfu": 0.25}
+
+
+def test_what_is_due_every_few_steps_and_at_the_end():
+    assert [done for done in range(1, 9) if is_due(done, 3, 8)] == [3, 6, 8]
+    assert [done for done in range(1, 9) if is_due(done, 0, 8)] == [8]

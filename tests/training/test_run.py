@@ -12,7 +12,7 @@ from common.errors import RunError
 from training.config import RunConfig
 from training.run import (
     choose_name,
-    is_finished,
+    finished_result,
     launched_directory,
     lock_run,
     prepare_directory,
@@ -43,10 +43,10 @@ def test_simultaneous_launches_get_different_names(tmp_path: Path) -> None:
 
 def test_torchrun_name_from_a_unique_run_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job/7")
-    for _ in range(2):  # the second time as after a restart
+    for _ in range(2):  # The second time is as after a restart.
         assert torchrun_name(config(tmp_path), lambda choose: choose()) == "exp-job-7"
     assert torchrun_name(config(tmp_path, "mine"), lambda choose: choose()) == "mine"
-    # another launch with the same id does not go on with the old run
+    # Another launch with the same id does not continue the old run.
     monkeypatch.setattr("training.run._start_time", lambda pid: "1")
     assert torchrun_name(config(tmp_path), lambda choose: choose()) == "exp-1"
 
@@ -61,9 +61,9 @@ def test_restarted_workers_find_the_name_of_their_launch(
     first = torchrun_name(run, lambda choose: choose())
     assert first == "exp-1" and launched_directory(run) == tmp_path / first
     assert choose_name(run) == "exp-2"
-    # same agent (this process's parent), after a restart
+    # The same launcher, which is this process's parent, after a restart.
     assert torchrun_name(run, lambda choose: choose()) == first
-    # another agent that was given the same process id later
+    # Another launcher that has the same process id later.
     monkeypatch.setattr("training.run._start_time", lambda pid: "1")
     assert torchrun_name(run, lambda choose: choose()) == "exp-3"
 
@@ -88,14 +88,16 @@ def test_prepare_directory_leaves_nothing_behind(tmp_path: Path) -> None:
     assert prepare_directory(config(tmp_path), "sweep-1/3") == directory
 
 
-def test_is_finished(tmp_path: Path) -> None:
-    assert not is_finished(tmp_path, 10)
-    save_result(tmp_path, {"status": "finished", "step": 10})
-    assert is_finished(tmp_path, 10) and is_finished(tmp_path, 5) and not is_finished(tmp_path, 11)
+def test_finished_result(tmp_path: Path) -> None:
+    assert finished_result(tmp_path, 10) is None
+    result = {"status": "finished", "step": 10}
+    save_result(tmp_path, result)
+    assert finished_result(tmp_path, 10) == finished_result(tmp_path, 5) == result
+    assert finished_result(tmp_path, 11) is None
     save_result(tmp_path, {"status": "failed", "step": 10})
-    assert not is_finished(tmp_path, 10)
+    assert finished_result(tmp_path, 10) is None
     (tmp_path / "result.json").write_text("{")
-    assert not is_finished(tmp_path, 10)
+    assert finished_result(tmp_path, 10) is None
 
 
 def test_saved_files_read_back(tmp_path: Path) -> None:
@@ -112,6 +114,6 @@ def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", other, str(tmp_path)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "RunError: run.name=mine: expected a run that nobody else is writing" in refused.stderr
+    assert "RunError: run.name=mine: expected a run that no other process is writing" in refused.stderr
     lock.release()
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0

@@ -6,6 +6,7 @@ Shape suffixes: L MoE layers, E experts.
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -135,6 +136,19 @@ def router_metrics(counts_LE: Tensor, dropped: float) -> Row:
     for layer, (vio, load_E) in enumerate(zip(vio_L, load_shares(counts_LE), strict=True)):
         row[f"router/max_vio/layer_{layer:02d}"] = vio
         row[f"router/load/layer_{layer:02d}"] = load_E
+    return row
+
+
+def telemetry_metrics(telemetry: Mapping[str, Sequence[float]]) -> Row:
+    """Return the metrics that a kind of router adds: `router/<name>`, a mean over layers, and `router/<name>/layer_XX`.
+
+    Args:
+        telemetry: name -> one value per MoE layer (`Router.TELEMETRY`).
+    """
+    row: Row = {}
+    for name, values_L in telemetry.items():
+        row[f"router/{name}"] = sum(values_L) / len(values_L)
+        row |= {f"router/{name}/layer_{layer:02d}": value for layer, value in enumerate(values_L)}
     return row
 
 

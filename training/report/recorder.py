@@ -1,9 +1,8 @@
-"""Where the figures of a run go: `metrics.jsonl` first, then W&B and the terminal. Only rank 0 records."""
+"""Writes the metrics of a run: first to `metrics.jsonl`, then to the terminal and to W&B. Only rank 0 records."""
 
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from common.strict import to_dict
 from training.config import Config
@@ -12,21 +11,24 @@ from training.report.progress import Progress
 from training.report.trackers import start_tracking
 
 
-class Recorder:
-    """Context manager around the loop; a no-op on every rank but 0.
+class Recorder(ExitStack):
+    """A context manager around the training loop. It does nothing on ranks other than 0.
+
+    At the end it closes the tracker first, then `metrics.jsonl`, then the progress bar.
 
     Args:
-        resumed_step: the checkpoint's step; rows after it are cut from `metrics.jsonl`. None: a new run.
+        active: whether this is rank 0.
+        resumed_step: the step of the checkpoint; later rows are removed from `metrics.jsonl`. None for a new run.
     """
 
     def __init__(self, config: Config, directory: Path, name: str, *, active: bool, resumed_step: int | None) -> None:
+        super().__init__()
         self.active = active
-        self._stack = ExitStack()
         if not active:
             return
-        self.progress = self._stack.enter_context(Progress(config.train.steps, resumed_step or 0))
+        self.progress = self.enter_context(Progress(config.train.steps, resumed_step or 0))
         self.metrics = MetricsWriter(directory / "metrics.jsonl", resumed_step)
-        self._stack.callback(self.metrics.close)
+        self.callback(self.metrics.close)
         self.tracker = start_tracking(
             config.tracking,
             name=name,
@@ -34,9 +36,10 @@ class Recorder:
             resolved_config=to_dict(config),
             resumed_step=resumed_step,
         )
+        self.callback(self.tracker.finish)
 
     def step(self, row: dict[str, Any], step: int, *, write: bool) -> None:
-        """Show `row`; with `write`, also keep it."""
+        """Show the metrics of a step, and write them if `write`."""
         if not self.active:
             return
         self.progress.update(row, step, log=write)
@@ -45,33 +48,23 @@ class Recorder:
             self.tracker.log(row, step)
 
     def saved(self, checkpoint: str) -> None:
-        """Tell that a checkpoint has been committed."""
+        """Print that a checkpoint has been written."""
         if self.active:
             self.progress.print(f"saved {checkpoint}")
 
     def sync(self) -> None:
-        """Bring the rows to the disk, before a checkpoint that stands for them."""
+        """Flush the rows to the disk. A checkpoint must not be newer than the rows of its steps."""
         if self.active:
             self.metrics.sync()
 
     def end_progress(self) -> None:
-        """Take the bar off the terminal: what follows is printed below it."""
+        """Remove the progress bar from the terminal, before anything is printed below it."""
         if self.active:
             self.progress.__exit__(None, None, None)
 
     def finish(self, result: dict[str, Any], directory: Path) -> None:
-        """Give W&B the run's last figures and its plots."""
+        """Send the run's result and the plots in its directory to W&B."""
         if self.active:
             self.tracker.summary(result)
             for plot in sorted(directory.glob("*.png")):
                 self.tracker.image(plot.stem, plot)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.active:
-            self.tracker.finish()
-        self._stack.close()

@@ -1,17 +1,15 @@
-"""What a run shows and leaves behind when it starts, ends, or turns out to have ended before. Called on rank 0."""
+"""What a run prints and writes when it starts and when it ends. Only rank 0 calls these functions."""
 
-import json
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.tokens.store import Store
-from moe.accounting.flops import ParameterCounts
-from moe.config import ModelConfig
-from parallel.planning.plan import Plan
+from training.agree import AgreedRun
 from training.config import Config
 from training.evaluate import Evaluation
 from training.report.heatmap import show_load
@@ -28,118 +26,113 @@ from training.report.tables import (
     show_sample,
 )
 from training.report.terminal import show_line
-from training.run import RESULT_FILE, is_finished, save_result
+from training.run import save_result
+from training.trainable import format_patterns
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-def show_start(
-    store: Store,
-    model: ModelConfig,
-    counts: ParameterCounts,
-    holdings: list[RankSummary],
-    axes: str,
-    plan: Plan | None,
-    dtype: torch.dtype,
-    directory: Path,
-    resumed: str | None,
-) -> None:
-    """What is being built, once.
+@dataclass(frozen=True)
+class RunSummary:
+    """What is known of a run as soon as its engine is built."""
 
-    Args:
-        counts: of the whole model.
-        axes: of the layout, as one writes them.
-        plan: None: another engine lays out memory.
-    """
-    show_corpus(store.summary(), store.directory.name, store.directory)
+    run: AgreedRun
+    dtype: torch.dtype
+    """Data type of the forward and backward pass."""
+    ranks: list[RankSummary]
+    """What each rank stores, in the order of the ranks."""
+
+
+def show_start(summary: RunSummary) -> None:
+    """Print the corpus, the model, the layout and the run directory."""
+    run, ranks = summary.run, summary.ranks
+    show_corpus(run.tokens.summary(), run.tokens.directory.name, run.tokens.directory)
     show_model(
-        model,
-        total_params=counts.total,
-        active_params=counts.active,
-        vocab_size=store.tokenizer.vocab_size,
+        run.model,
+        total_params=run.counts.total,
+        active_params=run.counts.active,
+        vocab_size=run.tokens.tokenizer.vocab_size,
         tokenizer="sentencepiece",
-        precision=f"{DTYPE_NAMES[dtype]} (torch {torch.__version__})",
-        device=holdings[0].device,
+        precision=f"{DTYPE_NAMES[summary.dtype]} (torch {torch.__version__})",
+        device=ranks[0].device,
     )
-    show_layout(holdings, axes)
-    if plan is not None:
-        show_plan(plan)
-    show_line(f"run directory {directory}" + (f", going on from {Path(resumed).name}" if resumed else ""))
-
-
-def baselines(store: Store) -> dict[str, tuple[float, float]]:
-    """Domain -> bits per byte of its held-out text by gzip -9 and by a byte unigram; domains without such text lack."""
-    return {
-        row["domain"]: (row["gzip_bits_per_byte"], row["unigram_bits_per_byte"])
-        for row in store.summary()
-        if row["heldout_bytes"]
-    }
+    show_layout(ranks, str(run.plan.layout) if len(ranks) > 1 else "")
+    if run.config.engine.kind == "native":  # DeepSpeed decides how it uses the memory.
+        show_plan(run.plan)
+    continued = f", continued from {Path(run.checkpoint).name}" if run.checkpoint else ""
+    show_line(f"run directory {run.directory}{continued}")
+    if run.warning:
+        show_line(run.warning)
+    if run.trained_parameters < run.counts.total:
+        patterns = format_patterns(run.config.optim.train)
+        show_line(f"optim.train={patterns}: {run.trained_parameters:,} of {run.counts.total:,} parameters train")
 
 
 def evaluation_row(evaluation: Evaluation) -> dict[str, Any]:
-    """Names as in `metrics.jsonl`."""
+    """Return the evaluation under its names in `metrics.jsonl`."""
     bits = {f"eval/bits_per_byte/{domain}": value for domain, value in evaluation.bits_per_byte.items()}
     return {"eval/loss": evaluation.loss} | bits
 
 
 def finish_run(
-    config: Config,
-    directory: Path,
-    name: str,
-    *,
-    store: Store,
-    counts: ParameterCounts,
-    holdings: list[RankSummary],
+    summary: RunSummary,
     evaluation: Evaluation,
+    *,
     checkpoint: str | None,
     sample: str | None,
     wall_s: float,
     tokens_per_s: float | None,
 ) -> dict[str, Any]:
-    """Show the results, write the plots and `result.json`; returns the latter's content.
+    """Print the results, write the plots and `result.json`, and return the content of the latter.
 
     Args:
-        tokens_per_s: None where this process had no step left to do.
+        evaluation: of the final weights.
+        checkpoint: the newest checkpoint.
+        sample: generated text.
+        wall_s: seconds since this process started to train.
+        tokens_per_s: the mean speed of the optimizer steps; None if this process did none.
     """
-    known = baselines(store)
-    show_evaluation({d: b for d, b in evaluation.bits_per_byte.items() if d in known}, evaluation.loss, known)
-    load = evaluation.load_GLE
-    if load is not None:
-        whole, by_domain = load.sum(dim=0).tolist(), dict(zip(store.domains, load.tolist(), strict=True))
-        show_load(whole, by_domain)
-        plot_load(whole, by_domain, directory / "expert_load")
-    rows = read_metrics(directory / "metrics.jsonl")
-    last = rows[-1] if rows else {}
-    plot_curves(rows, directory / "curves")
-    plot_overview(rows, directory / "overview")
+    run = summary.run
+    baselines = _baselines(run.tokens)
+    bits = {domain: value for domain, value in evaluation.bits_per_byte.items() if domain in baselines}
+    show_evaluation(bits, evaluation.loss, baselines)
+    if evaluation.load_GLE is not None:
+        load_LE = evaluation.load_GLE.sum(dim=0).tolist()
+        load_by_domain = dict(zip(run.tokens.domains, evaluation.load_GLE.tolist(), strict=True))
+        show_load(load_LE, load_by_domain)
+        plot_load(load_LE, load_by_domain, run.directory / "expert_load")
+    rows = read_metrics(run.directory / "metrics.jsonl")
+    last_row = rows[-1] if rows else {}
+    plot_curves(rows, run.directory / "curves")
+    plot_overview(rows, run.directory / "overview")
     if sample is not None:
-        show_sample(config.run.prompt, sample)
+        show_sample(run.config.run.prompt, sample)
     result = {
         "status": "finished",
-        "name": name,
-        "step": config.train.steps,
+        "name": run.name,
+        "step": run.config.train.steps,
         **evaluation_row(evaluation),
-        "train/loss": last.get("train/loss"),
-        "router/max_vio": last.get("router/max_vio"),
+        "train/loss": last_row.get("train/loss"),
+        "router/max_vio": last_row.get("router/max_vio"),
         "speed/tokens_per_s": tokens_per_s,
         "wall_s": wall_s,
-        "total_params": counts.total,
-        "active_params": counts.active,
-        "num_experts": config.model.num_experts,
-        "top_k": config.model.top_k,
-        "baselines": {d: {"gzip_bits_per_byte": g, "unigram_bits_per_byte": u} for d, (g, u) in known.items()},
-        "ranks": [holding.as_dict() for holding in holdings],
+        "total_params": run.counts.total,
+        "active_params": run.counts.active,
+        "num_experts": run.model.num_experts,
+        "top_k": run.model.top_k,
+        "baselines": {d: {"gzip_bits_per_byte": g, "unigram_bits_per_byte": u} for d, (g, u) in baselines.items()},
+        "ranks": [rank.as_dict() for rank in summary.ranks],
         "checkpoint": checkpoint,
-        "corpus": store.directory.name,
+        "corpus": run.tokens.directory.name,
         "sample": sample,
         "torch": torch.__version__,
     }
-    save_result(directory, result)
+    save_result(run.directory, result)
     show_end(
-        directory,
+        run.directory,
         None if checkpoint is None else Path(checkpoint),
-        resume_command(config, name, len(holdings)),
-        open_command(config, directory),
+        resume_command(run.config, run.name, len(summary.ranks)),
+        open_command(run.config, run.directory),
         wall_s,
         tokens_per_s or 0.0,
     )
@@ -147,7 +140,7 @@ def finish_run(
 
 
 def resume_command(config: Config, name: str, world_size: int) -> str:
-    """The command line that goes on with this run to twice its length, launched as this one was."""
+    """Return the command line that continues this run to twice its length, with the launcher that started it."""
     dropped = ("run.name=", "run.resume=", "train.steps=")
     overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(dropped)]
     launcher = [_tool("python")]
@@ -157,29 +150,30 @@ def resume_command(config: Config, name: str, world_size: int) -> str:
 
 
 def open_command(config: Config, directory: Path) -> str:
-    """The command line that shows the run's curves."""
+    """Return the command line that shows the run's curves."""
     if config.tracking.wandb == "disabled":
         return shlex.join(["ls", str(directory)])
     return shlex.join([_tool("wandb"), "leet", str(directory / "wandb")])
 
 
-def _tool(name: str) -> str:
-    """A program beside the Python that runs, as it can be called from here."""
-    path = Path(sys.executable).parent / name
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
-
-
-def finished_result(directory: Path, steps: int) -> dict[str, Any] | None:
-    """What `result.json` holds, if the run in `directory` has ended after at least `steps` steps."""
-    if not is_finished(directory, steps):
-        return None
-    result: dict[str, Any] = json.loads((directory / RESULT_FILE).read_text())
-    return result
-
-
 def show_finished(directory: Path, result: dict[str, Any]) -> None:
-    """The run was asked to go on, and has nothing left to do."""
+    """Print that the run has no steps left to do."""
     show_line(
         f"run {directory} is finished at step {result['step']} (held-out loss {result['eval/loss']:.4f}); "
-        "raise train.steps to go on, or choose another run.name"
+        "raise train.steps to continue it, or choose another run.name"
     )
+
+
+def _baselines(tokens: Store) -> dict[str, tuple[float, float]]:
+    """Domain -> bits per byte of its held-out text by gzip -9 and by a byte unigram, for domains with such text."""
+    return {
+        row["domain"]: (row["gzip_bits_per_byte"], row["unigram_bits_per_byte"])
+        for row in tokens.summary()
+        if row["heldout_bytes"]
+    }
+
+
+def _tool(name: str) -> str:
+    """The path of a program that is installed beside this Python, relative to the current directory if possible."""
+    path = Path(sys.executable).parent / name
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name

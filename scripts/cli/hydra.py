@@ -1,0 +1,170 @@
+"""Hydra's part of the command line: arguments become a composed configuration of plain dicts, lists and scalars."""
+
+import os
+import re
+import sys
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from common.errors import ConfigError, RunError
+from common.plugins import load_plugins
+from common.strict import from_dict
+from scripts.cli.errors import details, user_message
+from training.config import Config, RunConfig
+from training.run import choose_name, prepare_directory, save_config, save_result
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+@dataclass(frozen=True)
+class _Plugins:
+    plugins: tuple[str, ...] = ()
+
+
+def take_flag(arguments: Sequence[str], *flags: str) -> tuple[str | None, list[str]]:
+    """Separate a flag, written as `--flag VALUE` or `--flag=VALUE`, from the other arguments.
+
+    Args:
+        flags: the spellings of the flag.
+
+    Returns:
+        The flag's last value (None without the flag, empty if no value follows it), and the other arguments.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*flags, dest="value", nargs="?", const="")
+    known, others = parser.parse_known_args(arguments)
+    return known.value, others
+
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without `--local_rank N`, which deepspeed adds. The environment's LOCAL_RANK is read."""
+    return take_flag(arguments, "--local_rank", "--local-rank")[1]
+
+
+def quote(text: str) -> str:
+    """Return `text` as a quoted string of Hydra's override grammar."""
+    # Inside quotes Hydra reads a backslash as itself, except before a quote, and resolves `${`.
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", "\\${")
+    return f"'{escaped}'"
+
+
+def compose_config(name: str, overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
+    """Compose `conf/<name>.yaml` and the presets that it and the overrides choose.
+
+    Args:
+        overrides: `key=value` arguments in Hydra's grammar.
+        config_dir: a directory with more presets, as `--config-dir` gives it to train.py.
+
+    Raises:
+        ConfigError: `config_dir` is not a directory.
+        HydraException, OmegaConfBaseException: an override cannot be used. `errors.user_message` explains both.
+    """
+    if config_dir is not None:
+        if not os.path.isdir(config_dir):
+            raise ConfigError(f"--config-dir={config_dir}: expected a directory")
+        overrides = [f"hydra.searchpath=[{quote(f'file://{Path(config_dir).resolve()}')}]", *overrides]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(compose(name, list(overrides)))
+
+
+def plain(cfg: DictConfig, sweep_dir: Path | None = None, number: int | None = None) -> dict[str, Any]:
+    """Return a composed configuration as dicts, lists and scalars, with its interpolations resolved.
+
+    Args:
+        sweep_dir, number: the directory of a sweep and the number of the job in it. They determine `run.name`.
+    """
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    raw: dict[str, Any] = {str(name): value for name, value in container.items()}
+    if sweep_dir is not None:
+        raw["run"]["name"] = f"{os.path.relpath(sweep_dir, raw['run']['root'])}/{number}"
+    return raw
+
+
+def load_named_plugins(raw: Mapping[str, Any]) -> None:
+    """Load the modules that the key `plugins` of a composed configuration names.
+
+    The sections can only be validated after this, because plugins register the kinds that the sections choose from.
+
+    Raises:
+        ConfigError: `plugins` is not a list of strings, or one of the modules cannot be imported.
+    """
+    load_plugins(from_dict(_Plugins, {"plugins": raw.get("plugins", [])}).plugins)
+
+
+def sweep_directory(arguments: Sequence[str]) -> Path | None:
+    """Choose and create the directory of the sweep that the arguments ask for. Return None for a single run.
+
+    Raises:
+        ConfigError: torchrun or deepspeed started this process. Each of its ranks would run the whole sweep.
+        RunError: the directory cannot be written.
+    """
+    parsed = get_args_parser().parse_args(list(arguments))
+    if not (parsed.multirun or "hydra.mode=MULTIRUN" in parsed.overrides):
+        return None
+    if "LOCAL_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ConfigError(
+            "--multirun: expected no torchrun or deepspeed around a sweep; use: "
+            "python train.py -m launch.nproc=<processes of one job> <overrides>"
+        )
+    first_job = []
+    for override in OverridesParser.create().parse_overrides(parsed.overrides):
+        if not override.is_sweep_override():
+            first_job.append(str(override.input_line))
+        elif override.is_discrete_sweep():
+            first_job.append(f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}")
+    run = from_dict(RunConfig, compose_config("config", first_job, parsed.config_dir)["run"], "run")
+    if run.name is not None and any((Path(run.root) / run.name).glob("[0-9]*")):
+        raise RunError(f"run.name={run.name}: expected a free name for a sweep; {run.root}/{run.name} has jobs already")
+    return prepare_directory(run, choose_name(run))
+
+
+def current_job() -> tuple[Path | None, int | None]:
+    """Inside a Hydra job, return the sweep's directory and the job's number, or (None, None) if there is no sweep."""
+    hydra = HydraConfig.get()
+    return (Path(hydra.sweep.dir), int(hydra.job.num)) if hydra.mode is RunMode.MULTIRUN else (None, None)
+
+
+def job_arguments() -> list[str]:
+    """Inside a Hydra job, return the arguments that compose this job alone."""
+    hydra = HydraConfig.get()
+    directories = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return [*(f"--config-dir={directory}" for directory in directories), *hydra.overrides.task]
+
+
+def record_failure(
+    error: Exception, arguments: Sequence[str], cfg: DictConfig, sweep_dir: Path, number: int | None
+) -> None:
+    """Print why a job of a sweep failed, and write its configuration and `result.json` for its row of the table.
+
+    Args:
+        arguments: the job's, as `job_arguments` returned them.
+        cfg: what Hydra composed for the job.
+        sweep_dir, number: as in `plain`.
+    """
+    message = user_message(error, arguments)
+    if message is None:
+        print(details(error), file=sys.stderr)
+        message = details(error).strip().splitlines()[-1]
+    print(f"error: job {number}: {message}", file=sys.stderr)
+    raw = plain(cfg, sweep_dir, number)
+    # The table would show a key that only some jobs have as if the sweep had changed it.
+    for section, cls in get_type_hints(Config).items():
+        if is_dataclass(cls) and isinstance(raw.get(section), dict):
+            defaults = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+            raw[section] = defaults | raw[section]
+    directory = sweep_dir / str(number)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_config(directory, raw)
+    save_result(directory, {"status": "failed", "error": message})

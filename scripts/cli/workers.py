@@ -1,0 +1,126 @@
+"""Running a function in this process, or in worker processes that this process starts."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.errors import UserError
+from common.plugins import given_plugins, load_plugins
+from common.strict import from_dict, located, to_dict
+from parallel.startup.launch import World, die_with_parent, launch_workers, world_from_env
+from training.config import Config, LaunchConfig
+from training.layout import build_workload, resolve_layout
+from training.run import choose_name, discard_unstarted, launched_directory, prepare_directory
+
+R = TypeVar("R")
+
+
+def execute(
+    config: Config, train: Callable[[Config], dict[str, Any]], *, fresh_processes: bool = False
+) -> dict[str, Any]:
+    """Run `train(config)` and return its result on rank 0.
+
+    It runs in this process if torchrun or deepspeed started this process, or if one process is enough. Otherwise it
+    runs in worker processes.
+
+    Args:
+        train: a function of an importable module.
+        fresh_processes: start a worker even for a single process, so that each job of a sweep begins in a fresh state.
+
+    Raises:
+        UserError: the configuration does not fit the number of processes, or cannot be used for another reason.
+        WorkerFailure: a worker process failed.
+    """
+    from training.report.trackers import check_tracking
+
+    launch, launched = config.launch, "RANK" in os.environ
+    try:
+        world = world_from_env() if launched else World(world_size=launch.nproc, local_world_size=launch.nproc)
+    except ValueError as error:
+        raise located(error, "") from error
+    resolve_layout(config, build_workload(config, config.model), world)
+    check_tracking(config.tracking)
+    if launched:
+        die_with_parent()
+        try:
+            return train(config)
+        except UserError:
+            directory = launched_directory(config.run) if os.environ["RANK"] == "0" else None
+            if directory is not None:
+                discard_unstarted(directory)
+            raise
+    named = prepare_for_workers(config)
+    assert named.run.name is not None
+    try:
+        return in_processes(launch, train, named, fresh=fresh_processes)
+    except Exception:
+        discard_unstarted(Path(named.run.root) / named.run.name)
+        raise
+
+
+def in_processes(
+    launch: LaunchConfig, function: Callable[..., R], config: Any, *arguments: Any, fresh: bool = False
+) -> R:
+    """Run `function(config, *arguments)` in as many processes as `launch` asks for, and return rank 0's result.
+
+    A worker is sent the configuration as a dict, and the plugins of this process. It loads the plugins before it
+    rebuilds the configuration, since a class of a plugin cannot be unpickled earlier.
+
+    Args:
+        function: a function of an importable module. It and `arguments` are pickled for the workers.
+        config: a configuration dataclass.
+        fresh: start a worker even for a single process.
+
+    Raises:
+        WorkerFailure: a worker process failed. Its exit code is 2 if the user can correct the mistake.
+    """
+    if launch.nproc > 1 or launch.max_restarts > 0 or fresh:
+        results: dict[int, R] = launch_workers(
+            _in_worker,
+            (given_plugins(), type(config), to_dict(config), function, arguments),
+            nproc=launch.nproc,
+            max_restarts=launch.max_restarts,
+            threads=launch.threads,
+        )
+        return results[0]
+    if launch.threads is not None:
+        import torch
+
+        torch.set_num_threads(launch.threads)
+    return function(config, *arguments)
+
+
+def prepare_for_workers(config: Config) -> Config:
+    """Build the token store, and choose the run's name and create its directory, before any worker is started.
+
+    Returns:
+        The configuration with the run's name.
+
+    Raises:
+        ConfigError, DataError, RunError: the token store, the name or the directory cannot be prepared.
+    """
+    from data.tokens.store import prepare
+    from training.report.terminal import show_line
+
+    # The root directory is tested first, because reading a corpus can take long.
+    prepare_directory(config.run, ".")
+    prepare(config.data, verify=False, report=show_line)
+    name = choose_name(config.run)
+    prepare_directory(config.run, name)
+    return replace(config, run=replace(config.run, name=name))
+
+
+def _in_worker(
+    plugins: tuple[str, ...],
+    cls: type,
+    raw: dict[str, Any],
+    function: Callable[..., R],
+    arguments: tuple[Any, ...],
+) -> R:
+    try:
+        load_plugins(plugins)
+        return function(from_dict(cls, raw), *arguments)
+    except UserError as error:
+        raise SystemExit(2) from error

@@ -1,0 +1,276 @@
+"""The training loop: one run in one worker process, from its configuration to its last checkpoint.
+
+`train` is meant to be read from top to bottom. Its small parts are below it. The large ones are modules: `agree` (what
+the ranks agree on first), `build` (model and engine), `step` (the optimizer step), `report` (what is printed and
+written).
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.plugins import loaded_plugins
+from common.strict import to_dict
+from data.loader import Loader, evaluation_batches
+from parallel.mesh import build_mesh, close_process_group, init_process_group, set_timeout
+from parallel.startup.rendezvous import open_store, wait_for_all
+from training.agree import AgreedRun, agree_on_run
+from training.build import build_engine, build_parts
+from training.checkpoint import checkpoint
+from training.checkpoint.manifest import CHECKPOINTS
+from training.config import Config
+from training.device import Process, peak_flops, set_up_process
+from training.engine import Engine
+from training.evaluate import Evaluation, evaluate
+from training.formats.reader import open_model
+from training.report.metrics import router_metrics, telemetry_metrics
+from training.report.rank_summary import gather_rank_summaries
+from training.report.recorder import Recorder
+from training.report.run_report import RunSummary, evaluation_row, finish_run, show_finished, show_start
+from training.run import save_config, save_tokenizer
+from training.sample import sample_text
+from training.schedule import learning_rate
+from training.step import StepResult, train_step
+
+MAX_NONFINITE_STEPS = 5
+"""A step whose gradient norm is not finite changes no weight. After this many in a row the run fails."""
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train one run. Every worker process calls this function.
+
+    Returns:
+        On rank 0 the content of `result.json`. On other ranks the same if the run was finished before, else an empty
+        dict.
+    """
+    run_start = time.monotonic()
+    steps = config.train.steps
+
+    # 1. This process: its rank, its device and its data type.
+    process = set_up_process(config)
+    world, device = process.world, process.device
+
+    # 2. The run: the ranks agree on its name, tokens, model, layout and starting point.
+    rank_store = open_store(world, config.parallel.start_timeout_s)
+    run = agree_on_run(config, process, rank_store)
+    if run.finished_result is not None:
+        if process.is_main:
+            show_finished(run.directory, run.finished_result)
+        wait_for_all(rank_store, world, "seen")
+        return run.finished_result
+
+    # 3. The data: this rank's share of the rows, in an order that depends only on the seed.
+    layout = run.plan.layout
+    loader = Loader(
+        run.tokens.train,
+        seq_len=config.train.seq_len,
+        global_batch=config.train.global_batch,
+        accumulation=config.train.accumulation,
+        rank=layout.data_rank(world.rank),
+        world_size=layout.data,
+        seed=config.run.seed,
+        cross_documents=config.data.cross_documents,
+    )
+    if run.state:
+        loader.load_state_dict(run.state["loader"])
+
+    # 4. The process groups: one of all ranks, and one for each parallel axis.
+    init_process_group(rank_store, world.rank, world.world_size, device, config.parallel.start_timeout_s)
+    mesh = build_mesh(device, layout)
+
+    # 5. The model and its engine: built on the meta device, sharded, materialised, filled; optimizer; checkpoint.
+    seed = config.run.seed if run.initial_directory is None else None
+    parts = build_parts(run.config, run.model, mesh, process.dtype, seed)
+    if run.initial_directory is not None:
+        source = open_model(run.initial_directory, check=False)
+        for part in parts:
+            source.fill(part)
+    summary = RunSummary(run, process.dtype, gather_rank_summaries(parts, mesh))
+    engine = build_engine(run.config, parts, mesh)
+    if run.checkpoint and run.state:
+        tensors = engine.tensors()
+        checkpoint.load(Path(run.checkpoint), tensors)
+        engine.finish_loading(tensors, run.state["updates"])
+        del tensors
+    if process.is_main:
+        named_run = dataclasses.replace(config.run, name=run.name)
+        save_config(run.directory, to_dict(dataclasses.replace(run.config, run=named_run, model=run.model)))
+        save_tokenizer(run.directory, run.tokens.tokenizer.path)
+        show_start(summary)
+    # Until here a collective had more time, because the ranks read files and compile.
+    set_timeout(mesh, config.parallel.timeout_s)
+
+    # 6. The loop.
+    first_step = run.state["step"] if run.state else 0
+    resumed_step = first_step if run.state else None
+    evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
+    evaluation, newest_checkpoint, nonfinite_steps = None, run.checkpoint, 0
+    with Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder:
+        for step in range(first_step, steps):
+            done = step + 1
+            lr = learning_rate(step, steps, config.optim)
+            step_start = time.monotonic()
+
+            # ---------------------------------- one optimizer step ----------------------------------
+            batches = loader.next_step()
+            result = train_step(engine, batches, config.router, lr, config.run.seed)
+            # -----------------------------------------------------------------------------------------
+
+            throughput.add(result.tokens, time.monotonic() - step_start)
+            nonfinite_steps = 0 if math.isfinite(result.grad_norm) else nonfinite_steps + 1
+            if nonfinite_steps == MAX_NONFINITE_STEPS:
+                raise RuntimeError(
+                    f"step {done}: the gradient norm is {result.grad_norm}, and has not been finite for "
+                    f"{nonfinite_steps} steps in a row"
+                )
+
+            row = step_row(result, lr) | speed_row(throughput, run.flops_per_token, peak)
+            write = done == 1 or is_due(done, config.train.log_every, steps)
+            if write:
+                throughput.start_interval()
+            if is_due(done, config.train.eval_every, steps):
+                evaluation = evaluator.evaluate()
+                row |= evaluation_row(evaluation)
+                write = True
+            recorder.step(row, done, write=write)
+
+            if is_due(done, config.checkpoint.every, steps):
+                state = checkpoint_state(run, engine, loader, done)
+                recorder.sync()
+                root = run.directory / CHECKPOINTS
+                directory = checkpoint.save(root, done, engine.tensors(), state, keep=config.checkpoint.keep)
+                newest_checkpoint = str(directory)
+                recorder.saved(newest_checkpoint)
+
+        recorder.end_progress()
+
+        # 7. The end: the last evaluation, a sample of text, the results.
+        evaluation = evaluation or evaluator.evaluate()
+        sample = sample_text(config, run.tokens.tokenizer, engine, run.directory)
+        engine.close()
+        close_process_group()  # Now no rank has to wait while rank 0 draws plots and uploads them.
+        outcome: dict[str, Any] = {}
+        if process.is_main:
+            outcome = finish_run(
+                summary,
+                evaluation,
+                checkpoint=newest_checkpoint,
+                sample=sample,
+                wall_s=time.monotonic() - run_start,
+                tokens_per_s=throughput.of_all_steps(),
+            )
+            recorder.finish(outcome, run.directory)
+    if run.lock is not None:
+        run.lock.release()
+    return outcome
+
+
+def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, step: int) -> dict[str, Any]:
+    """Return what a checkpoint contains besides tensors. `training.resume.checked_state` reads it.
+
+    Args:
+        step: the number of optimizer steps done.
+    """
+    return {
+        "step": step,
+        "updates": engine.updates,
+        "loader": loader.state_dict(),
+        "model": to_dict(run.model),
+        "router": to_dict(run.config.router),
+        "train": run.config.optim.train,
+        "plugins": loaded_plugins(),
+    }
+
+
+def is_due(done: int, every: int, steps: int) -> bool:
+    """Return whether something that happens every `every` steps, and after the last step, happens after step `done`.
+
+    Args:
+        every: 0 if it happens only after the last step.
+        steps: the number of steps of the run.
+    """
+    return done == steps or (every > 0 and done % every == 0)
+
+
+def step_row(result: StepResult, lr: float) -> dict[str, Any]:
+    """Return the metrics of one optimizer step, under their names in `metrics.jsonl`."""
+    row: dict[str, Any] = {"train/loss": result.loss, "train/ce": result.ce}
+    if result.counts_LE is not None:
+        row |= {"router/balance_loss": result.balance, "router/z_loss": result.z}
+        row |= router_metrics(result.counts_LE, result.dropped)
+    if result.router is not None:
+        row |= {"router/auxiliary_loss": result.router} | telemetry_metrics(result.telemetry)
+    return row | {"optim/lr": lr, "optim/grad_norm": result.grad_norm}
+
+
+def speed_row(throughput: "Throughput", flops_per_token: float, peak: float | None) -> dict[str, Any]:
+    """Return the speed of the current interval, under its names in `metrics.jsonl`.
+
+    Args:
+        peak: FLOP/s of all devices together. None: the model FLOPs utilisation is unknown.
+    """
+    speed = throughput.of_interval()
+    row = {"speed/tokens_per_s": speed}
+    return row if peak is None else row | {"speed/mfu": speed * flops_per_token / peak}
+
+
+def peak_of_all_ranks(run: AgreedRun, process: Process) -> float | None:
+    """Return the peak of all devices together in FLOP/s, or None if no utilisation can be computed from it.
+
+    That is so if the peak is unknown, or if some parameters do not train: `run.flops_per_token` counts the gradients
+    of all parameters.
+    """
+    peak = peak_flops(process.device, process.dtype, run.config.train.peak_tflops)
+    return peak * process.world.world_size if peak is not None and run.trained_parameters == run.counts.total else None
+
+
+class Throughput:
+    """Tokens per second of all ranks together. Only the time of optimizer steps counts."""
+
+    def __init__(self) -> None:
+        self.tokens, self.seconds = 0, 0.0
+        self._interval_start = (0, 0.0)
+
+    def add(self, tokens: int, seconds: float) -> None:
+        """Count one optimizer step."""
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def start_interval(self) -> None:
+        """Begin a new interval with the next step."""
+        self._interval_start = self.tokens, self.seconds
+
+    def of_interval(self) -> float:
+        """Return the mean since the last `start_interval`. At least one step must have been counted since."""
+        tokens, seconds = self._interval_start
+        return (self.tokens - tokens) / (self.seconds - seconds)
+
+    def of_all_steps(self) -> float | None:
+        """Return the mean over all steps of this process, or None if there was none."""
+        return self.tokens / self.seconds if self.seconds else None
+
+
+class Evaluator:
+    """Evaluates the engine's model on the held-out tokens."""
+
+    def __init__(self, run: AgreedRun, engine: Engine) -> None:
+        self.run = run
+        self.engine = engine
+        self.token_bytes_V = torch.from_numpy(run.tokens.tokenizer.token_bytes()).to(engine.mesh.device)
+
+    def evaluate(self) -> Evaluation:
+        """Evaluate on every held-out row once. Collective."""
+        config, mesh, layout = self.run.config, self.engine.mesh, self.run.plan.layout
+        batches = evaluation_batches(
+            self.run.tokens.heldout,
+            seq_len=config.train.seq_len,
+            batch_rows=max(1, config.train.global_batch // config.train.accumulation // layout.data),
+            rank=layout.data_rank(mesh.rank),
+            world_size=layout.data,
+            cross_documents=config.data.cross_documents,
+        )
+        return evaluate(self.engine, batches, self.run.tokens.domains, self.token_bytes_V)
