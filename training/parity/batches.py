@@ -21,7 +21,7 @@ def rows_of_step(step: int, rows: int) -> dict[str, Tensor]:
     Each row has one or two documents.
     """
     generator = torch.Generator().manual_seed(step)
-    # No two neighbouring tokens are equal. Where tokens compete for experts, equal tokens can tie exactly, and the
+    # The tokens of a row are all different. Where tokens compete for experts, equal tokens can tie exactly, and the
     # rounding of a layout would decide.
     tokens = torch.rand(rows, VOCABULARY, generator=generator).argsort(dim=1)[:, :LENGTH]
     second_start = torch.randint(1, LENGTH, (rows, 1), generator=generator)
