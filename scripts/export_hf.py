@@ -1,9 +1,10 @@
-"""A model directory as transformers, vLLM and others read it: Llama, Mistral or Mixtral, with config and tokenizer.
+"""Export a model directory to one that transformers and vLLM read: Llama, Mistral or Mixtral, with its tokenizer.
 
     python scripts/export_hf.py checkpoint=runs/quickstart-1 out=exported
     python scripts/export_hf.py checkpoint=runs/quickstart-1 out=exported format=mistral dtype=fp32
 
-Streamed tensor by tensor. A model that none of the three can compute is refused, and the key said.
+Tensors are copied one at a time, so a model can be larger than the memory. If none of the three architectures can
+compute the model, the error names the configuration key that prevents it.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from scripts.cli.tools import run_tool
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Mirrored by conf/export_hf.yaml."""
+    """The keys of this tool. conf/export_hf.yaml has the same keys and explains each."""
 
     checkpoint: str
     out: str
@@ -31,6 +32,7 @@ class ExportConfig:
 
 
 def export_hf(config: ExportConfig) -> None:
+    """Write the directory `config.out`, and print its size."""
     from training.formats.export import export_model
     from training.formats.model_directory import parse_size
     from training.formats.reader import open_model_for_key

@@ -1,9 +1,9 @@
-"""A Hugging Face model (Llama, Mistral, Mixtral), or one in Mistral's own format, as a model directory of ours.
+"""Import a Hugging Face model (Llama, Mistral, Mixtral), or one in Mistral's format, as a Mixwright model directory.
 
     python scripts/import_hf.py source=models/Mixtral-8x7B-v0.1 out=runs/mixtral
 
-Streamed tensor by tensor. Every tensor that the model needs is filled and every tensor that is there is used, or it is
-an error that lists them; nothing is written then.
+Tensors are copied one at a time, so a model can be larger than the memory. If the source lacks a tensor that the model
+needs, or has one that the model does not use, the error lists these tensors and nothing is written.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from scripts.cli.tools import run_tool
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Mirrored by conf/import_hf.yaml."""
+    """The keys of this tool. conf/import_hf.yaml has the same keys and explains each."""
 
     source: str
     out: str
@@ -24,6 +24,7 @@ class ImportConfig:
 
 
 def import_hf(config: ImportConfig) -> None:
+    """Write the model directory `config.out`, and print its size."""
     from common.errors import ModelError
     from training.formats.export import import_model
     from training.formats.model_directory import parse_size
@@ -32,7 +33,7 @@ def import_hf(config: ImportConfig) -> None:
     shard_bytes = parse_size(config.shard_size)
     source = open_model_for_key("source", config.source)
     if source.kind == "run":
-        raise ModelError(f"source={config.source}: expected a model in another format; this one is ours already")
+        raise ModelError(f"source={config.source}: expected a model in another format; found a Mixwright model")
     size = import_model(source, Path(config.out), config.dtype, shard_bytes)
     tokenizer = "no tokenizer.model" if source.tokenizer is None else "its tokenizer"
     print(f"{config.out}: {len(source.shapes)} tensors, {size / 1e9:.2f} GB, {tokenizer}")

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# This node's part of a run over several nodes. Start it on each of them with the same arguments and variables:
+# Start the workers of one node of a run over several nodes. Run it on every node with the same arguments and variables:
 #
 #   HEAD=node1 NODES=2 JOB=first scripts/node.sh experiment=quickstart run.name=first
 #
-# HEAD     name or address of one of the nodes, reachable from all; the agents meet at HEAD:PORT
-# NODES    number of nodes
+# HEAD     the name or address of one of the nodes, reachable from all nodes; the agents meet at HEAD:PORT
+# NODES    the number of nodes
 # JOB      a word that no other launch at this HEAD:PORT uses
-# NPROC    processes on this node; default gpu, one a GPU
+# NPROC    the number of processes on this node; default gpu, one per GPU
 # PORT     default 29400
-# ADDRESS  how other nodes reach this one; default its host name
-# RESTARTS how often all workers are started again after one has failed; default 3
+# ADDRESS  the name or address under which other nodes reach this node; default its host name
+# RESTARTS the number of times that all workers are restarted after one has failed; default 3
 # PYTHON   default .venv/bin/python, else python3
 #
-# slurm.sbatch and kubernetes.yaml beside this file start it too. The other variables: docs/clusters.md.
+# slurm.sbatch and kubernetes.yaml in this directory start this script too. docs/clusters.md explains all variables.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

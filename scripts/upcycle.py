@@ -1,10 +1,10 @@
-"""A dense model becomes a Mixture of Experts that computes the same: every expert is a copy of the dense network.
+"""Turn a dense model into a Mixture of Experts that computes the same: every expert is a copy of the dense network.
 
     python scripts/upcycle.py source=runs/dense-1 num_experts=8 top_k=2 out=runs/upcycled
     python scripts/upcycle.py source=models/Mistral-7B-v0.1 num_experts=64 top_k=8 granularity=8 out=runs/fine
     python train.py run.init_from=runs/upcycled ...
 
-docs/finetuning.md says what is equal to what, and why.
+docs/finetuning.md explains which numbers stay equal, and why.
 """
 
 from dataclasses import dataclass, fields
@@ -16,7 +16,7 @@ from scripts.cli.tools import run_tool
 
 @dataclass(frozen=True)
 class UpcycleConfig:
-    """Mirrored by conf/upcycle.yaml."""
+    """The keys of this tool. conf/upcycle.yaml has the same keys and explains each."""
 
     source: str
     out: str
@@ -33,8 +33,8 @@ class UpcycleConfig:
 
 
 def upcycle(config: UpcycleConfig) -> None:
+    """Write the model directory `config.out`, and print its size."""
     from common.errors import ModelError
-    from common.strict import located
     from moe.accounting.flops import count_parameters, meta_model
     from moe.upcycle import Upcycling, router_config
     from training.formats.model_directory import parse_size
@@ -42,18 +42,11 @@ def upcycle(config: UpcycleConfig) -> None:
     from training.formats.upcycling import upcycle_model
 
     shard_bytes = parse_size(config.shard_size)
-    try:
-        plan = Upcycling(**{field.name: getattr(config, field.name) for field in fields(Upcycling)})
-        source = open_model_for_key("source", config.source)
-        if source.model.is_moe:
-            raise ModelError(
-                f"source={config.source}: expected a dense model; found {source.model.num_experts} experts"
-            )
-        model, size = upcycle_model(source, Path(config.out), plan, dtype=config.dtype, shard_bytes=shard_bytes)
-    except ModelError:
-        raise
-    except ValueError as error:
-        raise located(error, "") from error
+    plan = Upcycling(**{field.name: getattr(config, field.name) for field in fields(Upcycling)})
+    source = open_model_for_key("source", config.source)
+    if source.model.is_moe:
+        raise ModelError(f"source={config.source}: expected a dense model; found {source.model.num_experts} experts")
+    model, size = upcycle_model(source, Path(config.out), plan, dtype=config.dtype, shard_bytes=shard_bytes)
     dense = count_parameters(meta_model(source.model, source.router)).total
     counts = count_parameters(meta_model(model, router_config(plan)))
     print(

@@ -1,4 +1,4 @@
-"""The launchers for several nodes, as far as one machine can run them."""
+"""The launchers for several nodes, run on one machine."""
 
 import json
 import os
@@ -37,22 +37,22 @@ def wait_for(path: Path) -> str:
 
 
 def clean_environment() -> dict[str, str]:
-    ours = ("NPROC", "PORT", "ADDRESS", "RESTARTS", "PYTHON", "HEAD", "NODES", "JOB", "OMP_NUM_THREADS", "NCCL_DEBUG")
-    return {name: value for name, value in os.environ.items() if name not in ours}
+    names = ("NPROC", "PORT", "ADDRESS", "RESTARTS", "PYTHON", "HEAD", "NODES", "JOB", "OMP_NUM_THREADS", "NCCL_DEBUG")
+    return {name: value for name, value in os.environ.items() if name not in names}
 
 
 @pytest.mark.slow
-def test_two_nodes_on_one_machine_are_one_run(tmp_path):
+def test_two_agents_on_one_machine_train_one_run(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = {"HEAD": "localhost", "NODES": "2", "JOB": "two", "NPROC": "1", "PORT": str(port), "ADDRESS": "localhost"}
     environment = clean_environment() | place | {"PYTHON": sys.executable}
     overrides = (*TINY, f"data.cache={tmp_path}/cache", f"run.root={tmp_path}/runs", "train.steps=2")
-    # a cache of its own is allowed to a node
+    # The second node has another cache, which is allowed.
     agents = [
-        subprocess.Popen([NODE, *overrides, *own], env=environment, stderr=subprocess.PIPE, text=True)
-        for own in ((), (f"data.cache={tmp_path}/another",))
+        subprocess.Popen([NODE, *overrides, *extra], env=environment, stderr=subprocess.PIPE, text=True)
+        for extra in ((), (f"data.cache={tmp_path}/another",))
     ]
     ended = [(agent.communicate(timeout=180)[1], agent.returncode) for agent in agents]
     assert [status for _, status in ended] == [0, 0], ended
@@ -63,15 +63,15 @@ def test_two_nodes_on_one_machine_are_one_run(tmp_path):
 
 
 def test_node_script_names_what_is_missing_and_keeps_arguments_whole(tmp_path):
-    say = executable(tmp_path / "python", 'printf "%s\\n" "$@" "$OMP_NUM_THREADS" "$NCCL_DEBUG"')
-    environment = clean_environment() | {"HEAD": "node1", "NODES": "4", "PYTHON": str(say)}
+    python = executable(tmp_path / "python", 'printf "%s\\n" "$@" "$OMP_NUM_THREADS" "$NCCL_DEBUG"')
+    environment = clean_environment() | {"HEAD": "node1", "NODES": "4", "PYTHON": str(python)}
     refused = subprocess.run([NODE], env=environment, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.startswith("error: JOB=: expected a value")
     arguments = ["data.paths=[a b.txt]", "run.prompt='x y'"]
-    said = subprocess.run(
+    done = subprocess.run(
         [NODE, *arguments], env=environment | {"JOB": "j"}, capture_output=True, text=True, check=True
     )
-    assert said.stdout.splitlines() == [
+    assert done.stdout.splitlines() == [
         "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "gpu", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", "node1:29400", "--rdzv-id", "j", "--max-restarts", "3", "train.py", *arguments, "1", "WARN",
     ]  # fmt: skip
@@ -79,11 +79,11 @@ def test_node_script_names_what_is_missing_and_keeps_arguments_whole(tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path) -> dict[str, str]:
-    """An environment in which `srun` runs one task here, and `scontrol` writes down what it is asked."""
+    """An environment in which `srun` runs one task on this machine, and `scontrol` writes its arguments to a file."""
     executable(tmp_path / "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     executable(
         tmp_path / "scontrol",
-        f'if [[ $1 == show ]]; then printf "n7\\nn8\\n"; else echo "$@" >> {tmp_path}/asked; fi',
+        f'if [[ $1 == show ]]; then printf "n7\\nn8\\n"; else echo "$@" >> {tmp_path}/requests; fi',
     )
     job = {"JOB_ID": "41234", "JOB_NODELIST": "n[7-8]", "JOB_NUM_NODES": "2", "SUBMIT_DIR": str(ROOT)}
     path = f"{tmp_path}:{os.environ['PATH']}"
@@ -102,12 +102,12 @@ def test_slurm_starts_the_node_script_and_ends_with_its_status(tmp_path, slurm, 
     assert ended.stdout.endswith("train.py run.name=slurm-41234 run.resume=auto train.steps=9\n")
 
 
-def test_slurm_requeues_before_the_time_limit_and_goes_on_waiting(tmp_path, slurm):
+def test_slurm_requeues_before_the_time_limit_and_keeps_waiting(tmp_path, slurm):
     python = executable(tmp_path / "python", f"echo on > {tmp_path}/started; sleep 1.5; exit 5")
     batch = subprocess.Popen(["bash", SLURM], env=slurm | {"PYTHON": str(python)}, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "started")
     batch.send_signal(signal.SIGUSR1)
-    assert wait_for(tmp_path / "asked") == "requeue 41234\n"
+    assert wait_for(tmp_path / "requests") == "requeue 41234\n"
     assert "requeueing job 41234" in batch.communicate(timeout=20)[1] and batch.returncode == 5
 
 

@@ -27,7 +27,7 @@ def configured(*overrides: str) -> tool.DescribeConfig:
 
 
 def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
-    """Exit status of the tool."""
+    """Run the tool, and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["describe.py", *arguments])
     with pytest.raises(SystemExit) as ended:
         tool.main()
@@ -36,26 +36,30 @@ def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
 
 def test_mixtral_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(monkeypatch, "model=mixtral_8x7b", "format=json", "dtype=fp16") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["total_params"], told["active_params"]) == (46_702_792_704, 12_879_925_248)
-    assert sum(told["params"].values()) == told["total_params"]
-    assert sum(told["active"].values()) == told["active_params"]
-    # The course prints 2.1 and 44.6 B: docs/models.md says why.
-    assert told["params"]["attention"] == 32 * (2 * 4096**2 + 2 * 4096 * 1024)
-    assert told["params"]["routed_experts"] == 8 * 3 * 4096 * 14336 * 32
-    assert told["weights_bytes"]["fp16"] == pytest.approx(93e9, rel=0.01)
-    assert told["kv_cache_bytes"]["full"] == told["kv_cache_bytes"]["rolling"] == 32768 * 32 * 2 * 8 * 128 * 2
-    assert told["receptive_field"] is None
-    assert (told["attention"][0]["context"], told["attention"][0]["window"]) == (32768, 4096)
-    assert told["attention"][0]["saved"] == 0.875
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["total_params"], figures["active_params"]) == (46_702_792_704, 12_879_925_248)
+    assert sum(figures["params"].values()) == figures["total_params"]
+    assert sum(figures["active"].values()) == figures["active_params"]
+    # The course prints 2.1 and 44.6 B. docs/models.md explains the difference.
+    assert figures["params"]["attention"] == 32 * (2 * 4096**2 + 2 * 4096 * 1024)
+    assert figures["params"]["routed_experts"] == 8 * 3 * 4096 * 14336 * 32
+    assert figures["weights_bytes"]["fp16"] == pytest.approx(93e9, rel=0.01)
+    assert figures["kv_cache_bytes"]["full"] == figures["kv_cache_bytes"]["rolling"] == 32768 * 32 * 2 * 8 * 128 * 2
+    assert figures["receptive_field"] is None
+    assert (figures["attention"][0]["context"], figures["attention"][0]["window"]) == (32768, 4096)
+    assert figures["attention"][0]["saved"] == 0.875
 
 
-def test_the_window_of_the_course() -> None:
-    told = tool.figures(configured("model=mixtral_8x7b", "model.sliding_window=4096", "batch=3"))
-    assert told["receptive_field"] == 131_072
-    assert told["kv_cache_bytes"]["rolling"] * 8 == told["kv_cache_bytes"]["full"] == 3 * 32768 * 32 * 2 * 8 * 128 * 2
+def test_a_sliding_window() -> None:
+    figures = tool.figures(configured("model=mixtral_8x7b", "model.sliding_window=4096", "batch=3"))
+    assert figures["receptive_field"] == 131_072
+    assert (
+        figures["kv_cache_bytes"]["rolling"] * 8
+        == figures["kv_cache_bytes"]["full"]
+        == 3 * 32768 * 32 * 2 * 8 * 128 * 2
+    )
     full = tool.figures(configured("model=mixtral_8x7b"))
-    assert told["training_flops_per_token"] < full["training_flops_per_token"]
+    assert figures["training_flops_per_token"] < full["training_flops_per_token"]
     several = tool.figures(configured("model=mistral_tiny", "model.sliding_window=[64,null]"))
     assert [saving["window"] for saving in several["attention"]] == [64]
     assert several["receptive_field"] is None
@@ -68,16 +72,16 @@ def test_every_preset_is_described_with_its_own_router(model: str, capsys: pytes
     assert (config.model, config.router) == (trained.model, trained.router)
     tool.describe(config)
     shown = capsys.readouterr().out
-    told = tool.figures(config)
+    figures = tool.figures(config)
     rows = [line.split() for line in shown.splitlines()]
-    assert ["total", f"{told['total_params']:,}", f"{told['active_params']:,}", "100.0%"] in rows
+    assert ["total", f"{figures['total_params']:,}", f"{figures['active_params']:,}", "100.0%"] in rows
     assert "87.5%" in shown or config.model.sliding_window is not None
     assert ("MoE layers" in shown) == config.model.is_moe
     assert not any(line.endswith(" ") for line in shown.splitlines())
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_training_bytes_here_are_what_a_step_really_holds(precision: torch.dtype) -> None:
+def test_training_bytes_are_those_of_a_real_step(precision: torch.dtype) -> None:
     config = dataclasses.replace(composed(["model=deepseek_moe_tiny"]).model, vocab_size=64)
     model = Transformer(config, RouterConfig(), precision)
     init_parameters(model, seed=0)
@@ -89,8 +93,8 @@ def test_training_bytes_here_are_what_a_step_really_holds(precision: torch.dtype
     weights = sum(parameter.nbytes for parameter in parameters)
     gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
     moments = sum(state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
-    told = training_bytes(sum(parameter.numel() for parameter in parameters))
-    assert (told.weights, told.gradients, told.optimizer) == (weights, gradients, moments)
+    figures = training_bytes(sum(parameter.numel() for parameter in parameters))
+    assert (figures.weights, figures.gradients, figures.optimizer) == (weights, gradients, moments)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,24 @@ def test_a_mistake_is_one_line_and_status_2(
     assert shown.err.startswith(f"error: {line}") and shown.err.count("\n") == 1
 
 
-def test_as_a_program_with_the_largest_model() -> None:
+@pytest.mark.parametrize("tool_name", ["describe", "generate", "parity", "upcycle", "export_hf", "import_hf"])
+def test_help_shows_commands_and_keys_and_needs_no_torch(tool_name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, f"scripts/{tool_name}.py", "--help"],
+        cwd=CONF.parent,
+        env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert f"    python scripts/{tool_name}.py " in done.stdout
+    assert (CONF / f"{tool_name}.yaml").read_text() in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "hydra" in imported and "torch" not in imported
+
+
+def test_the_largest_model_in_another_process() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/describe.py", "model=switch_c", "context=512"],
         cwd=CONF.parent,

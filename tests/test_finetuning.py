@@ -1,4 +1,4 @@
-"""A run that goes on from another one's weights, on conversations, with little of it trained: as a user does it."""
+"""Fine-tuning as a user does it: a run on conversations that starts from another run and trains few of its weights."""
 
 import json
 import math
@@ -42,28 +42,28 @@ def lines() -> list[dict]:
 
 
 def answers_loss(model: Transformer, store: Store, heldout: bool) -> tuple[float, float]:
-    """Nats per answer token and bits per answer byte: conversation by conversation, with no packing and no mask."""
+    """Return nats per answer token and bits per answer byte, computed per conversation, without packing and masks."""
     split = store.heldout if heldout else store.train
-    ours = set(store.tokenizer.decode(split.tokens(0, split.num_tokens)).split("[INST] ")[1:])
+    conversations = set(store.tokenizer.decode(split.tokens(0, split.num_tokens)).split("[INST] ")[1:])
     nats, tokens, size = 0.0, 0, 0
     for line in lines():
         question, answer = (message["content"] for message in line["messages"])
-        if f"{question} [/INST] {answer}" not in ours:
+        if f"{question} [/INST] {answer}" not in conversations:
             continue
-        asked = [1, *store.tokenizer.encode(f"[INST] {question} [/INST]")]
-        said = [*store.tokenizer.encode(f" {answer}"), 2]
-        ids = torch.tensor([asked + said])
+        question_ids = [1, *store.tokenizer.encode(f"[INST] {question} [/INST]")]
+        answer_ids = [*store.tokenizer.encode(f" {answer}"), 2]
+        ids = torch.tensor([question_ids + answer_ids])
         with torch.no_grad():
             log_p = model(ModelInputs(ids, torch.arange(ids.shape[1]).unsqueeze(0))).logits_BSV[0].log_softmax(-1)
-        nats -= sum(log_p[len(asked) + i - 1, token].item() for i, token in enumerate(said))
-        tokens += len(said)
+        nats -= sum(log_p[len(question_ids) + i - 1, token].item() for i, token in enumerate(answer_ids))
+        tokens += len(answer_ids)
         size += len(f" {answer}".encode())
     return nats / tokens, nats / math.log(2) / size
 
 
 @pytest.mark.slow
 def test_fine_tuning_from_a_run_on_conversations(tmp_path):
-    """The losses that the run reports are those of the answers alone, and only the chosen weights have moved."""
+    """The run reports the losses of the answers only, and only the selected weights change."""
     root, cache = f"run.root={tmp_path}", f"data.cache={tmp_path}/cache"
     base_sizes = ["data.code_bytes=60000", "data.prose_bytes=30000", "data.arithmetic_bytes=60000"]
     run("model=mixtral_tiny", *base_sizes, root, cache, "data.vocab_size=500", "train.steps=2", "train.global_batch=8",

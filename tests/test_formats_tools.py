@@ -1,4 +1,4 @@
-"""import_hf, export_hf and run.init_from as a user calls them; tokenizers through AutoTokenizer."""
+"""import_hf, export_hf and run.init_from as a user runs them, and exported tokenizers in AutoTokenizer."""
 
 import json
 import shutil
@@ -21,11 +21,11 @@ from tests.test_train import TINY, numbers
 from training.formats.reader import open_model
 
 VOCAB = 503
-"""Of models here; the tokenizer has 500 ids."""
+"""The vocabulary of the models in these tests. The tokenizer has 500 ids."""
 
 
 def call(tool, monkeypatch, *arguments):
-    """Exit status of the tool."""
+    """Run the tool, and return its exit status."""
     monkeypatch.setattr(sys, "argv", ["tool", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         tool.main()
@@ -40,30 +40,30 @@ def documents() -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, documents) -> Path:
-    """A Mixtral of transformers' with a tokenizer.model of ours; read only."""
-    directory = tmp_path_factory.mktemp("model") / "theirs"
+    """A Mixtral that transformers wrote, with a tokenizer.model that Mixwright trained. Tests must not change it."""
+    directory = tmp_path_factory.mktemp("model") / "hf"
     saved("mixtral", directory, VOCAB)
     (directory / "tokenizer.model").write_bytes(train_tokenizer(documents[:60], 500))
     return directory
 
 
 def test_import_and_export_by_command(model, tmp_path, monkeypatch, capsys):
-    assert call(import_hf, monkeypatch, f"source={model}", f"out={tmp_path}/ours", "shard_size=50KB") == 0
+    assert call(import_hf, monkeypatch, f"source={model}", f"out={tmp_path}/imported", "shard_size=50KB") == 0
     assert "23 tensors" in capsys.readouterr().out
-    ours = tmp_path / "ours"
-    assert sorted(path.name for path in ours.iterdir()) == ["checkpoints", "config.yaml", "tokenizer.model"]
-    assert yaml.safe_load((ours / "config.yaml").read_text()).keys() == {"model", "router"}
-    for source in (ours, ours / "checkpoints" / "step-0"):
+    imported = tmp_path / "imported"
+    assert sorted(path.name for path in imported.iterdir()) == ["checkpoints", "config.yaml", "tokenizer.model"]
+    assert yaml.safe_load((imported / "config.yaml").read_text()).keys() == {"model", "router"}
+    for source in (imported, imported / "checkpoints" / "step-0"):
         out = tmp_path / f"out-{source.name}"
         assert call(export_hf, monkeypatch, f"checkpoint={source}", f"out={out}", "shard_size=60KB") == 0
         config = json.loads((out / "config.json").read_text())
         assert config["dtype"] == "bfloat16" and config["architectures"] == ["MixtralForCausalLM"]
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"].values()) == {path.name for path in out.glob("*.safetensors")}
-        assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in filled(ours).state_dict().values())
+        assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in filled(imported).state_dict().values())
         assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
     official = ["format=mistral", "dtype=fp32"]
-    assert call(export_hf, monkeypatch, f"checkpoint={ours}", f"out={tmp_path}/official", *official) == 0
+    assert call(export_hf, monkeypatch, f"checkpoint={imported}", f"out={tmp_path}/official", *official) == 0
     names = sorted(path.name for path in (tmp_path / "official").iterdir())
     assert names == ["consolidated.safetensors", "params.json", "tokenizer.model"]
     assert call(import_hf, monkeypatch, f"source={tmp_path}/official", f"out={tmp_path}/back", "dtype=keep") == 0
@@ -75,8 +75,8 @@ def test_token_ids_are_equal_through_autotokenizer(model, tmp_path, monkeypatch,
     import transformers
 
     assert call(export_hf, monkeypatch, f"checkpoint={model}", f"out={tmp_path}/out") == 0
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    ours = Tokenizer(model / "tokenizer.model")
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = Tokenizer(model / "tokenizer.model")
     odd = [
         "",
         " ",
@@ -90,29 +90,30 @@ def test_token_ids_are_equal_through_autotokenizer(model, tmp_path, monkeypatch,
     texts = [text[:20_000] for text in documents[:400]] + odd
     assert len(texts) > 300
     for text in texts:
-        # Left to themselves, transformers' tokenizers read a literal <s> in a text as the mark.
-        ids = theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        assert ids == ours.encode(text), text[:200]
+        # By default, the tokenizers of transformers read a literal <s> in a text as the begin mark.
+        ids = hf_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert ids == tokenizer.encode(text), text[:200]
         if not any(mark in text for mark in ("<s>", "</s>", "<unk>")):
-            assert ids == theirs(text, add_special_tokens=False).input_ids
-    assert theirs("x").input_ids == [ours.bos_id, *ours.encode("x")]
-    assert theirs.decode(ours.encode(documents[0])) == documents[0]
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+            assert ids == hf_tokenizer(text, add_special_tokens=False).input_ids
+    assert hf_tokenizer("x").input_ids == [tokenizer.bos_id, *tokenizer.encode("x")]
+    assert hf_tokenizer.decode(tokenizer.encode(documents[0])) == documents[0]
+    assert (hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
 
 
-def test_the_chat_template_is_the_one_we_train_with(model, tmp_path, monkeypatch):
+def test_the_chat_template_is_that_of_training(model, tmp_path, monkeypatch):
     import transformers
 
     assert call(export_hf, monkeypatch, f"checkpoint={model}", f"out={tmp_path}/out", "chat=true") == 0
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), Tokenizer(model / "tokenizer.model")
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = Tokenizer(model / "tokenizer.model")
     turns = [("user", "What is  2 + 2?\n"), ("assistant", "4, I think."), ("user", "Sure?")]
     for messages in (turns, turns[:1], [("system", "Be brief."), *turns]):
         messages = [{"role": role, "content": content} for role, content in messages]
-        ids = theirs.apply_chat_template(messages, return_dict=False)
-        assert ids == chat.encode(chat.prompt_segments(messages), ours)[0]
+        ids = hf_tokenizer.apply_chat_template(messages, return_dict=False)
+        assert ids == chat.encode(chat.prompt(messages), tokenizer)[0]
 
 
-def test_a_tokenizer_that_puts_a_space_before_a_text_keeps_doing_so(model, tmp_path, monkeypatch, documents):
+def test_a_tokenizer_that_adds_a_space_before_a_text_still_does_after_export(model, tmp_path, monkeypatch, documents):
     import sentencepiece
     import transformers
     from sentencepiece import sentencepiece_model_pb2
@@ -123,10 +124,11 @@ def test_a_tokenizer_that_puts_a_space_before_a_text_keeps_doing_so(model, tmp_p
     schema.normalizer_spec.add_dummy_prefix = True
     (tmp_path / "model" / "tokenizer.model").write_bytes(schema.SerializeToString())
     assert call(export_hf, monkeypatch, f"checkpoint={tmp_path}/model", f"out={tmp_path}/out") == 0
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    ours = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model" / "tokenizer.model"))
+    hf_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "model" / "tokenizer.model"))
     for text in documents[:50]:
-        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == ours.encode(text)
+        ids = hf_tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert ids == tokenizer.encode(text)
 
 
 def cut(directory):
@@ -199,7 +201,7 @@ def test_without_transformers_a_tokenizer_is_not_exported_and_the_package_is_nam
 
 @pytest.mark.slow
 def test_training_starts_from_a_foreign_model_under_every_layout(model, tmp_path):
-    """At a learning rate that moves no weight, the checkpoint must hold the model bit for bit."""
+    """At a learning rate that changes no weight, the checkpoint must be equal to the model bit for bit."""
 
     def train(name, *overrides):
         tiny = [word for word in TINY if not word.startswith(("data.vocab_size", "model="))]
@@ -214,8 +216,8 @@ def test_training_starts_from_a_foreign_model_under_every_layout(model, tmp_path
         assert done.returncode == 0, done.stderr
         a, b = filled(runs / f"on-{nproc}").state_dict(), filled(model).state_dict()
         assert all(torch.equal(a[name], b[name]) for name in b)
-    held = [rank["experts"] for rank in json.loads((runs / "on-2" / "result.json").read_text())["ranks"]]
-    assert held == [[0, 1], [2, 3]]
+    experts_by_rank = [rank["experts"] for rank in json.loads((runs / "on-2" / "result.json").read_text())["ranks"]]
+    assert experts_by_rank == [[0, 1], [2, 3]]
     assert open_model(runs / "on-1").tokenizer.read_bytes() == (model / "tokenizer.model").read_bytes()
     one, two = (numbers(runs / f"on-{nproc}")[0]["train/loss"] for nproc in (1, 2))
     assert one == pytest.approx(two, abs=1e-5)

@@ -1,4 +1,4 @@
-"""`scripts/generate.py` as a user starts it, and how its text grows."""
+"""`scripts/generate.py` as a user runs it, and the text of a row while it is generated."""
 
 import io
 import json
@@ -18,10 +18,12 @@ from moe.model import Transformer
 from moe.region import Region
 from scripts.cli.hydra import CONF
 from scripts.generate import main
-from scripts.text import HuggingFaceText, StreamedText, Terminal, end_marks
 from tests.foreign import saved
 from training.formats.model_directory import Block, write_model
 from training.formats.reader import open_model
+from training.generation.report import TextPrinter
+from training.generation.stream import StreamedText
+from training.generation.tokenizer import HuggingFaceTokenizer, end_token_ids
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # sums\n" for i in range(200)]
 CONFIG = ModelConfig(
@@ -56,7 +58,7 @@ def directory(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """The tool in this process: (exit status, stdout, stderr)."""
+    """A function that runs the tool in this process and returns (exit status, stdout, stderr)."""
 
     def start(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["scripts/generate.py", "precision=fp32", *map(str, arguments)])
@@ -132,7 +134,7 @@ def test_bad_input_is_one_line_and_status_2(run, directory, arguments, line):
     assert err.startswith(f"error: {line}")
 
 
-def test_a_tokenizer_that_is_missing_or_too_large_for_the_model(run, tokenizer, tmp_path):
+def test_a_missing_tokenizer_and_one_larger_than_the_vocabulary_are_refused(run, tokenizer, tmp_path):
     write(tmp_path / "without")
     code, _, err = run(f"checkpoint={tmp_path}/without", "prompt=x")
     assert code == 2 and err.startswith(f"error: {tmp_path}/without: expected a tokenizer.model in it")
@@ -154,38 +156,43 @@ def test_without_a_sentencepiece_model_transformers_reads_the_tokenizer(tokenize
         TEXTS, trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     )
     with pytest.raises(ModelError, match="expected a tokenizer that transformers can read"):
-        HuggingFaceText(tmp_path)
+        HuggingFaceTokenizer(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
-    text = HuggingFaceText(tmp_path)
+    text = HuggingFaceTokenizer(tmp_path)
     assert (text.vocab_size, text.bos_id, text.eos_id) == (320, 0, 1)
     sample = "def f(a):  é 你好\n"
     assert text.decode([0, *text.encode(sample), 1]) == sample
 
 
-def test_a_hugging_face_directory_may_add_marks_of_the_end(tmp_path, tokenizer):
+def test_generation_config_json_adds_end_token_ids(tmp_path, tokenizer):
     saved("mixtral", tmp_path)
     file = tmp_path / "generation_config.json"
     for given, expected in (("null", {2}), ("5", {2, 5}), ("[7, 5]", {2, 5, 7})):
         file.write_text(f'{{"eos_token_id": {given}}}')
-        assert set(end_marks(open_model(tmp_path), tokenizer)) == expected
+        assert set(end_token_ids(open_model(tmp_path), tokenizer)) == expected
     file.write_text('{"eos_token_id": "x"}')
     with pytest.raises(ModelError, match="eos_token_id=x: expected a token id, or a list of them"):
-        end_marks(open_model(tmp_path), tokenizer)
+        end_token_ids(open_model(tmp_path), tokenizer)
 
 
 @pytest.mark.parametrize("sample", ["a é 你好 🙂 def f(a, b):\n    return", "🙂🙂", " x", "\ufffd\ufffd y"])
-def test_text_grows_by_whole_characters(tokenizer, sample):
+def test_text_is_released_in_whole_characters(tokenizer, sample):
     growing = StreamedText(tokenizer.decode, [tokenizer.bos_id, *tokenizer.encode("def")], [])
     parts = [growing.add(token) for token in [*tokenizer.encode(sample), tokenizer.eos_id]]
     assert "".join(parts) + growing.end() == growing.text == sample
     assert sample.startswith("\ufffd") or not any("\ufffd" in part for part in parts)
     cut = StreamedText(tokenizer.decode, [], [])
     assert [cut.add(token) for token in tokenizer.encode("é")[:1]] == [""]
-    assert cut.end() == "\ufffd"  # half a character is all there is
+    assert cut.end() == "\ufffd"  # Only half of the character was added.
 
 
-def test_stop_strings_end_a_text_wherever_they_lie_in_the_tokens(tokenizer):
-    for stops, said in ((["\n"], "def f(a):"), (["a):\n  r", "zz"], "def f("), (["f(b"], None), (["f(", "ef"], "d")):
+def test_stop_strings_end_a_text_anywhere_in_its_tokens(tokenizer):
+    for stops, expected in (
+        (["\n"], "def f(a):"),
+        (["a):\n  r", "zz"], "def f("),
+        (["f(b"], None),
+        (["f(", "ef"], "d"),
+    ):
         growing = StreamedText(tokenizer.decode, [tokenizer.bos_id], stops)
         parts = []
         for token in tokenizer.encode("def f(a):\n  return def"):
@@ -193,32 +200,32 @@ def test_stop_strings_end_a_text_wherever_they_lie_in_the_tokens(tokenizer):
             if growing.stopped:
                 break
         parts.append(growing.end())
-        assert "".join(parts) == growing.text == (said if said is not None else "def f(a):\n  return def")
-        assert growing.stopped == (said is not None)
+        assert "".join(parts) == growing.text == (expected if expected is not None else "def f(a):\n  return def")
+        assert growing.stopped == (expected is not None)
 
 
-def test_the_terminal_shows_one_text_after_the_other(capsys):
-    terminal = Terminal(["one", "two\nlines", "three"])
+def test_rows_are_printed_one_after_the_other(capsys):
+    printer = TextPrinter(["one", "two\nlines", "three"])
     for row, text in ((0, "a"), (1, "b"), (2, "c"), (0, "A")):
-        terminal.say(row, text)
+        printer.add(row, text)
     assert capsys.readouterr().out == "[1/3] one\naA"
-    terminal.end(1)
-    terminal.say(2, "C")
-    terminal.end(0)
+    printer.end(1)
+    printer.add(2, "C")
+    printer.end(0)
     assert capsys.readouterr().out == "\n[2/3] two lines\nb\n[3/3] three\ncC"
-    terminal.say(2, "!")
-    terminal.end(2)
+    printer.add(2, "!")
+    printer.end(2)
     assert capsys.readouterr().out == "!\n"
 
 
 @pytest.mark.slow
-def test_two_processes_say_what_one_says(run, directory):
+def test_two_processes_generate_what_one_generates(run, directory):
     arguments = [f"checkpoint={directory[0]}", "prompt=def f", "max_tokens=8", "temperature=0.9", "format=json"]
-    _, alone, _ = run(*arguments)
+    _, one_process, _ = run(*arguments)
     done = subprocess.run(
         [sys.executable, "scripts/generate.py", "precision=fp32", *arguments, "launch.nproc=2"],
         cwd=CONF.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["results"] == json.loads(alone)["results"]
+    assert json.loads(done.stdout)["results"] == json.loads(one_process)["results"]

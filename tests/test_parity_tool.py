@@ -1,17 +1,21 @@
-"""`scripts/parity.py` as a user starts it: what it selects, what it prints, how it ends."""
+"""`scripts/parity.py` as a user runs it: the jobs that it selects, its output, and its exit status."""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 
 from common.errors import ConfigError
+from common.strict import from_dict, to_dict
+from moe.config import RouterConfig
 from scripts.cli.hydra import CONF
-from scripts.parity import ParityConfig, jobs_for
-from training.parity.cases import CASES
-from training.parity.layouts import chosen, layouts_for, parse_layout
+from training.parity.cases import CASES, MODEL, VOCABULARY
+from training.parity.config import ParityConfig
+from training.parity.jobs import select_jobs
+from training.parity.layouts import layout_groups, parse_layout, select_layouts
 
 
 def tool(*arguments: str, launcher: tuple[str, ...] = (), script: str = "scripts/parity.py"):
@@ -21,7 +25,7 @@ def tool(*arguments: str, launcher: tuple[str, ...] = (), script: str = "scripts
 
 
 @pytest.mark.slow
-def test_own_workers_and_a_table():
+def test_workers_and_the_table():
     layouts = "expert=2,tensor=2+recompute=full,pipeline=2"
     ended = tool(f"layouts={layouts}", "models=pooled", "steps=2", "launch.nproc=2")
     assert ended.returncode == 0, ended.stderr
@@ -32,13 +36,13 @@ def test_own_workers_and_a_table():
 
 MISS = """
 import sys
-from training.parity.trial import trial as parity
-from training import build as engines
+from training.parity import trial
+from training import build
 
-def build(config, model, mesh, dtype, seed):
-    return engines.build_parts(config, model, mesh, dtype, seed + (mesh.world_size == 2))
+def build_with_other_seed(config, model, mesh, dtype, seed):
+    return build.build_parts(config, model, mesh, dtype, seed + (mesh.world_size == 2))
 
-parity.build_parts = build
+trial.build_parts = build_with_other_seed
 from scripts.parity import main
 main()
 """
@@ -55,6 +59,29 @@ def test_torchrun_and_a_miss(tmp_path):
     assert ended.returncode == 1 and "0 of 1 within" in ended.stdout and "MISS" in ended.stdout, ended.stderr
 
 
+@pytest.mark.slow
+def test_a_model_that_the_user_gives():
+    layouts = "expert=2,tensor=2,pipeline=2,pipeline=2+stage_layers=1:3"
+    ended = tool(f"layouts={layouts}", "model=mixtral_tiny", "router=switch", "steps=2", "launch.nproc=2")
+    assert ended.returncode == 0, ended.stderr
+    assert "[1/4] expert=2  given  native: ok" in ended.stdout
+    assert "3 of 3 within the tolerance" in ended.stdout and "1 skipped" in ended.stdout
+    assert "expected numbers that add up to model.num_layers=2): pipeline=2+stage_layers=1:3 x 1" in ended.stdout
+
+
+@pytest.mark.parametrize("vocab_size", [None, 50])
+def test_the_given_model_is_the_only_case(vocab_size):
+    model, router = replace(MODEL, vocab_size=vocab_size), RouterConfig(capacity_factor=1.25)
+    config = ParityConfig(model=model, router=router)
+    assert from_dict(ParityConfig, to_dict(config)) == config  # Workers build it from plain values.
+    [(name, case)] = config.cases().items()
+    assert (name, case.router) == ("given", router)
+    assert case.model == replace(model, vocab_size=vocab_size or VOCABULARY)
+    assert {job.model for job in select_jobs(config, 2)} == {"given"}
+    assert ParityConfig(model=model).cases()["given"].router == RouterConfig()
+    assert ParityConfig().cases() == CASES
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -66,12 +93,18 @@ def test_torchrun_and_a_miss(tmp_path):
         ("engines=deep", "engines=deep: expected one of native"),
         ("steps=1", "steps=1: expected an integer >= 2"),
         ("precision=bf16", "precision=bf16"),
+        ("model=mixtrall", "model=mixtrall: expected one of deepseek_moe_145b, "),
+        ("router=switch", "model=null: expected a preset of conf/model beside router="),
+        ("model=mixtral_tiny model.vocab_size=39", "model.vocab_size=39: expected an integer >= 40"),
+        ("model=mixtral_tiny models=mixtral", "models=mixtral: expected one of cover, all, given"),
+        ("model=mixtral_tiny router=deepseek_v3", "router.num_groups=8: expected a divisor of model.num_experts=4"),
+        ("model=llama2_tiny layouts=expert=2", "layouts=expert=2: expected a layout that fits; parallel.expert=2"),
     ],
 )
 def test_mistakes_are_one_line(argument, message, monkeypatch, capsys):
     from scripts.parity import main
 
-    monkeypatch.setattr(sys, "argv", ["scripts/parity.py", argument])
+    monkeypatch.setattr(sys, "argv", ["scripts/parity.py", *argument.split()])
     with pytest.raises(SystemExit) as ended:
         main()
     err = capsys.readouterr().err
@@ -79,25 +112,25 @@ def test_mistakes_are_one_line(argument, message, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 6, 8, 16, 24])
-def test_every_layout_of_every_group_can_be_read_and_nearly_all_fit(world):
-    names = chosen("all", world)
-    assert set(names) == {name for group in layouts_for(world).values() for name in group}
-    fitting = jobs_for(ParityConfig(models="mixtral"), world)
-    assert [job.layout for job in fitting] == names
+def test_every_layout_of_every_group_can_be_read(world):
+    names = select_layouts("all", world)
+    assert set(names) == {name for group in layout_groups(world).values() for name in group}
+    jobs = select_jobs(ParityConfig(models="mixtral"), world)
+    assert [job.layout for job in jobs] == names
 
 
 def test_a_selection_names_groups_axes_and_layouts():
-    assert "tensor=2+expert=4" in chosen("expert", 4) and "tensor=2" not in chosen("expert", 4)
-    assert "expert_tensor=2" not in chosen("expert", 2)
-    assert chosen("single,replicate=2", 2) == layouts_for(2)["single"]
+    assert "tensor=2+expert=4" in select_layouts("expert", 4) and "tensor=2" not in select_layouts("expert", 4)
+    assert "expert_tensor=2" not in select_layouts("expert", 2)
+    assert select_layouts("single,replicate=2", 2) == layout_groups(2)["single"]
     assert parse_layout("pipeline=2+stage_layers=1:3").stage_layers == (1, 3)
     with pytest.raises(ConfigError):
         parse_layout("pipeline=2+stage_layers=1")
 
 
-def test_models_take_turns():
-    jobs = jobs_for(ParityConfig(), 4)
-    assert len(jobs) == len(chosen("all", 4))
+def test_every_model_is_assigned_to_a_layout():
+    jobs = select_jobs(ParityConfig(), 4)
+    assert len(jobs) == len(select_layouts("all", 4))
     assert {job.model for job in jobs} == set(CASES)
-    everything = jobs_for(ParityConfig(models="all", layouts="single"), 2)
-    assert len(everything) == len(CASES) * len(layouts_for(2)["single"])
+    everything = select_jobs(ParityConfig(models="all", layouts="single"), 2)
+    assert len(everything) == len(CASES) * len(layout_groups(2)["single"])

@@ -1,4 +1,4 @@
-"""`scripts/upcycle.py`, from one directory to another."""
+"""`scripts/upcycle.py` as a user runs it."""
 
 import os
 import subprocess
@@ -71,8 +71,8 @@ def dense(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("extra", [[], ["top_k=4", "granularity=2", "router=sigmoid_topk", "first_k_dense=1"]])
-def test_the_directory_computes_what_the_dense_one_does(dense, tmp_path, monkeypatch, capsys, extra):
-    # Shards of a few kB: experts of one matrix lie in several files.
+def test_the_upcycled_model_computes_what_the_dense_model_does(dense, tmp_path, monkeypatch, capsys, extra):
+    # With files of a few kB, the experts of one matrix are in several files.
     arguments = [f"source={dense}", f"out={tmp_path / 'moe'}", "num_experts=8", "shard_size=5kB", *extra]
     status, out, err = run(monkeypatch, capsys, *arguments)
     assert (status, err) == (0, "")
@@ -85,7 +85,7 @@ def test_the_directory_computes_what_the_dense_one_does(dense, tmp_path, monkeyp
     torch.testing.assert_close(logits(model), logits(load(dense, torch.float64)), atol=1e-12, rtol=1e-12)
 
 
-def test_dtype_keep_keeps_what_weights_are_stored_in(tmp_path, monkeypatch, capsys):
+def test_dtype_keep_keeps_the_stored_dtype(tmp_path, monkeypatch, capsys):
     small = write(tmp_path / "bf16", DENSE, torch.bfloat16)
     for dtype in ("keep", "fp32"):
         arguments = [f"source={small}", f"out={tmp_path / dtype}", f"dtype={dtype}", "top_k=4", "granularity=2"]
@@ -94,10 +94,10 @@ def test_dtype_keep_keeps_what_weights_are_stored_in(tmp_path, monkeypatch, caps
     assert {kept.dtype(name) for name in kept.shapes if ".router." not in name} == {torch.bfloat16}
     assert {wide.dtype(name) for name in wide.shapes} == {torch.float32}
     for name, tensor in load(tmp_path / "keep").state_dict().items():
-        assert torch.equal(tensor, load(tmp_path / "fp32").state_dict()[name]), name  # times 2 is exact
+        assert torch.equal(tensor, load(tmp_path / "fp32").state_dict()[name]), name  # Multiplying by 2 is exact.
 
 
-def test_noise_is_that_of_the_seed(dense, tmp_path, monkeypatch, capsys):
+def test_noise_depends_on_the_seed(dense, tmp_path, monkeypatch, capsys):
     weights = {}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         arguments = [f"source={dense}", f"out={tmp_path / name}", "noise=0.01", f"seed={seed}"]
@@ -133,14 +133,14 @@ def test_a_mistake_is_one_line_and_nothing_is_written(dense, tmp_path, monkeypat
         write(moe, ModelConfig(**(vars(DENSE) | {"num_experts": 4, "top_k": 2})))
     before = sorted(tmp_path.iterdir())
     places = {"dense": dense, "moe": moe}
-    given = [argument.format(**places) for argument in arguments]
-    status, out, err = run(monkeypatch, capsys, f"source={dense}", f"out={tmp_path / 'new'}", *given)
+    filled = [argument.format(**places) for argument in arguments]
+    status, out, err = run(monkeypatch, capsys, f"source={dense}", f"out={tmp_path / 'new'}", *filled)
     assert status == 2 and out == ""
     assert err.startswith(f"error: {line.format(**places)}") and err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_damaged_source_leaves_nothing(dense, tmp_path, monkeypatch, capsys):
+def test_a_damaged_source_writes_nothing(dense, tmp_path, monkeypatch, capsys):
     copy = write(tmp_path / "damaged", DENSE)
     [shard] = (copy / "checkpoints" / "step-0").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-8])
@@ -150,21 +150,21 @@ def test_a_damaged_source_leaves_nothing(dense, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_from_transformers_weights_the_logits_are_those_of_transformers(tmp_path, monkeypatch, capsys):
+def test_upcycled_transformers_weights_compute_the_logits_of_transformers(tmp_path, monkeypatch, capsys):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    theirs = transformers.MistralForCausalLM(
+    hf_model = transformers.MistralForCausalLM(
         transformers.MistralConfig(
             vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, sliding_window=7, attn_implementation="eager", initializer_range=0.2,
         )
     ).eval()  # fmt: skip
-    theirs.save_pretrained(tmp_path / "hf")
+    hf_model.save_pretrained(tmp_path / "hf")
     arguments = [f"source={tmp_path / 'hf'}", f"out={tmp_path / 'moe'}", "num_experts=8", "top_k=4", "granularity=2"]
     assert run(monkeypatch, capsys, *arguments)[0] == 0
     tokens_BS = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        expected = theirs(tokens_BS).logits
+        expected = hf_model(tokens_BS).logits
     torch.testing.assert_close(logits(load(tmp_path / "moe")), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -176,7 +176,7 @@ TINY = [
 
 
 @pytest.mark.slow
-def test_a_dense_run_becomes_a_mixture_and_trains_on(tmp_path, monkeypatch, capsys):
+def test_a_dense_run_is_upcycled_and_trained_further(tmp_path, monkeypatch, capsys):
     def train(name: str, *overrides: str) -> list[dict]:
         process = subprocess.run(
             [sys.executable, "train.py", *TINY, f"data.cache={tmp_path / 'cache'}", f"run.root={tmp_path}",
@@ -193,7 +193,7 @@ def test_a_dense_run_becomes_a_mixture_and_trains_on(tmp_path, monkeypatch, caps
         out = tmp_path / f"{name}-start"
         status, _, err = run(monkeypatch, capsys, f"source={tmp_path / 'dense'}", f"out={out}", *arguments)
         assert (status, err) == (0, "")
-        # The first evaluation follows the first step: with this learning rate, no weight has moved by then.
+        # The first evaluation follows the first step. At this learning rate, that step changes no weight.
         rows = train(f"{name}-still", f"run.init_from={out}", "optim.lr=1e-12", "train.steps=1")
         assert rows[0]["eval/loss"] == pytest.approx(loss, rel=1e-5)
     rows = train("fine", f"run.init_from={out}", "train.steps=6", "optim.lr=3e-3", "launch.nproc=2")

@@ -1,4 +1,4 @@
-"""Generation under expert parallelism is that of a single process, also when rows end at different times."""
+"""Generation under expert parallelism equals that of a single process, also if rows end at different times."""
 
 import torch
 
@@ -20,7 +20,7 @@ PROMPTS = [[1, 2, 3], [7], [5, 6, 7, 8, 9, 10, 11]]
 
 def run(rank: int, world: int) -> list[list[list[int]]]:
     mesh = build_mesh(torch.device("cpu"), Layout(replicate=world, expert=world))
-    # Of all assignments, the capacity would drop most: generation must not care.
+    # With this capacity most assignments would be dropped. Generation must ignore it.
     router = RouterConfig(capacity_factor=0.1)
     results = []
     for dtype, inference_weights in ((torch.float64, False), (torch.float64, True)):
@@ -43,12 +43,12 @@ def run(rank: int, world: int) -> list[list[list[int]]]:
 
 def test_expert_parallel_generation_equals_a_single_process():
     [single] = run_ranks(run, 1)
-    assert len({len(tokens) for tokens in single[1]}) > 1  # rows that end at different times
+    assert len({len(tokens) for tokens in single[1]}) > 1  # The rows end at different times.
     for results in run_ranks(run, 2):
         assert results == single
 
 
-def lean_run(rank: int, world: int) -> list[list[torch.Tensor]]:
+def run_inference_weights(rank: int, world: int) -> list[list[torch.Tensor]]:
     mesh = build_mesh(torch.device("cpu"), Layout(replicate=world, expert=world))
     tokens = torch.arange(30).view(2, 15)
     positions = torch.arange(15).expand(2, -1)
@@ -62,6 +62,6 @@ def lean_run(rank: int, world: int) -> list[list[torch.Tensor]]:
         return [[model(ModelInputs(tokens, positions)).logits_BSV for model in models], sizes]
 
 
-def test_lean_weights_take_half_the_memory_and_change_nothing():
-    [(logits, sizes)] = run_ranks(lean_run, 1)
+def test_inference_weights_take_half_the_memory_and_change_no_logit():
+    [(logits, sizes)] = run_ranks(run_inference_weights, 1)
     assert torch.equal(*logits) and sizes[0] < 0.55 * sizes[1]

@@ -1,6 +1,6 @@
-"""The promise: whatever the layout, a run computes what one process computes.
+"""A run computes the same numbers under every layout as on one process.
 
-Worlds of 2 and 4 run a layout of every kind, each with a model that its axes have not met yet; the rest is slow.
+Worlds of 2 and 4 run a layout of every kind, each with a model that its axes have not met yet. Other tests are slow.
 """
 
 import math
@@ -18,32 +18,25 @@ from parallel.config import ParallelConfig
 from parallel.mesh import Mesh, build_mesh, mesh_of_one
 from parallel.startup.launch import World
 from tests.distributed.harness import run_ranks
-from training import build as engines
+from training import build
 from training.checkpoint import checkpoint
 from training.engine import NativeEngine
 from training.layout import build_workload, resolve_layout
-from training.parity import trial as parity
-from training.parity.cases import CASES, MODEL, OPTIM, rows_for
-from training.parity.layouts import chosen, layouts_for, parse_layout
-from training.parity.trial import (
-    TOLERANCES,
-    Differences,
-    Job,
-    Outcome,
-    Trial,
-    assemble,
-    configuration,
-    covering,
-    prove,
-    run_case,
-)
+from training.parity import trial as trial_module
+from training.parity.cases import CASES, MODEL, OPTIM, configuration, rows_for
+from training.parity.compare import TOLERANCES, Differences, compare
+from training.parity.driver import run_jobs
+from training.parity.jobs import Job, assign_models
+from training.parity.layouts import layout_groups, parse_layout, select_layouts
+from training.parity.table import JobResult
+from training.parity.trial import Trial, assemble, run_case
 from training.step import train_step
 
 CPU = torch.device("cpu")
 STEPS = 2
 QUICK = {
     2: (
-        *layouts_for(2)["single"],
+        *layout_groups(2)["single"],
         "tensor=2+expert=2",
         "shard=2+expert=2",
         "pipeline=2+schedule=interleaved",
@@ -65,57 +58,59 @@ QUICK = {
         "tensor=2+context=2",
     ),
 }
-MOVES = (("expert=2", "tensor=2"), ("shard=2", "context=2"), ("pipeline=2", "expert=2"))
-"""Layouts that a checkpoint is saved under, and goes on under."""
+LAYOUT_CHANGES = (("expert=2", "tensor=2"), ("shard=2", "context=2"), ("pipeline=2", "expert=2"))
+"""The layout that saves a checkpoint, and the layout that continues from it."""
 
 
 def jobs_for(layouts: tuple[str, ...], world_size: int) -> list[Job]:
-    models = covering(layouts, list(CASES), world_size)
+    models = assign_models(layouts, CASES, world_size)
     jobs = [Job(model, layout, parse_layout(layout)) for layout, model in zip(layouts, models, strict=True)]
-    # Under expert parallelism most ranks hold no expert that trains.
+    # Under expert parallelism most ranks store no expert that trains.
     frozen = [Job("partly_frozen", layout, parse_layout(layout)) for layout in ("expert=2", "shard=2")]
     return jobs + (frozen if world_size == 2 else [])
 
 
 def quick(rank: int, world: int, jobs: list[Job], directory: Path) -> dict:
-    """All of it in one world: starting processes costs more than most jobs."""
-    results = {"fp64": prove(jobs, CPU, steps=STEPS), "one token": one_token_per_rank(rank, world)}
+    """All checks in one world, because starting processes costs more than most jobs."""
+    results = {"fp64": list(run_jobs(jobs, CPU, steps=STEPS)), "one token": one_token_per_rank(rank, world)}
     if world == 2:
         single = [Job("mixtral", layout, parse_layout(layout)) for layout in ("expert=2", "tensor=2", "context=2")]
-        results["fp32"] = prove(single, CPU, precision="fp32", steps=STEPS)
-        results["moved"] = [moved(directory / str(number), *move) for number, move in enumerate(MOVES)]
+        results["fp32"] = list(run_jobs(single, CPU, precision="fp32", steps=STEPS))
+        results["continued"] = [
+            continued(directory / str(number), *change) for number, change in enumerate(LAYOUT_CHANGES)
+        ]
         results["tampered"] = {name: tampered(name) for name in TAMPERED}
         case = CASES["mixtral"]
-        results["alone"] = run_case(case, config_of("expert=1", 1), mesh_of_one(CPU))
+        results["one process"] = run_case(case, config_of("expert=1", 1), mesh_of_one(CPU))
     return results
 
 
 @pytest.fixture(scope="module", params=QUICK)
 def world(request, tmp_path_factory) -> list[dict]:
-    """What each rank of a world returned."""
+    """The return values of the ranks of a world."""
     jobs = jobs_for(QUICK[request.param], request.param)
-    return run_ranks(quick, request.param, jobs, tmp_path_factory.mktemp("moved"))
+    return run_ranks(quick, request.param, jobs, tmp_path_factory.mktemp("continued"))
 
 
 of_two = pytest.mark.parametrize("world", [2], indirect=True)
 
 
-def assert_proven(outcomes: list[Outcome], precision: str) -> None:
-    for outcome in outcomes:
-        assert outcome.refused is None, outcome
-        assert outcome.differences.within(TOLERANCES[precision]), outcome
+def assert_within_tolerance(results: list[JobResult], precision: str) -> None:
+    for result in results:
+        assert result.why_skipped is None, result
+        assert result.differences.within(TOLERANCES[precision]), result
 
 
 def test_every_layout_equals_one_process(world):
-    """fp64: figures, every gradient of the first step, weights, moments and buffers of the last to 1e-9."""
+    """In fp64, the figures, the gradients of the first step, and the last weights, moments and buffers to 1e-9."""
     first = world[0]
     assert len(first["fp64"]) >= len(QUICK[len(world)])
     for precision in {"fp64", "fp32"} & first.keys():
-        assert_proven(first[precision], precision)
+        assert_within_tolerance(first[precision], precision)
 
 
 def config_of(layout: str, world_size: int):
-    """For `mixtral`; with the rows of a world of 2."""
+    """The configuration of `mixtral`, with the rows of a world of 2."""
     case = CASES["mixtral"]
     config = configuration(case, parse_layout(layout), rows=rows_for(2), steps=2 * STEPS)
     return resolve_layout(config, build_workload(config, case.model), World(world_size=world_size)).config
@@ -128,8 +123,8 @@ def trial(layout: str) -> Trial:
     return Trial(CASES["mixtral"], config, build_mesh(CPU, sizes))
 
 
-def moved(root: Path, before: str, after: str) -> tuple[list, dict]:
-    """Half of the steps under one layout, a checkpoint, the other half under another."""
+def continued(root: Path, before: str, after: str) -> tuple[list, dict]:
+    """Run half of the steps under one layout, save a checkpoint, and run the other half under another layout."""
     first = trial(before)
     history = first.train(0, STEPS)
     path = checkpoint.save(root, STEPS, first.engine.tensors(), {}, keep=2)
@@ -141,26 +136,26 @@ def moved(root: Path, before: str, after: str) -> tuple[list, dict]:
     tensors = second.engine.tensors()
     checkpoint.load(path, tensors)
     second.engine.finish_loading(tensors, first.engine.updates)
-    return history + second.train(STEPS, 2 * STEPS), second.whole()
+    return history + second.train(STEPS, 2 * STEPS), assemble(second.gather_shards())
 
 
 @of_two
-def test_a_checkpoint_goes_on_under_another_layout(world):
-    alone = world[0]["alone"]
-    for move, (history, final) in zip(MOVES, world[0]["moved"], strict=True):
-        differences = parity.compare(alone._replace(history=history, final=final), alone)
-        assert differences.within(TOLERANCES["fp64"]), (move, differences)
+def test_a_checkpoint_continues_under_another_layout(world):
+    reference = world[0]["one process"]
+    for change, (history, final) in zip(LAYOUT_CHANGES, world[0]["continued"], strict=True):
+        differences = compare(reference._replace(history=history, final=final), reference)
+        assert differences.within(TOLERANCES["fp64"]), (change, differences)
 
 
 @of_two
 def test_the_parity_run_is_not_trivial(world):
-    """Clipping was active, weights moved, tokens were dropped under capacity, an expert got nothing, a part trained."""
-    alone = world[0]["alone"]
-    assert any(step.grad_norm > OPTIM.max_grad_norm for step in alone.history)
-    moved = alone.final["model.embedding"] - alone.initial["model.embedding"]
-    assert moved.abs().max() > 1e-2
-    assert alone.history[0].counts_LE[:, -1].eq(0).all() and alone.history[0].counts_LE[:, :-1].gt(0).all()
-    for name, gradient in alone.gradients.items():
+    """Clipping was active, weights changed, and the last expert got no token and no gradient."""
+    reference = world[0]["one process"]
+    assert any(step.grad_norm > OPTIM.max_grad_norm for step in reference.history)
+    change = reference.final["model.embedding"] - reference.initial["model.embedding"]
+    assert change.abs().max() > 1e-2
+    assert reference.history[0].counts_LE[:, -1].eq(0).all() and reference.history[0].counts_LE[:, :-1].gt(0).all()
+    for name, gradient in reference.gradients.items():
         if "experts" in name:
             assert gradient[-1].eq(0).all() and all(expert.ne(0).any() for expert in gradient[:-1]), name
 
@@ -174,11 +169,11 @@ def dropped_and_frozen(rank: int, world: int) -> None:
         frozen = name.startswith("model.") and "router" not in name and "experts" not in name
         assert torch.equal(result.final[name], tensor) == frozen, name
         if "experts" in name:
-            moved = [not torch.equal(a, b) for a, b in zip(tensor, result.final[name], strict=True)]
-            assert name.startswith("exp_avg") or moved == [expert == 3 for expert in range(8)], name
+            changed = [not torch.equal(a, b) for a, b in zip(tensor, result.final[name], strict=True)]
+            assert name.startswith("exp_avg") or changed == [expert == 3 for expert in range(8)], name
 
 
-def test_capacity_drops_and_what_is_frozen_stays():
+def test_capacity_drops_assignments_and_frozen_weights_do_not_change():
     run_ranks(dropped_and_frozen, 1)
 
 
@@ -186,7 +181,7 @@ def one_token_per_rank(rank: int, world: int) -> tuple[float, torch.Tensor]:
     """Most experts get no token, on every rank."""
     mesh = build_mesh(CPU, ParallelConfig().layout(world, MODEL))
     config = replace(config_of("expert=1", 1), optim=OPTIM)
-    engine = NativeEngine(engines.build_parts(config, MODEL, mesh, torch.float64, 3), OPTIM, mesh)
+    engine = NativeEngine(build.build_parts(config, MODEL, mesh, torch.float64, 3), OPTIM, mesh)
     one = torch.full((1, 1), rank)
     zero = torch.zeros(1, 1, dtype=torch.int64)
     result = train_step(
@@ -196,37 +191,38 @@ def one_token_per_rank(rank: int, world: int) -> tuple[float, torch.Tensor]:
 
 
 def test_experts_without_tokens_neither_hang_nor_break(world):
-    results = [of_rank["one token"] for of_rank in world]
+    results = [results_of_rank["one token"] for results_of_rank in world]
     norm, counts_LE = results[0]
     assert counts_LE.sum().item() == 2 * len(results) * MODEL.num_layers and (counts_LE == 0).any()
     assert all(math.isfinite(other) and other == norm for other, _ in results)
 
 
 TAMPERED = {"layers.1.ffn.experts.w_up": "expert=2", "layers.2.attention.wq": "replicate=2"}
-"""A weight that is changed a little on one rank -> the layout; the other rank holds others, or the same."""
+"""The weight that is changed a little on one rank, and the layout. The other rank stores other experts, or the same
+weight."""
 
 
-def tampered(name: str) -> list[Outcome]:
+def tampered(name: str) -> list[JobResult]:
     layout = TAMPERED[name]
 
-    def build(config, model, mesh: Mesh, dtype, seed) -> list[Transformer]:
-        (part,) = parts = engines.build_parts(config, model, mesh, dtype, seed)
+    def build_and_change(config, model, mesh: Mesh, dtype, seed) -> list[Transformer]:
+        (part,) = parts = build.build_parts(config, model, mesh, dtype, seed)
         if mesh.world_size == 2 and mesh.rank == 1:
-            weight = next(parameter for own, parameter in part.named_parameters() if own.startswith(name))
+            weight = next(parameter for full_name, parameter in part.named_parameters() if full_name.startswith(name))
             weight.detach().view(-1)[0] += 1e-4
         return parts
 
-    with mock.patch.object(parity, "build_parts", build):
-        return prove([Job("mixtral", layout, parse_layout(layout))], CPU, steps=2)
+    with mock.patch.object(trial_module, "build_parts", build_and_change):
+        return list(run_jobs([Job("mixtral", layout, parse_layout(layout))], CPU, steps=2))
 
 
 @of_two
 def test_one_weight_of_one_rank_is_noticed(world):
-    by_name = {name: outcomes[0].differences for name, outcomes in world[0]["tampered"].items()}
+    by_name = {name: results[0].differences for name, results in world[0]["tampered"].items()}
     for name, differences in by_name.items():
-        assert not differences.within(TOLERANCES["fp64"]) and not differences.same_start, name
+        assert not differences.within(TOLERANCES["fp64"]) and not differences.same_initial_weights, name
         assert differences.figures > 1e-9 and differences.gradients > 1e-9, name
-    # Two ranks that hold the same weight differently: there is no such weight.
+    # If two ranks store different values of the same weight, the assembled weight is NaN.
     assert [math.isinf(differences.weights) for differences in by_name.values()] == [False, True]
 
 
@@ -235,31 +231,31 @@ def test_each_difference_counts():
     assert good.within(TOLERANCES["fp64"])
     for field in ("figures", "grad_norm", "gradients", "weights", "moments"):
         assert not good._replace(**{field: 1e-8}).within(TOLERANCES["fp64"]), field
-    for field in ("same_start", "same_counts"):
+    for field in ("same_initial_weights", "same_counts"):
         assert not good._replace(**{field: False}).within(TOLERANCES["fp64"]), field
 
 
-def test_parts_are_put_together_and_gaps_and_contradictions_seen():
+def test_shards_are_assembled_and_gaps_and_contradictions_become_nan():
     from moe.region import LocalShard, Region
 
-    def part(values, row):
+    def shard(values, row):
         return LocalShard(torch.tensor([values]), (2, 2), Region((row, 0), (1, 2)))
 
-    assert assemble([{"w": part([1.0, 2.0], 0)}, {"w": part([3.0, 4.0], 1)}])["w"].tolist() == [[1, 2], [3, 4]]
-    for others in ({}, {"w": part([1.0, 5.0], 0)}):
-        assert assemble([{"w": part([1.0, 2.0], 0)}, others])["w"].isnan().any()
+    assert assemble([{"w": shard([1.0, 2.0], 0)}, {"w": shard([3.0, 4.0], 1)}])["w"].tolist() == [[1, 2], [3, 4]]
+    for others in ({}, {"w": shard([1.0, 5.0], 0)}):
+        assert assemble([{"w": shard([1.0, 2.0], 0)}, others])["w"].isnan().any()
 
 
-def everything(rank: int, world: int, jobs: list[Job]) -> list[Outcome]:
-    return prove(jobs, CPU)
+def run_all(rank: int, world: int, jobs: list[Job]) -> list[JobResult]:
+    return list(run_jobs(jobs, CPU))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_all_layouts_equal_one_process(size):
-    layouts = chosen("all" if size < 8 else "triples", size)
-    models = covering(layouts, list(CASES)[1:], size)
+    layouts = select_layouts("all" if size < 8 else "triples", size)
+    models = assign_models(layouts, {name: case for name, case in CASES.items() if name != "mixtral"}, size)
     pairs = [(model, layout) for layout, other in zip(layouts, models, strict=True) for model in ("mixtral", other)]
-    outcomes = run_ranks(everything, size, [Job(model, layout, parse_layout(layout)) for model, layout in pairs])[0]
-    assert_proven([outcome for outcome in outcomes if outcome.refused is None], "fp64")
-    assert sum(outcome.refused is None for outcome in outcomes) >= 0.9 * len(pairs)
+    results = run_ranks(run_all, size, [Job(model, layout, parse_layout(layout)) for model, layout in pairs])[0]
+    assert_within_tolerance([result for result in results if result.why_skipped is None], "fp64")
+    assert sum(result.why_skipped is None for result in results) >= 0.9 * len(pairs)

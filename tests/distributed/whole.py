@@ -1,4 +1,4 @@
-"""Putting tensors together from the parts that ranks hold, for comparison with a single process."""
+"""Whole tensors from the shards of all ranks, to compare them with those of a single process."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,23 +14,23 @@ from training.step import StepResult
 
 
 def gather_whole(tensors: Mapping[str, Tensor | LocalShard]) -> dict[str, Tensor]:
-    """Every tensor that any rank names, whole, on every rank. Collective.
+    """Return every tensor that any rank names, whole, on every rank. Collective.
 
-    Fails where two ranks differ in what both hold, or where an element is held by none.
+    Fails if no rank stores an element, or if two ranks store different values of it.
     """
-    own = {name: as_shard(tensor) for name, tensor in tensors.items()}
-    everywhere: list[dict[str, LocalShard]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(everywhere, own)
-    whole = assemble(everywhere)
+    shards = {name: as_shard(tensor) for name, tensor in tensors.items()}
+    shards_by_rank: list[dict[str, LocalShard]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(shards_by_rank, shards)
+    whole = assemble(shards_by_rank)
     for name, tensor in whole.items():
-        assert not tensor.isnan().any(), f"{name}: an element that no rank holds, or ranks differ"
+        assert not tensor.isnan().any(), f"{name}: no rank stores an element, or two ranks store different values"
     return whole
 
 
-def assert_same_history(mine: Sequence[StepResult], theirs: Sequence[StepResult], tolerance: float) -> None:
-    """Figures to a relative `tolerance`, counts exactly."""
-    for own, other in zip(mine, theirs, strict=True):
+def assert_same_history(history: Sequence[StepResult], expected: Sequence[StepResult], tolerance: float) -> None:
+    """Compare losses and gradient norms to a relative `tolerance`, and counts exactly."""
+    for step, expected_step in zip(history, expected, strict=True):
         for field in ("loss", "ce", "balance", "z", "grad_norm"):
-            assert getattr(own, field) == pytest.approx(getattr(other, field), rel=tolerance), field
-        assert torch.equal(own.counts_LE, other.counts_LE)
-        assert (own.dropped, own.tokens) == (other.dropped, other.tokens)
+            assert getattr(step, field) == pytest.approx(getattr(expected_step, field), rel=tolerance), field
+        assert torch.equal(step.counts_LE, expected_step.counts_LE)
+        assert (step.dropped, step.tokens) == (expected_step.dropped, expected_step.tokens)

@@ -1,86 +1,104 @@
-"""Layouts to compare with one process: which there are in a world of some size, and how one writes them.
+"""The layouts that can be compared with one process, and how a layout is written.
 
-A layout is written `tensor=2+expert=4`: keys of `parallel` and their values, joined by `+` (numbers of `stage_layers`
-by `:`). What it does not name is 1, and `replicate` takes the ranks that are left.
+A layout is written `tensor=2+expert=4`: keys of `parallel` with their values, joined by `+`. The numbers of
+`stage_layers` are joined by `:`. An axis that is not named has size 1, and `replicate` takes the ranks that are left.
 """
+
+import math
+import re
+from collections.abc import Mapping
 
 from common.errors import ConfigError
 from common.strict import from_dict
 from parallel.config import ParallelConfig
 
 AXES = ("replicate", "shard", "expert", "expert_tensor", "tensor", "context", "pipeline")
+SPLIT_AXES = AXES[1:]
+DENSE_AXES = ("tensor", "context", "shard")
+TEMPLATES = {
+    # Experts can share the ranks of another axis, or use these and more.
+    "pairs": (
+        *(f"{axis}={{a}}+expert={size}" for axis in DENSE_AXES for size in ("{a}", "{ab}")),
+        *(f"{axis}={{a}}+expert_tensor={{a}}" for axis in DENSE_AXES),
+        "expert={a}+expert_tensor={b}",
+        *(f"pipeline={{a}}+{axis}={{b}}" for axis in ("shard", "expert", "expert_tensor", "tensor", "context")),
+        "tensor={a}+context={b}",
+        "shard={a}+tensor={b}",
+        "shard={a}+context={b}",
+        "replicate={r}+shard={a}",
+    ),
+    "triples": (
+        "shard={a}+context={b}+tensor={c}",
+        "shard={a}+context={b}+tensor={c}+expert={abc}",
+        "pipeline={a}+context={b}+tensor={c}",
+        "pipeline={a}+context={b}+tensor={c}+expert={bc}",
+        "pipeline={a}+shard={b}+tensor={c}",
+        "pipeline={a}+shard={b}+tensor={c}+expert={bc}",
+        "pipeline={a}+shard={b}+context={c}",
+        "pipeline={a}+shard={b}+context={c}+expert={bc}",
+        "shard={a}+expert={b}+expert_tensor={c}",
+        "tensor={a}+expert={b}+expert_tensor={c}",
+        "pipeline={a}+expert={b}+expert_tensor={c}",
+        "pipeline={a}+tensor={b}+expert={bc}+schedule=zero_bubble",
+        "pipeline={a}+shard={b}+expert={bc}+schedule=interleaved+recompute=full",
+        "shard={ab}+expert={c}",
+        "shard={a}+tensor={b}+expert={abc}+recompute=full",
+    ),
+    "schedules": (
+        "pipeline={a}+schedule=interleaved",
+        "pipeline={a}+schedule=zero_bubble",
+        "pipeline={a}+stage_layers=1:3",
+        "pipeline={a}+expert={b}+schedule=zero_bubble",
+        "pipeline={a}+shard={b}+schedule=interleaved",
+        "pipeline={a}+tensor={b}+schedule=zero_bubble",
+    ),
+    "memory": (
+        *(f"{axis}={{a}}+recompute=full" for axis in SPLIT_AXES),
+        *(f"{axis}={{a}}+recompute=selective" for axis in ("expert", "expert_tensor", "shard")),
+        "shard={a}+offload=true",
+        "shard={a}+expert={a}+offload=true",
+    ),
+}
+"""The layouts of each group. a, b and c are the prime factors of the number of ranks, the smallest first, and r is the
+number of ranks divided by a. `{ab}` is a·b. A layout is left out if one of its factors does not exist."""
 
 
-def layouts_for(world_size: int) -> dict[str, list[str]]:
-    """Groups of layouts; each fits some model in a world of this size, as far as the number of ranks goes.
+def layout_groups(world_size: int) -> dict[str, list[str]]:
+    """Return the layouts to compare in a world of this size, by group.
 
-    `single`: every axis alone, at every size. `pairs`: every sensible two. `triples`: of the main three. `schedules`:
-    of pipelines, and stages of several lengths. `memory`: what is computed again or kept elsewhere, with each axis.
+    Each of them fits some model, as far as the number of ranks goes.
+
+    - `single`: each axis alone, at every size.
+    - `pairs`: the sensible combinations of two axes.
+    - `triples`: the sensible combinations of three axes.
+    - `schedules`: pipeline schedules, and pipeline stages of different lengths.
+    - `memory`: recompute and offload, with each axis.
     """
     sizes = [size for size in range(2, world_size + 1) if world_size % size == 0]
-    groups = {
-        "single": ["replicate=" + str(world_size)]
-        + [f"{axis}={size}" for axis in AXES if axis != "replicate" for size in sizes],
-        "pairs": [],
-        "triples": [],
-        "schedules": [],
-        "memory": [],
-    }
-    if not sizes:
-        return groups
-    a = sizes[0]
-    b = _smallest_factor(world_size // a)
-    c = _smallest_factor(world_size // (a * b)) if b > 1 else 1
-    # Experts may lie on the very ranks that another axis uses, and on more.
-    folded = [f"{axis}={a}+expert={size}" for axis in ("tensor", "context", "shard") for size in (a, a * b)]
-    groups["pairs"] = list(dict.fromkeys(folded))
-    groups["pairs"] += [f"{axis}={a}+expert_tensor={a}" for axis in ("tensor", "context", "shard")]
-    groups["schedules"] = [f"pipeline={a}+schedule={name}" for name in ("interleaved", "zero_bubble")]
-    if a == 2:
-        groups["schedules"].append("pipeline=2+stage_layers=1:3")
-    groups["memory"] = [f"{axis}={a}+recompute=full" for axis in AXES[1:]]
-    groups["memory"] += [f"{axis}={a}+recompute=selective" for axis in ("expert", "expert_tensor", "shard")]
-    groups["memory"] += [f"shard={a}+offload=true", f"shard={a}+expert={a}+offload=true"]
-    if b == 1:
-        return groups
-    groups["pairs"] += [f"expert={a}+expert_tensor={b}"]
-    groups["pairs"] += [
-        f"pipeline={a}+{axis}={b}" for axis in ("shard", "expert", "expert_tensor", "tensor", "context")
-    ]
-    groups["pairs"] += [f"tensor={a}+context={b}", f"shard={a}+tensor={b}", f"shard={a}+context={b}"]
-    groups["pairs"] += [f"replicate={world_size // a}+shard={a}"]
-    groups["schedules"] += [
-        f"pipeline={a}+{axis}={b}+schedule={name}"
-        for axis, name in (("expert", "zero_bubble"), ("shard", "interleaved"), ("tensor", "zero_bubble"))
-    ]
-    if c == 1:
-        return groups
-    for three in (
-        "shard={}+context={}+tensor={}",
-        "pipeline={}+context={}+tensor={}",
-        "pipeline={}+shard={}+tensor={}",
-        "pipeline={}+shard={}+context={}",
-    ):
-        named = three.format(a, b, c)
-        stage = a * b * c if "pipeline" not in three else b * c
-        groups["triples"] += [named, f"{named}+expert={stage}"]
-    groups["triples"] += [
-        f"shard={a}+expert={b}+expert_tensor={c}",
-        f"tensor={a}+expert={b}+expert_tensor={c}",
-        f"pipeline={a}+expert={b}+expert_tensor={c}",
-        f"pipeline={a}+tensor={b}+expert={b * c}+schedule=zero_bubble",
-        f"pipeline={a}+shard={b}+expert={b * c}+schedule=interleaved+recompute=full",
-        f"shard={a * b}+expert={c}",
-        f"shard={a}+tensor={b}+expert={a * b * c}+recompute=full",
-    ]
+    groups = {"single": [f"replicate={world_size}", *(f"{axis}={size}" for axis in SPLIT_AXES for size in sizes)]}
+    factors, rest = {}, world_size
+    for letter in "abc":
+        factors[letter] = next((size for size in range(2, rest + 1) if rest % size == 0), 1)
+        rest //= factors[letter]
+    factors["r"] = world_size // factors["a"]
+    for group, templates in TEMPLATES.items():
+        groups[group] = [layout for template in templates if (layout := _fill(template, factors))]
     return groups
 
 
+def _fill(template: str, factors: Mapping[str, int]) -> str | None:
+    fields = re.findall(r"{(\w+)}", template)
+    # stage_layers=1:3 has two numbers, so it needs two stages.
+    if any(factors[letter] == 1 for letter in "".join(fields)) or ("stage_layers" in template and factors["a"] != 2):
+        return None
+    return template.format(**{field: math.prod(factors[letter] for letter in field) for field in fields})
+
+
 def parse_layout(text: str) -> ParallelConfig:
-    """`tensor=2+expert=4` as a configuration.
+    """Return the configuration of a layout that is written like `tensor=2+expert=4`.
 
     Raises:
-        ConfigError: an unknown key, or a value that it cannot have.
+        ConfigError: a key is unknown, or a value is not allowed.
     """
     values: dict[str, object] = {"expert": 1}
     for item in text.split("+"):
@@ -92,32 +110,30 @@ def parse_layout(text: str) -> ParallelConfig:
     return from_dict(ParallelConfig, values, "parallel")
 
 
-def chosen(selection: str, world_size: int) -> list[str]:
-    """The layouts that `layouts=<selection>` means: `all`, groups, axes and single layouts, separated by commas.
+def select_layouts(selection: str, world_size: int) -> list[str]:
+    """Return the layouts that `layouts=<selection>` selects, each once.
 
-    An axis stands for the layouts of all groups that name it, a single layout for itself.
+    Args:
+        selection: words separated by commas. Each is `all`, the name of a group, the name of an axis (all layouts that
+            name the axis), or a single layout.
 
     Raises:
-        ConfigError: a word that stands for nothing, or a layout that cannot be read.
+        ConfigError: a word is none of these, or a layout cannot be read.
     """
-    groups = layouts_for(world_size)
-    everything = list(dict.fromkeys(name for names in groups.values() for name in names))
-    found: dict[str, None] = {}
+    groups = layout_groups(world_size)
+    everything = [layout for layouts in groups.values() for layout in layouts]
+    selected: dict[str, None] = {}
     for word in selection.split(","):
         if "=" in word:
             parse_layout(word)
-            found[word] = None
+            selected[word] = None
         elif word == "all":
-            found |= dict.fromkeys(everything)
+            selected |= dict.fromkeys(everything)
         elif word in groups:
-            found |= dict.fromkeys(groups[word])
+            selected |= dict.fromkeys(groups[word])
         elif word in AXES:
-            found |= dict.fromkeys(name for name in everything if f"+{word}=" in f"+{name}")
+            selected |= dict.fromkeys(layout for layout in everything if f"+{word}=" in f"+{layout}")
         else:
             words = ", ".join(("all", *groups, *AXES))
             raise ConfigError(f"layouts={word}: expected one of {words}, or a layout like tensor=2+expert=4")
-    return list(found)
-
-
-def _smallest_factor(number: int) -> int:
-    return next((size for size in range(2, number + 1) if number % size == 0), 1)
+    return list(selected)

@@ -1,0 +1,114 @@
+"""What rank 0 prints: the text as it grows, or the results as JSON, and the speed."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from training.generation.config import GenerateConfig
+from training.generation.request import Request
+from training.generation.stream import StreamedText
+
+
+class TextPrinter:
+    """Prints growing rows one below the other.
+
+    The first row that has not ended is printed as it grows. The text of later rows is kept until it is their turn.
+    """
+
+    def __init__(self, titles: Sequence[str]) -> None:
+        self._titles = titles
+        self._waiting = ["" for _ in titles]
+        self._ended = [False for _ in titles]
+        self._start(0)
+
+    def add(self, row: int, text: str) -> None:
+        """Print the new text of a row, or keep it until it is the row's turn."""
+        if row == self._current:
+            _write(text)
+        else:
+            self._waiting[row] += text
+
+    def end(self, row: int) -> None:
+        """End a row. If it is the one on the terminal, go on to the next row that has not ended."""
+        self._ended[row] = True
+        while self._current < len(self._titles) and self._ended[self._current]:
+            _write("\n")
+            self._start(self._current + 1)
+
+    def _start(self, row: int) -> None:
+        """Print the row's title, if there are several rows, and the text that was kept."""
+        self._current, rows = row, len(self._titles)
+        if row < rows:
+            title = " ".join(self._titles[row].split())
+            title = f"[{row + 1}/{rows}] {title if len(title) <= 60 else title[:57] + '...'}\n"
+            _write((title if rows > 1 else "") + self._waiting[row])
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class Report:
+    """Collects the tokens of all rows, finds stop strings, and prints.
+
+    Every rank has a report, because every rank must end a row at the same token. Only one rank prints.
+
+    Args:
+        decode: turns token ids into text.
+        prints: whether this rank prints.
+    """
+
+    def __init__(
+        self, config: GenerateConfig, request: Request, decode: Callable[[Sequence[int]], str], *, prints: bool
+    ) -> None:
+        self.config, self.request, self.prints = config, request, prints
+        self.rows = [StreamedText(decode, prompt, config.all_stops) for prompt in request.prompts]
+        self.printer = TextPrinter(request.titles) if prints and config.format == "text" else None
+        self.start_time, self.first_token_time = time.monotonic(), 0.0
+
+    def on_token(self, row: int, token: int) -> bool:
+        """Add a token to a row. Return whether a stop string ended the row."""
+        self.first_token_time = self.first_token_time or time.monotonic()
+        new_text = self.rows[row].add(token)
+        if self.printer is not None:
+            self.printer.add(row, new_text)
+        return self.rows[row].stopped
+
+    def on_end(self, row: int) -> None:
+        """End a row."""
+        rest = self.rows[row].end()
+        if self.printer is not None:
+            self.printer.add(row, rest)
+            self.printer.end(row)
+
+    def end(self, tokens: list[list[int]]) -> None:
+        """Print the speed (text) or everything (JSON) after all rows have ended.
+
+        Args:
+            tokens: the generated token ids of each row.
+        """
+        if not self.prints:
+            return
+        now = time.monotonic()
+        first, generated = self.first_token_time or now, sum(map(len, tokens))
+        # The first token of each row comes from the forward pass of its prompt, so it is not counted in the speed.
+        steps = generated - sum(map(bool, tokens))
+        speed = steps / (now - first) if steps else 0.0
+        prompt_tokens, prompt_s = sum(map(len, self.request.prompts)), first - self.start_time
+        if self.printer is not None:
+            speeds = f"{generated} tokens, {speed:.1f} tokens/s; {prompt_tokens} prompt tokens in {prompt_s:.2f} s"
+            print(speeds, file=sys.stderr)
+            return
+        results = [
+            {
+                "prompt": title,
+                "text": row.text,
+                "tokens": ids,
+                "finish": "stop" if row.stopped or len(ids) < self.config.max_tokens else "length",
+            }
+            for title, row, ids in zip(self.request.titles, self.rows, tokens, strict=True)
+        ]
+        figures = {"prompt_tokens": prompt_tokens, "tokens": generated, "prompt_s": prompt_s, "tokens_per_s": speed}
+        print(json.dumps({"results": results, **figures}, ensure_ascii=False, indent=2))
