@@ -110,7 +110,7 @@ def test_the_chat_template_is_that_of_training(model, tmp_path, monkeypatch):
     for messages in (turns, turns[:1], [("system", "Be brief."), *turns]):
         messages = [{"role": role, "content": content} for role, content in messages]
         ids = hf_tokenizer.apply_chat_template(messages, return_dict=False)
-        assert ids == chat.encode(chat.prompt(messages), tokenizer)[0]
+        assert ids == chat.encode(chat.prompt_segments(messages), tokenizer)[0]
 
 
 def test_a_tokenizer_that_adds_a_space_before_a_text_still_does_after_export(model, tmp_path, monkeypatch, documents):

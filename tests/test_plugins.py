@@ -1,0 +1,107 @@
+"""The example router as a user runs it: training, resumption, a tool, and the message without the plugin."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import ConfigError
+from common.plugins import changed_plugins, load_plugins, loaded_plugins, missing_plugins
+from scripts.cli.hydra import CONF
+
+ROOT = CONF.parent
+EXAMPLE = ROOT / "examples" / "noisy_topk"
+SMALL = [
+    "model=mixtral_tiny", "model.num_layers=1", "train.seq_len=32", "train.global_batch=4", "train.log_every=1",
+    "data.code_bytes=0", "data.prose_bytes=0", "data.arithmetic_bytes=60000", "data.vocab_size=300",
+    "optim.schedule=constant", "optim.warmup_steps=0", "tracking=disabled", "run.sample_tokens=4",
+]  # fmt: skip
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, program, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def rows_of(directory: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(("speed/", "eval/"))} for row in rows]
+
+
+@pytest.mark.slow
+def test_the_example_trains_resumes_bit_for_bit_and_is_asked_for_by_name(tmp_path: Path):
+    preset = ["--config-dir", str(EXAMPLE), "router=noisy_topk"]
+    where = [f"run.root={tmp_path}", f"data.cache={tmp_path / 'cache'}", "launch.nproc=2", *SMALL]
+    whole = run("train.py", *preset, *where, "run.name=whole", "train.steps=4")
+    assert whole.returncode == 0, whole.stderr
+    for steps in (2, 4):
+        part = run("train.py", *preset, *where, "run.name=parts", f"train.steps={steps}")
+        assert part.returncode == 0, part.stderr
+    rows = rows_of(tmp_path / "whole")
+    assert rows_of(tmp_path / "parts") == rows
+    assert rows[0]["router/noise_std/layer_00"] == pytest.approx(0.7031, abs=1e-3)  # softplus(0) + noise_floor
+    assert rows[0]["router/auxiliary_loss"] > 0
+    state = json.loads((tmp_path / "parts" / "checkpoints" / "step-4" / "manifest.json").read_text())["state"]
+    assert list(state["plugins"]) == ["noisy_topk.py"] and state["router"]["noise_floor"] == 0.01
+
+    asks = "plugins=[noisy_topk.py]"
+    without = run("train.py", *where, "run.name=parts", "train.steps=6")
+    assert (without.returncode, without.stderr.count("\n")) == (2, 1) and asks in without.stderr
+    generate = ["scripts/generate.py", f"checkpoint={tmp_path / 'parts'}", "prompt=1 + 1 =", "max_tokens=4"]
+    without = run(*generate)
+    assert (without.returncode, without.stderr.count("\n")) == (2, 1) and asks in without.stderr
+    assert run(*generate, f"plugins=[{EXAMPLE / 'noisy_topk.py'}]").returncode == 0
+
+    changed = tmp_path / "noisy_topk.py"
+    shutil.copyfile(EXAMPLE / "noisy_topk.py", changed)
+    changed.write_text(changed.read_text() + "# changed\n")
+    other = run("train.py", *preset, f"plugins=[{changed}]", *where, "run.name=parts", "train.steps=5")
+    assert other.returncode == 0, other.stderr
+    assert "warning: plugin noisy_topk.py has changed since the checkpoint" in other.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module' in broken.py, line 1"),
+        ("x = (", "SyntaxError"),
+        ("from moe.config import ROUTER_CONFIGS, RouterConfig\nROUTER_CONFIGS.add('softmax_topk', RouterConfig)",
+         "ValueError: router.kind=softmax_topk: this name is registered already"),
+    ],
+)  # fmt: skip
+def test_a_plugin_that_cannot_be_imported_is_one_line(tmp_path: Path, content: str, reason: str):
+    path = tmp_path / "broken.py"
+    path.write_text(content + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load_plugins([str(path)])
+    assert str(caught.value).startswith(f"plugins={path}: expected a module that can be imported ({reason}")
+    assert "\n" not in str(caught.value) and "broken.py" not in loaded_plugins()
+
+
+@pytest.mark.parametrize("given", ["no/such/file.py", "no_such_module_or_entry_point"])
+def test_a_plugin_that_does_not_exist_is_one_line(given: str):
+    with pytest.raises(ConfigError, match=rf"^plugins={given}: expected a module that can be imported \("):
+        load_plugins([given])
+
+
+def test_plugins_are_known_by_file_name_and_content(tmp_path: Path):
+    path = tmp_path / "my_plugin_for_a_test.py"
+    path.write_text("VALUE = 3\n")
+    load_plugins([str(path)])
+    load_plugins([str(path)])  # once
+    digest = loaded_plugins()["my_plugin_for_a_test.py"]
+    assert missing_plugins({"my_plugin_for_a_test.py": digest}) == ""
+    assert "plugins=[other.py]: name them again" in missing_plugins({"other.py": digest})
+    assert changed_plugins({"my_plugin_for_a_test.py": "0"}) == ["my_plugin_for_a_test.py"]
+    assert changed_plugins({"my_plugin_for_a_test.py": digest, "other.py": "0"}) == []
