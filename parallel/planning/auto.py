@@ -2,17 +2,18 @@
 
 The rule:
 
-1. The simplest layout is taken if it is possible: all `auto` axes are 1, so that the ranks are data-parallel and the
-   experts are distributed over them. The batch must have rows for every rank, and the memory must suffice (if its size
-   is unknown, it is taken to suffice).
-2. Otherwise all layouts of the world are candidates whose axes divide what they shard, whose tensor-parallel ranks are
-   in one node, and whose pipeline has no more stages than micro-batches. Those that do not fit into the memory are out.
-3. Of the remaining candidates the one with the lowest estimated time is taken. The estimate adds computation, the idle
-   time of the pipeline and communication, with the bytes of `parallel.planning.traffic`. Among candidates within a
-   twentieth of the lowest time, the one that uses the fewest axes is taken.
+1. The simplest layout is chosen if it is possible: all `auto` axes are 1, so that the ranks are data-parallel and the
+   experts are distributed over them. The batch must have rows for every rank, and the memory must suffice. If the size
+   of the memory is unknown, it is assumed to suffice.
+2. Otherwise the candidates are all layouts of the world that divide the model and the batch, with tensor parallelism
+   inside one node and no more pipeline ranks than micro-batches. Candidates that do not fit into the memory are
+   excluded.
+3. The candidate with the lowest estimated time is chosen. The estimate adds computation, the idle time of the pipeline
+   and communication, with the bytes of `parallel.planning.traffic`. Among candidates within a twentieth of the lowest
+   time, the one that uses the fewest axes is chosen.
 
-If no candidate fits, the one that needs the least memory is taken, with a warning. Equal arguments give equal choices,
-so all ranks must pass the same `memory`.
+If no candidate fits, one that needs about the least memory is chosen, with a warning. Equal arguments give equal
+choices, so all ranks must pass the same `memory`.
 """
 
 import math
@@ -34,7 +35,7 @@ AUTO_AXES = ("shard", "context", "tensor", "pipeline")
 USABLE_MEMORY = 0.9
 """Share of the memory that a layout may use, because the activations are an estimate."""
 TOLERANCE = 1.05
-"""Costs up to this factor apart count as equal."""
+"""Estimates whose ratio is at most this count as equal."""
 INTER_NODE_COST = 9.0
 """Cost of a byte between nodes. Inside a node it is 1 (NVLink of an H100: 450 GB/s; a 400 Gb/s network card: 50)."""
 FLOPS_PER_BYTE = 900.0

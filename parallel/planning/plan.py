@@ -3,7 +3,7 @@
 The memory of weights, gradients and optimizer state is exact: it is that of the model which `parallel/apply.py` builds
 and of the optimizer. The memory of activations is an estimate of what autograd stores for the backward pass (the
 estimate is 0.8 to 1.3 times the measured size for small models on a CPU). It is meant for comparing layouts and for a
-first idea of what fits. The caching allocator, kernels and an uneven expert load need memory beside it.
+first idea of what fits. The caching allocator, kernels and an uneven expert load need additional memory.
 
 Letters: P pipeline ranks, m micro-batches of a step, v stages per rank.
 """
