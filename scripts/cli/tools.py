@@ -13,6 +13,8 @@ from scripts.cli.hydra import CONF, compose_config, load_named_plugins, quote, t
 
 T = TypeVar("T")
 
+COMMON_HELP = "Every tool also takes plugins=[...] (docs/extending.md) and --config-dir DIR with more presets."
+
 
 def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text: Sequence[str] = ()) -> NoReturn:
     """Run a tool from its command line and end the process.
@@ -20,7 +22,7 @@ def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text
     The arguments override `conf/<name>.yaml`, the result is converted to `cls`, and `function` is called with it. The
     exit status is 0, or 2 after one line about a mistake that the user can correct, or 1 after any other error.
 
-    Every tool also takes `plugins=[...]` (docs/extending.md) and `--config-dir DIR`, a directory with more presets.
+    Every tool also takes `plugins=[...]` and `--config-dir DIR` (`COMMON_HELP`).
 
     Args:
         cls: the dataclass that `conf/<name>.yaml` mirrors.
@@ -30,7 +32,7 @@ def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text
     arguments = without_local_rank(sys.argv[1:])
     try:
         if {"-h", "--help"} & set(arguments):
-            print(f"{sys.modules[cls.__module__].__doc__}\n{(CONF / f'{name}.yaml').read_text()}")
+            print(f"{sys.modules[cls.__module__].__doc__}\n{(CONF / f'{name}.yaml').read_text()}\n{COMMON_HELP}")
             raise SystemExit(0)
         config_dir, others = take_flag(arguments, "--config-dir")
         unwanted = next((argument for argument in others if argument.startswith("-")), None)
