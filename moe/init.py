@@ -54,12 +54,10 @@ def init_parameters(model: nn.Module, seed: int) -> None:
 
 def _fill(local: Tensor, region: Region, columns: int, identity: str, std: float) -> None:
     """Fill `local`, the region `region` of a matrix, or of matrices that are stacked along dim 0 (experts)."""
-    if local.dim() == 2:
-        fill_part(local, region, columns, identity, std)
-        return
-    matrix = Region(region.offset[1:], region.shape[1:])
-    for index, weight in enumerate(local):
-        fill_part(weight, matrix, columns, f"{identity}/{region.offset[0] + index}", std)
+    first, matrix = region.offset[0], Region(region.offset[-2:], region.shape[-2:])
+    stacked = ((f"{identity}/{first + index}", weight) for index, weight in enumerate(local))
+    for name, weight in [(identity, local)] if local.dim() == 2 else stacked:
+        fill_part(weight, matrix, columns, name, std)
 
 
 def fill_rows(weight: Tensor, identity: str, std: float, first_row: int = 0) -> None:
