@@ -1,13 +1,16 @@
-"""Windowed attention from 1k to 32k tokens, forward and backward: is its time per token flat, its memory linear?
+"""Time and memory of windowed attention from 1k to 32k tokens, forward and backward.
 
     python benchmarks/attention.py                     # the device and dtype that train.py would choose
     python benchmarks/attention.py --window 1024 --rounds 5
 
-One row of one document, attention alone (no projections). Lengths and contestants take turns, round after round, in one
-process, and the fastest round counts, because other work on the machine only ever adds time. With one CPU thread
-(`OMP_NUM_THREADS=1`) time is the process's own, which others disturb least. Memory is counted, not sampled: the most
-bytes alive at once, beside the inputs, in the tensors that forward and backward make (on CPUs without what a kernel
-allocates inside). Whoever needs S x S stops at `--full-up-to`.
+The time per token should not depend on the length, and the memory should be linear in it.
+
+The input is one row with one document, and only the attention core is measured, without projections. In each round,
+every implementation runs once at every length, in one process. The fastest round counts, because other work on the
+machine can only add time. With one CPU thread (`OMP_NUM_THREADS=1`), the CPU time of the process is measured, which
+other work disturbs least. Memory is the largest number of bytes that exist at once in the tensors that forward and
+backward create, without the inputs, and on CPUs without the memory that a kernel allocates internally. Implementations
+that need a mask of S x S run up to `--full-up-to` tokens.
 """
 
 import argparse
@@ -28,12 +31,18 @@ from training.device import compute_dtype, pick_device
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 REPEATED = 8192
-"""Tokens a round: short rows come several times, because the first time their caches are those of the row before."""
+"""Tokens per length and round. Short rows run several times: in the first run, the CPU's caches contain the data of
+another row."""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that operators made and that still exist."""
+class AllocatedBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that operators have created and that still exist.
+
+    Attributes:
+        now: bytes that exist now.
+        peak: the largest value of `now`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,62 +65,63 @@ class Alive(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
 
-        def gone() -> None:
+        def subtract() -> None:
             self._seen.discard(key)
             self.now -= size
 
-        weakref.finalize(storage, gone)
+        weakref.finalize(storage, subtract)
 
 
-def contestants(window: int, device: torch.device) -> dict[str, tuple[Attend, bool]]:
-    """Name -> (function of q, k, v; whether it needs S x S in time)."""
-    ours, whole = AttentionCore(window), AttentionCore(None)
+def implementations(window: int, device: torch.device) -> dict[str, tuple[Attend, bool]]:
+    """Name -> (function of q, k, v; whether its time grows with S x S)."""
+    windowed, full = AttentionCore(window), AttentionCore(None)
 
     def transformers_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         module = torch.nn.Module()
         module.num_key_value_groups = q.shape[1] // k.shape[1]  # type: ignore[assignment]
-        place = torch.arange(q.shape[2], device=device)
-        mask = (place <= place.unsqueeze(1)) & (place > place.unsqueeze(1) - window)
+        position = torch.arange(q.shape[2], device=device)
+        mask = (position <= position.unsqueeze(1)) & (position > position.unsqueeze(1) - window)
         return sdpa_attention_forward(module, q, k, v, mask[None, None], is_causal=False)[0].transpose(1, 2)
 
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        place = torch.arange(q.shape[2], device=device)
-        mask = (place <= place.unsqueeze(1)) & (place > place.unsqueeze(1) - window)
+        position = torch.arange(q.shape[2], device=device)
+        mask = (position <= position.unsqueeze(1)) & (position > position.unsqueeze(1) - window)
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     return {
-        f"ours, W={window}": (lambda q, k, v: ours(q, k, v, TokenContext()), False),
-        "full causal SDPA": (lambda q, k, v: whole(q, k, v, TokenContext()), True),
+        f"Mixwright, W={window}": (lambda q, k, v: windowed(q, k, v, TokenContext()), False),
+        "full causal SDPA": (lambda q, k, v: full(q, k, v, TokenContext()), True),
         f"SDPA, mask of W={window}": (masked, True),
         f"transformers' sdpa, W={window}": (transformers_sdpa, True),
     }
 
 
 def measure(attend: Attend, inputs: list[Tensor], grad: Tensor) -> float:
-    """Seconds of forward and backward."""
+    """Return the seconds of one forward and backward pass."""
     clock = time.process_time if not grad.is_cuda and torch.get_num_threads() == 1 else time.perf_counter
     if grad.is_cuda:
         torch.cuda.synchronize()
-    began = clock()
+    start = clock()
     torch.autograd.grad(attend(*inputs), inputs, grad)
     if grad.is_cuda:
         torch.cuda.synchronize()
-    return clock() - began
+    return clock() - start
 
 
 def peak_bytes(attend: Attend, inputs: list[Tensor], grad: Tensor) -> int:
+    """Return the most memory that one forward and backward pass uses besides its inputs."""
     if grad.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         torch.autograd.grad(attend(*inputs), inputs, grad)
         return torch.cuda.max_memory_allocated() - before
-    with Alive() as alive:
+    with AllocatedBytes() as allocated:
         out = attend(*inputs)
         torch.autograd.grad(out, inputs, grad)
-    return alive.peak
+    return allocated.peak
 
 
 def main() -> None:
@@ -129,7 +139,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     heads, groups, channels = options.heads, options.kv_heads, options.head_dim
     print(f"torch {torch.__version__}, {name}, {dtype}, {heads} heads on {groups}, head_dim {channels}\n")
-    calls = contestants(options.window, device)
+    calls = implementations(options.window, device)
     data = {}
     for length in LENGTHS:
         shapes = [(1, h, length, channels) for h in (heads, groups, groups)]
@@ -150,7 +160,7 @@ def main() -> None:
 
 
 def show(titles: list[str], seconds: dict[tuple[str, int], float], peaks: dict[tuple[str, int], int]) -> None:
-    """The table, and whether the first contestant is flat."""
+    """Print the table, and how much the time per token of the first implementation varies with the length."""
     print("| tokens | " + " | ".join(f"{title}: µs/token | MB" for title in titles) + " |")
     print("|---" * (1 + 2 * len(titles)) + "|")
     for length in LENGTHS:
@@ -161,8 +171,8 @@ def show(titles: list[str], seconds: dict[tuple[str, int], float], peaks: dict[t
             for title in titles
         ]
         print(f"| {length:,} | {' | '.join(cells)} |")
-    flat = [seconds[titles[0], length] / length for length in LENGTHS]
-    print(f"\n{titles[0]}: slowest / fastest time per token = {max(flat) / min(flat):.3f}")
+    per_token = [seconds[titles[0], length] / length for length in LENGTHS]
+    print(f"\n{titles[0]}: slowest / fastest time per token = {max(per_token) / min(per_token):.3f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""One MoE layer, forward and backward, against a dense SwiGLU of the same active FLOPs and against transformers.
+"""Time of one MoE layer, forward and backward, of Mixwright and of transformers, compared with a dense SwiGLU.
+
+The dense SwiGLU has the same active FLOPs.
 
     python benchmarks/moe_layer.py                 # the device and dtype that train.py would choose
     python benchmarks/moe_layer.py --dtype fp32 --tokens 2048
 
-All contestants run in turn, round after round, in one process; the figures are medians relative to the dense layer.
+In each round, every implementation runs once, in one process. The figures are medians, and relative to the dense layer.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from training.device import compute_dtype, pick_device
 SHAPES = {"8 experts x 1024, top-2": (8, 1024, 2), "64 experts x 256, top-6": (64, 256, 6)}
 
 
-def ours(dim: int, experts: int, hidden: int, top_k: int, kernel: str) -> nn.Module:
+def mixwright_layer(dim: int, experts: int, hidden: int, top_k: int, kernel: str) -> nn.Module:
     config = ModelConfig(
         dim=dim, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, hidden_dim=hidden, num_experts=experts,
         top_k=top_k, expert_kernel=kernel,  # type: ignore[arg-type]
@@ -31,7 +33,7 @@ def ours(dim: int, experts: int, hidden: int, top_k: int, kernel: str) -> nn.Mod
     return MoELayer(config, RouterConfig(), 0)
 
 
-def theirs(dim: int, experts: int, hidden: int, top_k: int, implementation: str) -> nn.Module:
+def transformers_layer(dim: int, experts: int, hidden: int, top_k: int, implementation: str) -> nn.Module:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -42,13 +44,15 @@ def theirs(dim: int, experts: int, hidden: int, top_k: int, implementation: str)
     return MixtralSparseMoeBlock(config)
 
 
-def contestants(dim: int, experts: int, hidden: int, top_k: int, device: torch.device, dtype: torch.dtype) -> dict:
+def implementations(
+    dim: int, experts: int, hidden: int, top_k: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Callable[[Tensor], Tensor]]:
     """Name -> function of [1, T, D] that returns [1, T, D]."""
     modules: dict[str, nn.Module] = {"dense": FeedForward(dim, hidden * top_k, "swiglu")}
     for kernel in ("loop", "grouped"):
-        modules[f"ours, {kernel}"] = ours(dim, experts, hidden, top_k, kernel)
+        modules[f"Mixwright, {kernel}"] = mixwright_layer(dim, experts, hidden, top_k, kernel)
     for implementation in ("eager", "grouped_mm"):
-        modules[f"transformers, {implementation}"] = theirs(dim, experts, hidden, top_k, implementation)
+        modules[f"transformers, {implementation}"] = transformers_layer(dim, experts, hidden, top_k, implementation)
     calls: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, module in modules.items():
         for parameter in module.parameters():
@@ -67,13 +71,14 @@ def _call(module: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def seconds(call: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> float:
+    """Return the seconds of one forward and backward pass."""
     if x.is_cuda:
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     call(x).backward(grad)
     if x.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -88,20 +93,20 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {name}, {dtype}, T={options.tokens}, D={options.dim}")
     for shape, (experts, hidden, top_k) in SHAPES.items():
-        calls = contestants(options.dim, experts, hidden, top_k, device, dtype)
+        calls = implementations(options.dim, experts, hidden, top_k, device, dtype)
         x = torch.randn(1, options.tokens, options.dim, device=device, dtype=dtype, requires_grad=True)
         grad = torch.randn_like(x)
-        times: dict[str, list[float]] = {contestant: [] for contestant in calls}
+        times: dict[str, list[float]] = {implementation: [] for implementation in calls}
         for round_number in range(options.rounds + 1):
-            for contestant, call in calls.items():
+            for implementation, call in calls.items():
                 elapsed = seconds(call, x, grad)
-                if round_number:
-                    times[contestant].append(elapsed)
+                if round_number:  # round 0 warms up
+                    times[implementation].append(elapsed)
         dense = statistics.median(times["dense"])
         print(shape)
-        for contestant, measured in times.items():
+        for implementation, measured in times.items():
             median = statistics.median(measured)
-            print(f"  {contestant:<26}{median * 1e3:9.1f} ms  {median / dense:6.2f} x dense")
+            print(f"  {implementation:<26}{median * 1e3:9.1f} ms  {median / dense:6.2f} x dense")
 
 
 if __name__ == "__main__":

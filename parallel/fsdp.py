@@ -36,9 +36,7 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
     wide = torch.promote_types(model.compute_dtype, torch.float32)
     # Weights are used in the compute dtype, which inference weights already have.
     policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=wide, cast_forward_inputs=False)
-    offload_policy: OffloadPolicy = (
-        CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
-    )
+    offloading: OffloadPolicy = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     dense = DeviceMesh.from_group(mesh.shard, mesh.device.type, mesh_dim_names=("shard",))
     experts = DeviceMesh.from_group(mesh.expert_shard, mesh.device.type, mesh_dim_names=("expert_shard",))
     routers = {weight for module in model.modules() if isinstance(module, Router) for weight in module.parameters()}
@@ -50,7 +48,7 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
             reshard_after_forward=reshard,
             shard_placement_fn=lambda parameter: Shard(shard_dim(parameter.shape, device_mesh.size())),
             mp_policy=policy,
-            offload_policy=offload_policy,
+            offload_policy=offloading,
             ignored_params=routers,
         )
         assert isinstance(module, FSDPModule)

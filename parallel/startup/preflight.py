@@ -66,7 +66,7 @@ def check_ranks_agree(store: dist.Store, world: World, properties: Mapping[str, 
         refusal = agree(store, world, properties, timeout_s)
     except dist.DistError as error:
         raise PreflightError(
-            "a rank ended while the ranks compared how they were started: its own output says why"
+            "a rank ended while the ranks compared how they were started: see the output of that rank"
         ) from error
     if refusal:
         raise PreflightError(refusal)
