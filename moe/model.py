@@ -64,6 +64,7 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ValueError("vocab_size=None: expected an integer >= 1 (or a tokenizer to take it from)")
         self.config = config
+        self.router_config = router
         self.compute_dtype = compute_dtype
         self.local_shard: Callable[[str, Tensor], LocalShard] = whole_shard
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))

@@ -19,7 +19,7 @@ from moe.region import Region
 from scripts.cli import CONF
 from scripts.generate import main
 from scripts.text import HuggingFaceText, StreamedText, Terminal, end_marks
-from tests.foreign import saved
+from tests.foreign import save_reference
 from training.formats.model_directory import Block, write_model
 from training.formats.reader import open_model
 
@@ -163,7 +163,7 @@ def test_without_a_sentencepiece_model_transformers_reads_the_tokenizer(tokenize
 
 
 def test_a_hugging_face_directory_may_add_marks_of_the_end(tmp_path, tokenizer):
-    saved("mixtral", tmp_path)
+    save_reference("mixtral", tmp_path)
     file = tmp_path / "generation_config.json"
     for given, expected in (("null", {2}), ("5", {2, 5}), ("[7, 5]", {2, 5, 7})):
         file.write_text(f'{{"eos_token_id": {given}}}')

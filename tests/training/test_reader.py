@@ -350,7 +350,7 @@ def test_an_output_is_whole_or_not_there(tmp_path, monkeypatch):
     source = open_model(tmp_path / "theirs")
     (tmp_path / "there").mkdir()
     for write in (lambda out: import_model(source, out, "fp32", 10**9), lambda out: export(source, out)):
-        with pytest.raises(ModelError, match="there: expected a path where nothing is yet"):
+        with pytest.raises(ModelError, match="there: expected a path that does not exist yet"):
             write(tmp_path / "there")
         with monkeypatch.context() as patch:
             patch.setattr(TensorDirectory, "read", lambda *_: (_ for _ in ()).throw(ModelError("gone")))
