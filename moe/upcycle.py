@@ -68,7 +68,7 @@ def moe_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
     """Return the configuration of the MoE model that `plan` makes from the dense model `dense`.
 
     Raises:
-        ValueError: `granularity` does not divide the hidden width, or `first_k_dense` and `moe_every` leave no MoE layer.
+        ValueError: `granularity` does not divide the hidden width, or no layer becomes a MoE layer.
     """
     assert not dense.is_moe, dense
     width, slices = dense.hidden_dim, plan.granularity

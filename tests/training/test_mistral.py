@@ -16,7 +16,7 @@ def load_all(directory):
 
 
 def mistral_forward(directory, tokens_S):
-    """Return the logits [S, V] of a model in Mistral's format. Neighbouring rows of wq and wk are one complex number."""
+    """Return the logits [S, V] of a model in Mistral's format. Neighbouring rows of wq and wk are complex numbers."""
     params, w = json.loads((directory / "params.json").read_text()), load_all(directory)
     length, channels, groups = len(tokens_S), params["head_dim"], params["n_heads"] // params["n_kv_heads"]
     frequencies = params["rope_theta"] ** -(torch.arange(0, channels, 2) / channels)

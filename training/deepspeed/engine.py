@@ -1,7 +1,7 @@
 """The engine that uses DeepSpeed's ZeRO, for data and expert parallelism. It implements `training.engine.Engine`.
 
-The model, the dispatcher and the checkpoint format are the native engine's. deepspeed is imported only when an engine is
-built.
+The model, the dispatcher and the checkpoint format are the native engine's. deepspeed is imported only when an engine
+is built.
 
 DeepSpeed divides the sum of the gradients by the number of all ranks, also for experts. Mixwright's losses are
 normalised by global counts, so gradients must be summed and not averaged. Each loss is therefore multiplied by the
@@ -44,8 +44,7 @@ class DeepSpeedEngine:
 
     Dense weights are partitioned over all ranks. Experts are partitioned over the ranks that store the same experts.
 
-    Under stage 3 a parameter is empty outside of a forward or backward pass. Its shape must be read before the engine is
-    built.
+    Under stage 3 a parameter is empty outside of a forward or backward pass. Read its shape before the engine is built.
 
     Args:
         parts: the whole model, as a list of one module.

@@ -198,8 +198,10 @@ class Fields:
         self.raw, self.file = raw, file
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return the positive integer at `key`, or `default` if the key is missing or null. Without a default, a missing
-        key is an error."""
+        """Return the positive integer at `key`, or `default` if the key is missing or null.
+
+        Without a default, a missing key is an error.
+        """
         value = self.raw.get(key)
         value = default if value is None else value
         if type(value) is not int or not 1 <= value < 2**48:

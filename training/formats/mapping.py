@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """One block of elements that is in a tensor of Mixwright's and in a tensor of another format, the foreign tensor."""
+    """A block of elements that is in a Mixwright tensor and in a tensor of another format, the foreign tensor."""
 
     name: str
     """Mixwright's name of its tensor."""

@@ -35,7 +35,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**1
 
 
 class Block(NamedTuple):
-    """A region of one of the model's tensors, which is made when it is written. The blocks of a tensor cover it once."""
+    """A region of one of the model's tensors. It is made when it is written. The blocks of a tensor cover it once."""
 
     name: str
     """Name of the parameter or buffer."""

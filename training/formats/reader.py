@@ -36,7 +36,7 @@ from training.formats.safetensors import TensorDirectory, read_json
 from training.run import CONFIG_FILE, TOKENIZER_FILE
 
 PREFIX = "model."
-"""A checkpoint's name of a weight is this prefix and the weight's name. Names of optimizer state have other prefixes."""
+"""A checkpoint's name of a weight is this prefix and the weight's name. Optimizer state has other prefixes."""
 COMPARED_ROWS = 4096
 """Rows of the output head and the embedding that are compared at a time."""
 

@@ -63,7 +63,9 @@ class TensorDirectory:
                 self.tensors[tensor] = stored
         if file_of is not None:
             absent = [
-                name for name, file in file_of.items() if name not in self.tensors or self.tensors[name].file.name != file
+                name
+                for name, file in file_of.items()
+                if name not in self.tensors or self.tensors[name].file.name != file
             ]
             unlisted = self.tensors.keys() - file_of.keys()
             expect_no_tensors(directory / index, "in the index, but not in the file it names", absent, ModelError)
