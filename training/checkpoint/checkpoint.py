@@ -7,9 +7,9 @@ rank stores now, and a rank reads only the slices that it needs.
 
 Why not `torch.distributed.checkpoint`? Its FileSystemWriter saves its index as pickle, and loading pickle can run any
 code. Its HuggingFaceStorageWriter (`save_distributed=True`) uses no pickle and reshards, but it has neither hashes nor
-a manifest. With torch 2.13 we loaded, without any error, a file with a flipped bit, a checkpoint from which a rank's
-file was missing (the elements kept their old values), and fp32 weights into an fp64 tensor. It also builds a second
-copy of the whole file in memory. Planning, writing and reading take about 150 lines here.
+a manifest. With torch 2.13 it loads, without any error, a file with a flipped bit, a checkpoint from which a rank's
+file is missing (the elements keep their old values), and fp32 weights into an fp64 tensor. It also builds a second copy
+of the whole file in memory. Planning, writing and reading take about 150 lines here.
 
 `save` and `load` are collective over the default process group, and also work without one. All ranks must see the same
 directory (a shared file system). A plain tensor must be equal on all ranks that pass its name, so state that differs

@@ -1,5 +1,4 @@
-"""Writing the model directory of a MoE model that is made from a dense model (`moe.upcycle`), a few matrices at a
-time."""
+"""Making a MoE model directory from a dense one (`moe.upcycle`), with a few matrices in memory at a time."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
