@@ -3,8 +3,9 @@
 In reading order:
 
 - `errors`: the errors that a user can correct, in one tree.
-- `checks`: `expect`, the check behind most one-line refusals.
+- `checks`: checks that raise a one-line error.
 - `text`: values, names and numbers as text.
+- `json_object`: strict parsing of a JSON object.
 - `files`: durable and atomic file operations.
 - `strict`: strict conversion between plain containers and configuration dataclasses.
 - `registry`: named implementations that a plugin can add to.

@@ -44,7 +44,12 @@ def load_plugins(plugins: Sequence[str]) -> None:
         except Exception as error:  # A plugin is the user's code and can raise anything.
             raise ConfigError(f"plugins={given}: expected a module that can be imported ({_reason(error)})") from error
         file = Path(module.__file__ or "")
-        _loaded[given] = (path.name if given.endswith(".py") else given, sha256_of(file) if file.is_file() else "")
+        _loaded[given] = (plugin_name(given), sha256_of(file) if file.is_file() else "")
+
+
+def plugin_name(given: str) -> str:
+    """The name that runs and checkpoints record for a plugin: a file's name is without its directory."""
+    return Path(given).name if given.endswith(".py") else given
 
 
 def given_plugins() -> tuple[str, ...]:

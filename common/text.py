@@ -20,6 +20,14 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def printable(text: str) -> str:
+    """`text` as it is, or its `repr` if it has characters that are not printable, such as line breaks and escapes.
+
+    For text that comes from a file and goes to a terminal.
+    """
+    return text if text.isprintable() else repr(text)
+
+
 def show_value(value: object) -> str:
     """`value` as a user writes it in YAML or on the command line.
 

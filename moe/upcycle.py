@@ -1,14 +1,15 @@
-"""From dense to sparse: a MoE model that starts as the function a dense one computes (arXiv 2212.05055).
+"""Sparse upcycling: the weights of a MoE model that computes the same function as a dense model (arXiv 2212.05055).
 
-Shapes: E experts, K top-k, F hidden width of the dense network, G slices it is cut into, D model.
+Shapes: E experts, K top-k, F hidden width of the dense network, G granularity (slices per copy), D model.
 
-Each expert is a copy of its layer's dense network y(x), and the K combine weights of a token sum to 1: whichever
-experts the new router takes, Σ w·y(x) = y(x). The copies part because they get different tokens.
+Every expert starts as a copy of its layer's dense network y(x), and the K combine weights w of a token sum to 1.
+Whichever experts the new router selects, the layer therefore outputs Σ w·y(x) = y(x). The copies become different in
+training because they receive different tokens.
 
-Fine-grained (virtual groups, arXiv 2410.07524): y is the sum of what its hidden units add, so that F/G of them at a
-time make G networks y_0 .. y_{G-1} that sum to y. Expert c·G + i is slice i of copy c. The G router rows of a copy are
-the same, so that their logits tie and top-K takes whole copies, each slice with 1/G of its copy's weight; `w_down`
-times G makes up for it.
+Fine-grained experts (virtual groups, arXiv 2410.07524): the output of the dense network is a sum over its hidden
+units. Groups of F/G units are therefore G networks y_0 .. y_{G-1} that sum to y. Expert c·G + i is slice i of copy c.
+The G router rows of a copy are equal, so their logits tie and top-K selects whole copies. Each slice then has 1/G of
+its copy's weight, and `w_down` is multiplied by G to compensate.
 """
 
 import re
@@ -25,20 +26,21 @@ from moe.noise import fill_rows
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What to make of a dense model.
+    """The MoE model to make from a dense model.
 
     Raises:
         ValueError: `<field>=<value>: expected ...`.
     """
 
     num_experts: int
-    """E of each MoE layer, slices counted one by one."""
+    """E, the number of experts of each MoE layer. Every slice counts as one expert."""
     top_k: int
-    """K, counted alike."""
+    """K, the number of experts per token. Every slice counts as one expert."""
     granularity: int = 1
-    """G."""
+    """G, the number of slices that each copy of a dense network is divided into."""
     noise: float = 0.0
-    """Standard deviation of what is added to an expert's matrix, in standard deviations of that matrix."""
+    """Standard deviation of the noise that is added to each expert's matrix, as a multiple of the standard deviation of
+    the elements of the dense matrix (of G times that matrix for `w_down`)."""
     first_k_dense: int = 0
     moe_every: int = 1
     router: Literal["softmax_topk", "sigmoid_topk"] = "softmax_topk"
@@ -51,8 +53,8 @@ class Upcycling:
             top_k >= 2,
             "top_k",
             top_k,
-            "an integer >= 2 (one expert's weight is its raw probability p, and the output would be p times the dense "
-            "model's; granularity=2 with top_k=2 takes one whole copy, and costs what a dense model costs)",
+            "an integer >= 2 (the weight of a single expert is its raw probability p, so the output would be p times "
+            "the dense model's; granularity=2 with top_k=2 selects one whole copy at the cost of the dense model)",
         )
         expect(top_k <= experts, "top_k", top_k, f"an integer from 2 to num_experts={experts}")
         expect(slices >= 1, "granularity", slices, "an integer >= 1")
@@ -63,10 +65,10 @@ class Upcycling:
 
 
 def moe_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
-    """The model that `plan` makes of a dense one.
+    """Return the configuration of the MoE model that `plan` makes from the dense model `dense`.
 
     Raises:
-        ValueError: `granularity` does not divide the hidden width, or the layers cannot be chosen like that.
+        ValueError: `granularity` does not divide the hidden width, or no layer becomes a MoE layer.
     """
     assert not dense.is_moe, dense
     width, slices = dense.hidden_dim, plan.granularity
@@ -82,29 +84,37 @@ def moe_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
 
 
 def router_config(plan: Upcycling) -> RouterConfig:
-    """A router whose weights sum to 1; the rest of it is the run's that trains on."""
+    """Return the configuration of a router whose combine weights sum to 1.
+
+    The keys that do not change the weights keep their defaults. The run that trains the model sets them.
+    """
     router = RouterConfig(kind=plan.router)
     assert router.normalizes(plan.top_k) and router.scale == 1
     return router
 
 
 def dense_name(name: str) -> str | None:
-    """The dense model's tensor that `name` of the MoE model is made of; None: there is none (routers)."""
+    """Return the name of the dense model's tensor that the MoE model's tensor `name` is made from.
+
+    Returns None for the tensors of a router, which the dense model does not have.
+    """
     if ".ffn.router." in name:
         return None
     return re.sub(r"\.ffn\.experts\.(\w+)$", r".ffn.\1.weight", name)
 
 
 def expert_matrix(dense: Tensor, name: str, expert: int, plan: Upcycling) -> Tensor:
-    """Matrix of expert number `expert` in the stacked parameter `name`; fp32 or wider, as `dense` is.
+    """Return the matrix of one expert in the stacked parameter `name`.
 
-    The noise depends on (seed, `name`, `expert`) only: it is not the number of experts or the layout that draws it.
+    The noise depends on (`plan.seed`, `name`, `expert`) only. It does not depend on the number of experts or on the
+    layout.
 
     Args:
-        dense: `w_gate` or `w_up` [F, D], or `w_down` [D, F], of the layer's dense network.
+        dense: `w_gate` or `w_up` [F, D], or `w_down` [D, F], of the layer's dense network, in fp32 or fp64.
+        expert: the expert's index in the layer.
 
     Returns:
-        [F/G, D], or [D, F/G].
+        [F/G, D], or [D, F/G] for `w_down`, in the dtype of `dense`.
     """
     slices, part = plan.granularity, expert % plan.granularity
     if name.endswith("w_down"):
@@ -119,7 +129,10 @@ def expert_matrix(dense: Tensor, name: str, expert: int, plan: Upcycling) -> Ten
 
 
 def router_matrix(name: str, dim: int, init_std: float, plan: Upcycling) -> Tensor:
-    """The router's weight [E, D], fp32: one row a copy, drawn as `moe.init` draws it, G times over."""
+    """Return the weight [E, D] of a router, in fp32.
+
+    There is one row per copy, drawn as `moe.init` draws the weight of a new router. Each row is repeated G times.
+    """
     rows = torch.empty(plan.num_experts // plan.granularity, dim)
     fill_rows(rows, f"{plan.seed}/{name}", init_std)
     return rows.repeat_interleave(plan.granularity, dim=0)

@@ -1,4 +1,4 @@
-"""Models of other makers with random weights, tiny, on disk: what imports are tested on."""
+"""Tiny Hugging Face models with random weights, on which imports and exports are tested."""
 
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-window": ("Mixtral", {"sliding_window": 4, "num_local_experts": 5, "num_experts_per_tok": 3}),
     "mixtral-tied": ("Mixtral", {"tie_word_embeddings": True, "num_key_value_heads": 3}),
 }
-"""Class of transformers, and what differs from the common sizes. Rotary bases and epsilons are the families' own."""
+"""Case -> (prefix of transformers' classes, differences from the common sizes). Theta and epsilon are each family's
+defaults."""
 
 
-def reference(case: str, vocab: int = VOCAB) -> Any:
-    """transformers' model of `case`, with weights large enough that every part of the network matters."""
+def reference_model(case: str, vocab: int = VOCAB) -> Any:
+    """Return transformers' model of `case`. Its weights are large enough that every part of the network matters."""
     import transformers
 
     family, changes = CASES[case]
@@ -47,38 +48,39 @@ def reference(case: str, vocab: int = VOCAB) -> Any:
     return model
 
 
-def saved(case: str, directory: Path, vocab: int = VOCAB) -> Any:
-    """`reference(case, vocab)`, after it was saved by transformers in `directory`."""
-    model = reference(case, vocab)
+def save_reference(case: str, directory: Path, vocab: int = VOCAB) -> Any:
+    """Save transformers' model of `case` in `directory`, and return it."""
+    model = reference_model(case, vocab)
     model.save_pretrained(directory)
     return model
 
 
-def loaded(directory: Path) -> Any:
-    """The model in `directory` as transformers finds it."""
+def load_reference(directory: Path) -> Any:
+    """Load the model in `directory` with transformers."""
     import transformers
 
-    # Its grouped experts want rows of whole 16 bytes, which odd widths have not.
+    # transformers' grouped experts need rows of a multiple of 16 bytes. The odd widths do not have such rows.
     config = transformers.AutoConfig.from_pretrained(directory)
     eager = {"experts_implementation": "eager"} if config.model_type == "mixtral" else {}
     return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", **eager)
 
 
-def filled(source: ModelReader | Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Our model with the weights of `source`; NaN wherever it gave none."""
-    if isinstance(source, Path):
-        source = open_model(source)
-    model = Transformer(source.model, source.router, dtype).to(dtype)
+def load_model(source: ModelReader | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Return Mixwright's model with the weights of `source`. An element that the reader does not fill is NaN."""
+    reader = open_model(source) if isinstance(source, Path) else source
+    model = Transformer(reader.model, reader.router, dtype).to(dtype)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.fill_(float("nan"))
-    source.fill(model)
+    reader.fill(model)
     return model
 
 
-def tokens_of(length: int, rows: int = 2, seed: int = 1) -> torch.Tensor:
+def random_tokens(length: int, rows: int = 2, seed: int = 1) -> torch.Tensor:
+    """Return token ids [rows, length]."""
     return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of(model: Transformer, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Return Mixwright's logits [B, S, V]. Each row is one document."""
     return model(ModelInputs(tokens_BS, torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS))).logits_BSV

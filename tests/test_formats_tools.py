@@ -16,7 +16,7 @@ from data.corpora.corpus import open_corpus
 from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from scripts import export_hf, import_hf
 from scripts.cli.hydra import CONF
-from tests.foreign import filled, saved
+from tests.foreign import load_model, save_reference
 from tests.test_train import TINY, numbers
 from training.formats.reader import open_model
 
@@ -42,7 +42,7 @@ def documents() -> list[str]:
 def model(tmp_path_factory, documents) -> Path:
     """A Mixtral that transformers wrote, with a tokenizer.model that Mixwright trained. Tests must not change it."""
     directory = tmp_path_factory.mktemp("model") / "hf"
-    saved("mixtral", directory, VOCAB)
+    save_reference("mixtral", directory, VOCAB)
     (directory / "tokenizer.model").write_bytes(train_tokenizer(documents[:60], 500))
     return directory
 
@@ -60,14 +60,14 @@ def test_import_and_export_by_command(model, tmp_path, monkeypatch, capsys):
         assert config["dtype"] == "bfloat16" and config["architectures"] == ["MixtralForCausalLM"]
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert set(index["weight_map"].values()) == {path.name for path in out.glob("*.safetensors")}
-        assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in filled(imported).state_dict().values())
+        assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in load_model(imported).state_dict().values())
         assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
     official = ["format=mistral", "dtype=fp32"]
     assert call(export_hf, monkeypatch, f"checkpoint={imported}", f"out={tmp_path}/official", *official) == 0
     names = sorted(path.name for path in (tmp_path / "official").iterdir())
     assert names == ["consolidated.safetensors", "params.json", "tokenizer.model"]
     assert call(import_hf, monkeypatch, f"source={tmp_path}/official", f"out={tmp_path}/back", "dtype=keep") == 0
-    a, b = filled(tmp_path / "back").state_dict(), filled(model).state_dict()
+    a, b = load_model(tmp_path / "back").state_dict(), load_model(model).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
@@ -164,7 +164,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tool, change, message, mod
 
 
 def test_other_refusals(model, tmp_path, monkeypatch, capsys):
-    saved("mixtral", tmp_path / "small", 400)
+    save_reference("mixtral", tmp_path / "small", 400)
     shutil.copy(model / "tokenizer.model", tmp_path / "small")
     capsys.readouterr()
     out = f"out={tmp_path}/out"
@@ -176,7 +176,7 @@ def test_other_refusals(model, tmp_path, monkeypatch, capsys):
         ),
         (export_hf, [f"checkpoint={tmp_path}/small", out], "expected at most 400 ids"),
         (import_hf, [f"source={model}"], "out=???: expected a string"),
-        (import_hf, [f"source={model}", f"out={model}"], "expected a path where nothing is yet"),
+        (import_hf, [f"source={model}", f"out={model}"], "expected a path that does not exist yet"),
         (import_hf, [f"source={model}", out, "shard_size=many"], "shard_size=many: expected a size"),
         (import_hf, [f"source={model}", out, "dtype=fp8"], "dtype=fp8: expected one of fp32, keep"),
         (export_hf, [f"checkpoint={model}", out, "format=gguf"], "format=gguf: expected one of hf, mistral"),
@@ -214,7 +214,7 @@ def test_training_starts_from_a_foreign_model_under_every_layout(model, tmp_path
         still = ["train.steps=1", "optim.lr=1e-30", "optim.weight_decay=0", "train.precision=fp32"]
         done = train(f"on-{nproc}", *still, f"launch.nproc={nproc}")
         assert done.returncode == 0, done.stderr
-        a, b = filled(runs / f"on-{nproc}").state_dict(), filled(model).state_dict()
+        a, b = load_model(runs / f"on-{nproc}").state_dict(), load_model(model).state_dict()
         assert all(torch.equal(a[name], b[name]) for name in b)
     experts_by_rank = [rank["experts"] for rank in json.loads((runs / "on-2" / "result.json").read_text())["ranks"]]
     assert experts_by_rank == [[0, 1], [2, 3]]

@@ -18,7 +18,7 @@ from moe.model import Transformer
 from moe.region import Region
 from scripts.cli.hydra import CONF
 from scripts.generate import main
-from tests.foreign import saved
+from tests.foreign import save_reference
 from training.formats.model_directory import Block, write_model
 from training.formats.reader import open_model
 from training.generation.report import TextPrinter
@@ -165,7 +165,7 @@ def test_without_a_sentencepiece_model_transformers_reads_the_tokenizer(tokenize
 
 
 def test_generation_config_json_adds_end_token_ids(tmp_path, tokenizer):
-    saved("mixtral", tmp_path)
+    save_reference("mixtral", tmp_path)
     file = tmp_path / "generation_config.json"
     for given, expected in (("null", {2}), ("5", {2, 5}), ("[7, 5]", {2, 5, 7})):
         file.write_text(f'{{"eos_token_id": {given}}}')

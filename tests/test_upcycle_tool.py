@@ -124,7 +124,7 @@ def test_noise_depends_on_the_seed(dense, tmp_path, monkeypatch, capsys):
         (["router=expert_choice"], "router=expert_choice: expected one of softmax_topk, sigmoid_topk"),
         (["source=nowhere"], "source=nowhere: expected a model directory; none found"),
         (["source={moe}"], "source={moe}: expected a dense model; found 4 experts"),
-        (["out={dense}"], "out={dense}: expected a path where nothing is yet"),
+        (["out={dense}"], "out={dense}: expected a path that does not exist yet"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(dense, tmp_path, monkeypatch, capsys, arguments, line):

@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks: resharding, each element saved once, and failures that every rank hears of."""
+"""Checkpoints of several ranks: resharding, saving each element once, and failures, which are errors on all ranks."""
 
 import errno
 import os
@@ -19,40 +19,49 @@ SHAPES = {"w1": (8, 3, 5), "uneven": (5, 2), "matrix": (6, 4)}
 
 
 def values(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The global tensor: every value is its own index."""
+    """Return a whole tensor. The value of each element is its index."""
     shape = SHAPES[name]
     return torch.arange(torch.Size(shape).numel(), dtype=dtype).reshape(shape)
 
 
-def held(name: str, cuts: dict[int, tuple[int, int]], fill: bool, dtype: torch.dtype = torch.float32) -> LocalShard:
-    """The part of a global tensor that is the `index`-th of `parts` as torch.chunk cuts, along each dim of `cuts`."""
-    part, offset = values(name, dtype), [0] * len(SHAPES[name])
-    for dim, (index, parts) in cuts.items():
-        length = part.shape[dim]
-        start = min(index * -(-length // parts), length)
-        offset[dim], part = start, part.narrow(dim, start, min(-(-length // parts), length - start))
-    local = part.clone() if fill else torch.full_like(part, -1)
-    return LocalShard(local, SHAPES[name], Region(tuple(offset), tuple(part.shape)))
+def shard_of(
+    name: str, chunks: dict[int, tuple[int, int]], fill: bool, dtype: torch.dtype = torch.float32
+) -> LocalShard:
+    """Return a shard of a tensor. Along each dim of `chunks`, it is the `index`-th of `count` chunks (torch.chunk).
+
+    Without `fill`, all elements are -1.
+    """
+    shard, offset = values(name, dtype), [0] * len(SHAPES[name])
+    for dim, (index, count) in chunks.items():
+        length = shard.shape[dim]
+        start = min(index * -(-length // count), length)
+        offset[dim], shard = start, shard.narrow(dim, start, min(-(-length // count), length - start))
+    local = shard.clone() if fill else torch.full_like(shard, -1)
+    return LocalShard(local, SHAPES[name], Region(tuple(offset), tuple(shard.shape)))
 
 
 def expert_layout(rank: int, world_size: int, ep: int, fill: bool) -> dict[str, Tensor | LocalShard]:
-    """Experts over `ep` ranks and replicated over the rest; dense tensors plain; others sharded unevenly, or twice."""
+    """Return this rank's tensors in a layout with `ep` expert-parallel ranks.
+
+    The stacked experts `w1` are sharded over `ep` ranks and replicated over the other axis. Of the other tensors, some
+    are plain, and some are sharded unevenly or along two dims.
+    """
     row, column = divmod(rank, ep)
     rows = {0: (column, ep)}
     tensors: dict[str, Tensor | LocalShard] = {
-        "w1": held("w1", rows, fill),
-        "w1.exp_avg": held("w1", rows, fill, torch.float64),
-        "uneven": held("uneven", rows, fill),
-        "matrix": held("matrix", {1: (row, world_size // ep)} | rows, fill),
-        "nested": held("matrix", {0: (rank, world_size)}, fill),
+        "w1": shard_of("w1", rows, fill),
+        "w1.exp_avg": shard_of("w1", rows, fill, torch.float64),
+        "uneven": shard_of("uneven", rows, fill),
+        "matrix": shard_of("matrix", {1: (row, world_size // ep)} | rows, fill),
+        "nested": shard_of("matrix", {0: (rank, world_size)}, fill),
     }
     for name, tensor in {"dense": torch.arange(10.0), "step": torch.tensor(3.0)}.items():
         tensors[name] = tensor if fill else tensor.fill_(-1)
     return tensors
 
 
-def loaded_exactly(rank: int, world_size: int, path: Path, ep: int) -> list[str]:
-    """Names that did not come back exactly."""
+def load_and_compare(rank: int, world_size: int, path: Path, ep: int) -> list[str]:
+    """Load the checkpoint `path`, and return the names of the tensors that are not what was saved."""
     loaded, expected = (expert_layout(rank, world_size, ep, fill) for fill in (False, True))
     load(path, loaded)
     pairs = {name: (tensor, expected[name]) for name, tensor in loaded.items()}
@@ -60,10 +69,13 @@ def loaded_exactly(rank: int, world_size: int, path: Path, ep: int) -> list[str]
 
 
 def save_and_load(rank: int, world_size: int, saves: dict[Path, int], loads: list[tuple[Path, int]]) -> list[list[str]]:
-    """Save under each root's expert-parallel degree, then load each path under its own; one process start for all."""
+    """Save a checkpoint in each root of `saves`, then load each path of `loads`, with the given expert-parallel sizes.
+
+    All of it is one function, because starting processes takes long.
+    """
     for root, ep in saves.items():
         save(root, 1, expert_layout(rank, world_size, ep, fill=True), {"rank": rank}, keep=2)
-    return [loaded_exactly(rank, world_size, path, ep) for path, ep in loads]
+    return [load_and_compare(rank, world_size, path, ep) for path, ep in loads]
 
 
 def test_experts_reshard_and_are_saved_once(tmp_path: Path) -> None:
@@ -83,21 +95,21 @@ def test_experts_reshard_and_are_saved_once(tmp_path: Path) -> None:
 
 
 def payload_bytes(shard: Path) -> int:
-    """Size of a safetensors file without its header: 8 bytes of length, then that many."""
+    """Return the size of a safetensors file without its header, which starts with 8 bytes that give its length."""
     content = shard.read_bytes()
     return len(content) - 8 - int.from_bytes(content[:8], "little")
 
 
 def outcome(rank: int, world_size: int, root: Path, case: str) -> str:
-    """The error that `case` ends with on this rank, after an older checkpoint was saved."""
+    """Save an older checkpoint, run the failing `case`, and return its error message on this rank."""
     save(root, 1, {"dense": torch.ones(4)}, {}, keep=2)
-    part = LocalShard(torch.ones(2), (2 * world_size,), Region((2 * rank,), (2,)))
-    tensors: dict[str, Tensor | LocalShard] = {"dense": torch.ones(4), "own": part}
+    shard = LocalShard(torch.ones(2), (2 * world_size,), Region((2 * rank,), (2,)))
+    tensors: dict[str, Tensor | LocalShard] = {"dense": torch.ones(4), "sharded": shard}
     original = checkpoint.write_shard
     if case == "full disk" and rank == 1:
         checkpoint.write_shard = fail_in_write  # type: ignore[assignment]
     if case == "gap" and rank == 1:
-        tensors["own"] = part._replace(region=Region((3,), (1,)), local=torch.ones(1))
+        tensors["sharded"] = shard._replace(region=Region((3,), (1,)), local=torch.ones(1))
     if case == "shape" and rank == 1:
         tensors["dense"] = torch.ones(5)
     try:
@@ -106,7 +118,7 @@ def outcome(rank: int, world_size: int, root: Path, case: str) -> str:
         else:
             save(root, 2, tensors, {}, keep=2)
     except CheckpointError as error:
-        # The group still works: no rank is left behind in a collective.
+        # The barrier shows that no rank is still in another collective.
         dist.barrier()
         return str(error)
     finally:
@@ -114,8 +126,8 @@ def outcome(rank: int, world_size: int, root: Path, case: str) -> str:
     return "no error"
 
 
-def fail_in_write(directory: Path, rank: int, parts: object) -> None:
-    (directory / "half-written").write_text("debris")
+def fail_in_write(directory: Path, rank: int, tensors: object) -> None:
+    (directory / "half-written").write_text("unfinished")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -126,24 +138,24 @@ def outcomes(rank: int, world_size: int, root: Path, expected: dict[str, str]) -
 def test_a_failure_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     expected = {
         "full disk": r"rank 1: .*: No space left on device: \d+ bytes are free",
-        "gap": "own: found 3 elements on all ranks together, expected 4",
+        "gap": "sharded: found 3 elements on all ranks together, expected 4",
         "shape": r"dense: found F32 \(5,\) on rank 1, expected .*",
-        "missing": "rank 1: .*step-1: 1 tensors missing: more",
+        "missing": "rank 1: .*step-1: 1 tensor missing: more",
     }
-    for of_rank in run_ranks(outcomes, 2, tmp_path, expected):
+    for messages in run_ranks(outcomes, 2, tmp_path, expected):
         for case, pattern in expected.items():
-            assert re.fullmatch(pattern, of_rank[case]), (case, of_rank[case])
+            assert re.fullmatch(pattern, messages[case]), (case, messages[case])
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     verify(tmp_path / "step-1")
 
 
 def stages(rank: int, world_size: int, root: Path) -> list[float]:
-    """Ranks that hold different names, as pipeline stages do: each loads its own, together they load all."""
+    """Save and load with different names on each rank, as pipeline stages do."""
     path = save(root, 1, {f"layer{rank}": torch.full((2,), float(rank)), "shared": torch.ones(3)}, {}, keep=1)
-    mine = {f"layer{rank}": torch.zeros(2), "shared": torch.zeros(3)}
-    load(path, mine)
-    return [*mine[f"layer{rank}"].tolist(), *mine["shared"].tolist()]
+    tensors = {f"layer{rank}": torch.zeros(2), "shared": torch.zeros(3)}
+    load(path, tensors)
+    return [*tensors[f"layer{rank}"].tolist(), *tensors["shared"].tolist()]
 
 
-def test_ranks_may_hold_different_names(tmp_path: Path) -> None:
+def test_ranks_can_pass_different_names(tmp_path: Path) -> None:
     assert run_ranks(stages, 2, tmp_path) == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]

@@ -1,6 +1,7 @@
 """The DeepSpeed engine computes what the native engine computes on one process, at every ZeRO stage and expert degree.
 
-One world of 2 runs everything but what needs 4 ranks. fp32 throughout: DeepSpeed has no fp64.
+Starting processes takes long, so one start of 2 ranks runs all jobs for 2 ranks that are not slow. Most jobs are fp32,
+because DeepSpeed has no fp64.
 """
 
 import json
@@ -36,17 +37,18 @@ pytest.importorskip("deepspeed")
 
 STEPS = 5
 TOLERANCE = 1e-5
-"""Of figures: fp32, and DeepSpeed clips to max / (norm + 1e-6)."""
+"""Relative tolerance of losses and norms. They are fp32, and DeepSpeed clips to max / (norm + 1e-6)."""
 TENSOR_TOLERANCE = 5e-5
-"""Relative to a tensor's largest element, of weights after 5 steps; moments, squares among them, four times that."""
+"""Tolerance of weights after 5 steps, relative to the tensor's largest element. Moments, of which one is a square, have
+four times that."""
 
 ROWS = rows_for(4)
 MODELS = {name: (case.model, case.router) for name, case in CASES.items()}
 MODELS["odd"] = (replace(MODELS["deepseek"][0], dim=9, num_heads=3, num_kv_heads=1, head_dim=2), MODELS["deepseek"][1])
-"""Sizes that no world divides: partitions of stage 3 end in padding."""
+"""Sizes that are not divisible by the number of ranks, so that the partitions of stage 3 end with padding."""
 EVERYTHING_PARTITIONED = {
     "zero_optimization": {
-        "stage3_param_persistence_threshold": 0,  # tiny parameters would stay whole
+        "stage3_param_persistence_threshold": 0,  # Otherwise tiny parameters would not be partitioned.
         "stage3_prefetch_bucket_size": 100,
         "sub_group_size": 3000,
         "reduce_bucket_size": 1000,
@@ -57,8 +59,9 @@ EVERYTHING_PARTITIONED = {
 class Job(NamedTuple):
     case: str
     stage: int
-    """0: the native engine."""
+    """The ZeRO stage, or 0 for the native engine."""
     expert: int
+    """`parallel.expert`."""
     train: str | tuple[str, ...] = "all"
     dtype: torch.dtype = torch.float32
 
@@ -75,7 +78,7 @@ MORE = [
     Job("mixtral", 1, 2, "router"),
     Job("mixtral", 2, 2, dtype=torch.bfloat16),
 ]
-"""Slow, for two ranks as well."""
+"""More jobs for 2 ranks, which are slow."""
 FOUR = [Job("mixtral", 3, 2), Job("deepseek", 2, 2), Job("switch", 1, 4), Job("odd", 3, 4)]
 
 
@@ -124,21 +127,21 @@ def run(rank: int, world: int, jobs: list[Job], directory: str) -> list[dict]:
 
 def run_two(rank: int, world: int, directory: str) -> dict:
     results = run(rank, world, TWO, directory)
-    relay = [carry_on(rank, world, directory, step, Job("odd", *layout)) for step, layout in RELAY]
+    relay = [load_and_step(rank, world, directory, step, Job("odd", *layout)) for step, layout in RELAY]
     return {
         "jobs": results,
         "relay": relay,
-        "skipped": {3: refuse_one_step(rank, world, directory, 3)},
+        "skipped": {3: skip_one_step(rank, world, directory, 3)},
         "used": [use_between_steps(rank, world, directory, stage) for stage in (0, 3)],
     }
 
 
 RELAY = [(2, (1, 2)), (3, (3, 1)), (4, (2, 2)), (5, (0, 2))]
-"""(step, (ZeRO stage, expert ranks)) that each goes on from the checkpoint of the one before."""
+"""(step, (ZeRO stage, `parallel.expert`)). Each entry continues from the checkpoint of the entry before it."""
 
 
-def carry_on(rank: int, world: int, directory: str, step: int, job: Job) -> StepResult:
-    """Load the checkpoint of `step`, do one step, save the next."""
+def load_and_step(rank: int, world: int, directory: str, step: int, job: Job) -> StepResult:
+    """Load the checkpoint of `step`, train for one step, and save the next checkpoint."""
     engine = build(job, world, directory)
     tensors = engine.tensors()
     checkpoint.load(Path(directory) / f"step-{step}", tensors)
@@ -151,7 +154,7 @@ def carry_on(rank: int, world: int, directory: str, step: int, job: Job) -> Step
 
 
 def start_and_save(rank: int, world: int, directory: str) -> list[StepResult]:
-    """One process: all steps of the relay, with a checkpoint after the first two."""
+    """Run all steps of the relay on one process, with a checkpoint after the first two steps."""
     job = Job("odd", 0, 1)
     engine = build(job, world, directory)
     history = []
@@ -163,11 +166,14 @@ def start_and_save(rank: int, world: int, directory: str) -> list[StepResult]:
 
 
 def end_of_relay(rank: int, world: int, directory: str, step: int) -> StepResult:
-    return carry_on(rank, world, directory, step, Job("odd", 0, 1))
+    return load_and_step(rank, world, directory, step, Job("odd", 0, 1))
 
 
-def refuse_one_step(rank: int, world: int, directory: str, stage: int) -> dict:
-    """A loss that is not finite on the last rank only; then the same step without it, with which all begins anew."""
+def skip_one_step(rank: int, world: int, directory: str, stage: int) -> dict:
+    """Train one step with an infinite loss on the last rank only, then the same step with the right loss.
+
+    The first step must change nothing, so the second is like the first step of another run.
+    """
     job = Job("mixtral", stage, 2)
     engine = build(job, world, directory)
     before = whole(engine)
@@ -178,22 +184,22 @@ def refuse_one_step(rank: int, world: int, directory: str, stage: int) -> dict:
     updates, after = engine.updates, whole(engine)
     again = one_step(engine, job, 0, rank, world)
     engine.close()
-    same = all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    return {"norm": norm, "updates": updates, "same": same, "again": again}
+    unchanged = all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    return {"norm": norm, "updates": updates, "unchanged": unchanged, "again": again}
 
 
 def use_between_steps(rank: int, world: int, directory: str, stage: int) -> dict:
-    """Evaluation and generation amid training, with weights that are whole only while they are used."""
+    """Evaluate and generate between training steps. At stage 3 the weights are gathered only while they are used."""
     job = Job("switch", stage, 2)
     engine = build(job, world, directory, max_norm=None)
-    losses, figures, texts = [], [], []
+    losses, heldout_losses, generated = [], [], []
     for step in range(3):
         losses.append(one_step(engine, job, step, rank, world).loss)
         batches: list[Batch] = rows_of(global_batch(9), rank, world)
-        figures.append(evaluate(engine, batches, ("text",), torch.ones(40, dtype=torch.long)).loss)
-        texts.append(generate(engine.parts[0], [[1, 2, 3]], max_tokens=4))
+        heldout_losses.append(evaluate(engine, batches, ("text",), torch.ones(40, dtype=torch.long)).loss)
+        generated.append(generate(engine.parts[0], [[1, 2, 3]], max_tokens=4))
     engine.close()
-    return {"losses": losses, "figures": figures, "texts": texts}
+    return {"losses": losses, "heldout": heldout_losses, "generated": generated}
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +237,7 @@ def two(expected, directory) -> list[dict]:
 
 
 def assert_same(job: Job, result: dict, expected: dict) -> None:
-    exact = job.dtype == torch.float32  # bf16 turns the last bit of a sum into a bit of its own
+    exact = job.dtype == torch.float32  # In bf16, another order of a sum changes the result visibly.
     if exact:
         assert_same_history(result["history"], expected["history"], TOLERANCE)
     else:
@@ -246,32 +252,32 @@ def assert_same(job: Job, result: dict, expected: dict) -> None:
 
 
 def assert_near(result: dict, expected: dict) -> None:
-    for mine, theirs in zip(result["history"], expected["history"], strict=True):
-        assert mine.loss == pytest.approx(theirs.loss, rel=2e-3)
-        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=2e-2)
+    for step, expected_step in zip(result["history"], expected["history"], strict=True):
+        assert step.loss == pytest.approx(expected_step.loss, rel=2e-3)
+        assert step.grad_norm == pytest.approx(expected_step.grad_norm, rel=2e-2)
 
 
 def test_two_ranks_equal_one_process(expected, two):
-    for of_rank in two:
-        for job, result in zip(TWO, of_rank["jobs"], strict=True):
+    for results in two:
+        for job, result in zip(TWO, results["jobs"], strict=True):
             assert_same(job, result, expected[0][reference(job)])
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_process_with_everything_else(more_expected, directory):
-    for of_rank in run_ranks(run, 2, MORE, directory):
-        for job, result in zip(MORE, of_rank, strict=True):
+def test_two_ranks_equal_one_process_in_more_jobs(more_expected, directory):
+    for results in run_ranks(run, 2, MORE, directory):
+        for job, result in zip(MORE, results, strict=True):
             assert_same(job, result, more_expected[reference(job)])
 
 
 @pytest.mark.slow
 def test_four_ranks_equal_one_process(more_expected, directory):
-    for of_rank in run_ranks(run, 4, FOUR, directory):
-        for job, result in zip(FOUR, of_rank, strict=True):
+    for results in run_ranks(run, 4, FOUR, directory):
+        for job, result in zip(FOUR, results, strict=True):
             assert_same(job, result, more_expected[reference(job)])
 
 
-def test_the_parity_run_is_not_trivial(expected):
+def test_the_reference_runs_are_not_trivial(expected):
     for job in map(reference, TWO):
         result = expected[0][job]
         assert any(step.grad_norm > OPTIM.max_grad_norm for step in result["history"])
@@ -279,7 +285,7 @@ def test_the_parity_run_is_not_trivial(expected):
 
 
 def test_checkpoints_move_between_engines_stages_and_worlds(expected, two, directory):
-    """native on 1 rank -> three layouts of DeepSpeed and the native engine on 2 ranks -> native on 1 rank."""
+    """Native engine on 1 rank, then three layouts of DeepSpeed and the native engine on 2 ranks, then 1 rank again."""
     history = expected[1]
     for (step, layout), result in zip(RELAY, two[0]["relay"], strict=True):
         assert result.loss == pytest.approx(history[step].loss, rel=TOLERANCE), layout
@@ -292,17 +298,17 @@ def test_checkpoints_move_between_engines_stages_and_worlds(expected, two, direc
 
 def test_a_norm_that_is_not_finite_changes_nothing(expected, two):
     first = expected[0][Job("mixtral", 0, 1)]["history"][0]
-    for of_rank in two:
-        for stage, result in of_rank["skipped"].items():
+    for results in two:
+        for stage, result in results["skipped"].items():
             assert not math.isfinite(result["norm"]), stage
-            assert (result["updates"], result["same"]) == (0, True), stage
+            assert (result["updates"], result["unchanged"]) == (0, True), stage
             assert result["again"].loss == pytest.approx(first.loss, rel=TOLERANCE), stage
             assert result["again"].grad_norm == pytest.approx(first.grad_norm, rel=TOLERANCE), stage
 
 
-def test_partitioned_weights_serve_evaluation_and_generation(two):
-    for of_rank in two:
-        native, partitioned = of_rank["used"]
+def test_evaluation_and_generation_with_partitioned_weights(two):
+    for results in two:
+        native, partitioned = results["used"]
         assert partitioned["losses"] == pytest.approx(native["losses"], rel=TOLERANCE)
-        assert partitioned["figures"] == pytest.approx(native["figures"], rel=TOLERANCE)
-        assert partitioned["texts"] == native["texts"]
+        assert partitioned["heldout"] == pytest.approx(native["heldout"], rel=TOLERANCE)
+        assert partitioned["generated"] == native["generated"]

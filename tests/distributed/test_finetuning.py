@@ -1,4 +1,4 @@
-"""What fine-tuning asks of several ranks: checkpoints of single experts, and steps with nothing to predict."""
+"""Fine-tuning on several ranks: checkpoints of single experts, and steps without a label."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,21 +37,22 @@ def steps(engine: NativeEngine, first: int, last: int) -> None:
 
 
 def interrupted(rank: int, world: int, root: Path) -> tuple[dict, dict, int]:
-    whole = engine_of(2, seed=3)
-    steps(whole, 0, 2)
-    path = checkpoint.save(root, 2, whole.tensors(), {}, keep=2)
-    steps(whole, 2, 4)
-    other = engine_of(4, seed=7)
-    tensors = other.tensors()
+    """Train for 4 steps with 2 expert shards, and again from the checkpoint of step 2 with 4 expert shards."""
+    uninterrupted = engine_of(2, seed=3)
+    steps(uninterrupted, 0, 2)
+    path = checkpoint.save(root, 2, uninterrupted.tensors(), {}, keep=2)
+    steps(uninterrupted, 2, 4)
+    resumed = engine_of(4, seed=7)
+    tensors = resumed.tensors()
     checkpoint.load(path, tensors)
-    other.finish_loading(tensors, 2)
-    steps(other, 2, 4)
-    return gather_whole(whole.tensors()), gather_whole(other.tensors()), other.updates
+    resumed.finish_loading(tensors, 2)
+    steps(resumed, 2, 4)
+    return gather_whole(uninterrupted.tensors()), gather_whole(resumed.tensors()), resumed.updates
 
 
 @pytest.mark.slow
-def test_single_experts_are_saved_and_go_on_under_another_layout(tmp_path):
-    """Saved by four ranks with two expert shards, loaded into four: weights and moments of four steps are the same."""
+def test_training_single_experts_resumes_in_another_layout(tmp_path):
+    """Weights and moments after 4 steps are those of the run that was not interrupted."""
     results = run_ranks(interrupted, 4, tmp_path)
     saved = read_manifest(tmp_path / "step-2")["tensors"]
     moments = {name for name in saved if name.startswith("exp_avg.")}
@@ -60,28 +61,28 @@ def test_single_experts_are_saved_and_go_on_under_another_layout(tmp_path):
         for layer in range(MODEL.num_layers)
         for part in ("router.weight", *(f"experts.{w}.{e}" for w in ("w_gate", "w_up", "w_down") for e in (3, 4)))
     }
-    for whole, other, updates in results:
-        assert updates == 4 and whole.keys() == other.keys() == saved.keys()
-        for name, tensor in other.items():
-            torch.testing.assert_close(tensor, whole[name], rtol=1e-9, atol=1e-12, msg=name)
+    for uninterrupted, resumed, updates in results:
+        assert updates == 4 and uninterrupted.keys() == resumed.keys() == saved.keys()
+        for name, tensor in resumed.items():
+            torch.testing.assert_close(tensor, uninterrupted[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
 def without_labels(rank: int, world: int) -> list[StepResult]:
-    """A batch of prompts only: first on one of the ranks, then on both."""
+    """Train on a batch with one label on rank 0 only, then on a batch without any label."""
     engine = engine_of(2, seed=3, train="all")
     results = []
-    for nobody in (False, True):
+    for any_label in (True, False):
         rows = global_batch(0, rows_for(4))
         rows["labels_BS"][:] = IGNORE
-        if not nobody:
+        if any_label:
             rows["labels_BS"][0, 0] = 5
         results.append(train_step(engine, part_of(rows, rank, world), ROUTER, 1e-3))
     assert all(parameter.isfinite().all() for parameter in engine.parts[0].parameters())
     return results
 
 
-def test_a_step_without_a_label_is_a_step_of_the_router_losses():
-    for some, none in run_ranks(without_labels, 2):
-        assert some.ce > 0 and none.ce == 0
-        assert none.loss > 0 and 0 < none.grad_norm < some.grad_norm
-        assert none.tokens == some.tokens > 0
+def test_a_step_without_labels_trains_on_the_router_losses_only():
+    for with_label, without in run_ranks(without_labels, 2):
+        assert with_label.ce > 0 and without.ce == 0
+        assert without.loss > 0 and 0 < without.grad_norm < with_label.grad_norm
+        assert without.tokens == with_label.tokens > 0

@@ -1,4 +1,7 @@
-"""Shapes: B batch, S sequence, D model, E experts, K top-k, G slices a dense network is cut into."""
+"""Sparse upcycling: the MoE model computes what the dense model computes.
+
+Shapes: B batch, S sequence, D model, F hidden width, E experts, K top-k.
+"""
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ def variant(**changes):
 
 
 def dense_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """Random weights of about the size that trained ones have: the networks matter beside the residual stream."""
+    """Return a model with random weights of about the size of trained ones, so that its networks change the logits."""
     model = Transformer(config, RouterConfig(), dtype).to(dtype)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -64,23 +67,23 @@ def forward(model: Transformer):
         (Upcycling(3, 3, granularity=3), {}),
     ],
 )
-def test_logits_are_those_of_the_dense_model(dtype, tolerance, plan, changes):
+def test_logits_are_equal_to_the_dense_model(dtype, tolerance, plan, changes):
     dense = dense_model(variant(**changes), dtype)
     expected = forward(dense).logits_BSV
-    found = forward(upcycled(dense, plan))
-    torch.testing.assert_close(found.logits_BSV, expected, atol=tolerance, rtol=tolerance)
-    # The router decides something: without that, the equality would say little.
-    copies, layers = plan.num_experts // plan.granularity, len(found.stats.counts_BE)
+    output = forward(upcycled(dense, plan))
+    torch.testing.assert_close(output.logits_BSV, expected, atol=tolerance, rtol=tolerance)
+    # Tokens must go to different experts. Otherwise the equality would prove little.
+    copies, layers = plan.num_experts // plan.granularity, len(output.stats.counts_BE)
     if plan.top_k < plan.num_experts:
-        assert len(found.stats.experts_BSK.flatten(0, 2).unique(dim=0)) > 1
+        assert len(output.stats.experts_BSK.flatten(0, 2).unique(dim=0)) > 1
     if dtype == torch.float64:
-        taken = found.stats.experts_BSK.div(plan.granularity, rounding_mode="floor")
-        times = torch.nn.functional.one_hot(taken, copies).sum(dim=-2)
-        assert set(times.unique().tolist()) <= {0, plan.granularity}, "slices of a copy go together"
+        copies_BSK = output.stats.experts_BSK.div(plan.granularity, rounding_mode="floor")
+        slices_per_copy = torch.nn.functional.one_hot(copies_BSK, copies).sum(dim=-2)
+        assert set(slices_per_copy.unique().tolist()) <= {0, plan.granularity}, "a token has a part of a copy"
     assert layers == sum(map(moe_config(dense.config, plan).is_moe_layer, range(3)))
 
 
-def test_layers_that_stay_dense_and_widths():
+def test_dense_layers_and_expert_widths():
     plan = Upcycling(8, 2, granularity=2, first_k_dense=1, moe_every=2)
     config = moe_config(DENSE, plan)
     assert [config.is_moe_layer(layer) for layer in range(3)] == [False, False, True]
@@ -96,7 +99,7 @@ def test_layers_that_stay_dense_and_widths():
 WEIGHTS = ("w_gate", "w_up", "w_down")
 
 
-def test_noise_has_its_size_and_depends_on_seed_name_and_expert_only():
+def test_noise_has_the_given_size_and_depends_on_seed_name_and_expert_only():
     generator = torch.Generator().manual_seed(1)
     dense_FD = torch.randn(600, 300, generator=generator) * 0.3 + 0.1
     plan = Upcycling(4, 2, noise=0.05)
@@ -116,7 +119,7 @@ def test_noise_has_its_size_and_depends_on_seed_name_and_expert_only():
         assert abs(torch.corrcoef(torch.stack((first.flatten(), other.flatten())))[0, 1]) < 0.02
     torch.testing.assert_close(noise(dense_FD, NAME, 0, Upcycling(64, 8, noise=0.05)), first)
 
-    # Slices get the noise of what they are: `w_down` is scaled, and its noise with it.
+    # The slices of `w_down` are multiplied by G, and so is their noise.
     down_DF, fine = dense_FD.T.contiguous(), Upcycling(8, 4, granularity=4, noise=0.05)
     name = "layers.0.ffn.experts.w_down"
     assert noise(down_DF, name, 5, fine).shape == (300, 150)
@@ -124,7 +127,7 @@ def test_noise_has_its_size_and_depends_on_seed_name_and_expert_only():
     assert noise(dense_FD, NAME, 5, fine).std() == pytest.approx(0.05 * 0.3, rel=0.02)
 
 
-def test_a_little_noise_is_a_small_change():
+def test_small_noise_changes_the_logits_little():
     dense = dense_model(DENSE, torch.float64)
     expected = forward(dense).logits_BSV
     errors = [
@@ -134,7 +137,7 @@ def test_a_little_noise_is_a_small_change():
     assert 0 < errors[0] < 1e-4 < errors[1]
 
 
-def test_router_weights_are_those_of_a_fresh_model_and_tie_within_a_copy():
+def test_router_weights_are_those_of_a_new_model_and_equal_within_a_copy():
     plan = Upcycling(6, 2, seed=9)
     fresh = Transformer(moe_config(DENSE, plan), router_config(plan), torch.float32)
     init_parameters(fresh, 9)
@@ -146,7 +149,7 @@ def test_router_weights_are_those_of_a_fresh_model_and_tie_within_a_copy():
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("changes", "message"),
     [
         ({"num_experts": 0}, "num_experts=0: expected an integer >= 2"),
         ({"top_k": 1}, "top_k=1: expected an integer >= 2 "),
@@ -161,7 +164,7 @@ def test_router_weights_are_those_of_a_fresh_model_and_tie_within_a_copy():
         ({"seed": -1}, "seed=-1: expected an integer from 0"),
     ],
 )
-def test_a_plan_that_cannot_be(changes, line):
+def test_an_invalid_plan_is_an_error(changes, message):
     with pytest.raises(ValueError) as caught:
         moe_config(DENSE, Upcycling(**({"num_experts": 8, "top_k": 2} | changes)))
-    assert str(caught.value).startswith(line) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

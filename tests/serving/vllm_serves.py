@@ -1,7 +1,7 @@
-"""vLLM really serves what we export: its greedy tokens are transformers' and ours. `make test-serving` runs this.
+"""vLLM's greedy tokens for exported models are equal to those of transformers and Mixwright.
 
-No default run collects this file (its name does not start with `test_`): it wants vLLM in an environment of its own,
-.venv-serving, and minutes.
+`make test-serving` runs this file. pytest does not collect it by default, because its name does not start with `test_`:
+it needs vLLM in a separate environment, .venv-serving, and takes minutes.
 """
 
 import json
@@ -18,7 +18,7 @@ from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
 from moe.model import Transformer
-from tests.foreign import filled, loaded, logits_of
+from tests.foreign import load_model, load_reference, logits_of
 from training.checkpoint import checkpoint
 from training.formats.export import export_model
 from training.formats.reader import open_model
@@ -30,8 +30,8 @@ NEW_TOKENS = 24
 PROMPTS = ["The quick brown fox", "def main():\n    return", "1 + 1 ="]
 
 
-def run_directory(root: Path, window: int | None, dense: bool) -> None:
-    """A run with random weights, of sizes that vLLM's kernels take, and a tokenizer trained on this file's own text."""
+def write_run(root: Path, window: int | None, dense: bool) -> None:
+    """Write a run with random weights, sizes that vLLM's kernels support, and a tokenizer trained on this file."""
     text = Path(__file__).read_text()
     root.mkdir(parents=True)
     (root / "tokenizer.model").write_bytes(train_tokenizer([text], 400))
@@ -51,21 +51,21 @@ def run_directory(root: Path, window: int | None, dense: bool) -> None:
 @pytest.mark.parametrize(
     ("window", "dense"), [(None, False), (8, False), (8, True)], ids=["mixtral", "mixtral-window", "mistral-window"]
 )
-def test_vllm_generates_token_for_token_what_transformers_and_we_do(window, dense, tmp_path):
-    assert PYTHON.exists(), "make test-serving installs it"
-    run_directory(tmp_path / "run", window, dense)
+def test_vllm_generates_the_same_tokens_as_transformers_and_mixwright(window, dense, tmp_path):
+    assert PYTHON.exists(), "run make test-serving, which installs it"
+    write_run(tmp_path / "run", window, dense)
     out = tmp_path / "exported"
     export_model(open_model(tmp_path / "run"), out, form="hf", dtype="fp32", shard_bytes=200_000, positions=256)
     tokenizer = Tokenizer(out / "tokenizer.model")
     expected = []
-    ours, theirs = filled(tmp_path / "run"), loaded(out)
+    model, reference = load_model(tmp_path / "run"), load_reference(out)
     for prompt in PROMPTS:
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
         tokens = torch.tensor([ids])
         for _ in range(NEW_TOKENS):
-            tokens = torch.cat((tokens, logits_of(ours, tokens)[:, -1:].argmax(-1)), dim=1)
+            tokens = torch.cat((tokens, logits_of(model, tokens)[:, -1:].argmax(-1)), dim=1)
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        assert theirs.generate(torch.tensor([ids]), **options)[0].tolist() == tokens[0].tolist()
+        assert reference.generate(torch.tensor([ids]), **options)[0].tolist() == tokens[0].tolist()
         expected.append({"prompt": ids, "new": tokens[0, len(ids) :].tolist()})
 
     request = {"model": str(out), "prompts": PROMPTS, "max_tokens": NEW_TOKENS}

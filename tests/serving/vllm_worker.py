@@ -1,4 +1,4 @@
-"""Runs in .venv-serving: `python vllm_worker.py REQUEST OUT` writes vLLM's greedy tokens for some prompts to OUT."""
+"""`python vllm_worker.py REQUEST OUT` writes vLLM's greedy tokens for some prompts to OUT. Runs in .venv-serving."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints of one process: round trip, damage, kills, full disks. Several ranks: tests/distributed."""
+"""Checkpoints of one process: round trip, damage, kills, full disks. tests/distributed has those of several ranks."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from training.checkpoint.checkpoint import committed, load, newest_verified, rea
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
-    """One tensor of each kind that a run saves; all values follow from `step`."""
+    """Return one tensor of each kind that a run saves. All values depend on `step`."""
     matrix = torch.arange(12.0).reshape(3, 4) + step
     return {
         "float32": matrix,
@@ -39,8 +39,8 @@ def zeros_like(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
 
 
-def assert_holds(path: Path, step: int) -> None:
-    """`path` verifies and loads exactly what `tensors_of(step)` was."""
+def assert_saved(path: Path, step: int) -> None:
+    """Assert that the checkpoint `path` is undamaged and has exactly `tensors_of(step)`."""
     verify(path)
     expected = tensors_of(step)
     loaded = zeros_like(expected)
@@ -64,10 +64,10 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     load(path, loaded)
     for name, tensor in tensors_of(7).items():
         assert torch.equal(loaded[name], tensor), name
-        assert loaded[name].data_ptr() == storage[name], "loading is in place"
+        assert loaded[name].data_ptr() == storage[name], "not loaded in place"
 
 
-def test_other_tools_read_the_shard(tmp_path: Path) -> None:
+def test_the_safetensors_package_reads_a_shard(tmp_path: Path) -> None:
     (shard,) = save_step(tmp_path, 3).glob("*.safetensors")
     content = load_file(shard)
     assert torch.equal(content["float32[0:3,0:4]"], tensors_of(3)["float32"])
@@ -81,15 +81,15 @@ def test_parameters_that_require_grad_are_filled(tmp_path: Path) -> None:
     assert parameter.tolist() == [0, 1, 2, 3]
 
 
-def test_keeps_the_newest(tmp_path: Path) -> None:
+def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     for step in (1, 5, 10, 9):
         save_step(tmp_path, step, keep=2)
-    # 10 is whole but of an abandoned future: not counted, not deleted. 9 and 5 are the two kept.
+    # Step 10 is undamaged but later than the last save, so it is not counted and not deleted. Steps 9 and 5 are kept.
     assert [path.name for path in committed(tmp_path)] == ["step-10", "step-9", "step-5"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-5", "step-9"]
 
 
-def test_saving_on_after_a_damaged_checkpoint_removes_it(tmp_path: Path) -> None:
+def test_saving_an_earlier_step_deletes_a_damaged_later_checkpoint(tmp_path: Path) -> None:
     save_step(tmp_path, 1)
     flip_byte(next(save_step(tmp_path, 10).glob("*.safetensors")), 0)
     save_step(tmp_path, 6)
@@ -127,7 +127,7 @@ def test_any_flipped_byte_is_found(tmp_path: Path) -> None:
     verify(path)
 
 
-def test_damage_is_named_with_what_was_found_and_expected(tmp_path: Path) -> None:
+def test_damage_is_reported_with_the_actual_and_the_expected_value(tmp_path: Path) -> None:
     path = save_step(tmp_path, 1)
     (shard,) = path.glob("*.safetensors")
     size = shard.stat().st_size
@@ -135,7 +135,7 @@ def test_damage_is_named_with_what_was_found_and_expected(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=rf"{shard.name}: found {size - 1} bytes, expected {size}"):
         verify(path)
     shard.unlink()
-    with pytest.raises(CheckpointError, match=rf"{shard.name}: found nothing readable .*, expected {size} bytes"):
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: cannot be read .*, expected {size} bytes"):
         verify(path)
 
 
@@ -150,13 +150,15 @@ def test_newest_verified_skips_damaged_ones(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in warnings] == ["skipping checkpoint step-3", "skipping checkpoint step-2"]
     assert committed(tmp_path) == [tmp_path / "step-3", tmp_path / "step-1"]
     (tmp_path / "step-1" / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none of its checkpoints is whole \(step-3, step-2, step-1\)"):
+    with pytest.raises(
+        CheckpointError, match=r"expected an undamaged checkpoint; all are damaged \(step-3, step-2, step-1\)"
+    ):
         newest_verified(tmp_path, warnings.append)
 
 
 @pytest.mark.parametrize("name", ["../../outside.safetensors", "/etc/passwd", "manifest.json", "a/b.safetensors"])
-def test_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None:
-    """A forged manifest has a right self-hash: names are refused on their own account."""
+def test_a_manifest_cannot_name_files_outside_its_directory(tmp_path: Path, name: str) -> None:
+    """A forged manifest can have the right hash, so the names are checked, too."""
     path = save_step(tmp_path, 1)
     body = manifest.read_manifest(path)
     body["files"][name] = {"size": 1, "sha256": "0" * 64}
@@ -165,18 +167,18 @@ def test_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str) -> None
         verify(path)
 
 
-def test_load_refuses_what_does_not_fit(tmp_path: Path) -> None:
+def test_loading_other_tensors_is_an_error(tmp_path: Path) -> None:
     path = save(tmp_path, 1, {f"w{i}": torch.ones(2, 3) for i in range(8)}, {}, keep=1)
     right = {f"w{i}": torch.zeros(2, 3) for i in range(8)}
     with pytest.raises(CheckpointError, match=r"7 tensors unexpected: w1, w2, w3, w4, w5, and 2 more"):
         load(path, {"w0": torch.zeros(2, 3)})
-    with pytest.raises(CheckpointError, match="1 tensors missing: other"):
+    with pytest.raises(CheckpointError, match="1 tensor missing: other"):
         load(path, right | {"other": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"of another shape: w3 \(found \(2, 3\), expected \(3, 2\)\)"):
         load(path, right | {"w3": torch.zeros(3, 2)})
     with pytest.raises(CheckpointError, match=r"of another dtype: w3 \(found F32, expected F64\)"):
         load(path, right | {"w3": torch.zeros(2, 3, dtype=torch.float64)})
-    assert all(not tensor.any() for tensor in right.values()), "nothing was written"
+    assert all(not tensor.any() for tensor in right.values()), "a tensor was changed"
 
 
 def test_state_must_be_strict_json(tmp_path: Path) -> None:
@@ -200,45 +202,45 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert "\n" not in str(raised.value)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
-    assert_holds(tmp_path / "step-1", 1)
+    assert_saved(tmp_path / "step-1", 1)
 
 
 SYSTEM_CALLS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir", "write")
 
 
 def save_until_killed(root: Path, first: int, calls: int) -> None:
-    """Save for ever, and die by SIGKILL just before the `calls`-th call that changes the file system."""
-    left = calls
+    """Save checkpoints until SIGKILL, which is sent just before the `calls`-th call that changes the file system."""
+    remaining = calls
 
     def counted(original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
+            nonlocal remaining
+            remaining -= 1
+            if remaining == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **kwargs)
 
         return call
 
-    os.fsync = lambda fd: None  # SIGKILL keeps what was written, synced or not
+    os.fsync = lambda fd: None  # After SIGKILL, written data is kept even if it was not flushed.
     for name in SYSTEM_CALLS:
         setattr(os, name, counted(getattr(os, name)))
     step = first
     while True:
         save_step(root, step)
-        # Every third step is saved again with other content first, so that replacing is interrupted too.
+        # Every third step is saved two more times, so that replacing a checkpoint is also interrupted.
         if step % 3 == 0:
             save(root, step, {"w": torch.ones(2)}, {"step": step}, keep=2)
             save_step(root, step)
         step += 1
 
 
-def test_kill_anywhere_loses_no_committed_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_at_any_point_loses_no_committed_checkpoint(tmp_path: Path) -> None:
     save_step(tmp_path, 0)
     context = multiprocessing.get_context("fork")
     draw = random.Random(0)
     newest = 0
-    # 40 calls in a row reach every point of a save; then at random points of several.
+    # The first 40 calls reach every point of one save. The random ones are in later saves.
     for calls in [*range(1, 41), *(draw.randrange(41, 200) for _ in range(20))]:
         process = context.Process(target=save_until_killed, args=(tmp_path, newest, calls))
         process.start()
@@ -246,11 +248,11 @@ def test_kill_anywhere_loses_no_committed_checkpoint(tmp_path: Path) -> None:
         assert process.exitcode == -signal.SIGKILL
         path = newest_verified(tmp_path, lambda line: None)
         assert path is not None
-        assert committed(tmp_path)[0] == path, "a committed checkpoint is a whole one"
+        assert committed(tmp_path)[0] == path, "the newest committed checkpoint is damaged"
         assert manifest.step_of(path) >= newest
         newest = manifest.step_of(path)
         if read_state(path)["step"] == newest and len(manifest.read_manifest(path)["tensors"]) > 1:
-            assert_holds(path, newest)
+            assert_saved(path, newest)
     save_step(tmp_path, newest + 1)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert len(committed(tmp_path)) == 2

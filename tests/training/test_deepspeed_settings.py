@@ -12,7 +12,7 @@ from common.errors import ConfigError
 from moe.model import Transformer
 from parallel.config import ParallelConfig
 from training.config import EngineConfig, OptimConfig, TrainConfig
-from training.deepspeed.settings import check_engine, deepspeed_settings, speaks
+from training.deepspeed.settings import check_engine, deepspeed_settings, prints_diagnostics
 from training.parity.cases import CASES
 
 TRAIN = TrainConfig(steps=3, seq_len=8, global_batch=16, accumulation=2)
@@ -21,28 +21,28 @@ OPTIM = OptimConfig(lr=1e-3, max_grad_norm=0.5)
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
-    """`deepspeed_settings` for a file with this content, on 4 ranks; without deepspeed, too."""
+    """Returns `deepspeed_settings` for a file with given content, on 4 ranks. Works without deepspeed, too."""
     monkeypatch.setattr(module, "version", lambda name: module.VERSION)
 
-    def of(content: Any, stage: Any = 2, optim: OptimConfig = OPTIM) -> dict[str, Any]:
+    def build(content: Any, stage: Any = 2, optim: OptimConfig = OPTIM) -> dict[str, Any]:
         file = tmp_path / "ds.json"
         file.write_text(content if isinstance(content, str) else json.dumps(content))
         return deepspeed_settings(EngineConfig("deepspeed", stage, str(file)), TRAIN, optim, 4)
 
-    return of
+    return build
 
 
-def test_ours_alone(monkeypatch):
+def test_settings_without_a_file(monkeypatch):
     monkeypatch.setattr(module, "version", lambda name: module.VERSION)
-    found = deepspeed_settings(EngineConfig("deepspeed", 3), TRAIN, OptimConfig(lr=1e-3, max_grad_norm=None), 4)
-    assert found["gradient_clipping"] == 0.0
-    assert found["train_micro_batch_size_per_gpu"] == 2
-    assert found["zero_optimization"]["stage"] == 3
-    assert not speaks(found)
+    result = deepspeed_settings(EngineConfig("deepspeed", 3), TRAIN, OptimConfig(lr=1e-3, max_grad_norm=None), 4)
+    assert result["gradient_clipping"] == 0.0
+    assert result["train_micro_batch_size_per_gpu"] == 2
+    assert result["zero_optimization"]["stage"] == 3
+    assert not prints_diagnostics(result)
 
 
-def test_what_is_the_users_passes_and_what_agrees_may_stay(settings):
-    found = settings(
+def test_user_keys_are_passed_on_and_agreeing_keys_are_accepted(settings):
+    result = settings(
         {
             "train_batch_size": 16,
             "train_micro_batch_size_per_gpu": "auto",
@@ -60,7 +60,7 @@ def test_what_is_the_users_passes_and_what_agrees_may_stay(settings):
             },
         }
     )
-    assert found["zero_optimization"] == {
+    assert result["zero_optimization"] == {
         "overlap_comm": True,
         "reduce_bucket_size": 500_000_000,
         "stage": 2,
@@ -68,13 +68,13 @@ def test_what_is_the_users_passes_and_what_agrees_may_stay(settings):
         "contiguous_gradients": True,
         "memory_efficient_linear": False,
     }
-    # not passed on: with its own count of micro-batches, DeepSpeed would divide the loss again
-    assert "gradient_accumulation_steps" not in found and "train_batch_size" not in found
-    assert speaks(found)
+    # These are not passed on: if DeepSpeed counted micro-batches itself, it would divide the loss again.
+    assert "gradient_accumulation_steps" not in result and "train_batch_size" not in result
+    assert prints_diagnostics(result)
 
 
 @pytest.mark.parametrize(
-    ("content", "refused"),
+    ("content", "message"),
     [
         ({"train_batch_size": 8}, "train_batch_size=8: expected 16 (train.global_batch)"),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=1: expected 2 (train.accumulation)"),
@@ -100,34 +100,34 @@ def test_what_is_the_users_passes_and_what_agrees_may_stay(settings):
             "wall_clock_breakdwn=true: expected a key of docs/deepspeed.md; the nearest is wall",
         ),
         ("[1]", "expected a JSON object, found [1]"),
-        ("{", "expected a JSON file, found: Expecting property name"),
-        ('{"aio": {}, "aio": {}}', "the key aio is there twice"),
+        ("{", "not JSON: Expecting property name"),
+        ('{"aio": {}, "aio": {}}', "aio: expected once, found several times"),
     ],
 )
-def test_what_is_not_the_users_is_refused_by_name(settings, content, refused):
+def test_other_keys_and_values_are_errors_that_name_them(settings, content, message):
     with pytest.raises(ConfigError) as error:
         settings(content)
     text = str(error.value)
     assert text.startswith("engine.ds_config=") and "ds.json: " in text
-    assert refused in text and "\n" not in text
+    assert message in text and "\n" not in text
 
 
-def test_stage_1_cannot_overlap(settings):
+def test_stage_1_does_not_support_overlap(settings):
     with pytest.raises(ConfigError, match="overlap_comm=true: expected false"):
         settings({"zero_optimization": {"overlap_comm": True}}, stage=1)
 
 
-def test_a_file_that_is_not_there(monkeypatch, tmp_path):
+def test_a_missing_file(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "version", lambda name: module.VERSION)
     with pytest.raises(ConfigError, match=r"^engine\.ds_config=.*none\.json: expected a JSON file"):
         deepspeed_settings(EngineConfig("deepspeed", 2, str(tmp_path / "none.json")), TRAIN, OPTIM, 4)
 
 
-def test_no_deepspeed_and_another_deepspeed(monkeypatch):
+def test_deepspeed_is_missing_or_has_another_version(monkeypatch):
     def missing(name: str) -> str:
         raise module.PackageNotFoundError(name)
 
-    for version, expected in ((missing, "to be installed"), (lambda name: "0.19.7", "0.19.8, on whose")):
+    for version, expected in ((missing, "to be installed"), (lambda name: "0.19.7", "0.19.8, on whose internals")):
         monkeypatch.setattr(module, "version", version)
         with pytest.raises(ConfigError, match=rf"^engine.kind=deepspeed: expected deepspeed {expected}.*pip install"):
             deepspeed_settings(EngineConfig("deepspeed"), TRAIN, OPTIM, 4)
@@ -135,12 +135,12 @@ def test_no_deepspeed_and_another_deepspeed(monkeypatch):
 
 @dataclass(frozen=True)
 class Wide(ParallelConfig):
-    """`parallel` with an axis that only the native engine has."""
+    """A layout with a parallel axis that only the native engine supports."""
 
     tensor: int = 2
 
 
-def test_what_only_the_native_engine_can():
+def test_layouts_and_precisions_that_only_the_native_engine_supports():
     deepspeed, fp64 = EngineConfig("deepspeed"), TrainConfig(steps=3, seq_len=8, global_batch=16, precision="fp64")
     check_engine(deepspeed, ParallelConfig(), TRAIN)
     check_engine(EngineConfig(), Wide(), fp64)
@@ -153,7 +153,7 @@ def test_what_only_the_native_engine_can():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "refused"),
+    ("arguments", "message"),
     [
         ({"kind": "other"}, "kind=other: expected native or deepspeed"),
         ({"kind": "deepspeed", "zero_stage": 0}, "zero_stage=0: expected one of 1, 2, 3"),
@@ -161,13 +161,13 @@ def test_what_only_the_native_engine_can():
         ({"kind": "deepspeed", "ds_config": ""}, "ds_config='': expected a JSON file"),
     ],
 )
-def test_the_section_checks_itself(arguments, refused):
+def test_the_engine_section_checks_its_values(arguments, message):
     with pytest.raises(ValueError) as error:
         EngineConfig(**arguments)
-    assert str(error.value).startswith(refused)
+    assert str(error.value).startswith(message)
 
 
-def test_single_experts_are_refused():
+def test_training_single_experts_is_an_error():
     from training.deepspeed.engine import DeepSpeedEngine
 
     with torch.device("meta"):
@@ -177,6 +177,6 @@ def test_single_experts_are_refused():
         DeepSpeedEngine([model], optim, None, {})  # type: ignore[arg-type]
 
 
-def test_the_configuration_needs_neither_torch_nor_deepspeed():
+def test_the_settings_import_neither_torch_nor_deepspeed():
     code = "import sys, training.deepspeed.settings; print([m for m in ('torch', 'deepspeed') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

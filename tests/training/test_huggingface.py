@@ -1,4 +1,4 @@
-"""Llama, Mistral and Mixtral against transformers: logits, gradients, training, generation, configurations."""
+"""Llama, Mistral and Mixtral compared with transformers: logits, gradients, training, generation, configurations."""
 
 import json
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from common.errors import ModelError
 from moe.config import ModelConfig, RouterConfig
-from tests.foreign import CASES, filled, loaded, logits_of, saved, tokens_of
+from tests.foreign import CASES, load_model, load_reference, logits_of, random_tokens, save_reference
 from training.formats import huggingface as hf
 from training.formats import mistral
 from training.formats.export import export_model
@@ -21,39 +21,39 @@ DENSE = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate
 SPARSE = DENSE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
 
 
-def our_gradients(theirs, model):
-    """transformers' gradients under our names (its modules hold the experts fused)."""
-    named = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+def renamed_gradients(reference, model):
+    """The gradients of transformers' model under Mixwright's names. transformers' modules have fused experts."""
+    gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
     result = {}
     for piece in list_pieces(tensor_shapes(model.config, RouterConfig()), FUSED, model.config.head_dim):
-        start = piece.their_offset
+        start = piece.foreign_offset
         block = tuple(slice(o, o + n) for o, n in zip(start, piece.shape, strict=True))
-        result[piece.ours] = named[piece.theirs][block]
+        result[piece.name] = gradients[piece.foreign_name][block]
     return result
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_gradients_and_ten_steps_equal_transformers(case, tmp_path):
-    theirs = saved(case, tmp_path)
-    ours = filled(tmp_path)
-    tokens = tokens_of(17)
-    torch.testing.assert_close(logits_of(ours, tokens), theirs(tokens).logits, rtol=0, atol=1e-5)
+    reference = save_reference(case, tmp_path)
+    model = load_model(tmp_path)
+    tokens = random_tokens(17)
+    torch.testing.assert_close(logits_of(model, tokens), reference(tokens).logits, rtol=0, atol=1e-5)
 
-    weight = torch.randn(*tokens.shape, ours.config.vocab_size, generator=torch.Generator().manual_seed(2))
-    (logits_of(ours, tokens) * weight).sum().backward()
-    (theirs(tokens).logits * weight).sum().backward()
-    expected = our_gradients(theirs, ours)
-    assert expected.keys() == dict(ours.named_parameters()).keys()
-    for name, parameter in ours.named_parameters():
+    weight = torch.randn(*tokens.shape, model.config.vocab_size, generator=torch.Generator().manual_seed(2))
+    (logits_of(model, tokens) * weight).sum().backward()
+    (reference(tokens).logits * weight).sum().backward()
+    expected = renamed_gradients(reference, model)
+    assert expected.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
         error = (parameter.grad - expected[name]).norm() / expected[name].norm()
         assert error < 1e-4, (name, error)
 
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3) for model in (ours, theirs)]
+    optimizers = [torch.optim.AdamW(trained.parameters(), lr=3e-3) for trained in (model, reference)]
     losses = []
     for _ in range(10):
         row = []
         for forward, optimizer in zip(
-            (lambda x: logits_of(ours, x), lambda x: theirs(x).logits), optimizers, strict=True
+            (lambda x: logits_of(model, x), lambda x: reference(x).logits), optimizers, strict=True
         ):
             optimizer.zero_grad()
             loss = F.cross_entropy(forward(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -61,43 +61,43 @@ def test_logits_gradients_and_ten_steps_equal_transformers(case, tmp_path):
             optimizer.step()
             row.append(loss.item())
         losses.append(row)
-    ours_10, theirs_10 = torch.tensor(losses).T
-    torch.testing.assert_close(ours_10, theirs_10, rtol=0, atol=2e-5)
-    assert ours_10[-1] < ours_10[0] - 0.5
+    actual, expected = torch.tensor(losses).T
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
+    assert actual[-1] < actual[0] - 0.5
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_we_export_is_the_same_model_in_transformers(case, tmp_path):
-    theirs = saved(case, tmp_path / "theirs")
-    source = open_model(tmp_path / "theirs")
-    export_model(source, tmp_path / "again", form="hf", dtype="fp32", shard_bytes=20_000, positions=64)
-    again = loaded(tmp_path / "again")
-    assert again.dtype == torch.float32
-    here, there = theirs.state_dict(), again.state_dict()
-    assert here.keys() == there.keys()
-    assert all(torch.equal(here[name], there[name]) for name in here)
-    tokens = tokens_of(9)
-    torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, rtol=0, atol=1e-6)
+def test_an_exported_model_is_the_same_model_in_transformers(case, tmp_path):
+    reference = save_reference(case, tmp_path / "reference")
+    reader = open_model(tmp_path / "reference")
+    export_model(reader, tmp_path / "exported", form="hf", dtype="fp32", shard_bytes=20_000, positions=64)
+    exported = load_reference(tmp_path / "exported")
+    assert exported.dtype == torch.float32
+    expected, actual = reference.state_dict(), exported.state_dict()
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    tokens = random_tokens(9)
+    torch.testing.assert_close(exported(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-6)
 
 
-def test_transformers_generates_token_for_token_what_we_do(tmp_path):
+def test_transformers_generates_the_same_tokens(tmp_path):
     for case in ("mixtral-window", "llama-gqa-tied"):
-        saved(case, tmp_path / case)
+        save_reference(case, tmp_path / case)
         export_model(
             open_model(tmp_path / case), tmp_path / f"{case}-out", form="hf", dtype="fp32", shard_bytes=10**9,
             positions=64,
         )  # fmt: skip
-        theirs = loaded(tmp_path / f"{case}-out")
-        ours, tokens = filled(tmp_path / f"{case}-out"), tokens_of(7, rows=1)
-        generated = theirs.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        reference = load_reference(tmp_path / f"{case}-out")
+        model, tokens = load_model(tmp_path / f"{case}-out"), random_tokens(7, rows=1)
+        generated = reference.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
         for _ in range(20):
-            following = logits_of(ours, tokens)[:, -1].argmax(dim=-1, keepdim=True)
-            tokens = torch.cat((tokens, following), dim=1)
+            next_token = logits_of(model, tokens)[:, -1].argmax(dim=-1, keepdim=True)
+            tokens = torch.cat((tokens, next_token), dim=1)
         assert generated.tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize("family", hf.FAMILIES)
-def test_keys_that_a_file_leaves_out_mean_what_they_mean_to_transformers(family):
+def test_missing_keys_have_the_defaults_of_transformers(family):
     import transformers
 
     config = transformers.AutoConfig.for_model(family)
@@ -130,21 +130,21 @@ def test_old_and_new_spellings_of_a_configuration_are_equal():
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "c: rope_theta=-1: expected a number > 0"),
         ({"attention_bias": True}, "c: attention_bias=true: expected false"),
         ({"quantization_config": {"bits": 4}}, "c: quantization_config="),
-        ({"qk_norm": True}, "c: qk_norm=true: a key that may change what the model computes"),
+        ({"qk_norm": True}, "c: qk_norm=true: expected a known key; this one can change what the model computes"),
         ({"hidden_size": "8"}, "c: hidden_size=8: expected an integer >= 1"),
         ({"num_hidden_layers": 0}, "c: num_hidden_layers=0: expected an integer >= 1"),
         ({"num_hidden_layers": None}, "c: num_hidden_layers=null: expected an integer >= 1"),
         ({"num_attention_heads": 0}, "c: num_attention_heads=0: expected an integer >= 1"),
-        ({"num_key_value_heads": 3}, "c: as our configuration: num_kv_heads=3: expected a divisor"),
+        ({"num_key_value_heads": 3}, "c: as Mixwright's configuration: num_kv_heads=3: expected a divisor"),
         ({"rms_norm_eps": True}, "c: rms_norm_eps=true: expected a number > 0"),
         ({"tie_word_embeddings": 1}, "c: tie_word_embeddings=1: expected true or false"),
         (SPARSE | {"num_experts_per_tok": 1}, "c: num_experts_per_tok=1: expected at least 2"),
-        (SPARSE | {"num_experts_per_tok": 5}, "c: as our configuration: top_k=5"),
+        (SPARSE | {"num_experts_per_tok": 5}, "c: as Mixwright's configuration: top_k=5"),
         (SPARSE | {"num_local_experts": None}, "c: num_local_experts=null"),
         (SPARSE | {"sliding_window": "4096"}, "c: sliding_window=4096: expected an integer"),
     ],
 )
-def test_a_configuration_that_we_cannot_compute_is_refused_in_one_line(changes, message):
+def test_an_unsupported_configuration_is_an_error_of_one_line(changes, message):
     with pytest.raises(ModelError) as caught:
         hf.read_config(DENSE | changes, "c")
     assert str(caught.value).startswith(message)
@@ -173,7 +173,7 @@ MIXTRAL = ModelConfig(
         ({}, {"num_groups": 2, "topk_groups": 1}, "router.num_groups=2"),
     ],
 )
-def test_a_model_that_no_family_computes_is_not_exported_and_the_key_is_named(model, router, key):
+def test_exporting_a_model_that_no_family_computes_is_an_error_that_names_the_key(model, router, key):
     import dataclasses
 
     config, router = dataclasses.replace(MIXTRAL, **model), RouterConfig(**router)
@@ -185,7 +185,7 @@ def test_a_model_that_no_family_computes_is_not_exported_and_the_key_is_named(mo
             write()
 
 
-def test_configurations_come_back_as_they_were():
+def test_configurations_survive_a_round_trip():
     import dataclasses
 
     dense = dataclasses.replace(MIXTRAL, num_experts=None, top_k=None)
@@ -204,7 +204,7 @@ def test_configurations_come_back_as_they_were():
         assert mistral.read_params(raw, "p") == (config, router)
 
 
-def test_experts_of_other_width_than_dense_layers_export_with_their_own():
+def test_the_exported_width_is_that_of_the_experts():
     import dataclasses
 
     raw = hf.write_config(dataclasses.replace(MIXTRAL, expert_hidden_dim=5), RouterConfig(), "float32", 64)
@@ -223,7 +223,7 @@ def test_experts_of_other_width_than_dense_layers_export_with_their_own():
         ({"multiple_of": 256}, "p: multiple_of=256"),
     ],
 )
-def test_params_json_that_we_cannot_compute_is_refused(changes, message):
+def test_an_unsupported_params_json_is_an_error(changes, message):
     params = {"dim": 8, "n_layers": 1, "head_dim": 4, "hidden_dim": 12, "n_heads": 2, "n_kv_heads": 1, "norm_eps": 1e-5,
               "vocab_size": 9}  # fmt: skip
     assert mistral.read_params(params, "p")[0].rope_theta == 1e6
@@ -234,23 +234,23 @@ def test_params_json_that_we_cannot_compute_is_refused(changes, message):
 
 
 def test_interleaving_rotary_rows_by_hand():
-    rows = torch.arange(8).unsqueeze(1)  # two heads of four: halves (0,1 | 2,3) and (4,5 | 6,7)
+    rows = torch.arange(8).unsqueeze(1)  # Two heads of four rows, with the halves (0,1 | 2,3) and (4,5 | 6,7).
     assert interleave(rows, 4).squeeze(1).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     assert torch.equal(split_halves(interleave(rows, 4), 4), rows)
 
 
-def test_every_element_of_ours_is_in_exactly_one_piece():
+def test_every_element_is_in_exactly_one_piece():
     from training.formats.huggingface_names import PER_EXPERT
 
     for form in (FUSED, PER_EXPERT, mistral.FORMAT):
         shapes = tensor_shapes(MIXTRAL, RouterConfig())
-        seen = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
+        counts = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
         used: dict[str, int] = {}
         for piece in list_pieces(shapes, form, 4):
-            block = tuple(slice(o, o + n) for o, n in zip(piece.our_offset, piece.shape, strict=True))
-            seen[piece.ours][block] += 1
-            used[piece.theirs] = used.get(piece.theirs, 0) + torch.Size(piece.shape).numel()
-            assert used[piece.theirs] <= torch.Size(piece.their_shape).numel()
-        assert all(bool((count == 1).all()) for count in seen.values())
+            block = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+            counts[piece.name][block] += 1
+            used[piece.foreign_name] = used.get(piece.foreign_name, 0) + torch.Size(piece.shape).numel()
+            assert used[piece.foreign_name] <= torch.Size(piece.foreign_shape).numel()
+        assert all(bool((count == 1).all()) for count in counts.values())
     with pytest.raises(ModelError, match="no place for"):
         list_pieces({"layers.0.ffn.shared.w_up.weight": (4, 4)}, FUSED, 4)

@@ -8,7 +8,7 @@ import pytest
 from common.errors import ConfigError, ModelError
 from common.strict import to_dict
 from moe.config import ModelConfig, RouterConfig
-from tests.foreign import saved
+from tests.foreign import save_reference
 from training.config import RunConfig
 from training.initial import start_from
 
@@ -27,7 +27,7 @@ def raw(directory, **router):
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
     directory = tmp_path_factory.mktemp("mixtral")
-    saved("mixtral-window", directory)
+    save_reference("mixtral-window", directory)
     return directory
 
 
@@ -90,7 +90,7 @@ def test_choices_that_agree_are_accepted(mixtral):
 
 
 def test_a_dense_directory_leaves_the_router_alone(tmp_path):
-    saved("llama-mha", tmp_path)
+    save_reference("llama-mha", tmp_path)
     given = raw(tmp_path, kind="sigmoid_topk")
     result = start_from(given, ["router.kind=sigmoid_topk"])
     assert result["router"] == given["router"] and result["model"]["num_experts"] is None
@@ -103,7 +103,7 @@ def test_the_tokenizer_is_the_directorys_unless_one_is_given(mixtral, tmp_path):
         ConfigError, match=r"^data.tokenizer=null: expected a sentencepiece model, since run.init_from="
     ):
         start_from(given, [])
-    saved("mixtral", tmp_path)
+    save_reference("mixtral", tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     given["run"]["init_from"] = str(tmp_path)
     assert start_from(given, [])["data"]["tokenizer"] == str(tmp_path / "tokenizer.model")

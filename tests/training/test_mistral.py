@@ -1,4 +1,4 @@
-"""Mistral's own format against a reading of that layout which is written here, and shares nothing with ours."""
+"""Mistral's own format, compared with a forward pass that is written here and shares no code with Mixwright."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.foreign import CASES, filled, logits_of, saved, tokens_of
+from tests.foreign import CASES, load_model, logits_of, random_tokens, save_reference
 from training.formats.export import export_model
 from training.formats.reader import open_model
 
@@ -16,20 +16,20 @@ def load_all(directory):
 
 
 def mistral_forward(directory, tokens_S):
-    """Logits [S, V] as Mistral's format means them: rotary pairs are complex numbers of neighbouring rows."""
+    """Return the logits [S, V] of a model in Mistral's format. Neighbouring rows of wq and wk are complex numbers."""
     params, w = json.loads((directory / "params.json").read_text()), load_all(directory)
     length, channels, groups = len(tokens_S), params["head_dim"], params["n_heads"] // params["n_kv_heads"]
     frequencies = params["rope_theta"] ** -(torch.arange(0, channels, 2) / channels)
-    turn = torch.polar(torch.ones(()), torch.outer(torch.arange(length), frequencies))
+    rotation = torch.polar(torch.ones(()), torch.outer(torch.arange(length), frequencies))
     distance = torch.arange(length).unsqueeze(1) - torch.arange(length)
-    seen = (distance >= 0) & (distance < params.get("sliding_window", length))
+    visible = (distance >= 0) & (distance < params.get("sliding_window", length))
 
     def norm(x, weight):
         return x * (x.square().mean(-1, keepdim=True) + params["norm_eps"]).rsqrt() * weight
 
     def rotated(x):  # [S, heads, C]
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2).contiguous())
-        return torch.view_as_real(pairs * turn.unsqueeze(1)).flatten(-2)
+        return torch.view_as_real(pairs * rotation.unsqueeze(1)).flatten(-2)
 
     def swiglu(x, prefix):
         gate, up = (x @ w[f"{prefix}.w{i}.weight"].T for i in (1, 3))
@@ -44,7 +44,7 @@ def mistral_forward(directory, tokens_S):
         )
         q, k, v = rotated(q), rotated(k).repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         scores = torch.einsum("qhc,khc->hqk", q, k) / channels**0.5
-        mixed = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        mixed = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         mixed = torch.einsum("hqk,khc->qhc", mixed, v).flatten(1)
         h = h + mixed @ w[f"{layer}.attention.wo.weight"].T
         x = norm(h, w[f"{layer}.ffn_norm.weight"])
@@ -63,13 +63,13 @@ def mistral_forward(directory, tokens_S):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "llama-geglu"])
-def test_mistrals_format_means_what_an_independent_reading_makes_of_it(case, tmp_path):
-    theirs = saved(case, tmp_path / "theirs")
-    source = open_model(tmp_path / "theirs")
-    export_model(source, tmp_path / "official", form="mistral", dtype="fp32", shard_bytes=15_000, positions=64)
-    tokens = tokens_of(11, rows=1)
-    expected = theirs(tokens).logits
-    torch.testing.assert_close(mistral_forward(tmp_path / "official", tokens[0]), expected[0], rtol=0, atol=2e-5)
-    torch.testing.assert_close(logits_of(filled(tmp_path / "official"), tokens), expected, rtol=0, atol=1e-5)
-    wq = load_all(tmp_path / "official")["layers.0.attention.wq.weight"]
-    assert not torch.equal(wq, load_all(tmp_path / "theirs")["model.layers.0.self_attn.q_proj.weight"])
+def test_an_exported_model_has_the_logits_of_the_independent_forward_pass(case, tmp_path):
+    reference = save_reference(case, tmp_path / "reference")
+    reader = open_model(tmp_path / "reference")
+    export_model(reader, tmp_path / "mistral", form="mistral", dtype="fp32", shard_bytes=15_000, positions=64)
+    tokens = random_tokens(11, rows=1)
+    expected = reference(tokens).logits
+    torch.testing.assert_close(mistral_forward(tmp_path / "mistral", tokens[0]), expected[0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_of(load_model(tmp_path / "mistral"), tokens), expected, rtol=0, atol=1e-5)
+    wq = load_all(tmp_path / "mistral")["layers.0.attention.wq.weight"]
+    assert not torch.equal(wq, load_all(tmp_path / "reference")["model.layers.0.self_attn.q_proj.weight"])

@@ -1,4 +1,4 @@
-"""Model directories of every kind: filled whole, by parts, or refused; round trips."""
+"""Model directories of every kind: filling whole models and shards, errors, round trips."""
 
 import dataclasses
 import json
@@ -10,17 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
 from common.strict import to_dict
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
 from moe.experts import Experts
 from moe.init import init_parameters
 from moe.model import Transformer
 from moe.region import LocalShard, Region, whole_shard
 from tests.distributed.harness import run_ranks
-from tests.foreign import CASES, filled, logits_of, saved, tokens_of
+from tests.foreign import CASES, load_model, logits_of, random_tokens, save_reference
 from training.checkpoint import checkpoint
 from training.formats.export import export_model, import_model
-from training.formats.model_directory import grouped, parse_size
-from training.formats.reader import Fill, open_model
+from training.formats.model_directory import group_by_size, parse_size
+from training.formats.reader import ReadRequest, open_model, read_run_config
 from training.formats.safetensors import TensorDirectory
 from training.run import save_config
 
@@ -32,7 +32,7 @@ SIGMOID = RouterConfig(kind="sigmoid_topk", scale=2.5, num_groups=3, topk_groups
 
 
 def run_directory(root, model, *, steps=(3,), config=EVERYTHING, router=SIGMOID):
-    """A run's directory as train.py leaves it: weights beside an optimizer's moments."""
+    """Write a run's directory as train.py does: checkpoints have weights and moments."""
     save_config(root, {"run": {"name": "x"}, "model": to_dict(config), "router": to_dict(router)})
     for step in steps:
         tensors = {f"model.{name}": tensor + step for name, tensor in model.state_dict().items()}
@@ -48,25 +48,25 @@ def everything(seed=0):
     return model
 
 
-def same(a, b):
+def equal_weights(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def export(source, out, form="hf", dtype="fp32", shard_bytes=10**9):
-    export_model(source, out, form=form, dtype=dtype, shard_bytes=shard_bytes, positions=64)
+def export(reader, out, form="hf", dtype="fp32", shard_bytes=10**9):
+    export_model(reader, out, form=form, dtype=dtype, shard_bytes=shard_bytes, positions=64)
     return out
 
 
-def test_a_run_is_opened_at_its_newest_whole_checkpoint_or_at_the_one_named(tmp_path):
+def test_a_run_is_opened_at_its_newest_undamaged_checkpoint_or_at_a_given_one(tmp_path):
     model = everything()
     run_directory(tmp_path, model, steps=(3, 7))
-    source = open_model(tmp_path)
-    assert (source.kind, source.model, source.router, source.tokenizer) == ("run", EVERYTHING, SIGMOID, None)
-    assert source.path == tmp_path / "checkpoints" / "step-7"
-    assert torch.equal(filled(source).embedding, model.embedding + 7)
+    reader = open_model(tmp_path)
+    assert (reader.kind, reader.model, reader.router, reader.tokenizer) == ("run", EVERYTHING, SIGMOID, None)
+    assert reader.path == tmp_path / "checkpoints" / "step-7"
+    assert torch.equal(load_model(reader).embedding, model.embedding + 7)
     older = open_model(tmp_path / "checkpoints" / "step-3")
-    assert torch.equal(filled(older).layers[1].ffn.router.bias, model.layers[1].ffn.router.bias + 3)
+    assert torch.equal(load_model(older).layers[1].ffn.router.bias, model.layers[1].ffn.router.bias + 3)
 
     shard = next((tmp_path / "checkpoints" / "step-7").glob("*.safetensors"))
     content = bytearray(shard.read_bytes())
@@ -92,14 +92,82 @@ def test_a_run_is_opened_at_its_newest_whole_checkpoint_or_at_the_one_named(tmp_
         ("!!python/object/apply:os.getcwd []", "cannot be read as YAML"),
     ],
 )
-def test_a_configuration_that_is_none_is_refused(tmp_path, text, message):
+def test_a_damaged_configuration_is_an_error(tmp_path, text, message):
     run_directory(tmp_path, everything())
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(ModelError, match=message):
         open_model(tmp_path)
 
 
-def test_a_checkpoint_of_another_model_is_refused_with_the_names(tmp_path):
+REQUEST = "; it was written with plugins=[noisy_topk.py]: name them again on the command line"
+
+
+@pytest.mark.parametrize(
+    ("model", "router", "message"),
+    [
+        ({}, {"kind": "noisy_topk", "noise_std": 0.5}, "router.kind=noisy_topk: an unknown kind"),
+        ({}, {"noise_std": 0.5}, "router.noise_std=0.5: unknown key; the nearest valid key is router.normalize"),
+        ({"ffn": "noisy"}, {}, "model.ffn=noisy: expected one of swiglu, geglu, relu, gelu"),
+    ],
+)
+def test_a_run_that_needs_a_plugin_asks_for_it_and_never_loads_it(model, router, message, tmp_path, monkeypatch):
+    """The directory's own plugin file would end the test if it were imported."""
+    run_directory(tmp_path, everything())
+    plugin = tmp_path / "noisy_topk.py"
+    plugin.write_text("raise SystemExit('the plugin was imported')")
+    sections = {"model": to_dict(EVERYTHING) | model, "router": to_dict(SIGMOID) | router}
+    save_config(tmp_path, {"plugins": [str(plugin)]} | sections)
+    with pytest.raises(ModelError) as caught:
+        open_model(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'config.yaml'}: {message}{REQUEST}"
+
+    # The plugin is loaded, but it does not register what the run needs: there is nothing to ask for.
+    monkeypatch.setattr("common.plugins._loaded", {"/elsewhere/noisy_topk.py": ("noisy_topk.py", "0")})
+    with pytest.raises(ModelError) as caught:
+        open_model(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'config.yaml'}: {message}"
+
+
+def test_a_run_with_plugins_that_the_model_does_not_need_is_opened(tmp_path):
+    model = everything()
+    run_directory(tmp_path, model)
+    plugins = {"plugins": ["my_corpus.py"]}
+    save_config(tmp_path, plugins | {"model": to_dict(EVERYTHING), "router": to_dict(SIGMOID)})
+    assert torch.equal(load_model(tmp_path).embedding, model.embedding + 3)
+
+
+def test_a_router_that_a_loaded_plugin_registers_is_read(tmp_path, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class NoisyConfig(RouterConfig):
+        noise_std: float = 1.0
+
+    monkeypatch.setitem(ROUTER_CONFIGS._entries, "noisy_topk", NoisyConfig)
+    router = NoisyConfig(kind="noisy_topk", noise_std=0.5)
+    save_config(tmp_path, {"plugins": ["noisy_topk.py"], "model": to_dict(EVERYTHING), "router": to_dict(router)})
+    assert read_run_config(tmp_path / "config.yaml") == (EVERYTHING, router)
+
+
+@pytest.mark.parametrize("kind", ["['a']", "null", "3", '"a\\e[2J\\nb"'])
+def test_a_kind_or_a_plugin_that_is_not_a_name_is_an_error_of_one_line(kind, tmp_path):
+    save_config(tmp_path, {"model": to_dict(EVERYTHING)})
+    with (tmp_path / "config.yaml").open("a") as file:
+        file.write(f'router: {{kind: {kind}}}\nplugins: ["a\\e[2J\\nb.py", [1], null]\n')
+    with pytest.raises(
+        ModelError, match=r"config.yaml: router.kind=.*: an unknown kind; .*it was written with"
+    ) as caught:
+        read_run_config(tmp_path / "config.yaml")
+    assert str(caught.value).isprintable()
+
+
+def test_a_written_model_directory_records_the_loaded_plugins(tmp_path, monkeypatch):
+    save_reference("mixtral", tmp_path / "reference")
+    monkeypatch.setattr("common.plugins._loaded", {"/elsewhere/noisy_topk.py": ("noisy_topk.py", "ab")})
+    import_model(open_model(tmp_path / "reference"), tmp_path / "imported", "fp32", 10**9)
+    assert "plugins:\n- noisy_topk.py\n" in (tmp_path / "imported" / "config.yaml").read_text()
+    assert checkpoint.read_state(open_model(tmp_path / "imported").path)["plugins"] == {"noisy_topk.py": "ab"}
+
+
+def test_a_checkpoint_of_another_model_is_an_error_that_lists_the_tensors(tmp_path):
     run_directory(tmp_path, everything(), config=dataclasses.replace(EVERYTHING, num_shared_experts=0))
     with pytest.raises(
         ModelError, match=r"6 tensors that the model has no place for: layers.1.ffn.shared.w_down.weight"
@@ -116,8 +184,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_names(tmp_path):
         open_model(tmp_path)
 
 
-def part_of(config, router, first, held):
-    """This model as one rank of expert parallelism holds it, every number NaN."""
+def expert_shard(config, router, first, count):
+    """Return the model as one rank of expert parallelism stores it, with NaN in all elements."""
     model = Transformer(config, router, torch.float32)
 
     def locate_shard(name, tensor):
@@ -132,7 +200,7 @@ def part_of(config, router, first, held):
     for module in model.modules():
         if isinstance(module, Experts):
             for name, parameter in list(module.named_parameters()):
-                setattr(module, name, torch.nn.Parameter(parameter.detach()[first : first + held].clone()))
+                setattr(module, name, torch.nn.Parameter(parameter.detach()[first : first + count].clone()))
     with torch.no_grad():
         for tensor in model.state_dict().values():
             tensor.fill_(float("nan"))
@@ -140,9 +208,9 @@ def part_of(config, router, first, held):
 
 
 @pytest.mark.parametrize("layout", ["per expert", "fused", "mistral", "run"])
-def test_a_rank_reads_its_experts_only_and_never_more_than_a_tensor_at_once(layout, tmp_path, monkeypatch):
-    whole = filled_from(layout, tmp_path)
-    source = open_model(tmp_path / "model")
+def test_a_rank_reads_only_its_experts_and_at_most_one_tensor_at_a_time(layout, tmp_path, monkeypatch):
+    whole = write_model_directory(layout, tmp_path)
+    reader = open_model(tmp_path / "model")
     reads = []
     original = TensorDirectory.read
 
@@ -151,33 +219,33 @@ def test_a_rank_reads_its_experts_only_and_never_more_than_a_tensor_at_once(layo
         return original(self, name, offset, shape)
 
     monkeypatch.setattr(TensorDirectory, "read", counted)
-    part = part_of(source.model, source.router, 2, 2)
-    source.fill(part)
-    for name, tensor in part.state_dict().items():
+    shard = expert_shard(reader.model, reader.router, 2, 2)
+    reader.fill(shard)
+    for name, tensor in shard.state_dict().items():
         expected = whole.state_dict()[name]
         assert torch.equal(tensor, expected[2:4] if ".experts." in name else expected), name
     if layout != "run":
-        elements = sum(tensor.numel() for tensor in part.state_dict().values())
+        elements = sum(tensor.numel() for tensor in shard.state_dict().values())
         assert sum(size for _, size in reads) == elements
-        assert max(size for _, size in reads) == max(t.numel() for t in part.state_dict().values() if t.dim() == 2)
+        assert max(size for _, size in reads) == max(t.numel() for t in shard.state_dict().values() if t.dim() == 2)
         assert not any(f"experts.{other}." in name for name, _ in reads for other in (0, 1, 4))
 
 
-def filled_from(layout, root):
-    """Write `root/model` in the layout, and return the model that lies there."""
-    saved("mixtral-window", root / "theirs")
-    source = open_model(root / "theirs")
+def write_model_directory(layout, root):
+    """Write the model directory `root/model` in this layout, and return its model."""
+    save_reference("mixtral-window", root / "reference")
+    reader = open_model(root / "reference")
     if layout == "fused":
-        fuse(root / "theirs", root / "model")
+        fuse(root / "reference", root / "model")
     elif layout == "run":
-        import_model(source, root / "model", "fp32", 10**9)
+        import_model(reader, root / "model", "fp32", 10**9)
     else:
-        export(source, root / "model", "mistral" if layout == "mistral" else "hf", shard_bytes=9000)
-    return filled(source)
+        export(reader, root / "model", "mistral" if layout == "mistral" else "hf", shard_bytes=9000)
+    return load_model(reader)
 
 
 def fuse(directory, out):
-    """Write the model again under the names that transformers 5 has in memory."""
+    """Write the model in `directory` to `out`, with the tensor names of transformers 5's modules."""
     tensors = load_file(directory / "model.safetensors")
     config = json.loads((directory / "config.json").read_text())
     fused = {name.replace("block_sparse_moe", "mlp"): x for name, x in tensors.items() if ".experts." not in name}
@@ -194,74 +262,69 @@ def fuse(directory, out):
     shutil.copy(directory / "config.json", out)
 
 
-def _fill_a_shard(rank, world_size, path):
+def fill_a_shard(rank, world_size, path):
     from moe.dispatch import LocalDispatcher
     from parallel.apply import build_model
     from parallel.layout import Layout
     from parallel.mesh import build_mesh
 
-    source = open_model(path)
+    reader = open_model(path)
     mesh = build_mesh(torch.device("cpu"), Layout(replicate=world_size, expert=world_size))
-    model = build_model(source.model, source.router, mesh, compute_dtype=torch.float32, seed=None)
-    source.fill(model)
+    model = build_model(reader.model, reader.router, mesh, compute_dtype=torch.float32, seed=None)
+    reader.fill(model)
     assert not isinstance(model.layers[0].ffn.dispatcher, LocalDispatcher)
     with torch.no_grad():
-        return logits_of(model, tokens_of(12, seed=rank))
+        return logits_of(model, random_tokens(12, seed=rank))
 
 
-def test_expert_parallel_ranks_together_are_the_model(tmp_path):
-    theirs = saved("mixtral", tmp_path)
-    for rank, logits in enumerate(run_ranks(_fill_a_shard, 2, tmp_path)):
-        torch.testing.assert_close(logits, theirs(tokens_of(12, seed=rank)).logits, rtol=0, atol=1e-5)
+def test_expert_parallel_ranks_have_the_logits_of_the_whole_model(tmp_path):
+    reference = save_reference("mixtral", tmp_path)
+    for rank, logits in enumerate(run_ranks(fill_a_shard, 2, tmp_path)):
+        torch.testing.assert_close(logits, reference(random_tokens(12, seed=rank)).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_round_trips_are_bit_exact(case, tmp_path):
-    saved(case, tmp_path / "theirs")
-    first = open_model(tmp_path / "theirs")
-    import_model(first, tmp_path / "ours", "fp32", 8000)
-    ours = open_model(tmp_path / "ours")
-    assert ours.kind == "run" and (ours.model, ours.router) == (first.model, first.router)
-    assert len(list((tmp_path / "ours" / "checkpoints" / "step-0").glob("*.safetensors"))) > 1
-    back = load_all(export(ours, tmp_path / "back", shard_bytes=20_000))
-    original = load_all(tmp_path / "theirs")
-    assert original.keys() - back.keys() <= ({"lm_head.weight"} if first.model.tie_embeddings else set())
-    assert all(torch.equal(back[name], original[name]) for name in back)
-    again = open_model(tmp_path / "back")
+    save_reference(case, tmp_path / "reference")
+    first = open_model(tmp_path / "reference")
+    import_model(first, tmp_path / "imported", "fp32", 8000)
+    imported = open_model(tmp_path / "imported")
+    assert imported.kind == "run" and (imported.model, imported.router) == (first.model, first.router)
+    assert len(list((tmp_path / "imported" / "checkpoints" / "step-0").glob("*.safetensors"))) > 1
+    exported = load_all(export(imported, tmp_path / "exported", shard_bytes=20_000))
+    original = load_all(tmp_path / "reference")
+    assert original.keys() - exported.keys() <= ({"lm_head.weight"} if first.model.tie_embeddings else set())
+    assert all(torch.equal(exported[name], original[name]) for name in exported)
+    again = open_model(tmp_path / "exported")
     assert (again.model, again.router) == (first.model, first.router)
-    assert same(filled(again), filled(ours))
+    assert equal_weights(load_model(again), load_model(imported))
     if first.model.ffn == "swiglu":
-        official = open_model(export(ours, tmp_path / "official", "mistral"))
+        official = open_model(export(imported, tmp_path / "official", "mistral"))
         assert official.kind == "mistral" and (official.model, official.router) == (first.model, first.router)
-        assert same(filled(official), filled(ours))
+        assert equal_weights(load_model(official), load_model(imported))
 
 
 def load_all(directory):
     return {name: x for file in directory.glob("*.safetensors") for name, x in load_file(file).items()}
 
 
-def test_bf16_stays_as_it_is_with_keep_and_becomes_fp32_without(tmp_path):
-    saved("mixtral", tmp_path / "theirs")
-    bf16 = open_model(export(open_model(tmp_path / "theirs"), tmp_path / "bf16", dtype="bf16"))
+def test_keep_keeps_bf16_and_fp32_converts_it(tmp_path):
+    save_reference("mixtral", tmp_path / "reference")
+    bf16 = open_model(export(open_model(tmp_path / "reference"), tmp_path / "bf16", dtype="bf16"))
     import_model(bf16, tmp_path / "kept", "keep", 10**9)
     import_model(bf16, tmp_path / "wide", "fp32", 10**9)
     kept, wide = open_model(tmp_path / "kept"), open_model(tmp_path / "wide")
     assert {kept.dtype(name) for name in kept.shapes} == {torch.bfloat16}
     assert {wide.dtype(name) for name in wide.shapes} == {torch.float32}
-    assert same(filled(kept), filled(wide))
+    assert equal_weights(load_model(kept), load_model(wide))
     again = load_all(export(kept, tmp_path / "again", dtype="bf16"))
     assert all(torch.equal(x, again[name]) for name, x in load_all(tmp_path / "bf16").items())
     target = torch.empty(1, 3)
-    wide.copy([Fill("embedding", checkpoint_region((2, 1), (1, 3)), target)])
-    assert torch.equal(target, filled(wide).embedding[2:3, 1:4])
+    wide.copy([ReadRequest("embedding", Region((2, 1), (1, 3)), target)])
+    assert torch.equal(target, load_model(wide).embedding[2:3, 1:4])
 
 
-def checkpoint_region(offset, shape):
-
-    return Region(offset, shape)
-
-
-def damage(directory, change, keep_config=True):
+def change_tensors(directory, change):
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
@@ -279,35 +342,37 @@ def damage(directory, change, keep_config=True):
         (lambda t: [t.pop(name) for name in list(t) if ".experts." in name], r"24 tensors missing: .*, and 19 more"),
     ],
 )
-def test_a_directory_with_other_tensors_is_refused_with_their_names(change, message, tmp_path):
-    saved("mixtral", tmp_path)
-    damage(tmp_path, change)
+def test_a_directory_with_other_tensors_is_an_error_that_lists_them(change, message, tmp_path):
+    save_reference("mixtral", tmp_path)
+    change_tensors(tmp_path, change)
     with pytest.raises(ModelError, match=message) as caught:
         open_model(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_rotary_buffers_are_ignored_and_a_tied_head_must_be_the_embedding(tmp_path):
-    theirs = saved("llama-gqa-tied", tmp_path)
+    reference = save_reference("llama-gqa-tied", tmp_path)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
-    extra["lm_head.weight"] = theirs.model.embed_tokens.weight.detach().clone()
-    damage(tmp_path, lambda tensors: tensors.update(extra))
-    assert torch.equal(filled(tmp_path).embedding, theirs.model.embed_tokens.weight)
+    extra["lm_head.weight"] = reference.model.embed_tokens.weight.detach().clone()
+    change_tensors(tmp_path, lambda tensors: tensors.update(extra))
+    assert torch.equal(load_model(tmp_path).embedding, reference.model.embed_tokens.weight)
     extra["lm_head.weight"][-1, -1] += 1
-    damage(tmp_path, lambda tensors: tensors.update(extra))
-    with pytest.raises(ModelError, match=r"lm_head.weight: expected model.embed_tokens.weight again"):
+    change_tensors(tmp_path, lambda tensors: tensors.update(extra))
+    with pytest.raises(
+        ModelError, match=r"lm_head.weight: expected the same values as model.embed_tokens.weight, because"
+    ):
         open_model(tmp_path)
 
 
-def test_absurd_values_are_refused_before_anything_is_built(tmp_path):
-    saved("mixtral", tmp_path)
+def test_absurd_values_are_an_error_before_a_model_is_built(tmp_path):
+    save_reference("mixtral", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for changes, message in (
         ({"num_hidden_layers": 10**9}, "1000000000 layers and 4 experts, and only"),
         ({"num_local_experts": 10**9}, "2 layers and 1000000000 experts, and only"),
         ({"hidden_size": 2**40}, "of another shape|config.json: "),
         ({"vocab_size": 2**47, "hidden_size": 2**47}, "of another shape|config.json: "),
-        ({"hidden_act": ["silu"]}, r"hidden_act=\['silu'\]: expected one of silu"),
+        ({"hidden_act": ["silu"]}, r"hidden_act=\[silu\]: expected one of silu"),
         ({"model_type": "a\x1b[2J\nb"}, r"model_type='a\\x1b\[2J b': expected one of"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
@@ -315,7 +380,7 @@ def test_absurd_values_are_refused_before_anything_is_built(tmp_path):
             open_model(tmp_path)
 
 
-def test_pickles_are_never_opened_and_other_directories_are_told_apart(tmp_path):
+def test_pickles_are_never_opened_and_kinds_of_directories_are_distinguished(tmp_path):
     with pytest.raises(ModelError, match=r"expected a run .config.yaml., a checkpoint"):
         open_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
@@ -332,34 +397,34 @@ def test_pickles_are_never_opened_and_other_directories_are_told_apart(tmp_path)
         open_model(tmp_path)
 
 
-def test_a_model_is_not_filled_with_another_ones_weights(tmp_path):
-    saved("mixtral", tmp_path)
-    source = open_model(tmp_path)
+def test_filling_another_model_is_an_error(tmp_path):
+    save_reference("mixtral", tmp_path)
+    reader = open_model(tmp_path)
     for change, message in (
         ({"num_layers": 3}, "missing: layers.2"),
         ({"tie_embeddings": True}, "no place for: head.weight"),
         ({"vocab_size": 60}, r"embedding: found \[53, 24\], expected \[60, 24\]"),
     ):
-        other = Transformer(dataclasses.replace(source.model, **change), source.router, torch.float32)
+        other = Transformer(dataclasses.replace(reader.model, **change), reader.router, torch.float32)
         with pytest.raises(ModelError, match=message):
-            source.fill(other)
+            reader.fill(other)
 
 
-def test_an_output_is_whole_or_not_there(tmp_path, monkeypatch):
-    saved("mixtral", tmp_path / "theirs")
-    source = open_model(tmp_path / "theirs")
-    (tmp_path / "there").mkdir()
-    for write in (lambda out: import_model(source, out, "fp32", 10**9), lambda out: export(source, out)):
-        with pytest.raises(ModelError, match="there: expected a path where nothing is yet"):
-            write(tmp_path / "there")
+def test_an_output_is_complete_or_does_not_exist(tmp_path, monkeypatch):
+    save_reference("mixtral", tmp_path / "reference")
+    reader = open_model(tmp_path / "reference")
+    (tmp_path / "existing").mkdir()
+    for write in (lambda out: import_model(reader, out, "fp32", 10**9), lambda out: export(reader, out)):
+        with pytest.raises(ModelError, match="existing: expected a path that does not exist yet"):
+            write(tmp_path / "existing")
         with monkeypatch.context() as patch:
             patch.setattr(TensorDirectory, "read", lambda *_: (_ for _ in ()).throw(ModelError("gone")))
             with pytest.raises(ModelError, match="gone"):
                 write(tmp_path / "new")
         with pytest.raises(ModelError, match="expected a path that can be written"):
-            write(tmp_path / "theirs" / "config.json" / "new")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs", "there"]
-    assert not any((tmp_path / "there").iterdir())
+            write(tmp_path / "reference" / "config.json" / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["existing", "reference"]
+    assert not any((tmp_path / "existing").iterdir())
 
 
 def test_sizes_and_groups():
@@ -373,4 +438,4 @@ def test_sizes_and_groups():
     for text in ("", "5 parsecs", "-1GB", "0", "GB"):
         with pytest.raises(ModelError, match="expected a size"):
             parse_size(text)
-    assert grouped([3, 3, 9, 1, 2], lambda size: size, 6) == [[3, 3], [9], [1, 2]]
+    assert group_by_size([3, 3, 9, 1, 2], lambda size: size, 6) == [[3, 3], [9], [1, 2]]

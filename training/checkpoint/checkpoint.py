@@ -1,17 +1,20 @@
-"""Sharded checkpoints of any engine and any layout: saved by all ranks, committed by one rename, loaded on other ranks.
+"""Sharded checkpoints for every engine and layout: all ranks save, one rename commits, and other ranks can load.
 
-A checkpoint is a directory `step-<N>` with one safetensors file a rank and a manifest (`training.checkpoint.manifest`).
-Every element is saved once: a region that several ranks hold is written by the one of them that has least to write.
-Loading cuts the saved regions anew for the placements it finds, and reads only the slices that a rank needs.
+A checkpoint is a directory `step-<N>` with one safetensors file per rank and a manifest
+(`training.checkpoint.manifest`). Every element is saved once: if several ranks store the same region, one of them
+writes it. `load` does not need the layout that `save` had. It intersects the saved regions with the regions that each
+rank stores now, and a rank reads only the slices that it needs.
 
-Why not `torch.distributed.checkpoint`: its FileSystemWriter keeps its index as raw pickle, which runs code when it is
-loaded. Its HuggingFaceStorageWriter (`save_distributed=True`) is free of that and did reshard DTensors when tried, but
-neither syncs nor hashes, says nothing about a dtype that differs, and hides how many collectives run before a failure
-is known everywhere. Planning, writing, and reading are about 150 lines here, and each line can be read.
+Why not `torch.distributed.checkpoint`? Its FileSystemWriter saves its index as pickle, and loading pickle can run any
+code. Its HuggingFaceStorageWriter (`save_distributed=True`) uses no pickle and reshards, but it has neither hashes nor
+a manifest. With torch 2.13 it loads, without any error, a file with a flipped bit, a checkpoint from which a rank's
+file is missing (the elements keep their old values), and fp32 weights into an fp64 tensor. It also builds a second copy
+of the whole file in memory. Planning, writing and reading take about 150 lines here.
 
-`save` and `load` are collective over the default process group, and work without one. All ranks must see the same
-directory (a shared file system). A plain tensor is taken to be the same on all ranks that hold its name: state that
-differs by rank needs names that do. While one rank writes longer than the process group's time-out, others give up.
+`save` and `load` are collective over the default process group, and also work without one. All ranks must see the same
+directory (a shared file system). A plain tensor must be equal on all ranks that pass its name, so state that differs
+between ranks needs different names. If one rank writes for longer than the process group's time-out, the other ranks
+stop with an error.
 """
 
 import os
@@ -24,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from common.checks import expect_no_tensors
 from common.errors import CheckpointError
 from common.files import fsync
 from moe.region import LocalShard
@@ -31,8 +35,8 @@ from training.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     committed,
+    delete_old_checkpoints,
     newest_verified,
-    purge,
     read_manifest,
     read_state,
     verify,
@@ -40,13 +44,13 @@ from training.checkpoint.manifest import (
 )
 from training.checkpoint.shards import (
     DTYPES,
-    Chunk,
-    Read,
-    SavedShard,
+    ShardInfo,
+    SliceRead,
+    WriteTask,
     as_shard,
-    assign_owners,
-    describe,
-    plan_reads,
+    assign_writers,
+    explain_os_error,
+    find_slices,
     read_shard,
     write_shard,
 )
@@ -59,111 +63,127 @@ T = TypeVar("T")
 def save(
     root: Path, step: int, tensors: Mapping[str, Tensor | LocalShard], state: dict[str, Any], *, keep: int
 ) -> Path:
-    """Save `tensors` (whole, or this rank's parts) and rank 0's JSON-able `state`; returns `root/step-<step>`.
+    """Save a checkpoint as `root/step-<step>`. Collective.
 
-    Order: all ranks write and sync files in `root/.tmp-step-<step>`; rank 0 writes and syncs the manifest, renames the
-    directory, syncs `root`, and deletes all but the `keep` newest checkpoints. A kill at any point leaves the older
-    checkpoints whole and at most debris, which the next save removes. If the step exists (a run that was resumed from
-    an earlier one, or saves at its end again), the new files move in beside the old ones, under other names unless
-    their content is the same, and replacing the manifest is the commit: there is no moment without a whole checkpoint.
+    All ranks write and flush their files in `root/.tmp-step-<step>`. Rank 0 then writes and flushes the manifest,
+    renames the directory, flushes `root`, and deletes all but the `keep` newest checkpoints. If the process is killed
+    at any point, the older checkpoints are complete. Unfinished files can remain; the next `save` removes them.
+
+    The step can exist already, because the run was resumed from an earlier step or saves again at its end. The new
+    files are then moved into the existing directory. Their names differ from the old names unless their content is the
+    same. Replacing the manifest is the commit, so there is a complete checkpoint at every moment.
+
+    Args:
+        tensors: name -> a whole tensor, or this rank's shard.
+        state: JSON-serialisable. Only rank 0's is saved.
+        keep: number of checkpoints to keep, at least 1.
+
+    Returns:
+        The checkpoint's directory.
 
     Raises:
-        CheckpointError: on all ranks, if any rank failed; what it had written is removed, older checkpoints are
-            untouched. Only where the message begins with "saved" is the step on the disk.
+        CheckpointError: on all ranks, if any rank failed. The files that it wrote are removed and older checkpoints are
+            unchanged. A message that starts with "saved" means that the step was saved, and only deleting older
+            checkpoints failed.
     """
     assert keep >= 1, keep
     rank = _rank()
     final, temporary = root / f"step-{step}", root / f".tmp-step-{step}"
-    parts: dict[str, Tensor] = {}
+    local_parts: dict[str, Tensor] = {}
 
-    def prepare() -> dict[str, SavedShard]:
+    def prepare() -> dict[str, ShardInfo]:
         if rank == 0:
             root.mkdir(parents=True, exist_ok=True)
-            for debris in root.glob(".tmp-*"):
-                shutil.rmtree(debris)
+            for unfinished in root.glob(".tmp-*"):
+                shutil.rmtree(unfinished)
             temporary.mkdir()
-        holdings = {}
+        infos = {}
         for name, (local, shape, region) in ((name, as_shard(tensor)) for name, tensor in tensors.items()):
             if local.dtype not in DTYPES:
                 raise CheckpointError(
                     f"{name}: found dtype {local.dtype}, expected one of {', '.join(DTYPES.values())}"
                 )
             if region.numel:
-                parts[name] = local
-            holdings[name] = SavedShard(DTYPES[local.dtype], shape, region if region.numel else None)
-        return holdings
+                local_parts[name] = local
+            infos[name] = ShardInfo(DTYPES[local.dtype], shape, region if region.numel else None)
+        return infos
 
     def write() -> tuple[str, dict[str, Any]]:
-        mine = [(chunk.region.key(chunk.name), parts[chunk.name]) for chunk in chunks if chunk.owner == rank]
-        return write_shard(temporary, rank, mine)
+        to_write = [(task.region.key(task.name), local_parts[task.name]) for task in tasks if task.rank == rank]
+        return write_shard(temporary, rank, to_write)
 
     def commit() -> None:
         if rank == 0:
             _check_visible(temporary, files)
-            write_manifest(temporary, _manifest_body(holdings, chunks, files, state))
+            write_manifest(temporary, _manifest_body(shards_by_rank, tasks, files, state))
             _publish(temporary, final)
 
     try:
-        holdings = _on_all_ranks(prepare, root)
-        chunks = assign_owners(holdings)
-        files = _on_all_ranks(write, root)
-        _on_all_ranks(commit, root)
+        shards_by_rank = _run_on_all_ranks(prepare, root)
+        tasks = assign_writers(shards_by_rank)
+        files = _run_on_all_ranks(write, root)
+        _run_on_all_ranks(commit, root)
     except CheckpointError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     try:
-        _on_all_ranks(lambda: purge(root, step, keep) if rank == 0 else None, root)
+        _run_on_all_ranks(lambda: delete_old_checkpoints(root, step, keep) if rank == 0 else None, root)
     except CheckpointError as error:
-        raise CheckpointError(f"saved {final}, but others could not be removed: {error}") from error
+        raise CheckpointError(f"saved {final}, but older checkpoints could not be deleted: {error}") from error
     return final
 
 
 def load(path: Path, tensors: Mapping[str, Tensor | LocalShard]) -> None:
-    """Fill `tensors` (whole, or this rank's parts) in place from the checkpoint `path`, whoever saved it.
+    """Fill `tensors` in place from the checkpoint `path`, which any layout may have saved. Collective.
 
-    Hashes are not checked again: choose `path` with `newest_verified`, or call `verify` on one rank first.
+    Hashes are not checked here: choose `path` with `newest_verified`, or call `verify` on one rank before.
+
+    Args:
+        tensors: name -> a whole tensor, or this rank's shard. All ranks together must pass all names of the checkpoint.
 
     Raises:
-        CheckpointError: on all ranks, if any rank failed: damaged files, names that only one side has (all ranks' names
-            together are held against the checkpoint's), shapes or dtypes that differ. Nothing is written before names,
-            shapes and dtypes have been found right on all ranks.
+        CheckpointError: on all ranks, if any rank failed: a file is damaged, the checkpoint lacks a name or has a name
+            that no rank passed, or a shape or dtype differs. Names, shapes and dtypes are checked on all ranks before
+            the first tensor is changed.
     """
-    reads: dict[str, list[Read]] = {}
+    slices_by_file: dict[str, list[SliceRead]] = {}
     saved: dict[str, Any] = {}
 
     def prepare() -> list[str]:
         saved.update(read_manifest(path)["tensors"])
-        wanted = {name: as_shard(tensor) for name, tensor in tensors.items()}
-        _refuse(path, "missing", [name for name in wanted if name not in saved])
-        shapes = {name: (tuple(saved[name]["shape"]), shape) for name, (_, shape, _) in wanted.items()}
-        dtypes = {name: (saved[name]["dtype"], DTYPES.get(local.dtype)) for name, (local, _, _) in wanted.items()}
+        shards = {name: as_shard(tensor) for name, tensor in tensors.items()}
+        expect_no_tensors(path, "missing", shards.keys() - saved.keys(), CheckpointError)
+        shapes = {name: (tuple(saved[name]["shape"]), shape) for name, (_, shape, _) in shards.items()}
+        dtypes = {name: (saved[name]["dtype"], DTYPES.get(local.dtype)) for name, (local, _, _) in shards.items()}
         for what, pairs in (("shape", shapes), ("dtype", dtypes)):
-            different = [
-                f"{name} (found {found}, expected {own})" for name, (found, own) in pairs.items() if found != own
-            ]
-            _refuse(path, f"of another {what}", different)
-        for name, (local, _, region) in wanted.items():
+            different = [f"{name} (found {a}, expected {b})" for name, (a, b) in pairs.items() if a != b]
+            expect_no_tensors(path, f"of another {what}", different, CheckpointError)
+        for name, (local, _, region) in shards.items():
             if region.numel:
-                for file, read in plan_reads(name, saved[name], local, region):
-                    reads.setdefault(file, []).append(read)
+                for file, read in find_slices(name, saved[name], local, region):
+                    slices_by_file.setdefault(file, []).append(read)
         return list(tensors)
 
     def read_all() -> None:
-        for file, of_file in reads.items():
-            read_shard(path / file, of_file)
+        for file, slices in slices_by_file.items():
+            read_shard(path / file, slices)
 
-    wanted = {name for names in _on_all_ranks(prepare, path) for name in names}
-    _refuse(path, "unexpected", sorted(saved.keys() - wanted))
-    _on_all_ranks(read_all, path)
+    passed = {name for names in _run_on_all_ranks(prepare, path) for name in names}
+    expect_no_tensors(path, "unexpected", saved.keys() - passed, CheckpointError)
+    _run_on_all_ranks(read_all, path)
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _on_all_ranks(work: Callable[[], T], path: Path) -> list[T]:
-    """Run `work` on every rank and return all ranks' results; if it failed on any, raise CheckpointError on all."""
+def _run_on_all_ranks(work: Callable[[], T], path: Path) -> list[T]:
+    """Call `work` on every rank and return the results of all ranks.
+
+    Raises:
+        CheckpointError: on all ranks, if `work` failed on any rank.
+    """
     result: T | None = None
     message: str | None = None
     cause: Exception | None = None
@@ -172,8 +192,8 @@ def _on_all_ranks(work: Callable[[], T], path: Path) -> list[T]:
     except CheckpointError as error:
         message, cause = str(error), error
     except OSError as error:
-        message, cause = describe(error, path), error
-    except Exception as error:  # Whatever it is, the other ranks wait and must hear of it.
+        message, cause = explain_os_error(error, path), error
+    except Exception as error:  # The other ranks wait for this rank's result, so every error must reach them.
         message, cause = f"{path}: {type(error).__name__}: {error}", error
     outcomes: list[Any] = [(result, message)]
     if dist.is_initialized():
@@ -181,23 +201,23 @@ def _on_all_ranks(work: Callable[[], T], path: Path) -> list[T]:
         dist.all_gather_object(outcomes, (result, message))
     failures = {rank: failure for rank, (_, failure) in enumerate(outcomes) if failure is not None}
     for rank, failure in failures.items():
-        common = len(failures) == len(outcomes) and len(set(failures.values())) == 1
-        raise CheckpointError(failure if common else f"rank {rank}: {failure}") from cause
+        same_everywhere = len(failures) == len(outcomes) and len(set(failures.values())) == 1
+        raise CheckpointError(failure if same_everywhere else f"rank {rank}: {failure}") from cause
     return [outcome for outcome, _ in outcomes]
 
 
 def _manifest_body(
-    holdings: list[dict[str, SavedShard]],
-    chunks: list[Chunk],
+    shards_by_rank: list[dict[str, ShardInfo]],
+    tasks: list[WriteTask],
     files: list[tuple[str, dict[str, Any]]],
     state: dict[str, Any],
 ) -> dict[str, Any]:
     tensors: dict[str, dict[str, Any]] = {}
-    for of_rank in holdings:
-        for name, holding in of_rank.items():
-            tensors.setdefault(name, {"dtype": holding.dtype, "shape": holding.shape, "chunks": []})
-    for name, region, owner in chunks:
-        tensors[name]["chunks"].append({"file": files[owner][0], "offset": region.offset, "shape": region.shape})
+    for shards in shards_by_rank:
+        for name, info in shards.items():
+            tensors.setdefault(name, {"dtype": info.dtype, "shape": info.shape, "chunks": []})
+    for name, region, writer in tasks:
+        tensors[name]["chunks"].append({"file": files[writer][0], "offset": region.offset, "shape": region.shape})
     return {
         "format": FORMAT,
         "torch": torch.__version__,
@@ -212,7 +232,7 @@ def _check_visible(directory: Path, files: list[tuple[str, dict[str, Any]]]) -> 
         file = directory / name
         if not file.is_file() or file.stat().st_size != record["size"]:
             raise CheckpointError(
-                f"{file}: rank {rank} wrote it, and rank 0 does not see it: expected a shared directory"
+                f"{file}: rank {rank} wrote this file, and rank 0 does not see it: expected a shared directory"
             )
 
 
@@ -222,20 +242,13 @@ def _publish(temporary: Path, final: Path) -> None:
         temporary.rename(final)
         fsync(final.parent)
         return
-    news = {file.name for file in temporary.iterdir()}
-    for name in sorted(news - {MANIFEST}):
+    new_names = {file.name for file in temporary.iterdir()}
+    for name in sorted(new_names - {MANIFEST}):
         os.replace(temporary / name, final / name)
     fsync(final)
     os.replace(temporary / MANIFEST, final / MANIFEST)
     fsync(final)
     temporary.rmdir()
     for file in final.iterdir():
-        if file.name not in news:
+        if file.name not in new_names:
             file.unlink()
-
-
-def _refuse(path: Path, what: str, names: list[str]) -> None:
-    """Raise CheckpointError that lists the first five of `names`, if there are any."""
-    if names:
-        rest = f", and {len(names) - 5} more" if len(names) > 5 else ""
-        raise CheckpointError(f"{path}: {len(names)} tensors {what}: {', '.join(names[:5])}{rest}")

@@ -1,9 +1,11 @@
-"""What makes a directory a checkpoint: a self-hashed manifest, written last.
+"""The manifest of a checkpoint, and the checkpoints of a run: which are complete, which is the newest, which to delete.
 
-`manifest.json` names every file with its size and SHA-256, every tensor with the regions it was cut into, and the JSON
-state of the run. It ends the writing of a checkpoint: a directory without it, or whose manifest does not hash to the
-value it carries, was never committed. The hash finds damage; it does not prove who wrote the file, so that everything
-read here is checked as input: nothing in a manifest can name a file outside its directory or run code.
+`manifest.json` has the size and SHA-256 of every file, the regions of every tensor, the JSON state of the run, and the
+hash of its own content. It is written last. A directory without a manifest, or with a manifest whose content does not
+have the hash that it gives, is not a committed checkpoint.
+
+The hash detects damage. It does not prove who wrote the file. Everything that is read here is therefore checked as
+untrusted input: a manifest cannot name a file outside its directory, and reading it cannot run code.
 """
 
 import hashlib
@@ -17,24 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError
-from common.files import fsync
+from common.files import fsync, sha256_of
 
 FORMAT = 1
+"""The version of the checkpoint format."""
 CHECKPOINTS = "checkpoints"
-"""Directory of a run's checkpoints, in the run's own."""
+"""Name of the directory with the checkpoints, in a run's directory."""
 MANIFEST = "manifest.json"
 STEP_DIRECTORY = re.compile(r"step-(0|[1-9][0-9]*)")
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}-[0-9a-f]{16}\.safetensors")
 
 
 def write_manifest(directory: Path, body: dict[str, Any]) -> None:
-    """Write `body`, which is JSON-able and carries no `sha256` of its own, with its hash, and sync the directory.
+    """Write `body` and its hash as the manifest of `directory`, and flush the file and the directory to the disk.
+
+    Args:
+        body: JSON-serialisable, without the key `sha256`.
 
     Raises:
-        CheckpointError: `body` is not strict JSON (NaN is not).
+        CheckpointError: `body` is not strict JSON, e.g. because it has a NaN.
     """
     try:
-        # Once through JSON, so that tuples and integer keys hash as what they will be read back as.
+        # Tuples become lists and integer keys become strings in JSON. The hash must be that of the values read back.
         body = json.loads(_canonical(body))
         text = _canonical(body | {"sha256": _digest(body)})
     except (TypeError, ValueError) as error:
@@ -47,10 +53,11 @@ def write_manifest(directory: Path, body: dict[str, Any]) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint directory `path`, its self-hash and shape checked.
+    """Return the manifest of the checkpoint directory `path`, after checking its hash and its fields.
 
     Raises:
-        CheckpointError: there is none, it is damaged, of another format, or names something other than shard files.
+        CheckpointError: the manifest is missing or damaged, has another format, or names a file that is not a shard
+            file.
     """
     file = path / MANIFEST
     try:
@@ -59,13 +66,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     try:
         body: dict[str, Any] = json.loads(raw)
-        claimed = body.pop("sha256")
-        found = _digest(body)
-        intact = claimed == found and _canonical(body | {"sha256": claimed}) == raw
+        expected = body.pop("sha256")
+        actual = _digest(body)
+        intact = expected == actual and _canonical(body | {"sha256": expected}) == raw
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: not the JSON that was written") from error
     if not intact:
-        raise CheckpointError(f"{file}: damaged: found sha256 {found}, expected {claimed}")
+        raise CheckpointError(f"{file}: damaged: found sha256 {actual}, expected {expected}")
     if body.get("format") != FORMAT:
         raise CheckpointError(f"{file}: found format {body.get('format')!r}, expected {FORMAT}")
     try:
@@ -76,7 +83,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON state that was saved with the checkpoint `path`. Needs no process group.
+    """Return the JSON state that was saved with the checkpoint `path`. Needs no process group.
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
@@ -86,18 +93,20 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def step_directories(root: Path) -> list[Path]:
-    """Every `step-<N>` directory below `root`, committed or not, newest first."""
+    """Return every directory `step-<N>` in `root`, committed or not, newest first."""
     if not root.is_dir():
         return []
-    found = [path for path in root.iterdir() if STEP_DIRECTORY.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+    directories = [path for path in root.iterdir() if STEP_DIRECTORY.fullmatch(path.name) and path.is_dir()]
+    return sorted(directories, key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
+    """Return N of the directory `step-<N>`."""
     return int(path.name.removeprefix("step-"))
 
 
 def is_committed(path: Path) -> bool:
+    """Return whether the checkpoint `path` has an undamaged manifest. Its other files are not read."""
     try:
         read_manifest(path)
     except CheckpointError:
@@ -106,32 +115,35 @@ def is_committed(path: Path) -> bool:
 
 
 def committed(root: Path) -> list[Path]:
-    """The checkpoints below `root` whose manifest is whole, newest first. Tensor files are not read: see `verify`."""
+    """Return the committed checkpoints in `root`, newest first. Their tensor files are not read: see `verify`."""
     return [path for path in step_directories(root) if is_committed(path)]
 
 
 def verify(path: Path) -> None:
-    """Read every file of the checkpoint `path` and compare size and SHA-256 with the manifest.
+    """Read every file of the checkpoint `path` and compare its size and SHA-256 with the manifest.
 
     Files that the manifest does not name are ignored.
 
     Raises:
-        CheckpointError: names the first file that differs, what was found and what was expected.
+        CheckpointError: names the first file that differs, with the actual and the expected value.
     """
     files: dict[str, dict[str, Any]] = read_manifest(path)["files"]
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for problem in pool.map(lambda item: _problem(path / item[0], **item[1]), files.items()):
+        for problem in pool.map(lambda item: _find_damage(path / item[0], **item[1]), files.items()):
             if problem is not None:
                 raise CheckpointError(problem)
 
 
 def newest_verified(root: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint below `root` that passes `verify`; None where there is no checkpoint at all.
+    """Return the newest checkpoint in `root` that passes `verify`, or None if `root` has no checkpoint at all.
 
-    `warn` gets one line for each newer one that was skipped. Reads whole files: one rank calls it and tells the others.
+    This reads whole files. Call it on one rank and send the result to the others.
+
+    Args:
+        warn: called with one line for each newer checkpoint that is skipped because it is damaged.
 
     Raises:
-        CheckpointError: there are checkpoints, and none passes.
+        CheckpointError: `root` has checkpoints, and all of them are damaged.
     """
     damaged = []
     for path in step_directories(root):
@@ -143,50 +155,51 @@ def newest_verified(root: Path, warn: Callable[[str], None]) -> Path | None:
         else:
             return path
     if damaged:
-        raise CheckpointError(f"{root}: none of its checkpoints is whole ({', '.join(damaged)})")
+        raise CheckpointError(f"{root}: expected an undamaged checkpoint; all are damaged ({', '.join(damaged)})")
     return None
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint: the manifest first, so that a kill on the way leaves nothing that looks like one."""
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint. The manifest goes first, so that a partly deleted checkpoint is not a committed one."""
     (path / MANIFEST).unlink(missing_ok=True)
     fsync(path)
     shutil.rmtree(path)
 
 
-def purge(root: Path, newest: int, keep: int) -> None:
-    """Keep the `keep` newest checkpoints up to step `newest`, which has just been saved.
+def delete_old_checkpoints(root: Path, newest: int, keep: int) -> None:
+    """Keep the `keep` newest checkpoints up to step `newest`, which was just saved, and delete the older ones.
 
-    Uncommitted leftovers go too, and so do damaged checkpoints of later steps: a run that was resumed from before
-    them would otherwise count them as its newest. Whole ones of later steps stay, and are not counted.
+    This also deletes uncommitted directories, and damaged checkpoints of later steps. Later steps exist when a run was
+    resumed from an earlier step, and a damaged one would count as the run's newest checkpoint. Undamaged checkpoints of
+    later steps are kept and do not count towards `keep`.
     """
-    earlier = [path for path in step_directories(root) if step_of(path) <= newest]
-    kept = [path for path in earlier if is_committed(path)][:keep]
-    for path in earlier:
+    up_to_newest = [path for path in step_directories(root) if step_of(path) <= newest]
+    kept = [path for path in up_to_newest if is_committed(path)][:keep]
+    for path in up_to_newest:
         if path not in kept:
-            remove(path)
+            delete_checkpoint(path)
     for path in step_directories(root):
         if step_of(path) > newest:
             try:
                 verify(path)
             except CheckpointError:
-                remove(path)
+                delete_checkpoint(path)
 
 
-def _problem(file: Path, size: int, sha256: str) -> str | None:
+def _find_damage(file: Path, size: int, sha256: str) -> str | None:
+    """Return a message if `file` does not have this size and SHA-256, else None."""
     try:
-        found_size = file.stat().st_size
-        if found_size != size:
-            return f"{file}: found {found_size} bytes, expected {size}"
-        with open(file, "rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        actual_size = file.stat().st_size
+        if actual_size != size:
+            return f"{file}: found {actual_size} bytes, expected {size}"
+        actual = sha256_of(file)
     except OSError as error:
-        return f"{file}: found nothing readable ({error.strerror}), expected {size} bytes"
-    return None if found == sha256 else f"{file}: found sha256 {found}, expected {sha256}"
+        return f"{file}: cannot be read ({error.strerror}), expected {size} bytes"
+    return None if actual == sha256 else f"{file}: found sha256 {actual}, expected {sha256}"
 
 
 def _check_body(body: dict[str, Any]) -> None:
-    """Raise TypeError, KeyError or AttributeError unless `body` has the fields and types that readers rely on."""
+    """Raise TypeError, KeyError or AttributeError unless `body` has the fields and types that a reader needs."""
     if not isinstance(body["state"], dict):
         raise TypeError("state is not an object")
     for name, record in body["files"].items():
@@ -195,16 +208,16 @@ def _check_body(body: dict[str, Any]) -> None:
         if set(record) != {"size", "sha256"} or not isinstance(record["size"], int):
             raise TypeError(f"record of {name}")
     for name, record in body["tensors"].items():
-        for chunk in record["chunks"]:
-            numbers = [*record["shape"], *chunk["offset"], *chunk["shape"]]
-            same_rank = len(record["shape"]) == len(chunk["offset"]) == len(chunk["shape"])
-            if chunk["file"] not in body["files"] or not same_rank:
-                raise TypeError(f"chunk of {name!r}")
-            if not all(isinstance(number, int) and number >= 0 for number in numbers):
-                raise TypeError(f"chunk of {name!r}")
+        dims, chunks = len(record["shape"]), record["chunks"]
+        sizes = [record["shape"], *(chunk[key] for chunk in chunks for key in ("offset", "shape"))]
+        if not all(len(size) == dims and all(isinstance(n, int) and n >= 0 for n in size) for size in sizes):
+            raise TypeError(f"shapes of {name!r}")
+        if not isinstance(record["dtype"], str) or any(chunk["file"] not in body["files"] for chunk in chunks):
+            raise TypeError(f"record of {name!r}")
 
 
 def _canonical(body: dict[str, Any]) -> bytes:
+    """Return the one JSON text that stands for `body`: sorted keys and no white space."""
     return json.dumps(body, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()
 
 

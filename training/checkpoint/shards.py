@@ -1,4 +1,4 @@
-"""Which rectangle of which tensor a rank holds, and how rectangles get into and out of safetensors files."""
+"""The regions of a checkpoint's tensors: which rank writes each region, and safetensors files that contain regions."""
 
 import errno
 import hashlib
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from common.errors import CheckpointError
 from moe.region import LocalShard, Region, whole_shard
 
-# torch's dtypes under the names that the safetensors format gives them.
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -30,158 +28,181 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""Each supported dtype -> its name in the safetensors format."""
 
 
-class SavedShard(NamedTuple):
-    """What a rank tells the others about one tensor."""
+class ShardInfo(NamedTuple):
+    """A rank's shard of one tensor, without the values. Ranks exchange these before they write."""
 
     dtype: str
+    """A value of `DTYPES`."""
     shape: tuple[int, ...]
+    """Shape of the whole tensor."""
     region: Region | None
-    """The part that this rank holds; None if it holds nothing of it."""
+    """The region that the rank stores; None if the rank stores no element of the tensor."""
 
 
-class Chunk(NamedTuple):
-    """A region that `owner` writes."""
+class WriteTask(NamedTuple):
+    """A region of a tensor, and the rank that writes it to its file."""
 
     name: str
     region: Region
-    owner: int
+    rank: int
 
 
-class Read(NamedTuple):
-    """One copy from a file: `target` is a view of the tensor being loaded."""
-
-    key: str
-    dtype: str
-    chunk_shape: tuple[int, ...]
-    slices: tuple[slice, ...]
-    target: Tensor
-
-
-def as_shard(tensor: Tensor | LocalShard) -> LocalShard:
-    """A plain tensor is taken to be whole."""
-    return tensor if isinstance(tensor, LocalShard) else whole_shard("", tensor)
-
-
-def assign_owners(holdings: list[dict[str, SavedShard]]) -> list[Chunk]:
-    """Give every distinct region to one of its holders, so that ranks write about as many bytes. Same on all ranks.
-
-    Raises:
-        CheckpointError: ranks disagree on a tensor's dtype or shape, or together do not hold each element of it once.
-    """
-    holders: dict[tuple[str, Region], list[int]] = {}
-    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for rank, of_rank in enumerate(holdings):
-        for name, (dtype, shape, region) in of_rank.items():
-            if kinds.setdefault(name, (dtype, shape)) != (dtype, shape):
-                raise CheckpointError(
-                    f"{name}: found {dtype} {shape} on rank {rank}, expected {kinds[name]} as elsewhere"
-                )
-            if region is not None:
-                holders.setdefault((name, region), []).append(rank)
-    held = dict.fromkeys(kinds, 0)
-    for name, region in holders:
-        held[name] += region.numel
-    for name, (_, shape) in kinds.items():
-        total = torch.Size(shape).numel()
-        if held[name] != total:
-            raise CheckpointError(f"{name}: found {held[name]} elements on all ranks together, expected {total}")
-
-    widths = {name: dtype.itemsize for dtype, name in DTYPES.items()}
-    load = [0] * len(holdings)
-    chunks = []
-    sized = [(region.numel * widths[kinds[name][0]], name, region) for name, region in holders]
-    for size, name, region in sorted(sized, key=lambda item: (-item[0], item[1], item[2])):
-        owner = min(holders[name, region], key=lambda rank: load[rank])
-        load[owner] += size
-        chunks.append(Chunk(name, region, owner))
-    return chunks
-
-
-class Part(NamedTuple):
-    """A tensor to be written, which exists only while its turn lasts."""
+class LazyTensor(NamedTuple):
+    """A tensor to write. It is made when it is written, so that only one such tensor is in memory at a time."""
 
     key: str
+    """Its name in the file."""
     dtype: torch.dtype
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
-    """The tensor, on any device."""
+    """Returns the tensor, on any device."""
 
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_shard(directory: Path, rank: int, parts: Sequence[tuple[str, Tensor]]) -> tuple[str, dict[str, Any]]:
-    """Write `parts` (key, tensor on any device) as rank `rank`'s file of a checkpoint, and return its name and record.
+class SliceRead(NamedTuple):
+    """One slice of a tensor in a safetensors file, and the memory to copy it into."""
+
+    key: str
+    """The tensor's name in the file."""
+    dtype: str
+    """The expected dtype of the tensor in the file, a value of `DTYPES`."""
+    shape: tuple[int, ...]
+    """The expected shape of the tensor in the file."""
+    slices: tuple[slice, ...]
+    target: Tensor
+    """A view of the tensor that is loaded."""
+
+
+def as_shard(tensor: Tensor | LocalShard) -> LocalShard:
+    """Return a shard as it is, and a plain tensor as a shard that is the whole tensor."""
+    return tensor if isinstance(tensor, LocalShard) else whole_shard("", tensor)
+
+
+def assign_writers(shards_by_rank: Sequence[dict[str, ShardInfo]]) -> list[WriteTask]:
+    """Choose one rank to write each distinct region, so that the ranks write about the same number of bytes.
+
+    The result depends on the arguments only, so every rank computes the same one.
+
+    Args:
+        shards_by_rank: for each rank, tensor name -> the rank's shard.
 
     Raises:
-        CheckpointError: as `write_parts`.
+        CheckpointError: ranks disagree on a tensor's dtype or shape, or the distinct regions of a tensor do not have
+            as many elements together as the tensor.
     """
-    made = [Part(key, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)) for key, tensor in parts]
-    return write_parts(directory, rank, made)
+    holders: dict[tuple[str, Region], list[int]] = {}
+    kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for rank, shards in enumerate(shards_by_rank):
+        for name, (dtype, shape, region) in shards.items():
+            if kinds.setdefault(name, (dtype, shape)) != (dtype, shape):
+                raise CheckpointError(
+                    f"{name}: found {dtype} {shape} on rank {rank}, expected {kinds[name]} as on the ranks before it"
+                )
+            if region is not None:
+                holders.setdefault((name, region), []).append(rank)
+    stored = dict.fromkeys(kinds, 0)
+    for name, region in holders:
+        stored[name] += region.numel
+    for name, (_, shape) in kinds.items():
+        total = torch.Size(shape).numel()
+        if stored[name] != total:
+            raise CheckpointError(f"{name}: found {stored[name]} elements on all ranks together, expected {total}")
+
+    widths = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+    load = [0] * len(shards_by_rank)
+    tasks = []
+    sized = [(region.numel * widths[kinds[name][0]], name, region) for name, region in holders]
+    # The largest region first, each to the holder that has the fewest bytes to write so far.
+    for size, name, region in sorted(sized, key=lambda item: (-item[0], item[1], item[2])):
+        writer = min(holders[name, region], key=lambda rank: load[rank])
+        load[writer] += size
+        tasks.append(WriteTask(name, region, writer))
+    return tasks
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def write_shard(directory: Path, rank: int, tensors: Sequence[tuple[str, Tensor]]) -> tuple[str, dict[str, Any]]:
+    """Write `tensors` as the file of rank `rank` in the checkpoint directory `directory`.
 
+    Args:
+        tensors: (name in the file, tensor on any device) pairs.
 
-def write_parts(directory: Path, rank: int, parts: Sequence[Part]) -> tuple[str, dict[str, Any]]:
-    """As `write_shard`, with tensors that are made one by one.
-
-    The name carries the content's hash, so that two checkpoints of one step can share a directory while one replaces
-    the other.
+    Returns:
+        The file's name, and its record for the manifest.
 
     Raises:
-        CheckpointError: the file could not be written (disk full, say). No part of it is left.
+        CheckpointError: the file cannot be written, e.g. because the disk is full. No partial file remains.
+    """
+    lazy = [LazyTensor(key, tensor.dtype, tuple(tensor.shape), tensor.detach) for key, tensor in tensors]
+    return write_lazy_shard(directory, rank, lazy)
+
+
+def write_lazy_shard(directory: Path, rank: int, tensors: Sequence[LazyTensor]) -> tuple[str, dict[str, Any]]:
+    """Like `write_shard`, for tensors that are made one by one.
+
+    The file's name contains the hash of its content. Two checkpoints of one step can therefore be in one directory
+    while one of them replaces the other.
+
+    Raises:
+        CheckpointError: as in `write_shard`.
     """
     unnamed = directory / f"rank-{rank:05}.unfinished"
-    record = write_safetensors(unnamed, parts)
+    record = write_safetensors(unnamed, tensors)
     name = f"rank-{rank:05}-{record['sha256'][:16]}.safetensors"
     unnamed.rename(directory / name)
     return name, record
 
 
-def write_safetensors(path: Path, parts: Sequence[Part], metadata: dict[str, str] | None = None) -> dict[str, Any]:
-    """Write one safetensors file, synced, and return its size and SHA-256.
+def write_safetensors(
+    path: Path, tensors: Sequence[LazyTensor], metadata: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Write one safetensors file and flush it to the disk.
 
-    Written here rather than by the safetensors package: tensor by tensor, so that no second copy of the file is held,
-    and hashed from memory on the way, so that what the disk garbled is caught too.
+    `safetensors.torch.save_file` takes all tensors at once and does not hash or flush the file. This function makes and
+    writes one tensor at a time. It hashes the bytes in memory, so that a later `verify` also finds errors that happened
+    while the file was written.
+
+    Returns:
+        `{"size": bytes, "sha256": hexadecimal digits}`.
 
     Raises:
-        CheckpointError: the file could not be written (disk full, say). No part of it is left.
+        CheckpointError: the file cannot be written, e.g. because the disk is full. No partial file remains.
     """
-    # Wide types first: every tensor then starts at a multiple of its item size, as the format asks.
-    parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
+    # Wide dtypes first: every tensor then starts at a multiple of its item size, as the format requires.
+    tensors = sorted(tensors, key=lambda lazy: -lazy.dtype.itemsize)
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     end = 0
-    for part in parts:
-        start, end = end, end + part.nbytes
-        header[part.key] = {"dtype": DTYPES[part.dtype], "shape": list(part.shape), "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    size = 8 + len(head) + end
+    for lazy in tensors:
+        start, end = end, end + lazy.nbytes
+        header[lazy.key] = {"dtype": DTYPES[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    size = 8 + len(encoded) + end
 
     digest = hashlib.sha256()
     try:
         with open(path, "wb", buffering=0) as file:
-            write_all(file.fileno(), len(head).to_bytes(8, "little") + head, digest)
-            for part in parts:
-                tensor = part.make()
-                assert (tensor.dtype, tuple(tensor.shape)) == (part.dtype, part.shape), part.key
-                # Any dtype as bytes: numpy knows no bfloat16.
+            _write_all(file.fileno(), len(encoded).to_bytes(8, "little") + encoded, digest)
+            for lazy in tensors:
+                tensor = lazy.make()
+                assert (tensor.dtype, tuple(tensor.shape)) == (lazy.dtype, lazy.shape), lazy.key
+                # numpy has no bfloat16, so every dtype is viewed as bytes.
                 octets = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                write_all(file.fileno(), octets.data, digest)
+                _write_all(file.fileno(), octets.data, digest)
             os.fsync(file.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise CheckpointError(describe(error, path.parent, size)) from error
+        raise CheckpointError(explain_os_error(error, path.parent, size)) from error
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def write_all(descriptor: int, content: bytes | memoryview, digest: Any) -> None:
-    """Write and hash `content`; a short write (2 GiB is the most Linux takes at once) is continued."""
+def _write_all(descriptor: int, content: bytes | memoryview, digest: Any) -> None:
+    """Write `content` completely and add it to the hash `digest`. One `os.write` takes at most 2 GiB on Linux."""
     rest = memoryview(content)
     while rest:
         written = os.write(descriptor, rest[: 1 << 26])
@@ -189,8 +210,13 @@ def write_all(descriptor: int, content: bytes | memoryview, digest: Any) -> None
         rest = rest[written:]
 
 
-def describe(error: OSError, directory: Path, needed: int | None = None) -> str:
-    """One line for a failed operation in `directory`; `needed`: bytes that were to be written."""
+def explain_os_error(error: OSError, directory: Path, needed: int | None = None) -> str:
+    """Return a one-line message for a file operation in `directory` that failed.
+
+    Args:
+        needed: number of bytes that the operation had to write. A message about a full disk gives it, and the number of
+            bytes that are free.
+    """
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"{error.filename or directory}: {error.strerror or error}"
     needs = "" if needed is None else f"this rank's part needs {needed} bytes, "
@@ -198,13 +224,19 @@ def describe(error: OSError, directory: Path, needed: int | None = None) -> str:
     return f"{directory}: {error.strerror}: {needs}{shutil.disk_usage(existing).free} bytes are free"
 
 
-def plan_reads(name: str, record: dict[str, Any], local: Tensor, region: Region) -> list[tuple[str, Read]]:
-    """The (file, read) pairs that fill `local`, which holds `region` of the saved tensor that `record` describes.
+def find_slices(name: str, record: dict[str, Any], local: Tensor, region: Region) -> list[tuple[str, SliceRead]]:
+    """Find the slices of a checkpoint's files that fill `local`, which is `region` of the saved tensor `name`.
+
+    Args:
+        record: the tensor's record in the manifest.
+
+    Returns:
+        (file name, slice) pairs.
 
     Raises:
         CheckpointError: the saved chunks do not cover the region exactly once.
     """
-    reads = []
+    slices = []
     covered = 0
     for chunk in record["chunks"]:
         saved = Region(tuple(chunk["offset"]), tuple(chunk["shape"]))
@@ -212,29 +244,29 @@ def plan_reads(name: str, record: dict[str, Any], local: Tensor, region: Region)
         if common is not None:
             covered += common.numel
             target = local[common.slices(region)]
-            reads.append(
-                (chunk["file"], Read(saved.key(name), record["dtype"], saved.shape, common.slices(saved), target))
+            slices.append(
+                (chunk["file"], SliceRead(saved.key(name), record["dtype"], saved.shape, common.slices(saved), target))
             )
     if covered != region.numel:
         raise CheckpointError(f"{name}: found {covered} saved elements of {region.key(name)}, expected {region.numel}")
-    return reads
+    return slices
 
 
-def read_shard(file: Path, reads: Sequence[Read]) -> None:
-    """Copy slices of one safetensors file into their targets; bytes outside the slices are not read.
+def read_shard(file: Path, slices: Sequence[SliceRead]) -> None:
+    """Copy slices of one safetensors file into their targets. Bytes outside the slices are not read.
 
     Raises:
-        CheckpointError: the file is missing, is not a safetensors file, or lacks what the manifest says it holds.
+        CheckpointError: the file is missing, is not a safetensors file, or lacks a tensor that the manifest names.
     """
     try:
         with safe_open(file, framework="pt") as shard:
-            for read in reads:
-                part = shard.get_slice(read.key)
-                found = (part.get_dtype(), tuple(part.get_shape()))
-                if found != (read.dtype, read.chunk_shape):
+            for read in slices:
+                stored = shard.get_slice(read.key)
+                dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
+                if (dtype, shape) != (read.dtype, read.shape):
                     raise CheckpointError(
-                        f"{file}: {read.key}: found {found[0]} {found[1]}, expected {read.dtype} {read.chunk_shape}"
+                        f"{file}: {read.key}: found {dtype} {shape}, expected {read.dtype} {read.shape}"
                     )
-                read.target.copy_(part[read.slices] if read.slices else shard.get_tensor(read.key))
+                read.target.copy_(stored[read.slices] if read.slices else shard.get_tensor(read.key))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error

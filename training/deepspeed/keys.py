@@ -1,10 +1,14 @@
-"""The keys of a DeepSpeed configuration file, by who decides them: docs/deepspeed.md in code."""
+"""The keys of a DeepSpeed configuration file, by who decides their values. docs/deepspeed.md describes them.
+
+Every key of DeepSpeed's is in one of the tables below, or in `training.deepspeed.settings`. Any other key is an error.
+"""
 
 from typing import Any, Literal
 
 ZERO = "zero_optimization."
+"""Prefix of the keys in the section `zero_optimization`."""
 
-AGREED: dict[str, tuple[Any, str]] = {
+FIXED_VALUES: dict[str, tuple[Any, str]] = {
     "managed_gradient_accumulation": (False, "Mixwright counts the micro-batches"),
     ZERO + "reduce_scatter": (True, "experts need it"),
     ZERO + "contiguous_gradients": (True, "experts need it"),
@@ -13,67 +17,67 @@ AGREED: dict[str, tuple[Any, str]] = {
     ZERO + "zero_hpz_partition_size": (1, "experts have no second partition"),
     ZERO + "mics_shard_size": (-1, "experts have their own partition"),
     "gradient_allreduce_op": ("mean", "the loss is scaled for it"),
-    "prescale_gradients": (False, "the loss is scaled already"),
-    "gradient_predivide_factor": (1.0, "the loss is scaled already"),
+    "prescale_gradients": (False, "the loss is already scaled"),
+    "gradient_predivide_factor": (1.0, "the loss is already scaled"),
     "communication_data_type": ("fp32", "gradients are fp32"),
     "sequence_parallel_size": (1, "data and expert parallelism only"),
 }
-"""Key -> the value it has anyway, and why. (Those that the run's configuration decides: `deepspeed_settings`.)"""
+"""Key -> the only accepted value, and the reason. `deepspeed_settings` adds the keys whose value depends on the run."""
 
 _CAST = "train.precision decides; weights are fp32 and are cast where they are used"
-_TRIED = "it was not tried with experts"
-_SAVED = "checkpoints are Mixwright's, of one format for all engines"
+_NOT_TRIED = "it was not tried with experts"
+_CHECKPOINTS = "checkpoints are Mixwright's, with one format for all engines"
 _MODEL = "the model is Mixwright's"
-OFF = {
+MUST_BE_OFF = {
     "fp16": _CAST,
     "bf16": _CAST,
     "bfloat16": _CAST,
     "amp": _CAST,
     "torch_autocast": _CAST,
     "sparse_gradients": "experts need reduce_scatter",
-    "disable_allgather": "updated weights have to arrive",
+    "disable_allgather": "every rank needs the updated weights",
     "tensorboard": "section tracking",
     "wandb": "section tracking",
     "csv_monitor": "section tracking",
     "comet": "section tracking",
-    "flops_profiler": _TRIED,
-    "autotuning": "it starts runs of its own",
+    "flops_profiler": _NOT_TRIED,
+    "autotuning": "it starts other runs",
     "elasticity": "it changes the batch",
     "hybrid_engine": "generation is Mixwright's",
     "data_efficiency": "section data",
     "curriculum_learning": "section data",
     "progressive_layer_drop": _MODEL,
     "eigenvalue": _MODEL,
-    ZERO + "offload_optimizer": _TRIED,
-    ZERO + "offload_param": _TRIED,
-    ZERO + "cpu_offload": _TRIED,
-    ZERO + "cpu_offload_param": _TRIED,
+    ZERO + "offload_optimizer": _NOT_TRIED,
+    ZERO + "offload_param": _NOT_TRIED,
+    ZERO + "cpu_offload": _NOT_TRIED,
+    ZERO + "cpu_offload_param": _NOT_TRIED,
     ZERO + "zenflow": "its updates are delayed",
-    ZERO + "round_robin_gradients": _TRIED,
-    ZERO + "parameter_alignment": _TRIED,
-    ZERO + "elastic_checkpoint": _SAVED,
-    ZERO + "stage3_gather_16bit_weights_on_model_save": _SAVED,
-    ZERO + "stage3_gather_fp16_weights_on_model_save": _SAVED,
-    ZERO + "pipeline_loading_checkpoint": _SAVED,
-    ZERO + "legacy_stage1": "DeepSpeed has dropped it",
-    ZERO + "zero_quantized_weights": "it rounds weights on their way",
+    ZERO + "round_robin_gradients": _NOT_TRIED,
+    ZERO + "parameter_alignment": _NOT_TRIED,
+    ZERO + "elastic_checkpoint": _CHECKPOINTS,
+    ZERO + "stage3_gather_16bit_weights_on_model_save": _CHECKPOINTS,
+    ZERO + "stage3_gather_fp16_weights_on_model_save": _CHECKPOINTS,
+    ZERO + "pipeline_loading_checkpoint": _CHECKPOINTS,
+    ZERO + "legacy_stage1": "DeepSpeed removed it",
+    ZERO + "zero_quantized_weights": "it rounds weights when they are gathered",
     ZERO + "zero_quantized_nontrainable_weights": "it rounds weights",
-    ZERO + "zero_quantized_gradients": "it rounds gradients on their way",
+    ZERO + "zero_quantized_gradients": "it rounds gradients when they are reduced",
 }
-"""Key -> why it may not be on."""
+"""Key -> the reason why it must be switched off or left out."""
 
 _AXES = "data and expert parallelism only"
-OTHERS = {
+MUST_BE_ABSENT = {
     "optimizer": "section optim: AdamW",
     "scheduler": "section optim: schedule, warmup_steps, decay_steps, min_lr_ratio",
-    "checkpoint": _SAVED,
-    "load_universal_checkpoint": _SAVED,
-    ZERO + "load_from_fp32_weights": _SAVED,
+    "checkpoint": _CHECKPOINTS,
+    "load_universal_checkpoint": _CHECKPOINTS,
+    ZERO + "load_from_fp32_weights": _CHECKPOINTS,
     "data_types": "weights, gradients and moments are fp32",
     "dataloader_drop_last": "section data",
     "pipeline": _AXES,
     "tensor_parallel": _AXES,
-    "data_parallel_size": "what parallel.expert leaves of the world",
+    "data_parallel_size": "the number of ranks divided by parallel.expert",
     "use_data_before_expert_parallelism": "parallel.expert decides",
     "expert_parallel": "parallel.expert decides; the experts are Mixwright's",
     "moe": "section model and parallel.expert; the experts are Mixwright's",
@@ -86,11 +90,11 @@ OTHERS = {
     ZERO + "leaf_module": "no module of the model needs it",
     ZERO + "override_module_apply": _MODEL,
 }
-"""Key -> who decides it: it must not be there."""
+"""Key -> what decides instead: the key must be left out."""
 
 Kind = Literal["switch", "section", "count", "positive", "even"]
 
-PASSED: dict[str, Kind] = {
+USER_KEYS: dict[str, Kind] = {
     "steps_per_print": "positive",
     "wall_clock_breakdown": "switch",
     "memory_breakdown": "switch",
@@ -118,22 +122,24 @@ PASSED: dict[str, Kind] = {
     ZERO + "stage3_max_reuse_distance": "count",
     ZERO + "stage3_module_granularity_threshold": "count",
 }
-"""Key -> kind of value: how DeepSpeed communicates and what it prints, which changes no number."""
+"""Key -> the kind of its value. The user decides these keys. They change how DeepSpeed communicates and what it prints,
+and no result."""
 
-SHOWN: dict[Kind, str] = {
+EXPECTED: dict[Kind, str] = {
     "switch": "true or false",
     "section": "a section of keys",
     "count": "an integer >= 0",
     "positive": "an integer >= 1",
     "even": "an even integer >= 2",
 }
+"""Kind of value -> its description in messages."""
 
 DIAGNOSTICS = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger")
-"""What makes DeepSpeed print as it runs."""
+"""The keys that make DeepSpeed print during training."""
 
 
-def fits(value: Any, kind: Kind) -> bool:
-    """Whether `value`, as JSON gives it, is of that kind; 5e8 is an integer."""
+def has_kind(value: Any, kind: Kind) -> bool:
+    """Return whether `value`, as parsed from JSON, is of this kind. The number 5e8 is an integer."""
     if kind == "switch":
         return isinstance(value, bool)
     if kind == "section":
@@ -144,7 +150,7 @@ def fits(value: Any, kind: Kind) -> bool:
 
 
 def is_off(key: str, value: Any) -> bool:
-    """Whether `value` switches the key of `OFF` off, in any of the ways DeepSpeed has for it."""
+    """Return whether `value` switches off the key, which is one of `MUST_BE_OFF`, in any way that DeepSpeed accepts."""
     if not isinstance(value, dict):
         return value is None or value is False
     if key.startswith(ZERO):

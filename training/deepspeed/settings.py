@@ -1,7 +1,8 @@
-"""`engine=...`: which engine trains, what it cannot do, and what DeepSpeed is told. Torch-free to import.
+"""What the DeepSpeed engine supports, and the configuration that DeepSpeed gets. This module does not import torch.
 
-DeepSpeed is told about communication and diagnostics by its user, about everything else by Mixwright: a key of a
-`ds_config` is one that must agree with ours, one that is passed on, or one that is refused by name. None is ignored.
+The user's JSON file (`engine.ds_config`) decides how DeepSpeed communicates and what it prints. The run's configuration
+decides everything else. Each key of the file is therefore passed on, must agree with the run's configuration, or is an
+error that names it. No key is ignored.
 """
 
 import json
@@ -12,21 +13,35 @@ from typing import Any
 
 from common.checks import expect
 from common.errors import ConfigError
-from common.text import nearest, one_line
+from common.json_object import parse_json_object
+from common.text import nearest, shorten
 from parallel.config import ParallelConfig
 from training.config import EngineConfig, OptimConfig, TrainConfig
-from training.deepspeed.keys import AGREED, DIAGNOSTICS, OFF, OTHERS, PASSED, SHOWN, ZERO, fits, is_off
+from training.deepspeed.keys import (
+    DIAGNOSTICS,
+    EXPECTED,
+    FIXED_VALUES,
+    MUST_BE_ABSENT,
+    MUST_BE_OFF,
+    USER_KEYS,
+    ZERO,
+    has_kind,
+    is_off,
+)
 
 VERSION = "0.19.8"
-"""The one release whose insides training/deepspeed/engine.py relies on."""
-
+"""The one release of deepspeed whose internals training/deepspeed/engine.py relies on."""
 
 NATIVE_AXES = ("tensor", "pipeline", "context", "shard", "expert_tensor")
-"""Keys of `parallel` that only the native engine has."""
+"""Keys of `parallel` that only the native engine supports."""
 
 
 def check_engine(engine: EngineConfig, parallel: ParallelConfig, train: TrainConfig) -> None:
-    """Raise ValueError, which names the whole key, where `engine` cannot do what the rest of a run asks for."""
+    """Check that the engine supports the layout and the precision of the run.
+
+    Raises:
+        ValueError: it does not. The message starts with the whole key.
+    """
     if engine.kind == "native":
         return
     for axis in NATIVE_AXES:
@@ -43,135 +58,124 @@ def check_engine(engine: EngineConfig, parallel: ParallelConfig, train: TrainCon
 
 
 def check_choice(single_experts: Collection[str], train: str) -> None:
-    """Refuse single experts, which are slices of one parameter: DeepSpeed updates parameters as a whole.
+    """Check that no parameter trains in part.
 
-    (Masked gradients would not do: the weight decay of AdamW moves also what has no gradient.)
+    A single expert is a slice of a stacked parameter, and DeepSpeed updates whole parameters. Setting the gradients of
+    the other slices to zero would not help, because AdamW's weight decay changes them, too.
 
     Args:
-        single_experts: names of stacked parameters that train in part (`training.trainable.Choice.experts`).
-        train: `optim.train`, as one writes it.
+        single_experts: names of the stacked parameters that train in part (`training.trainable.Choice.experts`).
+        train: `optim.train`, as the user writes it.
 
     Raises:
-        ConfigError: there are some.
+        ConfigError: there are such parameters.
     """
     if single_experts:
         raise ConfigError(
-            f"optim.train={train}: expected whole parameters with engine=deepspeed, which updates no slice of one "
+            f"optim.train={train}: expected whole parameters with engine=deepspeed, which cannot update a slice of one "
             f"(single experts are slices of {min(single_experts)}); engine=native trains single experts"
         )
 
 
 def deepspeed_settings(engine: EngineConfig, train: TrainConfig, optim: OptimConfig, world_size: int) -> dict[str, Any]:
-    """The configuration `deepspeed.initialize` gets: the user's file, checked, and ours over it.
+    """Return the configuration for `deepspeed.initialize`: the user's file, checked, and the run's settings.
 
-    Call it before there is a process group: whatever is wrong is then one line of one process.
+    Call it before a process group exists, so that an error is one line from one process.
 
     Raises:
-        ConfigError: deepspeed is not installed, or is of another release; `engine.ds_config` cannot be read, or has a
-            key that is not the user's to set.
+        ConfigError: deepspeed is not installed or has another version, or `engine.ds_config` cannot be read or has a
+            key or value that is not accepted.
     """
-    _check_installed()
-    ours: dict[str, Any] = {
+    _check_version()
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(1, train.global_batch // train.accumulation // world_size),
         "managed_gradient_accumulation": False,
-        "gradient_clipping": optim.max_grad_norm or 0.0,  # left out, it means 1
+        "gradient_clipping": optim.max_grad_norm or 0.0,  # A missing key would mean 1.
         "zero_optimization": {
             "stage": engine.zero_stage,
             "reduce_scatter": True,
             "contiguous_gradients": True,
-            # would replace torch.nn.functional.linear in the whole process
+            # If true, DeepSpeed replaces torch.nn.functional.linear in the whole process.
             "memory_efficient_linear": False,
         },
     }
     if engine.ds_config is None:
-        return ours
-    theirs = _read(engine.ds_config)
-    agreed = {
-        **AGREED,
+        return settings
+    fixed_values = {
+        **FIXED_VALUES,
         "train_batch_size": (train.global_batch, "train.global_batch"),
         "gradient_accumulation_steps": (train.accumulation, "train.accumulation"),
         "train_micro_batch_size_per_gpu": (
-            ours["train_micro_batch_size_per_gpu"],
+            settings["train_micro_batch_size_per_gpu"],
             f"train.global_batch / train.accumulation / {world_size} ranks",
         ),
-        "gradient_clipping": (ours["gradient_clipping"], "optim.max_grad_norm"),
+        "gradient_clipping": (settings["gradient_clipping"], "optim.max_grad_norm"),
         "zero_optimization.stage": (engine.zero_stage, "engine.zero_stage"),
     }
     if engine.zero_stage == 1:
-        agreed["zero_optimization.overlap_comm"] = (False, "gradients are reduced once, when all are there, at stage 1")
+        fixed_values["zero_optimization.overlap_comm"] = (False, "at stage 1, gradients are reduced once, at the end")
     passed: dict[str, Any] = {}
-    for key, value in _flat(theirs):
-        expected = _objection(key, value, agreed)
+    for key, value in _flatten(_read(engine.ds_config)):
+        expected = _find_expected(key, value, fixed_values)
         if expected is not None:
-            raise ConfigError(f"engine.ds_config={engine.ds_config}: {key}={_shown(value)}: expected {expected}")
-        if key in PASSED:
-            passed[key] = int(value) if isinstance(value, float) else value  # bucket sizes are often written 5e8
+            shown = shorten(json.dumps(value), 60)
+            raise ConfigError(f"engine.ds_config={engine.ds_config}: {key}={shown}: expected {expected}")
+        if key in USER_KEYS:
+            passed[key] = int(value) if isinstance(value, float) else value  # Bucket sizes are often written as 5e8.
     zero = {key.removeprefix(ZERO): value for key, value in passed.items() if key.startswith(ZERO)}
     plain = {key: value for key, value in passed.items() if not key.startswith(ZERO)}
-    return {**plain, **ours, "zero_optimization": {**zero, **ours["zero_optimization"]}}
+    return {**plain, **settings, "zero_optimization": {**zero, **settings["zero_optimization"]}}
 
 
-def speaks(settings: dict[str, Any]) -> bool:
-    """Whether the user asked for something that DeepSpeed prints as it runs."""
+def prints_diagnostics(settings: dict[str, Any]) -> bool:
+    """Return whether the settings make DeepSpeed print during training."""
     return any(settings.get(key) for key in DIAGNOSTICS)
 
 
-def _check_installed() -> None:
+def _check_version() -> None:
     try:
-        found = version("deepspeed")
+        installed = version("deepspeed")
     except PackageNotFoundError:
         raise ConfigError(
             "engine.kind=deepspeed: expected deepspeed to be installed (pip install -e '.[deepspeed]')"
         ) from None
-    if found != VERSION:
+    if installed != VERSION:
         raise ConfigError(
-            f"engine.kind=deepspeed: expected deepspeed {VERSION}, on whose insides expert parallelism relies, found "
-            f"{found} (pip install -e '.[deepspeed]')"
+            f"engine.kind=deepspeed: expected deepspeed {VERSION}, on whose internals expert parallelism relies, found "
+            f"{installed} (pip install -e '.[deepspeed]')"
         )
 
 
 def _read(path: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ValueError(f"the key {twice} is there twice")
-        return dict(pairs)
-
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=once)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"engine.ds_config={path}: expected a JSON file, found: {one_line(str(error))}") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"engine.ds_config={path}: expected a JSON object, found {_shown(found)}")
-    return found
+        return parse_json_object(Path(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"engine.ds_config={path}: expected a JSON file ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"engine.ds_config={path}: {error}") from None
 
 
-def _objection(key: str, value: Any, agreed: dict[str, tuple[Any, str]]) -> str | None:
-    """What is expected in place of `value`, or None where it can stay."""
-    if key in agreed:
-        expected, why = agreed[key]
-        # 1 is 1.0, and true is neither
+def _find_expected(key: str, value: Any, fixed_values: dict[str, tuple[Any, str]]) -> str | None:
+    """Return a description of what is expected in place of `value`, or None if `value` is accepted."""
+    if key in fixed_values:
+        expected, reason = fixed_values[key]
+        # In Python, True == 1. Here 1 equals 1.0, and true equals neither.
         same = isinstance(value, bool) == isinstance(expected, bool) and value == expected
-        return None if same or value == "auto" else f"{json.dumps(expected)} ({why})"
-    if key in OFF:
-        return None if is_off(key, value) else f"it to be off or left out ({OFF[key]})"
-    if key in OTHERS:
-        return f"it to be left out ({OTHERS[key]})"
-    if key in PASSED:
-        return None if fits(value, PASSED[key]) else SHOWN[PASSED[key]]
-    return f"a key of docs/deepspeed.md; the nearest is {nearest(key, [*agreed, *OFF, *OTHERS, *PASSED])}"
+        return None if same or value == "auto" else f"{json.dumps(expected)} ({reason})"
+    if key in MUST_BE_OFF:
+        return None if is_off(key, value) else f"it to be off or left out ({MUST_BE_OFF[key]})"
+    if key in MUST_BE_ABSENT:
+        return f"it to be left out ({MUST_BE_ABSENT[key]})"
+    if key in USER_KEYS:
+        return None if has_kind(value, USER_KEYS[key]) else EXPECTED[USER_KEYS[key]]
+    known = [*fixed_values, *MUST_BE_OFF, *MUST_BE_ABSENT, *USER_KEYS]
+    return f"a key of docs/deepspeed.md; the nearest is {nearest(key, known)}"
 
 
-def _flat(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Top-level keys, and those of `zero_optimization` one by one."""
+def _flatten(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the top-level keys with their values, and each key of `zero_optimization` on its own."""
     for key, value in config.items():
         if key == "zero_optimization" and isinstance(value, dict):
             yield from ((ZERO + name, inner) for name, inner in value.items())
         else:
             yield key, value
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Models between formats, streamed: memory holds one tensor at a time, and an output is whole or not there."""
+"""Converting model directories between formats, one tensor at a time. After an error, the output does not exist."""
 
 import json
 import shutil
@@ -12,13 +12,13 @@ from torch import Tensor
 from common.errors import ModelError
 from common.files import fsync, write_atomically
 from moe.region import Region
-from training.checkpoint.shards import Part, write_safetensors
+from training.checkpoint.shards import LazyTensor, write_safetensors
 from training.formats import huggingface as hf
 from training.formats import huggingface_names as hf_names
 from training.formats import mistral
 from training.formats.mapping import Piece, interleave, list_pieces
-from training.formats.model_directory import Block, check_tokenizer, grouped, new_directory, write_model
-from training.formats.reader import ModelReader, blocks
+from training.formats.model_directory import Block, check_tokenizer, group_by_size, new_directory, write_model
+from training.formats.reader import ModelReader, split_experts
 from training.run import TOKENIZER_FILE
 
 FORMATS = {
@@ -35,31 +35,37 @@ CHAT_TEMPLATE = (
     "{%- endif %}"
     "{%- endfor %}"
 )
-"""The conversations of data/corpora/chat.py, in Jinja."""
+"""The chat format of data/corpora/chat.py, as a Jinja template."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def import_model(source: ModelReader, out: Path, dtype: Literal["fp32", "keep"], shard_bytes: int) -> int:
-    """Write `source` as a directory of ours; returns the bytes of its weights.
+def import_model(reader: ModelReader, out: Path, dtype: Literal["fp32", "keep"], shard_bytes: int) -> int:
+    """Write the reader's model as a model directory like a run's.
 
     Args:
-        dtype: of the weights: fp32, as training keeps them, or each tensor's own.
+        out: the directory to write.
+        dtype: `fp32`, the dtype that training uses for weights, or `keep` for each tensor's stored dtype.
+        shard_bytes: the most bytes of weights in one file.
+
+    Returns:
+        The size of the weights' files in bytes.
 
     Raises:
-        ModelError: a tensor that cannot be read, or an `out` that exists or cannot be written.
+        ModelError: a tensor cannot be read, or `out` exists or cannot be written.
     """
-    check_tokenizer(source)
+    check_tokenizer(reader)
 
     def block(name: str, region: Region) -> Block:
-        stored = torch.float32 if dtype == "fp32" else source.dtype(name)
-        return Block(name, source.shapes[name], region, stored, partial(source.read, name, region, stored))
+        stored = torch.float32 if dtype == "fp32" else reader.dtype(name)
+        return Block(name, reader.shapes[name], region, stored, partial(reader.read, name, region, stored))
 
-    parts = [block(name, region) for name, shape in source.shapes.items() for region in blocks(Region.whole(shape))]
-    return write_model(out, source.model, source.router, parts, source.tokenizer, shard_bytes=shard_bytes)
+    regions = [(name, part) for name, shape in reader.shapes.items() for part in split_experts(Region.whole(shape))]
+    blocks = [block(name, region) for name, region in regions]
+    return write_model(out, reader.model, reader.router, blocks, reader.tokenizer, shard_bytes=shard_bytes)
 
 
 def export_model(
-    source: ModelReader,
+    reader: ModelReader,
     out: Path,
     *,
     form: Literal["hf", "mistral"],
@@ -68,70 +74,77 @@ def export_model(
     positions: int,
     chat: bool = False,
 ) -> int:
-    """Write `source` in Hugging Face's or Mistral's format; returns the bytes of its weights.
+    """Write the reader's model in Hugging Face's or Mistral's format.
 
     Args:
+        out: the directory to write.
+        dtype: dtype of all weights.
+        shard_bytes: the most bytes of weights in one file.
         positions: `max_position_embeddings` of a Hugging Face configuration.
-        chat: give the tokenizer the `[INST]` chat template.
+        chat: give the Hugging Face tokenizer the `[INST]` chat template.
+
+    Returns:
+        The size of the weights in bytes.
 
     Raises:
-        ModelError: the format cannot say what the model computes (the message starts with the key); a tensor that
-            cannot be read; an `out` that exists or cannot be written; no transformers to make a tokenizer.json with.
+        ModelError: the format cannot describe the model (the message starts with the key that it does not support), a
+            tensor cannot be read, `out` exists or cannot be written, or transformers, which makes the
+            `tokenizer.json`, is not installed.
     """
     config_file, index_file, single, names = FORMATS[form]
     stored = DTYPES[dtype]
     if form == "hf":
-        config = hf.write_config(source.model, source.router, str(stored).removeprefix("torch."), positions)
+        config = hf.write_config(reader.model, reader.router, str(stored).removeprefix("torch."), positions)
     else:
-        config = mistral.write_params(source.model, source.router)
-    check_tokenizer(source)
-    if form == "hf" and source.tokenizer is not None:
-        _llama_tokenizer()  # an import that fails should fail before hours of writing
+        config = mistral.write_params(reader.model, reader.router)
+    check_tokenizer(reader)
+    if form == "hf" and reader.tokenizer is not None:
+        _import_llama_tokenizer()  # A missing package is reported before hours of writing.
 
-    by_tensor: dict[str, list[Piece]] = {}
-    for piece in list_pieces(source.shapes, names, source.model.head_dim):
-        by_tensor.setdefault(piece.theirs, []).append(piece)
-    parts = [
-        Part(name, stored, pieces[0].their_shape, partial(_assemble, source, pieces, stored))
-        for name, pieces in by_tensor.items()
+    pieces_by_tensor: dict[str, list[Piece]] = {}
+    for piece in list_pieces(reader.shapes, names, reader.model.head_dim):
+        pieces_by_tensor.setdefault(piece.foreign_name, []).append(piece)
+    tensors = [
+        LazyTensor(name, stored, pieces[0].foreign_shape, partial(_assemble, reader, pieces, stored))
+        for name, pieces in pieces_by_tensor.items()
     ]
-    groups = grouped(parts, lambda part: part.nbytes, shard_bytes)
+    groups = group_by_size(tensors, lambda tensor: tensor.nbytes, shard_bytes)
     stem = single.removesuffix(".safetensors")
-    files = [single] if len(groups) == 1 else _numbered(stem, len(groups))
+    files = [single] if len(groups) == 1 else _numbered_files(stem, len(groups))
     with new_directory(out) as directory:
         for file, group in zip(files, groups, strict=True):
             write_safetensors(directory / file, group, {"format": "pt"})
-        total = sum(part.nbytes for part in parts)
+        total = sum(tensor.nbytes for tensor in tensors)
         if len(files) > 1:
-            placed = {part.key: file for file, group in zip(files, groups, strict=True) for part in group}
-            _write_json(directory / index_file, {"metadata": {"total_size": total}, "weight_map": placed})
-        if source.tokenizer is not None:
-            shutil.copyfile(source.tokenizer, directory / TOKENIZER_FILE)
+            file_of = {tensor.key: file for file, group in zip(files, groups, strict=True) for tensor in group}
+            _write_json(directory / index_file, {"metadata": {"total_size": total}, "weight_map": file_of})
+        if reader.tokenizer is not None:
+            shutil.copyfile(reader.tokenizer, directory / TOKENIZER_FILE)
         if form == "hf":
-            marks = _marks(source.tokenizer)
-            config |= marks
-            _write_json(directory / "generation_config.json", {"_from_model_config": True} | marks)
+            special_ids = _special_token_ids(reader.tokenizer)
+            config |= special_ids
+            _write_json(directory / "generation_config.json", {"_from_model_config": True} | special_ids)
         _write_json(directory / config_file, config)
-        if form == "hf" and source.tokenizer is not None:
+        if form == "hf" and reader.tokenizer is not None:
             _write_fast_tokenizer(directory, chat)
         for path in directory.iterdir():
             fsync(path)
     return total
 
 
-def _assemble(source: ModelReader, pieces: list[Piece], dtype: torch.dtype) -> Tensor:
-    """One tensor of theirs out of ours."""
-    whole = torch.empty(pieces[0].their_shape, dtype=dtype)
+def _assemble(reader: ModelReader, pieces: list[Piece], dtype: torch.dtype) -> Tensor:
+    """Make one foreign tensor from all of its pieces."""
+    foreign = torch.empty(pieces[0].foreign_shape, dtype=dtype)
     for piece in pieces:
-        ours = source.read(piece.ours, Region(piece.our_offset, piece.shape), dtype)
+        block = reader.read(piece.name, Region(piece.offset, piece.shape), dtype)
         if piece.head_dim is not None:
-            ours = interleave(ours, piece.head_dim)
-        ours = ours.reshape(piece.shape[len(piece.shape) - whole.dim() :])
-        whole[tuple(slice(o, o + n) for o, n in zip(piece.their_offset, ours.shape, strict=True))] = ours
-    return whole
+            block = interleave(block, piece.head_dim)
+        block = block.reshape(piece.shape[len(piece.shape) - foreign.dim() :])
+        foreign[tuple(slice(o, o + n) for o, n in zip(piece.foreign_offset, block.shape, strict=True))] = block
+    return foreign
 
 
-def _numbered(stem: str, count: int) -> list[str]:
+def _numbered_files(stem: str, count: int) -> list[str]:
     return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
@@ -139,8 +152,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-def _marks(tokenizer: Path | None) -> dict[str, int | None]:
-    """Ids of the beginning and end of a text. Without a tokenizer: null, where transformers would take 1 and 2."""
+def _special_token_ids(tokenizer: Path | None) -> dict[str, int | None]:
+    """Return the ids of the special tokens for the beginning and the end of a document.
+
+    They are None without a tokenizer, because transformers would use 1 and 2 if the keys were missing.
+    """
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
     import sentencepiece
@@ -150,7 +166,7 @@ def _marks(tokenizer: Path | None) -> dict[str, int | None]:
     return {name: None if number < 0 else number for name, number in ids.items()}
 
 
-def _llama_tokenizer() -> Any:
+def _import_llama_tokenizer() -> Any:
     try:
         from transformers import LlamaTokenizer
     except ImportError as error:
@@ -161,9 +177,9 @@ def _llama_tokenizer() -> Any:
 
 
 def _write_fast_tokenizer(directory: Path, chat: bool) -> None:
-    """Beside `tokenizer.model`, what AutoTokenizer reads.
+    """Write the files that AutoTokenizer reads, beside `tokenizer.model`.
 
-    Left to itself, it takes a tokenizer.model for one that puts a space before a text, and gets other ids.
+    Without them, AutoTokenizer assumes that a `tokenizer.model` puts a space before a text, and returns other ids.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -171,7 +187,7 @@ def _write_fast_tokenizer(directory: Path, chat: bool) -> None:
     model = schema.ModelProto()
     model.ParseFromString((directory / TOKENIZER_FILE).read_bytes())
     prefix = bool(model.normalizer_spec.add_dummy_prefix)
-    tokenizer = _llama_tokenizer().from_pretrained(directory, add_prefix_space=prefix, add_bos_token=True)
+    tokenizer = _import_llama_tokenizer().from_pretrained(directory, add_prefix_space=prefix, add_bos_token=True)
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)

@@ -1,39 +1,40 @@
-"""Hugging Face's Llama, Mistral and Mixtral: `config.json` in its old and new spellings, and the names of the weights.
+"""`config.json` of Hugging Face's Llama, Mistral and Mixtral, to and from Mixwright's configuration.
 
-What a model computes must be known whole: a key that is not known here, and whose value may change the mathematics,
-is refused rather than ignored. The defaults of the families differ, so that both theta and epsilon are always written.
+Reading accepts the old and the new spelling of each key. A key that is not known here raises an error, because its
+value can change what the model computes. The families have different defaults for theta and epsilon, so writing always
+gives both.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import ModelError
+from common.text import one_line, printable, shorten, show_value
 from moe.config import ModelConfig, RouterConfig
-from training.formats.huggingface_names import IGNORED, NEUTRAL, READ
+from training.formats.huggingface_names import IGNORED_KEYS, NEUTRAL_VALUES, READ_KEYS
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 ACTIVATIONS: dict[str, str] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
-"""Their activation of the gate, and what we call the network."""
+"""Hugging Face's activation of the gate -> Mixwright's kind of feed-forward network."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture and the defaults it gives to keys that a file leaves out (transformers 5)."""
+    """One architecture, and its defaults (those of transformers 5) for keys that a file does not have."""
 
     architecture: str
     rope_theta: float
     norm_eps: float
     num_kv_heads: int | None
-    """None: as many as query heads."""
+    """None: the number of query heads."""
     window: int | None
     windowed: bool
-    """Whether it has `sliding_window` at all."""
+    """Whether the architecture has the key `sliding_window`."""
     moe: bool
 
 
@@ -45,25 +46,31 @@ FAMILIES = {
 
 
 def read_config(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, RouterConfig]:
-    """What `config.json`, parsed to `raw`, describes.
+    """Convert `config.json` to Mixwright's configuration.
+
+    Args:
+        raw: the parsed content of the file.
+        file: its path, for messages.
 
     Raises:
-        ModelError: an unknown architecture, or a value that our model cannot compute; `file` is named in it.
+        ModelError: the architecture is unknown, or Mixwright cannot compute the model.
     """
-    kind = raw.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    named = raw.get("architectures") or []
-    if family is None or (named and named != [family.architecture]):
-        shown = f"model_type={_shown(kind)}" if family is None else f"architectures={_shown(named)}"
-        raise ModelError(f"{file}: {shown}: expected one of {', '.join(f.architecture for f in FAMILIES.values())}")
+    model_type = raw.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    architectures = raw.get("architectures") or []
+    if family is None or (architectures and architectures != [family.architecture]):
+        wrong = f"model_type={_shown(model_type)}" if family is None else f"architectures={_shown(architectures)}"
+        raise ModelError(f"{file}: {wrong}: expected one of {', '.join(f.architecture for f in FAMILIES.values())}")
     fields = Fields(raw, file)
     for key, value in raw.items():
         if key == "rope_scaling" and isinstance(value, Mapping) and "rope_theta" in value:
-            continue  # transformers' own new spelling under the old name; `_rope_theta` checks it
-        if key in NEUTRAL and value not in NEUTRAL[key]:
-            raise ModelError(f"{file}: {key}={_shown(value)}: expected {_shown(NEUTRAL[key][0])}")
-        if value and key not in READ | IGNORED | NEUTRAL.keys():
-            raise ModelError(f"{file}: {key}={_shown(value)}: a key that may change what the model computes, unknown")
+            continue  # transformers uses the new spelling under the old name, too. `_rope_theta` checks it.
+        if key in NEUTRAL_VALUES and value not in NEUTRAL_VALUES[key]:
+            raise ModelError(f"{file}: {key}={_shown(value)}: expected {_shown(NEUTRAL_VALUES[key][0])}")
+        if value and key not in READ_KEYS | IGNORED_KEYS | NEUTRAL_VALUES.keys():
+            raise ModelError(
+                f"{file}: {key}={_shown(value)}: expected a known key; this one can change what the model computes"
+            )
     activation = raw.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ModelError(f"{file}: hidden_act={_shown(activation)}: expected one of {', '.join(ACTIVATIONS)}")
@@ -94,22 +101,23 @@ def read_config(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
     except ModelError:
         raise
     except ValueError as error:
-        raise ModelError(f"{file}: as our configuration: {error}") from error
+        raise ModelError(f"{file}: as Mixwright's configuration: {error}") from error
     return model, RouterConfig(normalize=True) if family.moe else RouterConfig()
 
 
 def write_config(model: ModelConfig, router: RouterConfig, dtype: str, positions: int) -> dict[str, Any]:
-    """`config.json` of the family that computes what `model` does.
+    """Return the `config.json` of the family that computes what the model computes.
 
     Args:
-        dtype: of the weights, as torch names it (`bfloat16`).
-        positions: `max_position_embeddings`, a promise to servers; the weights know no limit.
+        dtype: dtype of the weights, as torch names it, e.g. `bfloat16`.
+        positions: `max_position_embeddings`. Servers read this limit. The weights have none.
 
     Raises:
-        ModelError: no family does; the message starts with the key.
+        ModelError: no family computes the model. The message starts with the key that none supports.
     """
-    window = exportable(model, router)
-    # transformers refuses a Llama whose heads do not divide its width; Mistral without a window is the same network.
+    window = check_exportable(model, router)
+    # transformers rejects a Llama whose number of heads does not divide its width. A Mistral without a window is the
+    # same network.
     llama = window is None and model.dim % model.num_heads == 0
     name = "mixtral" if model.is_moe else "llama" if llama else "mistral"
     family = FAMILIES[name]
@@ -128,7 +136,7 @@ def write_config(model: ModelConfig, router: RouterConfig, dtype: str, positions
         "max_position_embeddings": positions,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
-        # Both spellings: transformers before 5, and vLLM's readers, know the old one.
+        # Both spellings, because transformers before version 5 and vLLM read the old one.
         "rope_theta": model.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "tie_word_embeddings": model.tie_embeddings,
@@ -147,13 +155,13 @@ def write_config(model: ModelConfig, router: RouterConfig, dtype: str, positions
     return raw
 
 
-def exportable(model: ModelConfig, router: RouterConfig) -> int | None:
-    """The window of all layers, if Llama, Mistral or Mixtral can compute what the model does.
+def check_exportable(model: ModelConfig, router: RouterConfig) -> int | None:
+    """Check that Llama, Mistral or Mixtral computes what the model computes, and return the window of all layers.
 
-    Capacity and jitter do not count: they act in training only.
+    `router.capacity_factor` and `router.jitter` are not checked, because generation uses neither of them.
 
     Raises:
-        ModelError: they cannot; the message starts with the key.
+        ModelError: none of them does. The message starts with the key.
     """
     windows = {model.window(layer) for layer in range(model.num_layers)}
     _expect(len(windows) == 1, "model.sliding_window", "one window for all layers", list(windows))
@@ -171,19 +179,29 @@ def exportable(model: ModelConfig, router: RouterConfig) -> int | None:
     _expect(model.top_k > 1, "model.top_k", "at least 2 (Mixtral renormalises the weights)", model.top_k)
     _expect(router.normalizes(model.top_k), "router.normalize", "true", router.normalize)
     _expect(router.scale == 1, "router.scale", "1", router.scale)
-    # As many groups allowed as there are is no limit.
+    # A token that can use all groups is not limited by them.
     _expect(router.num_groups == router.topk_groups, "router.num_groups", "null", router.num_groups)
     return windows.pop()
 
 
 class Fields:
-    """Values of a JSON object, checked for their type on the way out; `file` goes into the messages."""
+    """The values of a JSON object, with a check of their types.
+
+    Every method raises ModelError if the value has another type than the method returns.
+
+    Args:
+        raw: the JSON object.
+        file: its path, for messages.
+    """
 
     def __init__(self, raw: Mapping[str, Any], file: Path) -> None:
         self.raw, self.file = raw, file
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """The positive integer at `key`; `default` where the key is missing or null, an error where there is none."""
+        """Return the positive integer at `key`, or `default` if the key is missing or null.
+
+        Without a default, a missing key is an error.
+        """
         value = self.raw.get(key)
         value = default if value is None else value
         if type(value) is not int or not 1 <= value < 2**48:
@@ -191,6 +209,7 @@ class Fields:
         return value  # type: ignore[return-value]
 
     def number(self, key: str, default: float | None = None) -> float:
+        """Return the positive number at `key`. The default is used as in `integer`."""
         value = self.raw.get(key)
         value = default if value is None else value
         if type(value) not in (int, float) or not 0 < value < float("inf"):  # type: ignore[operator]
@@ -198,21 +217,23 @@ class Fields:
         return float(value)  # type: ignore[arg-type]
 
     def flag(self, key: str, default: bool) -> bool:
+        """Return the boolean at `key`, or `default` if the key is missing. Null is an error."""
         value = self.raw.get(key, default)
         if not isinstance(value, bool):
             self.fail(key, value, "true or false")
         return bool(value)
 
     def window(self, default: int | None) -> int | None:
-        """`sliding_window`: null means none, and a missing key the default."""
+        """Return `sliding_window`: None if it is null, and `default` if the key is missing."""
         return None if self.raw.get("sliding_window", default) is None else self.integer("sliding_window", default)
 
     def fail(self, key: str, value: Any, expected: str) -> None:
+        """Raise ModelError for the key."""
         raise ModelError(f"{self.file}: {key}={_shown(value)}: expected {expected}")
 
 
 def _rope_theta(fields: Fields, family: Family) -> float:
-    """From `rope_parameters` (transformers 5) or `rope_theta` (before)."""
+    """Return theta, from `rope_parameters` (transformers 5) or `rope_theta` (earlier versions)."""
     for key in ("rope_parameters", "rope_scaling"):
         nested = fields.raw.get(key)
         if nested is None:
@@ -230,13 +251,11 @@ def _rope_theta(fields: Fields, family: Family) -> float:
 
 
 def _expect(holds: bool, key: str, expected: str, value: object) -> None:
+    """Raise ModelError for the key of Mixwright's configuration, unless `holds`."""
     if not holds:
-        raise ModelError(f"{key}={_shown(value)}: expected {expected}: no Llama, Mistral or Mixtral has it")
+        raise ModelError(f"{key}={_shown(value)}: expected {expected}, as in Llama, Mistral and Mixtral")
 
 
 def _shown(value: object) -> str:
-    """`value` as JSON writes it, on one short line."""
-    text = {None: "null", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else None
-    text = re.sub(r"\s+", " ", str(value)) if text is None else text
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """Return a value from a file as text for a message: one line of at most 80 characters."""
+    return shorten(printable(one_line(show_value(value))), 80)

@@ -1,4 +1,4 @@
-"""What Hugging Face's files call things: the keys of `config.json`, and the tensors of Llama, Mistral and Mixtral."""
+"""Names in Hugging Face's files: the keys of `config.json`, and the tensors of Llama, Mistral and Mixtral."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -23,10 +23,11 @@ length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids n
 forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
 begin_suppress_tokens tf_legacy_loss _experts_implementation experts_implementation
 """
-READ = frozenset(_READ.split())
-IGNORED = frozenset(_IGNORED.split())
-"""Keys that say nothing about what a forward pass without dropout computes."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+READ_KEYS = frozenset(_READ.split())
+"""Keys that `training.formats.huggingface.read_config` reads."""
+IGNORED_KEYS = frozenset(_IGNORED.split())
+"""Keys that do not change what a forward pass without dropout computes."""
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "rope_scaling": (None,),
@@ -36,7 +37,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
-"""Keys that change what is computed, and the values that do not."""
+"""Keys that can change what is computed -> the values with which they do not."""
 
 _BLOCK = {
     "embedding": "model.embed_tokens.weight",
@@ -52,7 +53,7 @@ _BLOCK = {
     "layers.N.ffn.w_up.weight": "model.layers.{n}.mlp.up_proj.weight",
     "layers.N.ffn.w_down.weight": "model.layers.{n}.mlp.down_proj.weight",
 }
-_COMMON = {"ignored": r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", "tied": "lm_head.weight"}
+_COMMON = {"ignored": r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", "tied_head": "lm_head.weight"}
 PER_EXPERT = Format(
     _BLOCK
     | {
@@ -63,7 +64,8 @@ PER_EXPERT = Format(
     },
     **_COMMON,  # type: ignore[arg-type]
 )
-"""What files hold since Mixtral's release, and what we write: other readers, vLLM among them, know these names."""
+"""One tensor per expert: the names in files since Mixtral's release. Export writes these names, because other readers,
+such as vLLM, expect them."""
 FUSED = Format(
     _BLOCK
     | {
@@ -75,9 +77,10 @@ FUSED = Format(
     parts={"layers.N.ffn.experts.w_gate": (0, 2), "layers.N.ffn.experts.w_up": (1, 2)},
     **_COMMON,  # type: ignore[arg-type]
 )
-"""What transformers 5 holds in memory, gate above up; some files have it too."""
+"""Experts stacked, with the gate's rows before the up projection's: the names in transformers 5's modules. Some files
+have them too."""
 
 
-def format_of(names: Iterable[str]) -> Format:
-    """Which of the two ways to name the experts these tensor names follow."""
+def detect_format(names: Iterable[str]) -> Format:
+    """Return the format, `FUSED` or `PER_EXPERT`, that a file with these tensor names has."""
     return FUSED if any(name.endswith(".mlp.experts.gate_up_proj") for name in names) else PER_EXPERT

@@ -1,9 +1,9 @@
-"""How the tensors of another format lie in ours, as data: a list of pieces, read in either direction.
+"""Where the tensors of another format are in Mixwright's tensors: a list of pieces that can be read in both directions.
 
 Shapes: E experts, F expert hidden, D model, C head dim.
 
-Import takes each piece from their tensor, export puts it there, and a rank that holds some of the experts reads the
-pieces that cut what it holds: one list serves all three.
+Import copies each piece out of the foreign tensor, and export copies it into the foreign tensor. A rank that stores
+some of the experts reads only the pieces that intersect its shards. One list serves all three.
 """
 
 import re
@@ -13,104 +13,119 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from common.checks import expect_no_tensors
 from common.errors import ModelError
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
-from training.formats.safetensors import Found, refuse
+from training.formats.safetensors import StoredTensor
 
 Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):
-    """One block that both formats have."""
+    """A block of elements that is in a Mixwright tensor and in a tensor of another format, the foreign tensor."""
 
-    ours: str
-    our_offset: Shape
+    name: str
+    """Mixwright's name of its tensor."""
+    offset: Shape
+    """First element of the block in Mixwright's tensor."""
     shape: Shape
-    """Of the block, in our dims. Theirs may lack leading ones, which are 1."""
-    theirs: str
-    their_offset: Shape
-    their_shape: Shape
-    """Of their whole tensor."""
+    """The block's shape in Mixwright's tensor. The foreign tensor can lack leading dims of size 1."""
+    foreign_name: str
+    foreign_offset: Shape
+    """First element of the block in the foreign tensor."""
+    foreign_shape: Shape
+    """Shape of the whole foreign tensor."""
     head_dim: int | None = None
-    """Their rows are interleaved pairs, ours half-split, in heads of this many rows."""
+    """Number of rows per head, if the foreign rows are interleaved rotary pairs. Mixwright's rows are half-split. None
+    if the rows have the same order in both."""
 
 
 class Format(NamedTuple):
-    """Names of one format. Keys are names of ours with `N` for the layer.
-
-    Values hold `{n}` for the layer, and `{e}` for the expert where a tensor is one expert's and ours are stacked.
-    """
+    """The tensor names of one format."""
 
     names: Mapping[str, str]
+    """Mixwright's name, with `N` for the layer's number -> the foreign name, with `{n}` for the layer's number. The
+    foreign name also has `{e}`, the expert's number, if the format has one tensor per expert."""
     parts: Mapping[str, tuple[int, int]] = {}
-    """`ours: (i, n)`: ours is the i-th of n equal parts of their tensor's second-last dim."""
+    """Mixwright's name -> (i, n): the tensor is the i-th of n equal parts of the foreign tensor, along the second-last
+    dim."""
     interleaved: frozenset[str] = frozenset()
-    """Names whose rows are rotary pairs next to each other."""
+    """Mixwright's names of the tensors whose foreign rows are interleaved rotary pairs."""
     ignored: str = r"(?!)"
-    """Pattern of their names that hold no weights."""
-    tied: str = ""
-    """Their name of the head, which a file may hold though the model has tied it to the embedding."""
+    """Pattern of foreign names that are not weights."""
+    tied_head: str = ""
+    """The foreign name of the output head. A file can contain it even if the model ties it to the embedding."""
 
 
 def tensor_shapes(config: ModelConfig, router: RouterConfig) -> dict[str, Shape]:
-    """Name and shape of everything that a model on disk consists of: our parameters and buffers."""
+    """Return the name and shape of every tensor that is saved with a model: its parameters and persistent buffers."""
     return {name: tuple(tensor.shape) for name, tensor in meta_model(config, router).state_dict().items()}
 
 
 def list_pieces(shapes: Mapping[str, Shape], form: Format, head_dim: int) -> list[Piece]:
-    """The pieces of a model with tensors `shapes`; each element of ours is in exactly one.
+    """Return the pieces of a model with the tensors `shapes`. Each element of the model is in exactly one piece.
+
+    Args:
+        shapes: Mixwright's name -> shape.
 
     Raises:
-        ModelError: the format has no place for one of them.
+        ModelError: the format has no name for a tensor.
     """
     pieces = []
-    for ours, shape in shapes.items():
-        key = re.sub(r"^layers\.\d+\.", "layers.N.", ours)
+    for name, shape in shapes.items():
+        key = re.sub(r"^layers\.\d+\.", "layers.N.", name)
         if key not in form.names:
-            raise ModelError(f"{ours}: a tensor that this format has no place for")
-        layer = ours.split(".")[1] if key != ours else ""
-        theirs, none = form.names[key], (0,) * len(shape)
-        if "{e}" in theirs:
+            raise ModelError(f"{name}: this format has no place for this tensor")
+        layer = name.split(".")[1] if key != name else ""
+        foreign, zeros = form.names[key], (0,) * len(shape)
+        if "{e}" in foreign:
             for expert in range(shape[0]):
-                name = theirs.format(n=layer, e=expert)
+                foreign_name = foreign.format(n=layer, e=expert)
                 pieces.append(
-                    Piece(ours, (expert, *none[1:]), (1, *shape[1:]), name, none[1:], shape[1:])
+                    Piece(name, (expert, *zeros[1:]), (1, *shape[1:]), foreign_name, zeros[1:], shape[1:])
                 )  # fmt: skip
             continue
         part, parts = form.parts.get(key, (0, 1))
-        whole = (*shape[:-2], shape[-2] * parts, shape[-1]) if parts > 1 else shape
-        offset = (*none[:-2], shape[-2] * part, 0) if parts > 1 else none
+        foreign_shape = (*shape[:-2], shape[-2] * parts, shape[-1]) if parts > 1 else shape
+        offset = (*zeros[:-2], shape[-2] * part, 0) if parts > 1 else zeros
         rows = head_dim if key in form.interleaved else None
-        pieces.append(Piece(ours, none, shape, theirs.format(n=layer), offset, whole, rows))
+        pieces.append(Piece(name, zeros, shape, foreign.format(n=layer), offset, foreign_shape, rows))
     return pieces
 
 
-def check_tensors(where: Path, found: Mapping[str, Found], pieces: list[Piece], form: Format) -> None:
-    """Hold what a directory has against what the model needs.
+def check_tensors(where: Path, stored: Mapping[str, StoredTensor], pieces: list[Piece], form: Format) -> None:
+    """Check that the directory `where` has exactly the tensors that the model needs.
 
     Raises:
-        ModelError: lists tensors that are missing, that nothing uses, or that have another shape.
+        ModelError: lists tensors that are missing, that the model does not use, or that have another shape.
     """
-    expected = {piece.theirs: piece.their_shape for piece in pieces}
-    refuse(where, "missing", expected.keys() - found.keys())
-    extra = {name for name in found.keys() - expected.keys() if not re.fullmatch(form.ignored, name)}
-    refuse(where, "that the model has no place for", extra - {form.tied})
+    expected = {piece.foreign_name: piece.foreign_shape for piece in pieces}
+    expect_no_tensors(where, "missing", expected.keys() - stored.keys(), ModelError)
+    unused = {name for name in stored.keys() - expected.keys() if not re.fullmatch(form.ignored, name)}
+    expect_no_tensors(where, "that the model has no place for", unused - {form.tied_head}, ModelError)
     different = [
-        f"{name} (found {list(found[name].shape)}, expected {list(shape)})"
+        f"{name} (found {list(stored[name].shape)}, expected {list(shape)})"
         for name, shape in expected.items()
-        if found[name].shape != shape
+        if stored[name].shape != shape
     ]
-    refuse(where, "of another shape", different)
+    expect_no_tensors(where, "of another shape", different, ModelError)
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Rows (i, i + C/2) of each head, our half-split layout, become rows (2i, 2i + 1)."""
+    """Reorder rows from Mixwright's half-split layout to interleaved rotary pairs.
+
+    In each head of C rows, the rows i and i + C/2 become the rows 2i and 2i + 1.
+
+    Args:
+        weight: [heads·C, D].
+        head_dim: C.
+    """
     heads = weight.unflatten(0, (-1, 2, head_dim // 2))
     return heads.transpose(1, 2).flatten(0, 2)
 
 
 def split_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `interleave`."""
+    """Reorder rows from interleaved rotary pairs to Mixwright's half-split layout: the inverse of `interleave`."""
     heads = weight.unflatten(0, (-1, head_dim // 2, 2))
     return heads.transpose(1, 2).flatten(0, 2)

@@ -1,6 +1,7 @@
 """Mistral's own format: `params.json` and `consolidated*.safetensors` (github.com/mistralai/mistral-inference).
 
-It differs from Hugging Face's in names, and in the rows of wq and wk: a rotary pair lies next to each other there.
+It differs from Hugging Face's format in names, and in the order of the rows of wq and wk: the two rows of a rotary pair
+are neighbours.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 from common.errors import ModelError
 from moe.config import ModelConfig, RouterConfig
-from training.formats.huggingface import Fields, exportable
+from training.formats.huggingface import Fields, check_exportable
 from training.formats.mapping import Format
 
 CONFIG = "params.json"
@@ -20,7 +21,7 @@ _READ = """
 dim n_layers head_dim hidden_dim n_heads n_kv_heads norm_eps vocab_size rope_theta sliding_window moe tied_embeddings
 """
 _IGNORED = "max_batch_size max_seq_len max_position_embeddings model_type"
-KNOWN = frozenset(f"{_READ} {_IGNORED}".split())
+KNOWN_KEYS = frozenset(f"{_READ} {_IGNORED}".split())
 
 FORMAT = Format(
     {
@@ -42,19 +43,23 @@ FORMAT = Format(
         "layers.N.ffn.experts.w_up": "layers.{n}.feed_forward.experts.{e}.w3.weight",
     },
     interleaved=frozenset({"layers.N.attention.wq.weight", "layers.N.attention.wk.weight"}),
-    tied="output.weight",
+    tied_head="output.weight",
 )
 
 
 def read_params(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, RouterConfig]:
-    """What `params.json`, parsed to `raw`, describes.
+    """Convert `params.json` to Mixwright's configuration.
+
+    Args:
+        raw: the parsed content of the file.
+        file: its path, for messages.
 
     Raises:
-        ModelError: a value that our model cannot compute; `file` is named in it.
+        ModelError: Mixwright cannot compute the model.
     """
     fields = Fields(raw, file)
     for key, value in raw.items():
-        if value and key not in KNOWN:
+        if value and key not in KNOWN_KEYS:
             fields.fail(key, value, "a key of Mistral's or Mixtral's params.json")
     if raw.get("model_type", "transformer") != "transformer":
         fields.fail("model_type", raw["model_type"], "transformer")
@@ -79,7 +84,7 @@ def read_params(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
             hidden_dim=fields.integer("hidden_dim"),
             vocab_size=fields.integer("vocab_size"),
             sliding_window=window,
-            # As mistral-inference had it when the files without the key were published.
+            # The defaults of mistral-inference at the time when files without this key were published.
             rope_theta=fields.number("rope_theta", 1e6 if window is None else 1e4),
             norm_eps=fields.number("norm_eps"),
             tie_embeddings=fields.flag("tied_embeddings", False),
@@ -88,17 +93,17 @@ def read_params(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
     except ModelError:
         raise
     except ValueError as error:
-        raise ModelError(f"{file}: as our configuration: {error}") from error
+        raise ModelError(f"{file}: as Mixwright's configuration: {error}") from error
     return model, RouterConfig(normalize=True) if moe else RouterConfig()
 
 
 def write_params(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
-    """`params.json` for `model`.
+    """Return the `params.json` of the model.
 
     Raises:
-        ModelError: the format cannot say what the model computes; the message starts with the key.
+        ModelError: the format cannot describe the model. The message starts with the key that it does not support.
     """
-    window = exportable(model, router)
+    window = check_exportable(model, router)
     kind = model.expert_kind if model.is_moe else model.ffn
     if kind != "swiglu":
         raise ModelError(f"model.ffn={kind}: expected swiglu with format=mistral")

@@ -1,10 +1,10 @@
-"""Models that tools write: a directory like a run's, with its configuration, tokenizer and one checkpoint of weights.
+"""Writing model directories: the same files as a run's directory, with one checkpoint that has only weights.
 
-    <out>/config.yaml             sections `model` and `router`
-    <out>/tokenizer.model         where there is one
-    <out>/checkpoints/step-0/     tensors `model.<name>` and nothing of an optimizer
+    <out>/config.yaml             sections `model` and `router`, and `plugins` if any are loaded
+    <out>/tokenizer.model         if the model has one
+    <out>/checkpoints/step-0/     tensors `model.<name>`, and no optimizer state
 
-`training.formats.reader.open_model` reads it, and so does everything that takes a model directory.
+`training.formats.reader.open_model` opens such a directory, as does every tool that takes a model directory.
 """
 
 import os
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from common.errors import CheckpointError, ModelError
 from common.files import fsync
+from common.plugins import loaded_plugins
 from common.strict import to_dict
 from moe.config import ModelConfig, RouterConfig
 from moe.region import Region
 from training.checkpoint.manifest import CHECKPOINTS, FORMAT, write_manifest
-from training.checkpoint.shards import DTYPES, Part, describe, write_parts
+from training.checkpoint.shards import DTYPES, LazyTensor, explain_os_error, write_lazy_shard
 from training.formats.reader import PREFIX, ModelReader
 from training.run import TOKENIZER_FILE, save_config
 
@@ -34,14 +35,20 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**1
 
 
 class Block(NamedTuple):
-    """A rectangle of one tensor of the model, made when it is written. A tensor's blocks together are all of it."""
+    """A region of one of the model's tensors. It is made when it is written. The blocks of a tensor cover it once."""
 
     name: str
-    """Of the parameter or buffer."""
-    whole: tuple[int, ...]
+    """Name of the parameter or buffer."""
+    shape: tuple[int, ...]
+    """Shape of the whole tensor."""
     region: Region
     dtype: torch.dtype
     make: Callable[[], Tensor]
+    """Returns the region's elements, in its shape and dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.region.numel * self.dtype.itemsize
 
 
 def write_model(
@@ -53,13 +60,23 @@ def write_model(
     *,
     shard_bytes: int = 5 * 10**9,
 ) -> int:
-    """Write the directory `out`, whole or not at all; returns the bytes of its weights.
+    """Write the model directory `out`. After an error, `out` does not exist.
+
+    Args:
+        blocks: all tensors of the model.
+        tokenizer: a sentencepiece model to copy.
+        shard_bytes: a file has at most this many bytes of weights, unless a single block is larger.
+
+    Returns:
+        The size of the weights' files in bytes.
 
     Raises:
         ModelError: `out` exists, or cannot be written.
     """
     with new_directory(out) as directory:
-        save_config(directory, {"model": to_dict(model), "router": to_dict(router)})
+        plugins = loaded_plugins()
+        sections = {"model": to_dict(model), "router": to_dict(router)}
+        save_config(directory, sections | ({"plugins": list(plugins)} if plugins else {}))
         if tokenizer is not None:
             shutil.copyfile(tokenizer, directory / TOKENIZER_FILE)
             fsync(directory / TOKENIZER_FILE)
@@ -67,15 +84,15 @@ def write_model(
         checkpoint.mkdir(parents=True)
         files: dict[str, dict[str, Any]] = {}
         tensors: dict[str, dict[str, Any]] = {}
-        for number, group in enumerate(grouped(list(blocks), _nbytes, shard_bytes)):
-            parts = [Part(b.region.key(PREFIX + b.name), b.dtype, b.region.shape, b.make) for b in group]
-            file, files_record = write_parts(checkpoint, number, parts)
-            files[file] = files_record
+        for number, group in enumerate(group_by_size(list(blocks), lambda block: block.nbytes, shard_bytes)):
+            lazy = [LazyTensor(b.region.key(PREFIX + b.name), b.dtype, b.region.shape, b.make) for b in group]
+            file, file_record = write_lazy_shard(checkpoint, number, lazy)
+            files[file] = file_record
             for block in group:
-                record = {"dtype": DTYPES[block.dtype], "shape": block.whole, "chunks": []}
+                record = {"dtype": DTYPES[block.dtype], "shape": block.shape, "chunks": []}
                 chunk = {"file": file, "offset": block.region.offset, "shape": block.region.shape}
                 tensors.setdefault(PREFIX + block.name, record)["chunks"].append(chunk)
-        state = {"step": 0, "updates": 0, "model": to_dict(model), "router": to_dict(router)}
+        state = {"step": 0, "updates": 0} | sections | ({"plugins": plugins} if plugins else {})
         body = {"format": FORMAT, "torch": torch.__version__, "state": state, "files": files, "tensors": tensors}
         write_manifest(checkpoint, body)
         fsync(checkpoint.parent)
@@ -84,13 +101,13 @@ def write_model(
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to write in, which becomes `out` at the end; after an error nothing is left of it.
+    """Yield a temporary directory beside `out`, and rename it to `out` at the end. After an error, it is deleted.
 
     Raises:
         ModelError: `out` exists, or cannot be written.
     """
     if os.path.lexists(out):
-        raise ModelError(f"out={out}: expected a path where nothing is yet")
+        raise ModelError(f"out={out}: expected a path that does not exist yet")
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -103,15 +120,18 @@ def new_directory(out: Path) -> Iterator[Path]:
         temporary.rename(out)
         fsync(out.parent)
     except OSError as error:
-        raise ModelError(f"out={out}: {describe(error, out.parent)}") from error
+        raise ModelError(f"out={out}: {explain_os_error(error, out.parent)}") from error
     except CheckpointError as error:
         raise ModelError(f"out={out}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def grouped(items: list[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
-    """`items` in order, in groups of at most `limit` together; one that is larger is a group of its own."""
+def group_by_size(items: list[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
+    """Divide `items`, in order, into groups whose total size is at most `limit`.
+
+    An item that is larger than `limit` is in a group with no other item.
+    """
     groups: list[list[T]] = []
     total = 0
     for item in items:
@@ -124,27 +144,27 @@ def grouped(items: list[T], size: Callable[[T], int], limit: int) -> list[list[T
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a `shard_size`: `5GB`, `500 MB`, `2GiB`, or a plain number.
+    """Return the number of bytes of a `shard_size`, such as `5GB`, `500 MB`, `2GiB` or `1000`.
 
     Raises:
-        ModelError: it is no such size, or less than a byte.
+        ModelError: `text` is not such a size, or is less than one byte.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    factor = UNITS.get(found[2].upper()) if found else None
-    if found is None or factor is None or float(found[1]) * factor < 1:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    factor = UNITS.get(match[2].upper()) if match else None
+    if match is None or factor is None or float(match[1]) * factor < 1:
         raise ModelError(f"shard_size={text}: expected a size such as 5GB or 500MB")
-    return int(float(found[1]) * factor)
+    return int(float(match[1]) * factor)
 
 
-def check_tokenizer(source: ModelReader) -> None:
-    """Refuse a tokenizer that makes ids beyond the embedding.
+def check_tokenizer(reader: ModelReader) -> None:
+    """Check that the reader's tokenizer, if it has one, makes no id for which the embedding has no row.
 
     Raises:
-        ModelError: so it does, or it is no sentencepiece model.
+        ModelError: it does, or it is not a sentencepiece model.
     """
     import sentencepiece
 
-    file, vocab_size = source.tokenizer, source.model.vocab_size
+    file, vocab_size = reader.tokenizer, reader.model.vocab_size
     assert vocab_size is not None
     if file is None:
         return
@@ -154,7 +174,3 @@ def check_tokenizer(source: ModelReader) -> None:
         raise ModelError(f"{file}: expected a sentencepiece model that can be read") from error
     if ids > vocab_size:
         raise ModelError(f"{file}: expected at most {vocab_size} ids, the rows of the embedding; found {ids}")
-
-
-def _nbytes(block: Block) -> int:
-    return block.region.numel * block.dtype.itemsize

@@ -1,110 +1,118 @@
-"""Models on disk, whoever wrote them: `open_model(path)` says what one is, and fills a model with its weights.
+"""Reading model directories of every kind: `open_model(path)` returns a reader, which fills a model with the weights.
 
 Shapes: E experts, F expert hidden, D model.
 
-A model directory is a run's (or one of its checkpoints), a Hugging Face directory, or Mistral's own format. Opening
-reads configurations and headers, and holds every name and shape against what the model needs: nothing is filled from a
-directory that lacks a tensor or holds one that no one asked for. Tensors are read slice by slice, by each rank the ones
-that it holds; no rank waits for another.
+A model directory is a run's directory, one of its checkpoints, a Hugging Face model, or a model in Mistral's format.
+Opening reads the configuration and the headers, and checks every tensor's name and shape against the model's. A
+directory that lacks a tensor, or that has a tensor which the model does not use, cannot be opened. Filling reads the
+tensors slice by slice. Each rank reads only its own shards, and does not wait for other ranks.
 """
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from common.checks import expect_no_tensors
 from common.errors import CheckpointError, ConfigError, ModelError
+from common.plugins import missing_plugins, plugin_name
 from common.strict import from_dict
-from moe.config import ModelConfig, RouterConfig
+from common.text import one_line, printable, shorten, show_value
+from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
 from moe.model import Transformer
 from moe.region import Region
 from training.checkpoint.manifest import CHECKPOINTS, MANIFEST, committed, newest_verified, read_manifest, verify
-from training.checkpoint.shards import DTYPES, Read, plan_reads, read_shard
+from training.checkpoint.shards import DTYPES, SliceRead, find_slices, read_shard
 from training.formats import huggingface as hf
 from training.formats import huggingface_names as hf_names
 from training.formats import mistral
 from training.formats.mapping import Format, Piece, Shape, check_tensors, list_pieces, split_halves, tensor_shapes
-from training.formats.safetensors import TensorDirectory, read_json, refuse
+from training.formats.safetensors import TensorDirectory, read_json
 from training.run import CONFIG_FILE, TOKENIZER_FILE
 
 PREFIX = "model."
-"""What precedes a weight's name in a checkpoint of ours, beside the optimizer's state."""
+"""A checkpoint's name of a weight is this prefix and the weight's name. Optimizer state has other prefixes."""
 COMPARED_ROWS = 4096
+"""Rows of the output head and the embedding that are compared at a time."""
 
-T = TypeVar("T")
 
-
-class Fill(NamedTuple):
-    """A block of one of our tensors, and where it goes."""
+class ReadRequest(NamedTuple):
+    """A region of one of the model's tensors, and the memory to copy it into."""
 
     name: str
     region: Region
     target: Tensor
+    """Has the region's shape, and any floating-point dtype."""
 
 
 class ModelReader(ABC):
-    """A model directory that was found whole as far as names and shapes go."""
+    """An opened model directory. Its tensors have the names and shapes that the model needs."""
 
     kind: Literal["run", "hf", "mistral"]
     path: Path
-    """For a run: the checkpoint."""
+    """The directory. For a run: the checkpoint's directory."""
     model: ModelConfig
     router: RouterConfig
     tokenizer: Path | None
-    """A sentencepiece model."""
+    """The directory's sentencepiece model, if it has one."""
     shapes: dict[str, Shape]
-    """Of every tensor of ours, in the model's order."""
+    """Mixwright's name -> shape of every tensor, in the order of the model's state dict."""
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """In which the tensor that we call `name` is stored."""
+        """Return the dtype in which the tensor `name` (Mixwright's name) is stored."""
 
     @abstractmethod
-    def copy(self, fills: Iterable[Fill]) -> None:
-        """Fill each target, cast to its dtype.
+    def copy(self, requests: Iterable[ReadRequest]) -> None:
+        """Read every requested region into its target, converted to the target's dtype.
 
         Raises:
-            ModelError: a file that cannot be read.
+            ModelError: a file cannot be read.
         """
 
     def read(self, name: str, region: Region, dtype: torch.dtype) -> Tensor:
-        """The block `region` of the tensor that we call `name`, as `dtype`.
+        """Return the region of the tensor `name` (Mixwright's name), converted to `dtype`.
 
         Raises:
-            ModelError: a file that cannot be read.
+            ModelError: a file cannot be read.
         """
         target = torch.empty(region.shape, dtype=dtype)
-        self.copy([Fill(name, region, target)])
+        self.copy([ReadRequest(name, region, target)])
         return target
 
     def fill(self, model: Transformer) -> None:
-        """Fill every parameter and buffer of `model`, or the parts of them that lie here.
+        """Fill every parameter and buffer of `model`, or the shards of them that this rank stores.
 
         Raises:
-            ModelError: it is another model than this one, or a file cannot be read.
+            ModelError: `model` has other tensors than the directory, or a file cannot be read.
         """
         state = model.state_dict()
-        refuse(self.path, "missing", state.keys() - self.shapes.keys())
-        if all(layer is not None for layer in model.layers):  # else a pipeline stage, which lacks what others have
-            refuse(self.path, "that the model has no place for", self.shapes.keys() - state.keys())
-        fills = []
+        expect_no_tensors(self.path, "missing", state.keys() - self.shapes.keys(), ModelError)
+        if all(layer is not None for layer in model.layers):  # A pipeline stage lacks the tensors of other stages.
+            unused = self.shapes.keys() - state.keys()
+            expect_no_tensors(self.path, "that the model has no place for", unused, ModelError)
+        requests = []
         for name, tensor in state.items():
             local, shape, region = model.local_shard(name, tensor)
             if shape != tuple(self.shapes[name]):
                 raise ModelError(f"{self.path}: {name}: found {list(self.shapes[name])}, expected {list(shape)}")
             if region.numel == 0:
                 continue
-            fills += [Fill(name, block, local[block.slices(region)]) for block in blocks(region)]
+            requests += [ReadRequest(name, part, local[part.slices(region)]) for part in split_experts(region)]
         with torch.no_grad():
-            self.copy(fills)
+            self.copy(requests)
 
 
-def blocks(region: Region) -> list[Region]:
-    """`region` in parts to hold in memory one at a time: stacked experts one by one, anything else whole."""
+def split_experts(region: Region) -> list[Region]:
+    """Split a region of stacked experts [E, ., .] into one region per expert. Any other region is not split.
+
+    Only one of the returned regions has to be in memory at a time.
+    """
     if len(region.shape) < 3:
         return [region]
     offset, shape = region
@@ -112,14 +120,16 @@ def blocks(region: Region) -> list[Region]:
 
 
 def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], None] | None = None) -> ModelReader:
-    """The model in the directory `path`.
+    """Open the model directory `path`.
 
     Args:
-        check: read the whole checkpoint of a run and compare its hashes; else only its manifest's. One rank is enough.
-        warn: gets one line per damaged checkpoint of a run that is passed over; the default prints it to stderr.
+        check: for a run or a checkpoint: verify the hashes of all files of the checkpoint, and not only the manifest's.
+            It is enough that one rank does this.
+        warn: called with one line for each damaged checkpoint of a run that is skipped. By default the line is printed
+            to stderr.
 
     Raises:
-        ModelError: no model directory, or one that is damaged or unknown.
+        ModelError: `path` is not a model directory, or the directory is damaged or of an unknown kind.
     """
     path = Path(path)
     if not path.is_dir():
@@ -127,15 +137,15 @@ def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], No
     if (path / MANIFEST).exists():
         return RunReader(path.parent.parent, path, check)
     if (path / CONFIG_FILE).exists():
-        return RunReader(path, _newest(path / CHECKPOINTS, check, warn or _to_stderr), check=False)
+        return RunReader(path, _newest_checkpoint(path / CHECKPOINTS, check, warn or _print_to_stderr), check=False)
     if (path / hf.INDEX).exists() or (path / hf.SINGLE).exists():
         return ForeignReader("hf", path)
     if (path / mistral.CONFIG).exists() and ((path / mistral.INDEX).exists() or (path / mistral.SINGLE).exists()):
         return ForeignReader("mistral", path)
     if (path / hf.CONFIG).exists() or (path / mistral.CONFIG).exists():
         pickles = sorted(file.name for end in ("*.bin", "*.pth", "*.pt") for file in path.glob(end))
-        seen = f"found {pickles[0]}: pickle, which runs code when it is loaded" if pickles else "found neither"
-        raise ModelError(f"{path}: expected {hf.SINGLE} or {mistral.SINGLE}, or their index; {seen}")
+        reason = f"found {pickles[0]}: pickle, which runs code when it is loaded" if pickles else "found neither"
+        raise ModelError(f"{path}: expected {hf.SINGLE} or {mistral.SINGLE}, or their index; {reason}")
     raise ModelError(
         f"{path}: expected a run ({CONFIG_FILE}), a checkpoint of one ({MANIFEST}), a Hugging Face model "
         f"({hf.CONFIG}) or one in Mistral's format ({mistral.CONFIG})"
@@ -143,10 +153,10 @@ def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], No
 
 
 def open_model_for_key(key: str, path: str, *, check: bool = True) -> ModelReader:
-    """`open_model` for what a user gave as `key=path`, which its errors then start with.
+    """Open the model directory that the user gave as `key=path`. Error messages start with `key=path`.
 
     Raises:
-        ModelError: as `open_model`.
+        ModelError: as in `open_model`.
     """
     try:
         return open_model(path, check=check)
@@ -155,50 +165,55 @@ def open_model_for_key(key: str, path: str, *, check: bool = True) -> ModelReade
 
 
 class RunReader(ModelReader):
-    """A run's directory, or what a tool wrote like one: the weights of a checkpoint, without optimizer state."""
+    """Reads the weights of a checkpoint, from a run's directory or from a model directory that a tool wrote.
+
+    Args:
+        root: the run's directory, with `config.yaml`.
+        checkpoint: the checkpoint's directory.
+        check: verify the hashes of all files of the checkpoint.
+    """
 
     def __init__(self, root: Path, checkpoint: Path, check: bool) -> None:
         self.kind, self.path = "run", checkpoint
         self.model, self.router = read_run_config(root / CONFIG_FILE)
         tokenizer = root / TOKENIZER_FILE
         self.tokenizer = tokenizer if tokenizer.is_file() else None
-        if check:
-            _as_model_error(lambda: verify(checkpoint))
-        saved = _as_model_error(lambda: read_manifest(checkpoint))["tensors"]
-        self._saved = {name.removeprefix(PREFIX): record for name, record in saved.items() if name.startswith(PREFIX)}
-        _limit_layers(self.model, len(self._saved), root / CONFIG_FILE)
+        with _raise_model_errors():
+            if check:
+                verify(checkpoint)
+            records = read_manifest(checkpoint)["tensors"]
+        self._records = {name.removeprefix(PREFIX): r for name, r in records.items() if name.startswith(PREFIX)}
+        _check_layer_count(self.model, len(self._records), root / CONFIG_FILE)
         self.shapes = _shapes_of(self.model, self.router, root / CONFIG_FILE)
-        refuse(checkpoint, "missing", self.shapes.keys() - self._saved.keys())
-        refuse(checkpoint, "that the model has no place for", self._saved.keys() - self.shapes.keys())
+        expect_no_tensors(checkpoint, "missing", self.shapes.keys() - self._records.keys(), ModelError)
+        unused = self._records.keys() - self.shapes.keys()
+        expect_no_tensors(checkpoint, "that the model has no place for", unused, ModelError)
         different = [
-            f"{name} (found {self._saved[name]['shape']}, expected {list(shape)})"
+            f"{name} (found {self._records[name]['shape']}, expected {list(shape)})"
             for name, shape in self.shapes.items()
-            if tuple(self._saved[name]["shape"]) != shape
+            if tuple(self._records[name]["shape"]) != shape
         ]
-        refuse(checkpoint, "of another shape", different)
+        expect_no_tensors(checkpoint, "of another shape", different, ModelError)
 
     def dtype(self, name: str) -> torch.dtype:
-        stored = self._saved[name]["dtype"]
-        found = next((dtype for dtype, code in DTYPES.items() if code == stored), None)
-        if found is None or not found.is_floating_point:
-            raise ModelError(f"{self.path}: {name}: found dtype {stored}, expected a floating-point one")
-        return found
+        code = self._records[name]["dtype"]
+        dtype = next((dtype for dtype, its_code in DTYPES.items() if its_code == code), None)
+        if dtype is None or not dtype.is_floating_point:
+            raise ModelError(f"{self.path}: {name}: found dtype {code}, expected a floating-point one")
+        return dtype
 
-    def copy(self, fills: Iterable[Fill]) -> None:
-        by_file: dict[str, list[Read]] = {}
-
-        def read_all() -> None:
-            for name, region, target in fills:
-                for file, read in plan_reads(PREFIX + name, self._saved[name], target, region):
-                    by_file.setdefault(file, []).append(read)
-            for file, reads in by_file.items():
-                read_shard(self.path / file, reads)
-
-        _as_model_error(read_all)
+    def copy(self, requests: Iterable[ReadRequest]) -> None:
+        slices_by_file: dict[str, list[SliceRead]] = {}
+        with _raise_model_errors():
+            for name, region, target in requests:
+                for file, read in find_slices(PREFIX + name, self._records[name], target, region):
+                    slices_by_file.setdefault(file, []).append(read)
+            for file, slices in slices_by_file.items():
+                read_shard(self.path / file, slices)
 
 
 class ForeignReader(ModelReader):
-    """A directory in Hugging Face's or Mistral's format."""
+    """Reads a model in Hugging Face's or Mistral's format."""
 
     def __init__(self, kind: Literal["hf", "mistral"], path: Path) -> None:
         self.kind, self.path = kind, path
@@ -209,79 +224,100 @@ class ForeignReader(ModelReader):
         read_config = hf.read_config if kind == "hf" else mistral.read_params
         self.model, self.router = read_config(read_json(config), config)
         self.files = TensorDirectory(path, module.INDEX, module.SINGLE)
-        found = self.files.tensors
-        self.format: Format = hf_names.format_of(found) if kind == "hf" else mistral.FORMAT
-        per_expert = any("{e}" in theirs for theirs in self.format.names.values())
-        _limit_layers(self.model, len(found), config, per_expert)
+        stored = self.files.tensors
+        self.format: Format = hf_names.detect_format(stored) if kind == "hf" else mistral.FORMAT
+        per_expert = any("{e}" in name for name in self.format.names.values())
+        _check_layer_count(self.model, len(stored), config, per_expert)
         self.shapes = _shapes_of(self.model, self.router, config)
-        self.pieces: dict[str, list[Piece]] = {}
         pieces = list_pieces(self.shapes, self.format, self.model.head_dim)
+        self.pieces: dict[str, list[Piece]] = {}
         for piece in pieces:
-            self.pieces.setdefault(piece.ours, []).append(piece)
-        check_tensors(path, found, pieces, self.format)
-        # Mistral's later releases name the version of their tokenizer (tokenizer.model.v3).
+            self.pieces.setdefault(piece.name, []).append(piece)
+        check_tensors(path, stored, pieces, self.format)
+        # Later releases of Mistral have the tokenizer's version in the name, e.g. tokenizer.model.v3.
         tokenizers = [path / TOKENIZER_FILE, *sorted(path.glob(f"{TOKENIZER_FILE}.v*"))]
         self.tokenizer = next((file for file in tokenizers if file.is_file()), None)
-        if self.model.tie_embeddings and self.format.tied in found:
-            self._check_tied()
+        if self.model.tie_embeddings and self.format.tied_head in stored:
+            self._check_tied_head()
 
     def dtype(self, name: str) -> torch.dtype:
-        dtypes = {self.files.tensors[piece.theirs].dtype for piece in self.pieces[name]}
+        dtypes = {self.files.tensors[piece.foreign_name].dtype for piece in self.pieces[name]}
         common = dtypes.pop()
         for dtype in dtypes:
             common = torch.promote_types(common, dtype)
         return common
 
-    def copy(self, fills: Iterable[Fill]) -> None:
-        for name, region, target in fills:
+    def copy(self, requests: Iterable[ReadRequest]) -> None:
+        for name, region, target in requests:
             for piece in self.pieces[name]:
-                common = Region(piece.our_offset, piece.shape).intersect(region)
+                common = Region(piece.offset, piece.shape).intersect(region)
                 if common is not None:
-                    target[common.slices(region)].copy_(self._read(piece, common))
+                    target[common.slices(region)].copy_(self._read_part(piece, common))
 
-    def _read(self, piece: Piece, part: Region) -> Tensor:
-        """The elements of the region `part` of our tensor, which lies within `piece`."""
+    def _read_part(self, piece: Piece, part: Region) -> Tensor:
+        """Read the region `part` of Mixwright's tensor. It must be within `piece`."""
         if piece.head_dim is not None:
-            weight = split_halves(self.files.read(piece.theirs, piece.their_offset, piece.their_shape), piece.head_dim)
-            return weight[part.slices(Region(piece.our_offset, piece.shape))]
-        skipped = len(piece.shape) - len(piece.their_shape)
-        inside = tuple(a - b for a, b in zip(part.offset, piece.our_offset, strict=True))[skipped:]
-        offset = tuple(a + b for a, b in zip(piece.their_offset, inside, strict=True))
-        return self.files.read(piece.theirs, offset, part.shape[skipped:]).reshape(part.shape)
+            # The rows are in another order, so the whole foreign tensor is read.
+            foreign = self.files.read(piece.foreign_name, piece.foreign_offset, piece.foreign_shape)
+            return split_halves(foreign, piece.head_dim)[part.slices(Region(piece.offset, piece.shape))]
+        skipped = len(piece.shape) - len(piece.foreign_shape)
+        inside = tuple(a - b for a, b in zip(part.offset, piece.offset, strict=True))[skipped:]
+        offset = tuple(a + b for a, b in zip(piece.foreign_offset, inside, strict=True))
+        return self.files.read(piece.foreign_name, offset, part.shape[skipped:]).reshape(part.shape)
 
-    def _check_tied(self) -> None:
-        """A head that a tied model's file holds all the same must be the embedding."""
-        head, embedding = self.format.tied, self.format.names["embedding"]
-        found, (rows, width) = self.files.tensors[head], self.files.tensors[embedding].shape
-        same = found.shape == (rows, width)
+    def _check_tied_head(self) -> None:
+        """Check that the output head, which a tied model's file does not need, is equal to the embedding."""
+        head, embedding = self.format.tied_head, self.format.names["embedding"]
+        rows, width = self.files.tensors[embedding].shape
+        same = self.files.tensors[head].shape == (rows, width)
         for start in range(0, rows if same else 0, COMPARED_ROWS):
             block = (start, 0), (min(COMPARED_ROWS, rows - start), width)
             same = same and torch.equal(self.files.read(head, *block), self.files.read(embedding, *block))
         if not same:
-            raise ModelError(f"{self.path}: {head}: expected {embedding} again, as the configuration ties them")
+            raise ModelError(
+                f"{self.path}: {head}: expected the same values as {embedding}, because the configuration ties them"
+            )
 
 
 def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
-    """The sections `model` and `router` of a run's `config.yaml`.
+    """Return the sections `model` and `router` of a run's `config.yaml`.
+
+    A plugin that the file names is never loaded: only the user decides which code runs. If the file needs a plugin that
+    this process has not loaded, the error asks for it.
 
     Raises:
-        ModelError: it cannot be read, or holds no such sections.
+        ModelError: the file cannot be read, does not have these sections, or has an invalid value.
     """
     import yaml
 
     try:
         text = file.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ModelError(f"{file}: expected YAML without aliases (a few lines of them can stand for gigabytes)")
+            raise ModelError(f"{file}: expected YAML without aliases (a few lines of them can expand to gigabytes)")
         raw = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ModelError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(f"{file}: cannot be read as YAML: {one_line(str(error))[:200]}") from error
     if not isinstance(raw, dict) or not {"model", "router"} <= raw.keys():
         raise ModelError(f"{file}: expected the sections model and router")
+    router = raw["router"]
     try:
-        return from_dict(ModelConfig, raw["model"], "model"), from_dict(RouterConfig, raw["router"], "router")
+        kind = router.get("kind", RouterConfig.kind) if isinstance(router, dict) else RouterConfig.kind
+        if not isinstance(kind, str) or kind not in ROUTER_CONFIGS:
+            raise ConfigError(f"router.kind={shorten(printable(show_value(kind)), 80)}: an unknown kind")
+        return from_dict(ModelConfig, raw["model"], "model"), from_dict(RouterConfig, router, "router")
     except ConfigError as error:
-        raise ModelError(f"{file}: {error}") from error
+        raise ModelError(f"{file}: {error}{_request_plugins(raw.get('plugins'))}") from error
+
+
+def _request_plugins(plugins: Any) -> str:
+    """Return the end of a message, which asks for the plugins in `plugins` that this process has not loaded.
+
+    Args:
+        plugins: the value of `plugins` in a `config.yaml`, or None.
+    """
+    given = [str(plugin) for plugin in plugins] if isinstance(plugins, list) else []
+    request = missing_plugins({plugin_name(plugin): "" for plugin in given})
+    return f"; {shorten(printable(request), 400)}" if request else ""
 
 
 def _shapes_of(model: ModelConfig, router: RouterConfig, file: Path) -> dict[str, Shape]:
@@ -289,32 +325,35 @@ def _shapes_of(model: ModelConfig, router: RouterConfig, file: Path) -> dict[str
         router.check(model.num_experts, model.top_k)
         return tensor_shapes(model, router)
     except ValueError as error:
-        raise ModelError(f"{file}: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(f"{file}: {one_line(str(error))[:200]}") from error
 
 
-def _limit_layers(model: ModelConfig, found: int, file: Path, per_expert: bool = False) -> None:
-    """Refuse a model of more layers than `found` tensors can be, before a billion of them are built."""
+def _check_layer_count(model: ModelConfig, num_tensors: int, file: Path, per_expert: bool = False) -> None:
+    """Raise ModelError if the configuration has more layers, or layers times experts, than the files have tensors.
+
+    Without this check, a wrong number in the configuration could make `tensor_shapes` build a billion modules.
+    """
     experts = model.num_experts if per_expert and model.num_experts is not None else 1
-    if model.num_layers * experts > found:
-        raise ModelError(f"{file}: {model.num_layers} layers and {experts} experts, and only {found} tensors")
+    if model.num_layers * experts > num_tensors:
+        raise ModelError(f"{file}: {model.num_layers} layers and {experts} experts, and only {num_tensors} tensors")
 
 
-def _newest(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path:
-    if check:
-        newest = _as_model_error(lambda: newest_verified(checkpoints, warn))
-    else:
-        newest = next(iter(committed(checkpoints)), None)
+def _newest_checkpoint(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path:
+    with _raise_model_errors():
+        newest = newest_verified(checkpoints, warn) if check else next(iter(committed(checkpoints)), None)
     if newest is None:
         raise ModelError(f"{checkpoints}: expected a checkpoint; found none")
     return newest
 
 
-def _as_model_error(work: Callable[[], T]) -> T:
+@contextmanager
+def _raise_model_errors() -> Iterator[None]:
+    """Raise ModelError with the same message for every CheckpointError."""
     try:
-        return work()
+        yield
     except CheckpointError as error:
         raise ModelError(str(error)) from error
 
 
-def _to_stderr(line: str) -> None:
+def _print_to_stderr(line: str) -> None:
     print(line, file=sys.stderr)
