@@ -159,9 +159,8 @@ def test_the_page_has_every_wing_and_the_wings_that_it_may_import() -> None:
     wings = {f"{room}.{path.parent.name}" for room in ROOMS for path in (ROOT / room).glob("*/__init__.py")}
     rows = {row[0].strip("`/").replace("/", "."): row[2].replace("/", ".") for row in rows_of("Wings")}
     assert rows.keys() == wings
-    wrong = {
-        wing: [name for name in imported_wings()[wing] & wings if f"`{name}.`" not in rows[wing]] for wing in wings
-    }
+    graph = imported_wings()
+    wrong = {wing: [name for name in graph[wing] & wings if f"`{name}.`" not in rows[wing]] for wing in wings}
     assert wrong == {wing: [] for wing in wings}
 
 
