@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -137,18 +138,14 @@ def test_no_import_circle_between_modules() -> None:
 
 
 def imported_wings() -> dict[str, set[str]]:
-    """Return the graph of `imported_modules` in which every wing, a package inside a room, is one node.
-
-    A module that stands directly in its room is a node of its own.
-    """
+    """Return, for every wing (a package inside a room), the other wings that its modules import."""
     wings = [f"{room}.{path.parent.name}" for room in OURS for path in (ROOT / room).glob("*/__init__.py")]
-    graph = defaultdict(set)
+    graph: dict[str, set[str]] = {wing: set() for wing in wings}
     for module, imported in imported_modules().items():
-        node, *others = (
-            next((wing for wing in wings if f"{name}.".startswith(f"{wing}.")), name) for name in (module, *imported)
-        )
-        graph[node] |= {*others} - {node}
-    return dict(graph)
+        node, *others = (".".join(name.split(".")[:2]) for name in (module, *imported))
+        if node in graph:
+            graph[node] |= {*others} & graph.keys() - {node}
+    return graph
 
 
 def test_no_import_circle_between_wings() -> None:
@@ -156,12 +153,11 @@ def test_no_import_circle_between_wings() -> None:
 
 
 def test_the_page_has_every_wing_and_the_wings_that_it_may_import() -> None:
-    wings = {f"{room}.{path.parent.name}" for room in ROOMS for path in (ROOT / room).glob("*/__init__.py")}
+    graph = {wing: others for wing, others in imported_wings().items() if room_of(wing) in ROOMS}
     rows = {row[0].strip("`/").replace("/", "."): row[2].replace("/", ".") for row in rows_of("Wings")}
-    assert rows.keys() == wings
-    graph = imported_wings()
-    wrong = {wing: [name for name in graph[wing] & wings if f"`{name}.`" not in rows[wing]] for wing in wings}
-    assert wrong == {wing: [] for wing in wings}
+    assert rows.keys() == graph.keys()
+    wrong = {wing: [name for name in others if f"`{name}.`" not in rows[wing]] for wing, others in graph.items()}
+    assert wrong == {wing: [] for wing in graph}
 
 
 def test_circles_are_found() -> None:
@@ -174,46 +170,76 @@ def test_circles_are_found() -> None:
 # a function as its default. Both are found in the syntax trees, so that no seam can be forgotten.
 
 
-def functions_of(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Yield every function of the file with an empty name, and every method with the name of its class."""
+def functions_of(path: Path) -> Iterator[tuple[str, str, ast.FunctionDef]]:
+    """Yield (class, place, function) for every function of the file, with an empty class, and for every method.
+
+    The place is `file:function` or `file:class.method`.
+    """
+    file = path.relative_to(ROOT)
     for node in tree_of(path).body:
         if isinstance(node, ast.FunctionDef):
-            yield "", node
+            yield "", f"{file}:{node.name}", node
         elif isinstance(node, ast.ClassDef):
-            yield from ((node.name, member) for member in node.body if isinstance(member, ast.FunctionDef))
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    yield node.name, f"{file}:{node.name}.{member.name}", member
 
 
-def replaced(function: ast.FunctionDef) -> Iterator[tuple[str, str, str]]:
-    """Yield (object, attribute, value), as source text, wherever the function assigns an attribute.
+def names_used_in(function: ast.FunctionDef) -> set[str]:
+    """Return the variables and the string constants in the function."""
+    constants = {node.value for node in ast.walk(function) if isinstance(node, ast.Constant)}
+    return {node.id for node in ast.walk(function) if isinstance(node, ast.Name)} | {str(value) for value in constants}
 
-    `setattr` and `add_module` with a literal name are such places. `setattr(x.layers, name, value)` replaces an item of
-    `x.layers`. `setattr(x, name, value)` with a computed name is left out: it stores the local part of a weight.
+
+def assignments(body: ast.AST | list[ast.stmt]) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Yield (target, value) of the assignments in a function, or in the statements of a class or a module."""
+    for node in body if isinstance(body, list) else ast.walk(body):
+        if isinstance(node, ast.Assign):
+            yield from ((part, node.value) for target in node.targets for part in ast.walk(target))
+        elif isinstance(node, ast.AnnAssign) and node.value is not None:
+            yield node.target, node.value
+
+
+def replaced_attributes(path: Path, function: ast.FunctionDef) -> Iterator[tuple[str, str, str]]:
+    """Yield (object, attribute, value), as source text, wherever the function assigns or replaces an attribute.
+
+    It does so by `=`, `setattr` or `add_module`. `setattr(x.layers, <computed name>, value)` replaces an item of
+    `x.layers`. Elsewhere the attribute of a computed name is the empty string. A computed name whose value is an
+    `nn.Parameter` is left out: there, a weight is replaced by the part that this rank stores.
     """
+    constants = {ast.unparse(target): value for target, value in assignments(tree_of(path).body)}
+    for target, value in assignments(function):
+        if isinstance(target, ast.Attribute) and isinstance(target.ctx, ast.Store):
+            yield ast.unparse(target.value), target.attr, ast.unparse(value)
     for node in ast.walk(function):
         match node:
-            case ast.Assign(targets=targets, value=value) | ast.AnnAssign(target=ast.expr() as targets, value=value):
-                for target in targets if isinstance(targets, list) else [targets]:
-                    for part in ast.walk(target):
-                        if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store) and value is not None:
-                            yield ast.unparse(part.value), part.attr, ast.unparse(value)
-            case ast.Call(func=ast.Name(id="setattr"), args=[owner, ast.Constant(value=str(name)), value]):
-                yield ast.unparse(owner), name, ast.unparse(value)
-            case ast.Call(func=ast.Name(id="setattr"), args=[ast.Attribute(value=owner, attr=name), _, value]):
-                yield ast.unparse(owner), name, ast.unparse(value)
-            case ast.Call(
-                func=ast.Attribute(value=owner, attr="add_module" | "register_module"),
-                args=[ast.Constant(value=str(name)), value],
-            ):
-                yield ast.unparse(owner), name, ast.unparse(value)
+            case ast.Call(func=ast.Name(id="setattr"), args=[owner, name, value]):
+                pass
+            case ast.Call(func=ast.Attribute(value=owner, attr="add_module" | "register_module"), args=[name, value]):
+                pass
+            case _:
+                continue
+        name = constants.get(ast.unparse(name), name)
+        if isinstance(name, ast.Constant):
+            yield ast.unparse(owner), str(name.value), ast.unparse(value)
+        elif isinstance(owner, ast.Attribute):
+            yield ast.unparse(owner.value), owner.attr, ast.unparse(value)
+        elif not ast.unparse(value).startswith("nn.Parameter("):
+            yield ast.unparse(owner), "", ast.unparse(value)
+
+
+class ModuleClass(NamedTuple):
+    """A subclass of `nn.Module` in moe/."""
+
+    bases: set[str]
+    """Its base classes in moe/, and itself."""
+    attributes: dict[str, str]
+    """The attributes that its body or its `__init__` assigns, with their values as source text."""
 
 
 @cache
-def modules_of_moe() -> dict[str, tuple[set[str], dict[str, str]]]:
-    """Return every subclass of `nn.Module` in moe/ with its base classes, and its attributes and their first values.
-
-    Base classes are those in moe/, the class itself included. An attribute belongs to the class whose `__init__`
-    assigns it. Values are source text.
-    """
+def modules_of_moe() -> dict[str, ModuleClass]:
+    """Return every subclass of `nn.Module` in moe/ by its name."""
     files = sorted((ROOT / "moe").rglob("*.py"))
     classes = {node.name: node for path in files for node in tree_of(path).body if isinstance(node, ast.ClassDef)}
 
@@ -221,124 +247,142 @@ def modules_of_moe() -> dict[str, tuple[set[str], dict[str, str]]]:
         node = classes.get(name)
         return {name}.union(*(bases_of(ast.unparse(base)) for base in node.bases)) if node else {name}
 
-    modules: dict[str, tuple[set[str], dict[str, str]]] = {
-        name: (bases & classes.keys(), {})
-        for name, bases in ((name, bases_of(name)) for name in classes)
-        if any(base.startswith("nn.") for base in bases)
-    }
+    modules = {}
+    for name, node in classes.items():
+        if any(base.startswith("nn.") for base in bases_of(name)):
+            attributes = {ast.unparse(target): ast.unparse(value) for target, value in assignments(node.body)}
+            modules[name] = ModuleClass(bases_of(name) & classes.keys(), attributes)
     for path in files:
-        for owner, function in functions_of(path):
+        for owner, _, function in functions_of(path):
             if owner in modules and function.name == "__init__":
-                modules[owner][1].update({name: value for of, name, value in replaced(function) if of == "self"})
+                replaced = replaced_attributes(path, function)
+                modules[owner].attributes.update({name: value for of, name, value in replaced if of == "self"})
     return modules
 
 
 def replaced_seams(files: list[Path]) -> dict[str, set[str]]:
-    """Return `Class.attribute` -> the places, as `file:function`, that replace it from outside of `__init__`.
+    """Return `Class.attribute` -> the places that replace it from outside of `__init__`.
 
-    Every module in moe/ that has an attribute of this name counts, unless the function names some of these classes.
+    Every module in moe/ that has an attribute of this name counts, unless the function names some of these classes. An
+    attribute of a computed name counts as the class attribute that the function names and that the name comes from.
     """
     modules = modules_of_moe()
     seams = defaultdict(set)
     for path in files:
-        for owner, function in functions_of(path):
-            words = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
-            named = set[str]().union(*(bases for name, (bases, _) in modules.items() if name in words))
-            for of, attribute, _ in replaced(function):
-                having = {name for name, (_, attributes) in modules.items() if attribute in attributes}
+        for owner, place, function in functions_of(path):
+            names = names_used_in(function)
+            named = set[str]().union(*(module.bases for name, module in modules.items() if name in names))
+            for of, attribute, _ in replaced_attributes(path, function):
+                if of == "ctx" or (of == "self" and (owner not in modules or function.name == "__init__")):
+                    continue  # `ctx` is the context of an autograd function
+                wanted = {attribute} if attribute else names
+                found = {(name, key) for name, module in modules.items() for key in module.attributes.keys() & wanted}
+                assert found or attribute, f"{place} replaces an attribute, and its name cannot be found out"
                 if of == "self":
-                    having &= {owner} if function.name != "__init__" else set()
-                elif of == "ctx":  # the context of an autograd function is no module
-                    having = set()
-                for name in having & named or having:
-                    seams[f"{name}.{attribute}"].add(f"{path.relative_to(ROOT)}:{function.name}")
+                    found = {(owner, attribute)}
+                for name, key in {(name, key) for name, key in found if name in named} or found:
+                    seams[f"{name}.{key}"].add(place)
     return dict(seams)
 
 
-def argument_seams() -> dict[str, tuple[set[str], str]]:
-    """Return `function.argument` -> the places that pass it, and its default, for every callable with a default."""
+def functions_as_defaults() -> dict[str, tuple[set[str], str]]:
+    """Return `function.argument` and `Class.field` in moe/ -> the places that pass another value, and the default.
+
+    These are the arguments and fields that are annotated as callables and have a default.
+    """
     seams = {}
+
+    def add(name: str, argument: str, annotation: ast.expr | None, default: ast.expr | None) -> None:
+        if annotation is not None and default is not None and ast.unparse(annotation).startswith("Callable["):
+            seams[f"{name}.{argument}"] = set(places_that_pass(argument, name)), ast.unparse(default)
+
     for path in sorted((ROOT / "moe").rglob("*.py")):
-        for _, function in functions_of(path):
+        for _, _, function in functions_of(path):
             positional, keyword = function.args.args, function.args.kwonlyargs
             defaults = [*[None] * (len(positional) - len(function.args.defaults)), *function.args.defaults]
             for argument, default in zip([*positional, *keyword], [*defaults, *function.args.kw_defaults], strict=True):
-                if default is not None and ast.unparse(argument.annotation or default).startswith("Callable["):
-                    places = set(places_that_pass(argument.arg, function.name))
-                    seams[f"{function.name}.{argument.arg}"] = places, ast.unparse(default)
+                add(function.name, argument.arg, argument.annotation, default)
+        for node in tree_of(path).body:
+            for field in node.body if isinstance(node, ast.ClassDef) else []:
+                if isinstance(field, ast.AnnAssign):
+                    add(node.name, ast.unparse(field.target), field.annotation, field.value)
     return seams
 
 
 def places_that_pass(argument: str, called: str) -> Iterator[str]:
-    """Yield the places, as `file:function`, that call the function `called` with the keyword `argument`."""
+    """Yield the places that name the function or class `called` and call something with the keyword `argument`."""
     for path in SOURCES:
-        for _, function in functions_of(path):
-            for node in ast.walk(function):
-                is_call = isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == called
-                if is_call and argument in {keyword.arg for keyword in node.keywords}:
-                    yield f"{path.relative_to(ROOT)}:{function.name}"
-
-
-def documented_seams() -> dict[str, set[str]]:
-    """Return the seams of the page in the same form."""
-    return {row[0].strip("`"): set(re.findall(r"`([\w/]+\.py:\w+)`", row[2])) for row in rows_of("Seams")}
+        for _, place, function in functions_of(path):
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+            if called in names_used_in(function) and argument in {key.arg for call in calls for key in call.keywords}:
+                yield place
 
 
 def test_the_page_has_every_seam_and_who_installs_it() -> None:
-    arguments = {seam: places for seam, (places, _) in argument_seams().items()}
-    assert documented_seams() == replaced_seams(SOURCES) | arguments
+    documented = {row[0].strip("`"): set(re.findall(r"`([\w/]+\.py:[\w.]+)`", row[2])) for row in rows_of("Seams")}
+    assert documented == replaced_seams(SOURCES) | {
+        seam: places for seam, (places, _) in functions_as_defaults().items()
+    }
 
 
 def test_the_page_has_the_default_of_every_seam() -> None:
-    defaults = {seam: default for seam, (_, default) in argument_seams().items()}
-    defaults |= {
-        f"{name}.{attribute}": value
-        for name, (_, attributes) in modules_of_moe().items()
-        for attribute, value in attributes.items()
-    }
+    defaults = {seam: default for seam, (_, default) in functions_as_defaults().items()}
+    for name, module in modules_of_moe().items():
+        defaults |= {f"{name}.{attribute}": value for attribute, value in module.attributes.items()}
     for seam, default, *_ in rows_of("Seams"):
         named = re.findall(r"`([^`]+)`", default)
         assert named and all(name in defaults[seam.strip("`")] for name in named), (seam, defaults[seam.strip("`")])
 
 
 def test_seams_are_found_however_they_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules = modules_of_moe()
-    assert modules["Attention"][1]["gather"] == "nn.Identity()"
+    modules = modules_of_moe() | {"Other": ModuleClass({"Other"}, {"lookup": "1", "METHOD": "2"})}
+    assert modules["Attention"].attributes["gather"] == "nn.Identity()"
     monkeypatch.setattr("tests.test_architecture.ROOT", tmp_path)
     monkeypatch.setattr("tests.test_architecture.modules_of_moe", lambda: modules)
     file = tmp_path / "bad.py"
     file.write_text(
+        "NAME = 'slice_local'\n"
         "def install(model: Transformer) -> None:\n"
         "    for module in model.modules():\n"
         "        if isinstance(module, Attention | FeedForward):\n"
         "            module.gather, module.other = 1, 2\n"
         "            module.add_module('core', 3)\n"
         "    def inner():\n"
-        "        setattr(model, 'lookup', 4)\n"
-        "        setattr(model, computed, 5)\n"
-        "    model.layers[0].dispatcher = 6\n"
+        "        setattr(model, NAME, 4)\n"
+        "        setattr(model.layers, str(5), 5)\n"
+        "        setattr(model, name, nn.Parameter(6))\n"
+        "    model.layers[0].dispatcher = 7\n"
         "def set_mode(model: nn.Module) -> None:\n"
         "    for module in model.modules():\n"
-        "        module.recompute: str = 'full'\n"
+        "        name = getattr(module, 'METHOD')\n"
+        "        setattr(module, name, 8)\n"
+        "        module.lookup: int = 9\n"
         "class Elsewhere:\n"
-        "    def change(self, block: Block) -> None:\n"
-        "        self.gather, block.recompute = 7, 8\n"
+        "    def change(self, other: Other) -> None:\n"
+        "        self.gather, other.lookup = 10, 11\n"
+        "class Other(nn.Module):\n"
+        "    def change(self) -> None:\n"
+        "        self.gather = 12\n"
     )
     installed = {
-        "gather": {"Attention", "FeedForward", "Transformer"},
-        "core": {"Attention"},
-        "lookup": {"Transformer"},
+        "bad.py:install": "Attention.gather FeedForward.gather Transformer.gather Attention.core "
+        "Transformer.slice_local Transformer.layers MoELayer.dispatcher",
+        "bad.py:set_mode": "Other.METHOD Other.lookup Transformer.lookup",
+        "bad.py:Elsewhere.change": "Other.lookup",
+        "bad.py:Other.change": "Other.gather",
     }
-    installed["dispatcher"] = {"MoELayer"}
-    expected = {f"{name}.{attribute}": {"bad.py:install"} for attribute, names in installed.items() for name in names}
-    having = {name for name, (_, attributes) in modules.items() if "recompute" in attributes}
-    assert len(having) > 1
-    expected |= {f"{name}.recompute": {"bad.py:set_mode"} for name in having}
-    expected["Block.recompute"] = {"bad.py:set_mode", "bad.py:change"}
+    expected = defaultdict(set)
+    for place, seams in installed.items():
+        for seam in seams.split():
+            expected[seam].add(place)
     assert replaced_seams([file]) == expected
+    hidden = tmp_path / "hidden.py"
+    hidden.write_text("def hide(module: nn.Module, name: str) -> None:\n    setattr(module, name, 1)\n")
+    with pytest.raises(AssertionError, match=r"hidden.py:hide replaces an attribute"):
+        replaced_seams([hidden])
 
 
-# -------------------------------------------------------------------------------------------- protocols and the mesh
+# ------------------------------------------------------------------------------- protocols, registries and the mesh
 
 
 def classes() -> Iterator[ast.ClassDef]:
@@ -349,6 +393,16 @@ def classes() -> Iterator[ast.ClassDef]:
 def test_the_page_has_every_protocol() -> None:
     protocols = {node.name for node in classes() if "Protocol" in map(ast.unparse, node.bases)}
     assert {row[0].strip("`") for row in rows_of("Protocols")} == protocols
+
+
+def test_the_page_has_every_registry() -> None:
+    registries = {
+        f"{path.relative_to(ROOT)}:{ast.unparse(target)}"
+        for path in SOURCES
+        for target, value in assignments(tree_of(path).body)
+        if ast.unparse(value).startswith("Registry(")
+    }
+    assert {name for row in rows_of("Plugins") for name in re.findall(r"`([^`]+)`", row[0])} == registries
 
 
 def test_the_page_has_every_process_group() -> None:
@@ -382,7 +436,7 @@ def names_in(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_and_functions_that_a_page_names_exist(page: Path) -> None:
-    folders = "|".join([*OURS - {"train"}, "conf", "docs"])
+    folders = "|".join([*OURS - {"train"}, "conf", "docs", "examples"])
     found = re.findall(rf"`((?:{folders})/[\w/.*-]*|train\.py)(?::([\w.]+))?`", page.read_text(encoding="utf-8"))
     assert len(found) > 20
     assert [path for path, _ in found if not any(ROOT.glob(path.rstrip("/")))] == []
