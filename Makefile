@@ -6,7 +6,7 @@ SERVING := .venv-serving/.installed
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
 # Tests that run in one process. A coverage figure means something for the code that they run.
 UNIT := tests/common tests/data tests/moe tests/training
-DOCTESTS := common moe/region.py parallel/layout.py training/schedule.py
+DOCTESTS := common data moe parallel training
 
 .PHONY: help env train test test-all test-serving coverage doctest parity lint format clean
 .DEFAULT_GOAL := help
