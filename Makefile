@@ -1,12 +1,21 @@
+# `make` or `make help` lists the targets. A line "name: ... ## text" is a target with its explanation.
 PYTHON ?= python3
 ARGS ?=
 STAMP := .venv/.installed
-
 SERVING := .venv-serving/.installed
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q
+# Tests that run in one process. A coverage figure means something for the code that they run.
+UNIT := tests/common tests/data tests/moe tests/training
+DOCTESTS := common data moe parallel training
 
-.PHONY: env train test test-all test-serving lint clean
+.PHONY: help env train test test-all test-serving coverage doctest parity lint format clean
+.DEFAULT_GOAL := help
 
-env: $(STAMP)
+help: ## List the targets (the default)
+	@echo 'usage: make <target> [ARGS="..."] [PYTHON=python3.12]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP) ## Create .venv and install the project with its dev extra; repeated when pyproject.toml changes
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -17,18 +26,17 @@ $(STAMP): pyproject.toml
 	@touch $@
 	@echo "Installed: $$(.venv/bin/python --version), torch $$(.venv/bin/python -c 'import torch; print(torch.__version__)')"
 
-train: env
+train: env ## Train the quickstart model on 2 processes; ARGS are overrides, as in ARGS='train.steps=20'
 	@.venv/bin/python train.py launch.nproc=2 experiment=quickstart $(ARGS)
 
-test: env
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "not slow" $(ARGS)
+test: env ## Run the fast tests, about 5 minutes on 2 cores; ARGS go to pytest
+	@$(PYTEST) -m "not slow" $(ARGS)
 
-test-all: env
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q $(ARGS)
+test-all: env ## Run all tests
+	@$(PYTEST) $(ARGS)
 
-# Installs vLLM for CPUs, 3.5 GB, and serves an exported model with it (docs/serving.md).
-test-serving: env $(SERVING)
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/serving/vllm_serves.py $(ARGS)
+test-serving: env $(SERVING) ## Serve an exported model with vLLM (docs/serving.md); installs 3.5 GB
+	@$(PYTEST) tests/serving/vllm_serves.py $(ARGS)
 
 $(SERVING):
 	@echo "Installing vLLM into .venv-serving, once; 3.5 GB ..."
@@ -37,11 +45,24 @@ $(SERVING):
 	@.venv-serving/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec
 	@touch $@
 
-lint: env
+coverage: env ## Run the fast tests that need one process only, and print which share of their code they run
+	@$(PYTEST) -m "not slow" --cov --cov-report=term $(UNIT) $(ARGS)
+
+doctest: env ## Run the examples in docstrings
+	@$(PYTEST) --doctest-modules $(DOCTESTS) $(ARGS)
+
+parity: env ## Compare every layout of 2 processes with one process in fp64 (docs/parity.md); ARGS are overrides
+	@.venv/bin/python scripts/parity.py layouts=all launch.nproc=2 $(ARGS)
+
+lint: env ## Check style, formatting and types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 
-clean:
-	rm -rf .venv .venv-serving .cache runs wandb build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+format: env ## Format the code and mend what ruff can mend
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+clean: ## Delete environments, runs, caches and build outputs
+	rm -rf .venv .venv-serving .cache runs wandb build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,10 +1,13 @@
 import dataclasses
+import importlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 
 from common.strict import from_dict, to_dict
@@ -23,7 +26,8 @@ NEEDED = {
     ("router", "expert_choice"): ["router.allow_noncausal=true"],
     ("router", "deepseek_v3"): ["model=deepseek_v3_tiny"],
 }
-"""What a preset leaves to the user, because nobody else can know it, or needs beside it."""
+"""The overrides that a preset needs: values that only the user knows, or another preset."""
+TOOLS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "config")
 
 
 def composed(overrides: list[str]) -> Config:
@@ -51,6 +55,16 @@ def test_every_key_of_the_dataclass_is_in_its_yaml(group: str, preset: str) -> N
     section = next(field.type for field in dataclasses.fields(Config) if field.name == group)
     assert isinstance(section, type)
     assert set(written) == {field.name for field in dataclasses.fields(section)}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_key_of_a_tool_is_in_its_yaml(tool: str) -> None:
+    written = yaml.safe_load((CONF / f"{tool}.yaml").read_text(encoding="utf-8"))
+    presets = {key for entry in written.pop("defaults", []) if isinstance(entry, dict) for key in entry}
+    module = importlib.import_module(f"scripts.{tool}")
+    called = re.search(rf'run_tool\("{tool}", (\w+)', Path(module.__file__ or "").read_text(encoding="utf-8"))
+    assert called is not None
+    assert {*written, *presets} == {field.name for field in dataclasses.fields(getattr(module, called[1]))}
 
 
 @pytest.mark.parametrize("model", MODELS)
