@@ -60,6 +60,7 @@ def parity_on(rank: int, world_size: int) -> list:
     return list(run_jobs(jobs, torch.device("cpu"), cases={"noisy": noisy_case()}, steps=3))
 
 
+@pytest.mark.slow
 def test_noisy_topk_has_the_numbers_of_one_process_on_every_axis():
     results = run_ranks(parity_on, 2)[0]
     assert [result.job.layout for result in results] == list(LAYOUTS)
@@ -67,9 +68,25 @@ def test_noisy_topk_has_the_numbers_of_one_process_on_every_axis():
         assert result.why_skipped is None and result.differences.within(TOLERANCES["fp64"]), result
 
 
+def expect_hidden_weight_error(case: Case) -> None:
+    """Build a router whose ``__init__`` creates a weight that its configuration does not name."""
+    router = ROUTERS["noisy_topk"]
+    init = router.__init__
+
+    def with_hidden_weight(self, *arguments, **keywords):
+        init(self, *arguments, **keywords)
+        self.hidden = torch.nn.Parameter(torch.empty(2, 2))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(router, "__init__", with_hidden_weight)
+        with pytest.raises(ModelError, match=r"^layers.0.ffn.router.hidden: expected no parameter of this name"):
+            build_model(case.model, case.router, mesh_of_one(torch.device("cpu")), compute_dtype=torch.float64, seed=0)
+
+
 def everything_else_on(rank: int, world_size: int, plugin: str) -> tuple:
     load_plugins([plugin, NOISY_TOPK])
     case = replace(noisy_case(), model=replace(MIXTRAL.model, expert_ffn="relu2"))
+    expect_hidden_weight_error(case)
     config = configuration(case, ONE_PROCESS, rows=rows_for(1))
     config = replace(config, optim=OptimConfig(lr=0.1, kind="momentum", schedule="halving", warmup_steps=0))
     mesh = mesh_of_one(torch.device("cpu"))
@@ -108,22 +125,3 @@ def test_every_kind_of_plugin_trains_and_no_new_weight_is_frozen(tmp_path: Path)
     assert len(routers) == 2 * layers and chosen == ["noise_weight", "weight"]
     assert moved > 0  # it starts at 0
     assert "relu2" not in FEED_FORWARDS  # the plugin was loaded in the other process
-
-
-def unclaimed_on(rank: int, world_size: int) -> None:
-    """Build a router whose ``__init__`` creates a weight that its configuration does not name."""
-    case = noisy_case()
-    router = ROUTERS["noisy_topk"]
-    init = router.__init__
-
-    def with_hidden_weight(self, *arguments, **keywords):
-        init(self, *arguments, **keywords)
-        self.hidden = torch.nn.Parameter(torch.empty(2, 2))
-
-    router.__init__ = with_hidden_weight
-    with pytest.raises(ModelError, match=r"^layers.0.ffn.router.hidden: expected no parameter of this name"):
-        build_model(case.model, case.router, mesh_of_one(torch.device("cpu")), compute_dtype=torch.float64, seed=0)
-
-
-def test_a_weight_that_no_configuration_names_is_an_error():
-    run_ranks(unclaimed_on, 1)
