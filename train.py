@@ -17,10 +17,10 @@ import hydra
 from omegaconf import DictConfig
 
 from common.strict import from_dict
-from scripts.cli.errors import end
-from scripts.cli.hydra import (
+from scripts.cli.command_line import (
     CONF,
     current_job,
+    end,
     job_arguments,
     load_named_plugins,
     plain,

@@ -11,10 +11,10 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from common.checks import expect
+from common.errors import expect
 from common.strict import located
 from moe.config import ModelConfig, RouterConfig
-from scripts.cli.tools import run_tool
+from scripts.cli.command_line import run_tool
 
 
 @dataclass(frozen=True)

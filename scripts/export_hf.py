@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.checks import expect
-from scripts.cli.tools import run_tool
+from common.errors import expect
+from scripts.cli.command_line import run_tool
 
 
 @dataclass(frozen=True)

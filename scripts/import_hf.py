@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from scripts.cli.tools import run_tool
+from scripts.cli.command_line import run_tool
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from scripts.cli.tools import run_tool
+from scripts.cli.command_line import run_tool
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ def upcycle(config: UpcycleConfig) -> None:
     from common.errors import ModelError
     from moe.accounting.flops import count_parameters, meta_model
     from moe.upcycle import Upcycling, router_config
+    from training.formats.export import upcycle_model
     from training.formats.model_directory import parse_size
     from training.formats.reader import open_model_for_key
-    from training.formats.upcycling import upcycle_model
 
     shard_bytes = parse_size(config.shard_size)
     plan = Upcycling(**{field.name: getattr(config, field.name) for field in fields(Upcycling)})

@@ -6,8 +6,7 @@ Each section validates its own fields. `Config` validates the combinations of tw
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.checks import expect
-from common.errors import ConfigError
+from common.errors import ConfigError, expect
 from common.strict import located
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig

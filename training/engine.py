@@ -31,27 +31,22 @@ class Engine(Protocol):
 
     def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
         """Run the forward and backward passes of all micro-batches, and add their gradients."""
-        ...
 
     def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
         """Run one batch through all parts without gradients; returns each part of this rank with its output."""
-        ...
 
     def step(self, lr: float) -> float:
         """Reduce, clip and apply the gradients; returns their global norm before clipping.
 
         If the norm is not finite, no weight changes on any rank.
         """
-        ...
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Weights, buffers and moments under engine-neutral names, for saving and for loading in place."""
-        ...
 
     @property
     def updates(self) -> int:
         """The number of updates applied so far, on which AdamW's bias correction depends."""
-        ...
 
     def finish_loading(self, tensors: Mapping[str, Tensor | LocalShard], updates: int) -> None:
         """Take over the values that a checkpoint was loaded into.
@@ -60,11 +55,9 @@ class Engine(Protocol):
             tensors: the dictionary that `tensors()` returned, filled.
             updates: the number of updates before the checkpoint.
         """
-        ...
 
     def close(self) -> None:
         """Release everything, before the process group is destroyed."""
-        ...
 
 
 class NativeEngine:

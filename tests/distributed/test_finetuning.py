@@ -17,7 +17,7 @@ from tests.distributed.whole import gather_whole
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import read_manifest
 from training.engine import NativeEngine
-from training.parity.cases import MODEL, OPTIM, global_batch, part_of, rows_for
+from training.parity.config import MODEL, OPTIM, global_batch, part_of, rows_for
 from training.step import StepResult, train_step
 
 ROUTER = RouterConfig(balance_coef=0.05, z_coef=0.01)

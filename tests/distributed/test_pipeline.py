@@ -20,7 +20,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.whole import assert_same_history, gather_whole
 from training.engine import NativeEngine
 from training.evaluate import evaluate
-from training.parity.cases import ACCUMULATION, CASES, MODEL, OPTIM, global_batch
+from training.parity.config import ACCUMULATION, CASES, MODEL, OPTIM, global_batch
 from training.schedule import learning_rate
 from training.step import train_step
 

@@ -27,8 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.checks import expect_no_tensors
-from common.errors import CheckpointError
+from common.errors import CheckpointError, expect_no_tensors
 from common.files import fsync
 from moe.region import LocalShard
 from training.checkpoint.manifest import (

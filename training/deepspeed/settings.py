@@ -11,10 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.checks import expect
-from common.errors import ConfigError
-from common.json_object import parse_json_object
-from common.text import nearest, shorten
+from common.errors import ConfigError, expect
+from common.text import nearest, parse_json_object, shorten
 from parallel.config import ParallelConfig
 from training.config import EngineConfig, OptimConfig, TrainConfig
 from training.deepspeed.keys import (

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from common.checks import expect_no_tensors
-from common.errors import ModelError
+from common.errors import ModelError, expect_no_tensors
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
 from training.formats.safetensors import StoredTensor

@@ -18,8 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.checks import expect_no_tensors
-from common.errors import CheckpointError, ConfigError, ModelError
+from common.errors import CheckpointError, ConfigError, ModelError, expect_no_tensors
 from common.plugins import missing_plugins, plugin_name
 from common.strict import from_dict
 from common.text import one_line, printable, shorten, show_value
@@ -29,7 +28,6 @@ from moe.region import Region
 from training.checkpoint.manifest import CHECKPOINTS, MANIFEST, committed, newest_verified, read_manifest, verify
 from training.checkpoint.shards import DTYPES, SliceRead, find_slices, read_shard
 from training.formats import huggingface as hf
-from training.formats import huggingface_names as hf_names
 from training.formats import mistral
 from training.formats.mapping import Format, Piece, Shape, check_tensors, list_pieces, split_halves, tensor_shapes
 from training.formats.safetensors import TensorDirectory, read_json
@@ -225,7 +223,7 @@ class ForeignReader(ModelReader):
         self.model, self.router = read_config(read_json(config), config)
         self.files = TensorDirectory(path, module.INDEX, module.SINGLE)
         stored = self.files.tensors
-        self.format: Format = hf_names.detect_format(stored) if kind == "hf" else mistral.FORMAT
+        self.format: Format = hf.detect_format(stored) if kind == "hf" else mistral.FORMAT
         per_expert = any("{e}" in name for name in self.format.names.values())
         _check_layer_count(self.model, len(stored), config, per_expert)
         self.shapes = _shapes_of(self.model, self.router, config)

@@ -13,10 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.checks import expect_no_tensors
-from common.errors import ModelError
-from common.json_object import parse_json_object
-from common.text import printable, shorten
+from common.errors import ModelError, expect_no_tensors
+from common.text import parse_json_object, printable, shorten
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_HEADER = 32 << 20

@@ -11,7 +11,7 @@ docs/generation.md explains the keys.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from common.checks import expect
+from common.errors import expect
 from training.config import LaunchConfig
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from training.device import compute_dtype, pick_device
 from training.formats.reader import open_model
 from training.generation.config import GenerateConfig
 from training.generation.report import Report
-from training.generation.request import Request, read_request
-from training.generation.tokenizer import open_tokenizer
+from training.generation.request import Request, open_tokenizer, read_request
 
 START_TIMEOUT_S = 300.0
 

@@ -10,11 +10,9 @@ from parallel.mesh import Groups, build_mesh, close_process_group, init_process_
 from parallel.startup.launch import world_from_env
 from parallel.startup.rendezvous import open_store
 from training.device import pick_device
-from training.parity.cases import CASES, ONE_PROCESS, STEPS, Case, Precision, configuration, rows_for
-from training.parity.compare import compare
-from training.parity.config import ParityConfig
+from training.parity.compare import JobResult, compare, show_progress, show_results
+from training.parity.config import CASES, ONE_PROCESS, STEPS, Case, ParityConfig, Precision, configuration, rows_for
 from training.parity.jobs import Job, configure, select_jobs, why_skipped
-from training.parity.table import JobResult, show_progress, show_results
 from training.parity.trial import Result, run_case
 
 START_TIMEOUT_S = 300.0

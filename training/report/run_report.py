@@ -1,14 +1,20 @@
-"""What a run prints and writes when it starts and when it ends. Only rank 0 calls these functions."""
+"""What a run prints and writes when it starts and when it ends. Only rank 0 prints and writes."""
 
 import shlex
+import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from data.tokens.store import Store
+from moe.model import Transformer
+from parallel.mesh import Mesh
+from parallel.weight_specs import kind
 from training.agree import AgreedRun
 from training.config import Config
 from training.evaluate import Evaluation
@@ -177,3 +183,28 @@ def _tool(name: str) -> str:
     """The path of a program that is installed beside this Python, relative to the current directory if possible."""
     path = Path(sys.executable).parent / name
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
+
+
+def gather_rank_summaries(parts: Sequence[Transformer], mesh: Mesh) -> list[RankSummary]:
+    """Return one summary per rank, in the order of the ranks, on every rank. Collective.
+
+    Args:
+        parts: the modules of this rank: the model, or one module for each of its pipeline stages.
+    """
+    shards = {name: part.local_shard(name, weight) for part in parts for name, weight in part.named_parameters()}
+    expert_shards = [shard for name, shard in shards.items() if kind(name) == "experts"]
+    experts = {shard.region.offset[0] + row for shard in expert_shards for row in range(shard.region.shape[0])}
+    layers = [number for part in parts for number, layer in enumerate(part.layers) if layer is not None]
+    summary = RankSummary(
+        rank=mesh.rank,
+        host=socket.gethostname(),
+        device=str(mesh.device),
+        experts=sorted(experts),
+        layers=layers,
+        parameters=sum(shard.local.numel() for shard in shards.values()),
+        bytes=sum(shard.local.numel() * shard.local.element_size() for shard in shards.values()),
+        expert_parameters=sum(shard.local.numel() for shard in expert_shards),
+    )
+    summaries: list[RankSummary] = [summary] * mesh.world_size
+    dist.all_gather_object(summaries, summary, group=mesh.world)
+    return summaries

@@ -1,25 +1,33 @@
-"""Hydra's part of the command line: arguments become a composed configuration of plain dicts, lists and scalars."""
+"""The command line of `train.py` and of every tool, with Hydra.
+
+Arguments become a composed configuration of plain dicts, lists and scalars. A mistake that the user can correct becomes
+one line, and any other error a traceback. `run_tool` is the `main` of every tool in scripts/."""
 
 import os
 import re
 import sys
+import time
+import traceback
 from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import ConfigError, RunError
+from common.errors import ConfigError, RunError, UserError
 from common.plugins import load_plugins
-from common.strict import from_dict
-from scripts.cli.errors import details, user_message
+from common.strict import from_dict, leaf_keys, unknown_key
+from common.text import nearest, one_line
+from parallel.startup.launch import WorkerFailure
 from training.config import Config, RunConfig
 from training.run import choose_name, prepare_directory, save_config, save_result
 
@@ -168,3 +176,117 @@ def record_failure(
     directory.mkdir(parents=True, exist_ok=True)
     save_config(directory, raw)
     save_result(directory, {"status": "failed", "error": message})
+
+
+PATIENCE_S = 3.0
+"""Seconds that other ranks wait before they exit, so that local rank 0 can print the mistake that all of them make."""
+
+
+def end(error: Exception, arguments: Sequence[str], cls: type = Config) -> NoReturn:
+    """End the process: with status 2 and one line if the user can correct the mistake, else with 1 and a traceback.
+
+    Under a launcher only local rank 0 prints the line, because every rank makes the same mistake.
+    """
+    message = user_message(error, arguments, cls)
+    if message is None:
+        print(details(error), file=sys.stderr)
+        raise SystemExit(1)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        # A launcher kills the other ranks as soon as one has exited. Local rank 0 has to print first.
+        time.sleep(PATIENCE_S)
+    raise SystemExit(2)
+
+
+def user_message(error: Exception, arguments: Sequence[str], cls: type = Config) -> str | None:
+    """Return the line that tells the user what to change, or None if the user cannot correct the error.
+
+    Args:
+        arguments: the command line. It has the value of a key that Hydra refused.
+        cls: the configuration dataclass that the command line is for.
+    """
+    if isinstance(error, WorkerFailure):
+        return error.message if error.exitcode == 2 else None
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = sorted(error.options)
+        return f"{group}={option}: expected one of {', '.join(options)}; the nearest is {nearest(option, options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: expected key=value ({one_line(error.message.split('See https')[0])})"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        text = str(error) or str(error.__cause__)
+        refused = re.search(r"Could not override '([^']+)'", text)
+        return _refused_key(refused[1], arguments, cls) if refused else one_line(text)
+    return None
+
+
+def details(error: Exception) -> str:
+    """Return the traceback. That of a worker's failure comes from the worker process."""
+    return error.message if isinstance(error, WorkerFailure) else "".join(traceback.format_exception(error))
+
+
+def _refused_key(key: str, arguments: Sequence[str], cls: type) -> str:
+    """The line about a key that Hydra did not find in the composed configuration."""
+    pairs = [argument.partition("=") for argument in arguments]
+    value = next((text for name, _, text in pairs if name.lstrip("+") == key), "")
+    keys = list(leaf_keys(cls))
+    if key in keys:
+        refused = f"{key}={value}"
+        return f"{refused}: expected a key of the chosen presets; +{refused} adds it, another preset may have it"
+    return str(unknown_key(key, value, keys))
+
+
+T = TypeVar("T")
+
+COMMON_HELP = "Every tool also takes plugins=[...] (docs/extending.md) and --config-dir DIR with more presets."
+
+
+def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text: Sequence[str] = ()) -> NoReturn:
+    """Run a tool from its command line and end the process.
+
+    The arguments override `conf/<name>.yaml`, the result is converted to `cls`, and `function` is called with it. The
+    exit status is 0, or 2 after one line about a mistake that the user can correct, or 1 after any other error.
+
+    Every tool also takes `plugins=[...]` and `--config-dir DIR` (`COMMON_HELP`).
+
+    Args:
+        cls: the dataclass that `conf/<name>.yaml` mirrors.
+        free_text: keys whose values are used exactly as they were typed. A prompt, for example, is not an expression
+            of Hydra's grammar.
+    """
+    arguments = without_local_rank(sys.argv[1:])
+    try:
+        if {"-h", "--help"} & set(arguments):
+            print(f"{sys.modules[cls.__module__].__doc__}\n{(CONF / f'{name}.yaml').read_text()}\n{COMMON_HELP}")
+            raise SystemExit(0)
+        config_dir, others = take_flag(arguments, "--config-dir")
+        unwanted = next((argument for argument in others if argument.startswith("-")), None)
+        if unwanted is not None:
+            raise ConfigError(f"{unwanted}: expected key=value, or --help for the keys")
+        overrides = [_in_grammar(argument, free_text) for argument in others]
+        values = [override for override in overrides if _is_value_named_like_a_group(override, cls)]
+        raw = compose_config(name, [override for override in overrides if override not in values], config_dir)
+        for override in OverridesParser.create().parse_overrides(values):
+            raw[override.key_or_group] = override.value()
+        load_named_plugins(raw)
+        function(from_dict(cls, {key: value for key, value in raw.items() if key != "plugins"}))
+    except Exception as error:
+        end(error, arguments, cls)
+    raise SystemExit(0)
+
+
+def _is_value_named_like_a_group(override: str, cls: type) -> bool:
+    """Whether Hydra would look for a preset where the tool has a plain value, as in `checkpoint=runs/x`."""
+    key = override.partition("=")[0]
+    return (CONF / key).is_dir() and key in leaf_keys(cls)
+
+
+def _in_grammar(argument: str, free_text: Sequence[str]) -> str:
+    """The argument as an override of Hydra's: free text is quoted, and `plugins` is added, which no tool's YAML has."""
+    key, _, value = argument.partition("=")
+    if key in free_text:
+        return f"{key}={quote(value)}"
+    return f"++{argument}" if key == "plugins" else argument
