@@ -62,8 +62,13 @@ def expect(holds: bool, field: str, value: object, expected: str) -> None:
     ...
     common.errors.ConfigError: steps=0: expected an integer >= 1
     """
+    require(holds, ConfigError, f"{field}={show_value(value)}: expected {expected}")
+
+
+def require(holds: object, error: type[Exception], message: str) -> None:
+    """Raise `error` with `message`, unless `holds`, which is tested for truth."""
     if not holds:
-        raise ConfigError(f"{field}={show_value(value)}: expected {expected}")
+        raise error(message)
 
 
 def expect_no_tensors(where: Path, problem: str, names: Iterable[str], error: type[UserError]) -> None:

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar, Union
 
-from common.errors import ConfigError
+from common.errors import ConfigError, require
 from common.text import nearest, one_line, show_value
 
 T = TypeVar("T")
@@ -40,8 +40,7 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
     """
     if keys is None:
         keys = list(leaf_keys(cls, path))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path or cls.__name__}={_show(raw)}: expected a section of keys")
+    require(isinstance(raw, dict), ConfigError, f"{path or cls.__name__}={_show(raw)}: expected a section of keys")
     if hasattr(cls, "class_for"):
         cls = cls.class_for(raw)  # type: ignore[attr-defined]
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from filelock import BaseFileLock
 
-from common.errors import CheckpointError, ConfigError, DataError, RunError
+from common.errors import CheckpointError, ConfigError, DataError, RunError, require
 from common.plugins import changed_plugins, loaded_plugins, missing_plugins
 from common.strict import from_dict, to_dict
 from data.tokens.store import Store, prepare
@@ -97,16 +97,14 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
     counts = count_parameters(whole)
     trained_parameters = trained_elements(whole, choose_trainable(whole, config.optim.train))
     memory = from_rank_0("memory", lambda: memory_of_a_rank(process.device, world.local_world_size))
-    trained_share = trained_parameters / counts.total
-    workload = build_workload(config, model, itemsize=process.dtype.itemsize, trained=trained_share)
+    workload = build_workload(config, model, itemsize=process.dtype.itemsize, trained=trained_parameters / counts.total)
     resolved, plan, warning = resolve_layout(config, workload, world, memory)
     if process.device.type == "cpu" and config.engine.kind == "native":
         check_memory(counts.total, plan.fullest.state, world.local_world_size)
 
     # Where it starts: at a checkpoint of this run, at another model's weights, or at random weights.
-    restarted = world.restart_count > 0
     checkpoint = from_rank_0(
-        "checkpoint", lambda: find_checkpoint(config, directory, restarted=restarted, warn=show_line)
+        "checkpoint", lambda: find_checkpoint(config, directory, restarted=world.restart_count > 0, warn=show_line)
     )
     state = None
     if checkpoint is not None:
@@ -115,8 +113,6 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
         for plugin in changed_plugins(state.get("plugins", {})) if process.is_main else ():
             show_line(f"warning: plugin {plugin} has changed since the checkpoint {checkpoint} was written")
     init_from = config.run.init_from if checkpoint is None else None
-    initial_directory = from_rank_0("initial", lambda: find_initial(init_from, warn=show_line))
-    finished = from_rank_0("finished", lambda: finished_result(directory, config.train.steps))
     return AgreedRun(
         config=resolved,
         name=name,
@@ -131,8 +127,8 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
         warning=warning,
         checkpoint=checkpoint,
         state=state,
-        initial_directory=initial_directory,
-        finished_result=finished,
+        initial_directory=from_rank_0("initial", lambda: find_initial(init_from, warn=show_line)),
+        finished_result=from_rank_0("finished", lambda: finished_result(directory, config.train.steps)),
     )
 
 
@@ -151,14 +147,16 @@ def check_shared(rank_store: dist.Store, world: World, directory: Path, tokens: 
     if world.rank == 0:
         (directory / probe).touch()
     tokens_of_rank_0 = choose_on_rank0(rank_store, world, "tokens", lambda: tokens)
-    if not (directory / probe).exists():
-        raise RunError(
-            f"run.root={directory.parent}: expected a directory that all nodes share; rank 0 sees another one"
-        )
-    if tokens_of_rank_0 != tokens:
-        raise DataError(
-            f"data (tokens {tokens[:12]}): expected the text of rank 0 (tokens {tokens_of_rank_0[:12]}) on every node"
-        )
+    require(
+        (directory / probe).exists(),
+        RunError,
+        f"run.root={directory.parent}: expected a directory that all nodes share; rank 0 sees another one",
+    )
+    require(
+        tokens_of_rank_0 == tokens,
+        DataError,
+        f"data (tokens {tokens[:12]}): expected the text of rank 0 (tokens {tokens_of_rank_0[:12]}) on every node",
+    )
     wait_for_all(rank_store, world, "probed")
     if world.rank == 0:
         (directory / probe).unlink()
@@ -186,8 +184,11 @@ def find_checkpoint(config: Config, directory: Path, *, restarted: bool, warn: C
             )
         return None
     newest = newest_verified(root, warn)
-    if newest is None and resume == "must":
-        raise CheckpointError(f"run.resume=must: expected a checkpoint in {root}; found none")
+    require(
+        newest is not None or resume != "must",
+        CheckpointError,
+        f"run.resume=must: expected a checkpoint in {root}; found none",
+    )
     return None if newest is None else str(newest)
 
 
@@ -204,8 +205,7 @@ def checked_state(path: str, model: ModelConfig, router: RouterConfig, steps: in
     """
     state = read_state(Path(path))
     missing = missing_plugins(state.get("plugins", {}))
-    if missing:
-        raise CheckpointError(f"{path}: {missing}")
+    require(not missing, CheckpointError, f"{path}: {missing}")
     try:
         saved: dict[str, ModelConfig | RouterConfig] = {"model": from_dict(ModelConfig, state["model"], "model")}
         if model.is_moe:
@@ -217,15 +217,17 @@ def checked_state(path: str, model: ModelConfig, router: RouterConfig, steps: in
         values, saved_values = (_meaning(part, model.top_k or 1) for part in (config, saved_config))
         for key, value in values.items():
             saved_value = saved_values.get(key)
-            if value != saved_value:
-                raise CheckpointError(
-                    f"{section}.{key}={json.dumps(value)}: expected {json.dumps(saved_value)} as in the checkpoint "
-                    f"{path}, or another run.name"
-                )
-    if state["step"] > steps:
-        raise CheckpointError(
-            f"train.steps={steps}: expected at least {state['step']}, the step of the checkpoint {path}"
-        )
+            require(
+                value == saved_value,
+                CheckpointError,
+                f"{section}.{key}={json.dumps(value)}: expected {json.dumps(saved_value)} as in the checkpoint "
+                f"{path}, or another run.name",
+            )
+    require(
+        state["step"] <= steps,
+        CheckpointError,
+        f"train.steps={steps}: expected at least {state['step']}, the step of the checkpoint {path}",
+    )
     return state
 
 

@@ -6,7 +6,7 @@ Each section validates its own fields. `Config` validates the combinations of tw
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.errors import ConfigError, expect
+from common.errors import ConfigError, expect, require
 from common.strict import located
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig
@@ -241,9 +241,10 @@ def with_vocabulary(model: ModelConfig, tokenizer_ids: int) -> ModelConfig:
     """
     if model.vocab_size is None:
         return replace(model, vocab_size=tokenizer_ids)
-    if model.vocab_size < tokenizer_ids:
-        raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: expected at least {tokenizer_ids}, the ids of the tokenizer (a "
-            "token id beyond the vocabulary has no embedding), or null to take its size"
-        )
+    require(
+        model.vocab_size >= tokenizer_ids,
+        ConfigError,
+        f"model.vocab_size={model.vocab_size}: expected at least {tokenizer_ids}, the ids of the tokenizer (a "
+        "token id beyond the vocabulary has no embedding), or null to take its size",
+    )
     return model

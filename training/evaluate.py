@@ -57,8 +57,9 @@ def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...],
                         total.index_add_(0, domain_N, values_BS.flatten().double())
             if output.stats is not None:
                 domains_BS, valid_BS = model.slice_local(batch.domains_BS), model.slice_local(batch.documents_BS >= 0)
-                counts = _load_by_domain(output.stats.experts_BSK, domains_BS, valid_BS, *shape[::2])
-                load_GLE[:, model.moe_layers] += counts
+                load_GLE[:, model.moe_layers] += _load_by_domain(
+                    output.stats.experts_BSK, domains_BS, valid_BS, *shape[::2]
+                )
     for model in engine.parts:
         model.train()
     for total in (nats, labels, size, load_GLE):
@@ -67,14 +68,12 @@ def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...],
         name: value / math.log(2) / length if length else math.nan
         for name, value, length in zip(domains, nats.tolist(), size.tolist(), strict=True)
     }
-    loss = (nats.sum() / labels.sum()).item()
-    return Evaluation(loss, bits, load_GLE.cpu() if config.is_moe else None)
+    return Evaluation((nats.sum() / labels.sum()).item(), bits, load_GLE.cpu() if config.is_moe else None)
 
 
 def _load_by_domain(
     experts_LBSK: Tensor, domains_BS: Tensor, valid_BS: Tensor, num_domains: int, num_experts: int
 ) -> Tensor:
-    layers = experts_LBSK.shape[0]
     valid_N = valid_BS.flatten()
     domain_N = domains_BS.flatten().long()[valid_N]
     experts_LNK = experts_LBSK.flatten(1, 2)[:, valid_N]
@@ -83,4 +82,4 @@ def _load_by_domain(
         torch.bincount(cells[experts < num_experts], minlength=num_domains * num_experts)
         for cells, experts in zip(cell_LNK, experts_LNK, strict=True)
     ]
-    return torch.stack(counts).view(layers, num_domains, num_experts).transpose(0, 1).contiguous()
+    return torch.stack(counts).view(experts_LBSK.shape[0], num_domains, num_experts).transpose(0, 1).contiguous()

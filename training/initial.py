@@ -7,7 +7,7 @@ experts a token gets and with what weight. The capacity, the losses and the jitt
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from common.errors import ConfigError
+from common.errors import ConfigError, require
 from common.strict import to_dict
 from common.text import show_value
 
@@ -47,18 +47,19 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for section, values in inherited.items():
         for key, value in values.items():
             given = raw[section].get(key, value)
-            if {section, f"{section}.{key}"} & typed and not _agrees(key, given, value, source):
-                raise ConfigError(
-                    f"{section}.{key}={show_value(given)}: expected {show_value(value)}, as in "
-                    f"run.init_from={directory}"
-                )
+            require(
+                not ({section, f"{section}.{key}"} & typed) or _agrees(key, given, value, source),
+                ConfigError,
+                f"{section}.{key}={show_value(given)}: expected {show_value(value)}, as in run.init_from={directory}",
+            )
         result[section] = raw[section] | values
     if raw["data"].get("tokenizer") is None:
-        if source.tokenizer is None:
-            raise ConfigError(
-                f"data.tokenizer=null: expected a sentencepiece model, since run.init_from={directory} has no "
-                "tokenizer.model"
-            )
+        require(
+            source.tokenizer is not None,
+            ConfigError,
+            f"data.tokenizer=null: expected a sentencepiece model, since run.init_from={directory} has no "
+            "tokenizer.model",
+        )
         result["data"] = raw["data"] | {"tokenizer": str(source.tokenizer)}
     return result
 

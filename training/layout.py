@@ -69,5 +69,8 @@ def resolve_layout(config: Config, workload: Workload, world: World, memory: int
         parallel, warning = resolve(parallel, workload, world, memory)
     except ValueError as error:
         raise located(error, "train" if str(error).startswith("global_batch") else "parallel") from error
-    layout = parallel.layout(world.world_size, workload.model, workload.seq_len)
-    return ResolvedLayout(replace(config, parallel=parallel), plan(layout, parallel, workload), warning)
+    return ResolvedLayout(
+        replace(config, parallel=parallel),
+        plan(parallel.layout(world.world_size, workload.model, workload.seq_len), parallel, workload),
+        warning,
+    )

@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import ConfigError, RunError, UserError
+from common.errors import ConfigError, RunError, UserError, require
 from common.plugins import load_plugins
 from common.strict import from_dict, leaf_keys, unknown_key
 from common.text import nearest, one_line
@@ -79,8 +79,7 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: str | None =
         HydraException, OmegaConfBaseException: an override cannot be used. `errors.user_message` explains both.
     """
     if config_dir is not None:
-        if not os.path.isdir(config_dir):
-            raise ConfigError(f"--config-dir={config_dir}: expected a directory")
+        require(os.path.isdir(config_dir), ConfigError, f"--config-dir={config_dir}: expected a directory")
         overrides = [f"hydra.searchpath=[{quote(f'file://{Path(config_dir).resolve()}')}]", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return plain(compose(name, list(overrides)))
@@ -121,11 +120,12 @@ def sweep_directory(arguments: Sequence[str]) -> Path | None:
     parsed = get_args_parser().parse_args(list(arguments))
     if not (parsed.multirun or "hydra.mode=MULTIRUN" in parsed.overrides):
         return None
-    if "LOCAL_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        raise ConfigError(
-            "--multirun: expected no torchrun or deepspeed around a sweep; use: "
-            "python train.py -m launch.nproc=<processes of one job> <overrides>"
-        )
+    require(
+        "LOCAL_RANK" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ,
+        ConfigError,
+        "--multirun: expected no torchrun or deepspeed around a sweep; use: "
+        "python train.py -m launch.nproc=<processes of one job> <overrides>",
+    )
     first_job = []
     for override in OverridesParser.create().parse_overrides(parsed.overrides):
         if not override.is_sweep_override():
@@ -133,8 +133,11 @@ def sweep_directory(arguments: Sequence[str]) -> Path | None:
         elif override.is_discrete_sweep():
             first_job.append(f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}")
     run = from_dict(RunConfig, compose_config("config", first_job, parsed.config_dir)["run"], "run")
-    if run.name is not None and any((Path(run.root) / run.name).glob("[0-9]*")):
-        raise RunError(f"run.name={run.name}: expected a free name for a sweep; {run.root}/{run.name} has jobs already")
+    require(
+        run.name is None or not any((Path(run.root) / run.name).glob("[0-9]*")),
+        RunError,
+        f"run.name={run.name}: expected a free name for a sweep; {run.root}/{run.name} has jobs already",
+    )
     return prepare_directory(run, choose_name(run))
 
 
@@ -264,8 +267,7 @@ def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text
             raise SystemExit(0)
         config_dir, others = take_flag(arguments, "--config-dir")
         unwanted = next((argument for argument in others if argument.startswith("-")), None)
-        if unwanted is not None:
-            raise ConfigError(f"{unwanted}: expected key=value, or --help for the keys")
+        require(unwanted is None, ConfigError, f"{unwanted}: expected key=value, or --help for the keys")
         overrides = [_in_grammar(argument, free_text) for argument in others]
         values = [override for override in overrides if _is_value_named_like_a_group(override, cls)]
         raw = compose_config(name, [override for override in overrides if override not in values], config_dir)

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import CheckpointError, expect_no_tensors
+from common.errors import CheckpointError, expect_no_tensors, require
 from common.files import fsync
 from moe.region import LocalShard
 from training.checkpoint.manifest import (
@@ -98,10 +98,11 @@ def save(
             temporary.mkdir()
         infos = {}
         for name, (local, shape, region) in ((name, as_shard(tensor)) for name, tensor in tensors.items()):
-            if local.dtype not in DTYPES:
-                raise CheckpointError(
-                    f"{name}: found dtype {local.dtype}, expected one of {', '.join(DTYPES.values())}"
-                )
+            require(
+                local.dtype in DTYPES,
+                CheckpointError,
+                f"{name}: found dtype {local.dtype}, expected one of {', '.join(DTYPES.values())}",
+            )
             if region.numel:
                 local_parts[name] = local
             infos[name] = ShardInfo(DTYPES[local.dtype], shape, region if region.numel else None)
@@ -229,10 +230,11 @@ def _manifest_body(
 def _check_visible(directory: Path, files: list[tuple[str, dict[str, Any]]]) -> None:
     for rank, (name, record) in enumerate(files):
         file = directory / name
-        if not file.is_file() or file.stat().st_size != record["size"]:
-            raise CheckpointError(
-                f"{file}: rank {rank} wrote this file, and rank 0 does not see it: expected a shared directory"
-            )
+        require(
+            file.is_file() and file.stat().st_size == record["size"],
+            CheckpointError,
+            f"{file}: rank {rank} wrote this file, and rank 0 does not see it: expected a shared directory",
+        )
 
 
 def _publish(temporary: Path, final: Path) -> None:

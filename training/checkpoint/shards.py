@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, require
 from moe.region import LocalShard, Region, whole_shard
 
 DTYPES = {
@@ -247,8 +247,11 @@ def find_slices(name: str, record: dict[str, Any], local: Tensor, region: Region
             slices.append(
                 (chunk["file"], SliceRead(saved.key(name), record["dtype"], saved.shape, common.slices(saved), target))
             )
-    if covered != region.numel:
-        raise CheckpointError(f"{name}: found {covered} saved elements of {region.key(name)}, expected {region.numel}")
+    require(
+        covered == region.numel,
+        CheckpointError,
+        f"{name}: found {covered} saved elements of {region.key(name)}, expected {region.numel}",
+    )
     return slices
 
 
@@ -263,10 +266,11 @@ def read_shard(file: Path, slices: Sequence[SliceRead]) -> None:
             for read in slices:
                 stored = shard.get_slice(read.key)
                 dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
-                if (dtype, shape) != (read.dtype, read.shape):
-                    raise CheckpointError(
-                        f"{file}: {read.key}: found {dtype} {shape}, expected {read.dtype} {read.shape}"
-                    )
+                require(
+                    (dtype, shape) == (read.dtype, read.shape),
+                    CheckpointError,
+                    f"{file}: {read.key}: found {dtype} {shape}, expected {read.dtype} {read.shape}",
+                )
                 read.target.copy_(stored[read.slices] if read.slices else shard.get_tensor(read.key))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error

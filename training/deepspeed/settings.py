@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError, expect
+from common.errors import ConfigError, expect, require
 from common.text import nearest, parse_json_object, shorten
 from parallel.config import ParallelConfig
 from training.config import EngineConfig, OptimConfig, TrainConfig
@@ -116,8 +116,9 @@ def deepspeed_settings(engine: EngineConfig, train: TrainConfig, optim: OptimCon
     for key, value in _flatten(_read(engine.ds_config)):
         expected = _find_expected(key, value, fixed_values)
         if expected is not None:
-            shown = shorten(json.dumps(value), 60)
-            raise ConfigError(f"engine.ds_config={engine.ds_config}: {key}={shown}: expected {expected}")
+            raise ConfigError(
+                f"engine.ds_config={engine.ds_config}: {key}={shorten(json.dumps(value), 60)}: expected {expected}"
+            )
         if key in USER_KEYS:
             passed[key] = int(value) if isinstance(value, float) else value  # Bucket sizes are often written as 5e8.
     zero = {key.removeprefix(ZERO): value for key, value in passed.items() if key.startswith(ZERO)}
@@ -137,11 +138,12 @@ def _check_version() -> None:
         raise ConfigError(
             "engine.kind=deepspeed: expected deepspeed to be installed (pip install -e '.[deepspeed]')"
         ) from None
-    if installed != VERSION:
-        raise ConfigError(
-            f"engine.kind=deepspeed: expected deepspeed {VERSION}, on whose internals expert parallelism relies, found "
-            f"{installed} (pip install -e '.[deepspeed]')"
-        )
+    require(
+        installed == VERSION,
+        ConfigError,
+        f"engine.kind=deepspeed: expected deepspeed {VERSION}, on whose internals expert parallelism relies, found "
+        f"{installed} (pip install -e '.[deepspeed]')",
+    )
 
 
 def _read(path: str) -> dict[str, Any]:

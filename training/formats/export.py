@@ -190,8 +190,9 @@ def _write_fast_tokenizer(directory: Path, chat: bool) -> None:
     schema: Any = sentencepiece_model_pb2
     model = schema.ModelProto()
     model.ParseFromString((directory / TOKENIZER_FILE).read_bytes())
-    prefix = bool(model.normalizer_spec.add_dummy_prefix)
-    tokenizer = _import_llama_tokenizer().from_pretrained(directory, add_prefix_space=prefix, add_bos_token=True)
+    tokenizer = _import_llama_tokenizer().from_pretrained(
+        directory, add_prefix_space=bool(model.normalizer_spec.add_dummy_prefix), add_bos_token=True
+    )
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
@@ -220,8 +221,14 @@ def upcycle_model(
     """
     model = moe_config(reader.model, plan)
     check_tokenizer(reader)
-    blocks = list(_list_blocks(reader, model, plan, dtype))
-    return model, write_model(out, model, router_config(plan), blocks, reader.tokenizer, shard_bytes=shard_bytes)
+    return model, write_model(
+        out,
+        model,
+        router_config(plan),
+        list(_list_blocks(reader, model, plan, dtype)),
+        reader.tokenizer,
+        shard_bytes=shard_bytes,
+    )
 
 
 def _list_blocks(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import ModelError
+from common.errors import ModelError, require
 from common.text import one_line, printable, shorten, show_value
 from moe.config import ModelConfig, RouterConfig
 from training.formats.mapping import Format
@@ -146,23 +146,21 @@ def read_config(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
     for key, value in raw.items():
         if key == "rope_scaling" and isinstance(value, Mapping) and "rope_theta" in value:
             continue  # transformers uses the new spelling under the old name, too. `_rope_theta` checks it.
-        if key in NEUTRAL_VALUES and value not in NEUTRAL_VALUES[key]:
-            raise ModelError(f"{file}: {key}={_shown(value)}: expected {_shown(NEUTRAL_VALUES[key][0])}")
-        if value and key not in READ_KEYS | IGNORED_KEYS | NEUTRAL_VALUES.keys():
-            raise ModelError(
-                f"{file}: {key}={_shown(value)}: expected a known key; this one can change what the model computes"
-            )
+        neutral = NEUTRAL_VALUES.get(key, (value,))
+        fields.expect(value in neutral, key, value, _shown(neutral[0]))
+        known = not value or key in READ_KEYS | IGNORED_KEYS | NEUTRAL_VALUES.keys()
+        fields.expect(known, key, value, "a known key; this one can change what the model computes")
     activation = raw.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ModelError(f"{file}: hidden_act={_shown(activation)}: expected one of {', '.join(ACTIVATIONS)}")
+    known = isinstance(activation, str) and activation in ACTIVATIONS
+    fields.expect(known, "hidden_act", activation, f"one of {', '.join(ACTIVATIONS)}")
     heads = fields.integer("num_attention_heads")
     dim = fields.integer("hidden_size")
     head_dim = fields.integer("head_dim", dim // max(heads, 1))
     experts: dict[str, Any] = {}
     if family.moe:
         experts = {"num_experts": fields.integer("num_local_experts"), "top_k": fields.integer("num_experts_per_tok")}
-        if experts["top_k"] == 1:
-            raise ModelError(f"{file}: num_experts_per_tok=1: expected at least 2 (weights are renormalised to sum 1)")
+        top_k = experts["top_k"]
+        fields.expect(top_k > 1, "num_experts_per_tok", top_k, "at least 2 (weights are renormalised to sum 1)")
     try:
         model = ModelConfig(
             dim=dim,
@@ -285,32 +283,30 @@ class Fields:
         """
         value = self.raw.get(key)
         value = default if value is None else value
-        if type(value) is not int or not 1 <= value < 2**48:
-            self.fail(key, self.raw.get(key), "an integer >= 1")
+        self.expect(type(value) is int and 1 <= value < 2**48, key, self.raw.get(key), "an integer >= 1")
         return value  # type: ignore[return-value]
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return the positive number at `key`. The default is used as in `integer`."""
         value = self.raw.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value < float("inf"):  # type: ignore[operator]
-            self.fail(key, self.raw.get(key), "a number > 0")
+        holds = type(value) in (int, float) and 0 < value < float("inf")  # type: ignore[operator]
+        self.expect(holds, key, self.raw.get(key), "a number > 0")
         return float(value)  # type: ignore[arg-type]
 
     def flag(self, key: str, default: bool) -> bool:
         """Return the boolean at `key`, or `default` if the key is missing. Null is an error."""
         value = self.raw.get(key, default)
-        if not isinstance(value, bool):
-            self.fail(key, value, "true or false")
+        self.expect(isinstance(value, bool), key, value, "true or false")
         return bool(value)
 
     def window(self, default: int | None) -> int | None:
         """Return `sliding_window`: None if it is null, and `default` if the key is missing."""
         return None if self.raw.get("sliding_window", default) is None else self.integer("sliding_window", default)
 
-    def fail(self, key: str, value: Any, expected: str) -> None:
-        """Raise ModelError for the key."""
-        raise ModelError(f"{self.file}: {key}={_shown(value)}: expected {expected}")
+    def expect(self, holds: object, key: str, value: Any, expected: str) -> None:
+        """Raise ModelError for the key, unless `holds`."""
+        require(holds, ModelError, f"{self.file}: {key}={_shown(value)}: expected {expected}")
 
 
 def _rope_theta(fields: Fields, family: Family) -> float:
@@ -319,13 +315,11 @@ def _rope_theta(fields: Fields, family: Family) -> float:
         nested = fields.raw.get(key)
         if nested is None:
             continue
-        if not isinstance(nested, Mapping):
-            fields.fail(key, nested, "an object")
+        fields.expect(isinstance(nested, Mapping), key, nested, "an object")
         kind = nested.get("rope_type", nested.get("type", "default"))
-        if kind != "default" or nested.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-            fields.fail(key, dict(nested), "rope_type default, without scaling")
-        if nested.get("partial_rotary_factor") not in (None, 1):
-            fields.fail(key, dict(nested), "partial_rotary_factor 1")
+        unscaled = kind == "default" and nested.keys() <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        fields.expect(unscaled, key, dict(nested), "rope_type default, without scaling")
+        fields.expect(nested.get("partial_rotary_factor") in (None, 1), key, dict(nested), "partial_rotary_factor 1")
         if nested.get("rope_theta") is not None:
             return Fields(nested, fields.file).number("rope_theta")
     return fields.number("rope_theta", family.rope_theta)
@@ -333,8 +327,7 @@ def _rope_theta(fields: Fields, family: Family) -> float:
 
 def _expect(holds: bool, key: str, expected: str, value: object) -> None:
     """Raise ModelError for the key of Mixwright's configuration, unless `holds`."""
-    if not holds:
-        raise ModelError(f"{key}={_shown(value)}: expected {expected}, as in Llama, Mistral and Mixtral")
+    require(holds, ModelError, f"{key}={_shown(value)}: expected {expected}, as in Llama, Mistral and Mixtral")
 
 
 def _shown(value: object) -> str:

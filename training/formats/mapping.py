@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from common.errors import ModelError, expect_no_tensors
+from common.errors import ModelError, expect_no_tensors, require
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
 from training.formats.safetensors import StoredTensor
@@ -74,15 +74,13 @@ def list_pieces(shapes: Mapping[str, Shape], form: Format, head_dim: int) -> lis
     pieces = []
     for name, shape in shapes.items():
         key = re.sub(r"^layers\.\d+\.", "layers.N.", name)
-        if key not in form.names:
-            raise ModelError(f"{name}: this format has no place for this tensor")
+        require(key in form.names, ModelError, f"{name}: this format has no place for this tensor")
         layer = name.split(".")[1] if key != name else ""
         foreign, zeros = form.names[key], (0,) * len(shape)
         if "{e}" in foreign:
             for expert in range(shape[0]):
-                foreign_name = foreign.format(n=layer, e=expert)
                 pieces.append(
-                    Piece(name, (expert, *zeros[1:]), (1, *shape[1:]), foreign_name, zeros[1:], shape[1:])
+                    Piece(name, (expert, *zeros[1:]), (1, *shape[1:]), foreign.format(n=layer, e=expert), zeros[1:], shape[1:])
                 )  # fmt: skip
             continue
         part, parts = form.parts.get(key, (0, 1))
@@ -120,11 +118,9 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
         weight: [heads·C, D].
         head_dim: C.
     """
-    heads = weight.unflatten(0, (-1, 2, head_dim // 2))
-    return heads.transpose(1, 2).flatten(0, 2)
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def split_halves(weight: Tensor, head_dim: int) -> Tensor:
     """Reorder rows from interleaved rotary pairs to Mixwright's half-split layout: the inverse of `interleave`."""
-    heads = weight.unflatten(0, (-1, head_dim // 2, 2))
-    return heads.transpose(1, 2).flatten(0, 2)
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

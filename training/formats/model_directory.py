@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError, ModelError
+from common.errors import CheckpointError, ModelError, require
 from common.files import fsync
 from common.plugins import loaded_plugins
 from common.strict import to_dict
@@ -106,8 +106,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         ModelError: `out` exists, or cannot be written.
     """
-    if os.path.lexists(out):
-        raise ModelError(f"out={out}: expected a path that does not exist yet")
+    require(not os.path.lexists(out), ModelError, f"out={out}: expected a path that does not exist yet")
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -172,5 +171,8 @@ def check_tokenizer(reader: ModelReader) -> None:
         ids = sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{file}: expected a sentencepiece model that can be read") from error
-    if ids > vocab_size:
-        raise ModelError(f"{file}: expected at most {vocab_size} ids, the rows of the embedding; found {ids}")
+    require(
+        ids <= vocab_size,
+        ModelError,
+        f"{file}: expected at most {vocab_size} ids, the rows of the embedding; found {ids}",
+    )

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError, ConfigError, ModelError, expect_no_tensors
+from common.errors import CheckpointError, ConfigError, ModelError, expect_no_tensors, require
 from common.plugins import missing_plugins, plugin_name
 from common.strict import from_dict
 from common.text import one_line, printable, shorten, show_value
@@ -92,13 +92,17 @@ class ModelReader(ABC):
         state = model.state_dict()
         expect_no_tensors(self.path, "missing", state.keys() - self.shapes.keys(), ModelError)
         if all(layer is not None for layer in model.layers):  # A pipeline stage lacks the tensors of other stages.
-            unused = self.shapes.keys() - state.keys()
-            expect_no_tensors(self.path, "that the model has no place for", unused, ModelError)
+            expect_no_tensors(
+                self.path, "that the model has no place for", self.shapes.keys() - state.keys(), ModelError
+            )
         requests = []
         for name, tensor in state.items():
             local, shape, region = model.local_shard(name, tensor)
-            if shape != tuple(self.shapes[name]):
-                raise ModelError(f"{self.path}: {name}: found {list(self.shapes[name])}, expected {list(shape)}")
+            require(
+                shape == tuple(self.shapes[name]),
+                ModelError,
+                f"{self.path}: {name}: found {list(self.shapes[name])}, expected {list(shape)}",
+            )
             if region.numel == 0:
                 continue
             requests += [ReadRequest(name, part, local[part.slices(region)]) for part in split_experts(region)]
@@ -130,8 +134,11 @@ def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], No
         ModelError: `path` is not a model directory, or the directory is damaged or of an unknown kind.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise ModelError(f"{path}: expected a model directory; {'not a directory' if path.exists() else 'none found'}")
+    require(
+        path.is_dir(),
+        ModelError,
+        f"{path}: expected a model directory; {'not a directory' if path.exists() else 'none found'}",
+    )
     if (path / MANIFEST).exists():
         return RunReader(path.parent.parent, path, check)
     if (path / CONFIG_FILE).exists():
@@ -184,8 +191,9 @@ class RunReader(ModelReader):
         _check_layer_count(self.model, len(self._records), root / CONFIG_FILE)
         self.shapes = _shapes_of(self.model, self.router, root / CONFIG_FILE)
         expect_no_tensors(checkpoint, "missing", self.shapes.keys() - self._records.keys(), ModelError)
-        unused = self._records.keys() - self.shapes.keys()
-        expect_no_tensors(checkpoint, "that the model has no place for", unused, ModelError)
+        expect_no_tensors(
+            checkpoint, "that the model has no place for", self._records.keys() - self.shapes.keys(), ModelError
+        )
         different = [
             f"{name} (found {self._records[name]['shape']}, expected {list(shape)})"
             for name, shape in self.shapes.items()
@@ -217,8 +225,7 @@ class ForeignReader(ModelReader):
         self.kind, self.path = kind, path
         module = hf if kind == "hf" else mistral
         config = path / module.CONFIG
-        if not config.is_file():
-            raise ModelError(f"{path}: expected a {module.CONFIG} beside the weights")
+        require(config.is_file(), ModelError, f"{path}: expected a {module.CONFIG} beside the weights")
         read_config = hf.read_config if kind == "hf" else mistral.read_params
         self.model, self.router = read_config(read_json(config), config)
         self.files = TensorDirectory(path, module.INDEX, module.SINGLE)
@@ -271,10 +278,11 @@ class ForeignReader(ModelReader):
         for start in range(0, rows if same else 0, COMPARED_ROWS):
             block = (start, 0), (min(COMPARED_ROWS, rows - start), width)
             same = same and torch.equal(self.files.read(head, *block), self.files.read(embedding, *block))
-        if not same:
-            raise ModelError(
-                f"{self.path}: {head}: expected the same values as {embedding}, because the configuration ties them"
-            )
+        require(
+            same,
+            ModelError,
+            f"{self.path}: {head}: expected the same values as {embedding}, because the configuration ties them",
+        )
 
 
 def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
@@ -290,18 +298,27 @@ def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
 
     try:
         text = file.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ModelError(f"{file}: expected YAML without aliases (a few lines of them can expand to gigabytes)")
+        require(
+            not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)),
+            ModelError,
+            f"{file}: expected YAML without aliases (a few lines of them can expand to gigabytes)",
+        )
         raw = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read as YAML: {one_line(str(error))[:200]}") from error
-    if not isinstance(raw, dict) or not {"model", "router"} <= raw.keys():
-        raise ModelError(f"{file}: expected the sections model and router")
+    require(
+        isinstance(raw, dict) and {"model", "router"} <= raw.keys(),
+        ModelError,
+        f"{file}: expected the sections model and router",
+    )
     router = raw["router"]
     try:
         kind = router.get("kind", RouterConfig.kind) if isinstance(router, dict) else RouterConfig.kind
-        if not isinstance(kind, str) or kind not in ROUTER_CONFIGS:
-            raise ConfigError(f"router.kind={shorten(printable(show_value(kind)), 80)}: an unknown kind")
+        require(
+            isinstance(kind, str) and kind in ROUTER_CONFIGS,
+            ConfigError,
+            f"router.kind={shorten(printable(show_value(kind)), 80)}: an unknown kind",
+        )
         return from_dict(ModelConfig, raw["model"], "model"), from_dict(RouterConfig, router, "router")
     except ConfigError as error:
         raise ModelError(f"{file}: {error}{_request_plugins(raw.get('plugins'))}") from error
@@ -332,8 +349,11 @@ def _check_layer_count(model: ModelConfig, num_tensors: int, file: Path, per_exp
     Without this check, a wrong number in the configuration could make `tensor_shapes` build a billion modules.
     """
     experts = model.num_experts if per_expert and model.num_experts is not None else 1
-    if model.num_layers * experts > num_tensors:
-        raise ModelError(f"{file}: {model.num_layers} layers and {experts} experts, and only {num_tensors} tensors")
+    require(
+        model.num_layers * experts <= num_tensors,
+        ModelError,
+        f"{file}: {model.num_layers} layers and {experts} experts, and only {num_tensors} tensors",
+    )
 
 
 def _newest_checkpoint(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path:

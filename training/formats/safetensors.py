@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.errors import ModelError, expect_no_tensors
+from common.errors import ModelError, expect_no_tensors, require
 from common.text import parse_json_object, printable, shorten
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -65,9 +65,13 @@ class TensorDirectory:
                 for name, file in file_of.items()
                 if name not in self.tensors or self.tensors[name].file.name != file
             ]
-            unlisted = self.tensors.keys() - file_of.keys()
             expect_no_tensors(directory / index, "in the index, but not in the file it names", absent, ModelError)
-            expect_no_tensors(directory / index, "in the files, but not in the index", unlisted, ModelError)
+            expect_no_tensors(
+                directory / index,
+                "in the files, but not in the index",
+                self.tensors.keys() - file_of.keys(),
+                ModelError,
+            )
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """Return the block of `shape` at `offset` of the tensor `name`, in the file's dtype.
@@ -108,10 +112,16 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         size = file.stat().st_size
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise ModelError(f"{file}: damaged: a header of {length} bytes in a file of {size}")
-            if length > MAX_HEADER:
-                raise ModelError(f"{file}: found a header of {length} bytes, expected at most {MAX_HEADER}")
+            require(
+                size >= 8 and length <= size - 8,
+                ModelError,
+                f"{file}: damaged: a header of {length} bytes in a file of {size}",
+            )
+            require(
+                length <= MAX_HEADER,
+                ModelError,
+                f"{file}: found a header of {length} bytes, expected at most {MAX_HEADER}",
+            )
             header = _parse(stream.read(length), file)
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
@@ -122,21 +132,36 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{file}: {_shown(name)}: damaged: not the entry of a tensor") from error
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise ModelError(f"{file}: {_shown(name)}: found dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
-        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
-            raise ModelError(f"{file}: {_shown(name)}: damaged: shape {shape}, bytes {start} to {end}")
-        if end - start != prod(shape) * DTYPES[dtype].itemsize:
-            raise ModelError(f"{file}: {_shown(name)}: damaged: {end - start} bytes for {dtype} of shape {shape}")
+        require(
+            isinstance(dtype, str) and dtype in DTYPES,
+            ModelError,
+            f"{file}: {_shown(name)}: found dtype {dtype!r}, expected one of {', '.join(DTYPES)}",
+        )
+        require(
+            all(type(number) is int and number >= 0 for number in (*shape, start, end)),
+            ModelError,
+            f"{file}: {_shown(name)}: damaged: shape {shape}, bytes {start} to {end}",
+        )
+        require(
+            end - start == prod(shape) * DTYPES[dtype].itemsize,
+            ModelError,
+            f"{file}: {_shown(name)}: damaged: {end - start} bytes for {dtype} of shape {shape}",
+        )
         ranges.append((start, end))
         tensors[name] = StoredTensor(file, DTYPES[dtype], shape)
     expected = 0
     for start, end in sorted(ranges):
-        if start != expected:
-            raise ModelError(f"{file}: damaged: a tensor starts at byte {start} of the data, expected {expected}")
+        require(
+            start == expected,
+            ModelError,
+            f"{file}: damaged: a tensor starts at byte {start} of the data, expected {expected}",
+        )
         expected = end
-    if expected != size - 8 - length:
-        raise ModelError(f"{file}: damaged: {size - 8 - length} bytes of data, expected {expected}")
+    require(
+        expected == size - 8 - length,
+        ModelError,
+        f"{file}: damaged: {size - 8 - length} bytes of data, expected {expected}",
+    )
     return tensors
 
 
@@ -151,8 +176,7 @@ def read_json(file: Path) -> dict[str, Any]:
             text = stream.read(MAX_JSON + 1)
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
-    if len(text) > MAX_JSON:
-        raise ModelError(f"{file}: expected at most {MAX_JSON} bytes")
+    require(len(text) <= MAX_JSON, ModelError, f"{file}: expected at most {MAX_JSON} bytes")
     return _parse(text, file)
 
 
@@ -166,11 +190,17 @@ def _parse(text: bytes, file: Path) -> dict[str, Any]:
 def _read_index(file: Path) -> dict[str, str]:
     """Return tensor name -> file name, as the index file gives them."""
     file_of = read_json(file).get("weight_map")
-    if not isinstance(file_of, dict) or not file_of or not all(isinstance(name, str) for name in file_of.values()):
-        raise ModelError(f"{file}: expected a weight_map from tensor names to file names")
+    require(
+        isinstance(file_of, dict) and file_of and all(isinstance(name, str) for name in file_of.values()),
+        ModelError,
+        f"{file}: expected a weight_map from tensor names to file names",
+    )
     for name in file_of.values():
-        if not FILE_NAME.fullmatch(name):
-            raise ModelError(f"{file}: found the file name {name!r}, expected <name>.safetensors beside the index")
+        require(
+            FILE_NAME.fullmatch(name),
+            ModelError,
+            f"{file}: found the file name {name!r}, expected <name>.safetensors beside the index",
+        )
     return file_of
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from common.errors import ConfigError, DataError, ModelError
+from common.errors import ConfigError, DataError, ModelError, require
 from data.corpora import chat
 from data.tokens.tokenizer import Tokenizer
 from training.formats.reader import ModelReader, open_model_for_key
@@ -50,11 +50,11 @@ def read_request(config: GenerateConfig) -> Request:
         titles += [line.rstrip("\r\n") for line in sys.stdin]
     elif config.prompt is not None:
         titles.append(config.prompt)
-    if not titles:
-        raise ConfigError(f"prompt={STDIN}: expected at least one line on stdin")
+    require(titles, ConfigError, f"prompt={STDIN}: expected at least one line on stdin")
     empty = next((number for number, title in enumerate(titles, start=1) if not title), None)
-    if empty is not None:
-        raise ConfigError(f"prompt='': expected at least one token; prompt {empty} of {len(titles)} is empty")
+    require(
+        empty is None, ConfigError, f"prompt='': expected at least one token; prompt {empty} of {len(titles)} is empty"
+    )
     if config.chat:
         prompts = [encode_chat(tokenizer, [{"role": "user", "content": title}]) for title in titles]
     else:
@@ -106,11 +106,12 @@ def open_tokenizer(source: ModelReader) -> TextTokenizer:
             "below data.cache: copy it from there"
         )
     vocab_size = source.model.vocab_size or 0
-    if tokenizer.vocab_size > vocab_size:
-        raise ModelError(
-            f"{source.path}: expected a tokenizer of at most {vocab_size} tokens, the model's vocab_size; "
-            f"found {tokenizer.vocab_size}"
-        )
+    require(
+        tokenizer.vocab_size <= vocab_size,
+        ModelError,
+        f"{source.path}: expected a tokenizer of at most {vocab_size} tokens, the model's vocab_size; "
+        f"found {tokenizer.vocab_size}",
+    )
     return tokenizer
 
 
@@ -128,8 +129,11 @@ def end_token_ids(source: ModelReader, tokenizer: TextTokenizer) -> list[int]:
         return [tokenizer.eos_id]
     value = read_json(file).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(number) is int for number in ids):
-        raise ModelError(f"{file}: eos_token_id={value}: expected a token id, or a list of them")
+    require(
+        all(type(number) is int for number in ids),
+        ModelError,
+        f"{file}: eos_token_id={value}: expected a token id, or a list of them",
+    )
     return sorted({tokenizer.eos_id, *ids})
 
 
@@ -152,8 +156,9 @@ class HuggingFaceTokenizer:
             raise ModelError(f"{path}: expected a tokenizer that transformers can read ({reason})") from error
         self.vocab_size = len(self._tokenizer)
         self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        if None in (self.bos_id, self.eos_id):
-            raise ModelError(f"{path}: expected a tokenizer with begin and end marks")
+        require(
+            None not in (self.bos_id, self.eos_id), ModelError, f"{path}: expected a tokenizer with begin and end marks"
+        )
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))

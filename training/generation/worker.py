@@ -28,12 +28,18 @@ def generate_on_rank(config: GenerateConfig, request: Request | None = None) -> 
     if request is None:
         request = Request(*choose_on_rank0(store, world, "request", lambda: read_request(config)))
     device = pick_device(config.device, world.local_rank, world.local_world_size)
-    dtype = compute_dtype(config.precision, device)
     source = open_model(request.path, check=False)
     tokenizer = open_tokenizer(source)
     init_process_group(store, world.rank, world.world_size, device, START_TIMEOUT_S)
     mesh = build_mesh(device, ParallelConfig().layout(world.world_size, source.model))
-    model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, inference_weights=True)
+    model = build_model(
+        source.model,
+        source.router,
+        mesh,
+        compute_dtype=compute_dtype(config.precision, device),
+        seed=None,
+        inference_weights=True,
+    )
     source.fill(model)
 
     report = Report(config, request, tokenizer.decode, prints=world.rank == 0)

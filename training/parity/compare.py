@@ -103,8 +103,7 @@ def _tensor_differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
 
 
 def _counts(step: StepResult) -> tuple[Any, ...]:
-    counts_LE = None if step.counts_LE is None else step.counts_LE.tolist()
-    return step.tokens, step.dropped, counts_LE
+    return step.tokens, step.dropped, (None if step.counts_LE is None else step.counts_LE.tolist())
 
 
 COLUMNS = (
@@ -172,8 +171,12 @@ def show_results(results: Sequence[JobResult], precision: Precision, conditions:
                 result.verdict(precision),
             )
         )
-    title = f"largest relative difference from one process, {precision}, {conditions}"
-    show_table(title, COLUMNS, rows, left=("model", "engine"))
+    show_table(
+        f"largest relative difference from one process, {precision}, {conditions}",
+        COLUMNS,
+        rows,
+        left=("model", "engine"),
+    )
     show_line()
     for reason, layouts in skipped.items():
         show_line(f"skipped ({reason}): " + ", ".join(f"{name} x {number}" for name, number in layouts.items()))

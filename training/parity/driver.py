@@ -30,8 +30,7 @@ def check_on_rank(config: ParityConfig) -> bool:
     world = world_from_env()
     jobs = select_jobs(config, world.world_size)
     device = pick_device(config.device, world.local_rank, world.local_world_size)
-    store = open_store(world, START_TIMEOUT_S)
-    init_process_group(store, world.rank, world.world_size, device, START_TIMEOUT_S)
+    init_process_group(open_store(world, START_TIMEOUT_S), world.rank, world.world_size, device, START_TIMEOUT_S)
     results: list[JobResult] = []
     for result in run_jobs(jobs, device, cases=config.cases(), precision=config.precision, steps=config.steps):
         results.append(result)

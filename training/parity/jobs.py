@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
-from common.errors import ConfigError
+from common.errors import ConfigError, require
 from common.strict import from_dict
 from moe.accounting.flops import meta_model
 from parallel.config import ParallelConfig
@@ -191,16 +191,18 @@ def select_jobs(config: ParityConfig, world_size: int) -> list[Job]:
             for model in of_layout
         ]
     reasons = [why_skipped(job, cases[job.model], world_size, config.precision) for job in jobs]
-    if all(reasons):
-        raise ConfigError(f"layouts={config.layouts}: expected a layout that fits; {reasons[0] if reasons else 'none'}")
+    require(
+        not all(reasons),
+        ConfigError,
+        f"layouts={config.layouts}: expected a layout that fits; {reasons[0] if reasons else 'none'}",
+    )
     return jobs
 
 
 def _names(key: str, value: str, known: Sequence[str]) -> list[str]:
     names = value.split(",")
     for name in names:
-        if name not in known:
-            raise ConfigError(f"{key}={name}: expected one of {', '.join(known)}, or several with commas")
+        require(name in known, ConfigError, f"{key}={name}: expected one of {', '.join(known)}, or several with commas")
     return names
 
 
@@ -220,8 +222,9 @@ def configure(
     )
     config, plan, _ = resolve_layout(config, build_workload(config, case.model), World(world_size=world_size))
     if job.engine != "native":
-        trained = choose_trainable(meta_model(case.model, case.router), case.train)
-        check_choice(trained.experts, format_patterns(case.train))
+        check_choice(
+            choose_trainable(meta_model(case.model, case.router), case.train).experts, format_patterns(case.train)
+        )
     return config, plan.layout
 
 

@@ -69,8 +69,7 @@ class Trial:
 
     def __init__(self, case: Case, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        dtype = compute_dtype(config.train.precision, mesh.device)
-        parts = build_parts(config, case.model, mesh, dtype, SEED)
+        parts = build_parts(config, case.model, mesh, compute_dtype(config.train.precision, mesh.device), SEED)
         if case.last_expert_idle:
             make_last_expert_idle(parts)
         self.engine: Engine = build_engine(config, parts, mesh)
@@ -79,8 +78,9 @@ class Trial:
         """Run the optimizer steps `first` to `end - 1`. Return the figures of each."""
         layout, config, results = self.mesh.layout, self.config, []
         for step in range(first, end):
-            rows = rows_of_step(step, config.train.global_batch)
-            batches = micro_batches_of_rank(rows, layout.data_rank(self.mesh.rank), layout.data)
+            batches = micro_batches_of_rank(
+                rows_of_step(step, config.train.global_batch), layout.data_rank(self.mesh.rank), layout.data
+            )
             lr = learning_rate(step, config.train.steps, config.optim)
             results.append(train_step(self.engine, batches, config.router, lr, config.run.seed))
         return results

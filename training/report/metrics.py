@@ -76,8 +76,7 @@ def read_metrics(path: Path) -> list[Row]:
         ValueError: a complete line is not a row.
         OSError: the file cannot be read.
     """
-    lines = path.read_bytes().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith(b"\n")]
+    complete = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     return [_decode_row(line, path, number) for number, line in enumerate(complete, 1)]
 
 

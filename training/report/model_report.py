@@ -40,8 +40,7 @@ def _shape(model: ModelConfig, router: RouterConfig, vocabulary_is_assumed: bool
         "vocabulary": f"{model.vocab_size:,}{', tied to the head' if model.tie_embeddings else ''}{assumed}",
     }
     if model.num_moe_layers < model.num_layers:
-        dense = model.num_layers - model.num_moe_layers
-        shape["dense layers"] = f"{dense}, {model.ffn} of width {model.hidden_dim:,}"
+        shape["dense layers"] = f"{model.num_layers - model.num_moe_layers}, {model.ffn} of width {model.hidden_dim:,}"
     if model.is_moe:
         experts = f"{model.num_experts:,} routed, top-{model.top_k}"
         shared = f", {model.num_shared_experts} shared" if model.num_shared_experts else ""

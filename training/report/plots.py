@@ -203,8 +203,7 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         violation.set_title("MaxVio (0 = balanced, 1 = twice the share)", loc="left")
         layers = sorted({key for row in metrics_rows for key in row if key.startswith("router/max_vio/")})
         for index, key in enumerate(layers):
-            label = "single layers" if index == 0 else ""
-            _curve(violation, metrics_rows, key, label, GREY, linewidth=0.6, alpha=0.6)
+            _curve(violation, metrics_rows, key, "single layers" if index == 0 else "", GREY, linewidth=0.6, alpha=0.6)
         _curve(violation, metrics_rows, "router/max_vio", "mean over layers", BLUE)
         optimizer.set_title("Learning rate and gradient norm", loc="left")
         _curve(optimizer, metrics_rows, "optim/lr", "learning rate", BLUE)
@@ -283,8 +282,9 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-        scale = Normalize(min(active), max(active) * 1.0001)
-        points = axes.scatter(totals, losses, c=active, norm=scale, cmap="viridis", s=70, zorder=3)
+        points = axes.scatter(
+            totals, losses, c=active, norm=Normalize(min(active), max(active) * 1.0001), cmap="viridis", s=70, zorder=3
+        )
         hollow = [index for index, row in enumerate(shown) if row["status"] != "finished"]
         if hollow:
             axes.scatter(
@@ -299,8 +299,9 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 label, (totals[index], losses[index]), xytext=(-8 if left else 8, 0), textcoords="offset points",
                 ha="right" if left else "left", va="center", fontsize=9,
             )  # fmt: skip
-        bar = canvas.colorbar(points, ax=axes, format=FuncFormatter(lambda value, _: human_count(value)))
-        bar.set_label("active parameters per token")
+        canvas.colorbar(points, ax=axes, format=FuncFormatter(lambda value, _: human_count(value))).set_label(
+            "active parameters per token"
+        )
 
 
 def _finite(value: Any) -> bool:

@@ -70,8 +70,9 @@ def show_start(summary: RunSummary) -> None:
     if run.warning:
         show_line(run.warning)
     if run.trained_parameters < run.counts.total:
-        patterns = format_patterns(run.config.optim.train)
-        show_line(f"optim.train={patterns}: {run.trained_parameters:,} of {run.counts.total:,} parameters train")
+        show_line(
+            f"optim.train={format_patterns(run.config.optim.train)}: {run.trained_parameters:,} of {run.counts.total:,} parameters train"
+        )
 
 
 def evaluation_row(evaluation: Evaluation) -> dict[str, Any]:

@@ -75,8 +75,12 @@ def show_corpus(summary: Sequence[Mapping[str, Any]], key: str, directory: Path)
             sum(row[name] for row in summary) for name in ("documents", "bytes", "tokens", "heldout_bytes")
         )
         rows.append(["all", f"{documents:,}", human_bytes(size), human_count(tokens), human_bytes(heldout), "", "", ""])
-    columns = ["domain", "documents", "size", "tokens", "held out", "gzip -9", "unigram", "sha256"]
-    show_table("Corpus (gzip -9 and byte unigram: bits per byte of the held-out text)", columns, rows, left=["sha256"])
+    show_table(
+        "Corpus (gzip -9 and byte unigram: bits per byte of the held-out text)",
+        ["domain", "documents", "size", "tokens", "held out", "gzip -9", "unigram", "sha256"],
+        rows,
+        left=["sha256"],
+    )
     show_line(f"corpus {key[:12]} in {directory}")
 
 
@@ -164,9 +168,13 @@ def show_layout(ranks: Sequence[RankSummary], axes: str) -> None:
             human_bytes(max(rank.bytes for rank in between)),
         ]
         rows = [rows[0], middle, rows[-1]]
-    columns = ["rank", "host", "device", "layers", "experts", "parameters", "of experts", "weights"]
     title = f"Layout: {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}{f', {axes}' if axes else ''}"
-    show_table(title, columns, rows, left=["host", "device", "layers", "experts"])
+    show_table(
+        title,
+        ["rank", "host", "device", "layers", "experts", "parameters", "of experts", "weights"],
+        rows,
+        left=["host", "device", "layers", "experts"],
+    )
 
 
 def show_plan(plan: Plan) -> None:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from common.errors import ConfigError, expect
+from common.errors import ConfigError, expect, require
 from common.registry import Registry
 from common.strict import to_dict
 from common.text import first_line
@@ -185,9 +185,12 @@ def load_histogram(load_E: list[float]) -> tuple[list[float], list[float]]:
     import numpy as np
 
     num_experts = len(load_E)
-    experts = np.arange(num_experts) + 0.5
-    bins = min(num_experts, MAX_BINS)
-    heights, edges = np.histogram(experts, bins=bins, range=(0, num_experts), weights=np.asarray(load_E))
+    heights, edges = np.histogram(
+        np.arange(num_experts) + 0.5,
+        bins=min(num_experts, MAX_BINS),
+        range=(0, num_experts),
+        weights=np.asarray(load_E),
+    )
     return heights.tolist(), edges.tolist()
 
 
@@ -198,11 +201,12 @@ def check_tracking(config: TrackingConfig) -> None:
         ConfigError: `wandb` is `online` and there is no API key, neither in `WANDB_API_KEY` nor in the netrc file; or a
             name in `trackers` is not registered.
     """
-    if config.wandb == "online" and not os.environ.get("WANDB_API_KEY") and not _netrc_has_key():
-        raise ConfigError(
-            "tracking.wandb=online: expected an API key in the environment variable WANDB_API_KEY or in ~/.netrc "
-            "(`wandb login` writes it), or tracking.wandb=offline"
-        )
+    require(
+        config.wandb != "online" or os.environ.get("WANDB_API_KEY") or _netrc_has_key(),
+        ConfigError,
+        "tracking.wandb=online: expected an API key in the environment variable WANDB_API_KEY or in ~/.netrc "
+        "(`wandb login` writes it), or tracking.wandb=offline",
+    )
     unknown = [name for name in config.trackers if name not in TRACKERS]
     expect(
         not unknown,
