@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from common.text import printable, shorten, show_value
+from common.text import one_line, printable, shorten, show_value
 
 FIELD = re.compile(r"[A-Za-z_][\w.]*(?==)")
 """The key at the start of a message of the form `<field>=<value>: expected ...`."""
@@ -69,6 +69,11 @@ def require(holds: object, error: type[Exception], message: str) -> None:
     """Raise `error` with `message`, unless `holds`, which is tested for truth."""
     if not holds:
         raise error(message)
+
+
+def located(error: ValueError, section: str) -> ConfigError:
+    """`error`, whose text starts with `<field>=<value>`, with `section` put before the field, on one line."""
+    return ConfigError(f"{section}.{one_line(str(error))}" if section else one_line(str(error)))
 
 
 def expect_no_tensors(where: Path, problem: str, names: Iterable[str], error: type[UserError]) -> None:

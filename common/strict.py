@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar, Union
 
-from common.errors import ConfigError, require
+from common.errors import ConfigError, located, require
 from common.text import nearest, one_line, show_value
 
 T = TypeVar("T")
@@ -68,11 +68,6 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
 def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass as plain dicts, lists and scalars; `from_dict` turns it back into an equal one."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def located(error: ValueError, section: str) -> ConfigError:
-    """`error`, whose text starts with `<field>=<value>`, with `section` put before the field, on one line."""
-    return ConfigError(_join(section, one_line(str(error))))
 
 
 def unknown_key(key: str, value: Any, keys: list[str]) -> ConfigError:
@@ -174,9 +169,7 @@ def _plain(value: Any) -> Any:
         return to_dict(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return value
+    return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

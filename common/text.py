@@ -40,9 +40,7 @@ def show_value(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(show_value, value))}]"
-    return str(value)
+    return f"[{','.join(map(show_value, value))}]" if isinstance(value, list | tuple) else str(value)
 
 
 def nearest(word: str, words: Sequence[str]) -> str:

@@ -11,8 +11,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from common.errors import expect
-from common.strict import located
+from common.errors import expect, located
 from moe.config import ModelConfig, RouterConfig
 from scripts.cli.command_line import run_tool
 

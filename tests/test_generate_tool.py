@@ -21,8 +21,8 @@ from scripts.generate import main
 from tests.foreign import save_reference
 from training.formats.model_directory import Block, write_model
 from training.formats.reader import open_model
-from training.generation.report import StreamedText, TextPrinter
 from training.generation.request import HuggingFaceTokenizer, end_token_ids
+from training.generation.worker import StreamedText, TextPrinter
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # sums\n" for i in range(200)]
 CONFIG = ModelConfig(

@@ -6,8 +6,7 @@ Each section validates its own fields. `Config` validates the combinations of tw
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.errors import ConfigError, expect, require
-from common.strict import located
+from common.errors import ConfigError, expect, located, require
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig

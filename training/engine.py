@@ -89,8 +89,8 @@ class NativeEngine:
     def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
         if self.pipeline is not None:
             self.pipeline.run(micro_batches, objective)
-            return
-        run_whole(self.parts[0], micro_batches, objective, self.backward)
+        else:
+            run_whole(self.parts[0], micro_batches, objective, self.backward)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

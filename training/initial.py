@@ -5,14 +5,11 @@ experts a token gets and with what weight. The capacity, the losses and the jitt
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.errors import ConfigError, require
 from common.strict import to_dict
 from common.text import show_value
-
-if TYPE_CHECKING:  # The command line does not wait for torch.
-    from training.formats.reader import ModelReader
 
 FREE_MODEL_KEYS = ("expert_kernel", "init_std")
 """The keys of `model` that do not change what the weights mean. (`RouterConfig.MEANING` has the keys that do.)"""
@@ -48,7 +45,7 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         for key, value in values.items():
             given = raw[section].get(key, value)
             require(
-                not ({section, f"{section}.{key}"} & typed) or _agrees(key, given, value, source),
+                not ({section, f"{section}.{key}"} & typed) or _agrees(key, given, value, source.model.top_k or 1),
                 ConfigError,
                 f"{section}.{key}={show_value(given)}: expected {show_value(value)}, as in run.init_from={directory}",
             )
@@ -80,11 +77,10 @@ def find_initial(directory: str | None, warn: Callable[[str], None]) -> str | No
     return None if directory is None else str(open_model(directory, warn=warn).path)
 
 
-def _agrees(key: str, given: Any, inherited: Any, source: "ModelReader") -> bool:
+def _agrees(key: str, given: Any, inherited: Any, top_k: int) -> bool:
     if key == "vocab_size" and given is None:
         return True  # null stands for the size of the tokenizer.
     if key == "normalize":
-        top_k = source.model.top_k or 1
         given, inherited = (top_k > 1 if value == "auto" else value for value in (given, inherited))
     if isinstance(inherited, float) and isinstance(given, int | float | str) and not isinstance(given, bool):
         try:

@@ -3,8 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from common.errors import ConfigError
-from common.strict import located
+from common.errors import ConfigError, located
 from moe.config import ModelConfig
 from parallel.planning.auto import resolve, without_auto
 from parallel.planning.plan import Plan, plan

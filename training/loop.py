@@ -309,12 +309,9 @@ def sample_text(config: Config, tokenizer: Tokenizer, engine: Engine, directory:
         return None
     prompt = instruction(config.run.prompt) if config.data.kind == "sft" else config.run.prompt
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    sampling = Sampling(temperature=TEMPERATURE, seed=config.run.seed)
     continue_text = partial(
-        generate,
-        prompts=[tokens],
-        max_tokens=config.run.sample_tokens,
-        sampling=Sampling(temperature=TEMPERATURE, seed=config.run.seed),
-        stop=[tokenizer.eos_id],
+        generate, prompts=[tokens], max_tokens=config.run.sample_tokens, sampling=sampling, stop=[tokenizer.eos_id]
     )
     mesh = engine.mesh
     if mesh.layout.sequence == mesh.layout.pipeline == mesh.layout.shard == 1:

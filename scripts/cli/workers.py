@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import UserError
+from common.errors import UserError, located
 from common.plugins import given_plugins, load_plugins
-from common.strict import from_dict, located, to_dict
+from common.strict import from_dict, to_dict
 from parallel.startup.launch import World, die_with_parent, launch_workers, world_from_env
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout

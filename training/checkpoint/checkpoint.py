@@ -86,7 +86,7 @@ def save(
             checkpoints failed.
     """
     assert keep >= 1, keep
-    rank = _rank()
+    rank = dist.get_rank() if dist.is_initialized() else 0
     final, temporary = root / f"step-{step}", root / f".tmp-step-{step}"
     local_parts: dict[str, Tensor] = {}
 
@@ -172,10 +172,6 @@ def load(path: Path, tensors: Mapping[str, Tensor | LocalShard]) -> None:
     passed = {name for names in _run_on_all_ranks(prepare, path) for name in names}
     expect_no_tensors(path, "unexpected", saved.keys() - passed, CheckpointError)
     _run_on_all_ranks(read_all, path)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _run_on_all_ranks(work: Callable[[], T], path: Path) -> list[T]:

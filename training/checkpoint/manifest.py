@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError, require
-from common.files import fsync, sha256_of
+from common.files import fsync, sha256_of, write_atomically
 
 FORMAT = 1
 """The version of the checkpoint format."""
@@ -45,10 +45,7 @@ def write_manifest(directory: Path, body: dict[str, Any]) -> None:
         text = _canonical(body | {"sha256": _digest(body)})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: state cannot be written as JSON: {error}") from error
-    with open(directory / MANIFEST, "wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(directory / MANIFEST, text)
     fsync(directory)
 
 

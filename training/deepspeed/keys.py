@@ -153,6 +153,4 @@ def is_off(key: str, value: Any) -> bool:
     """Return whether `value` switches off the key, which is one of `MUST_BE_OFF`, in any way that DeepSpeed accepts."""
     if not isinstance(value, dict):
         return value is None or value is False
-    if key.startswith(ZERO):
-        return value.get("device") == "none"
-    return value.get("enabled", False) is False
+    return value.get("device") == "none" if key.startswith(ZERO) else value.get("enabled", False) is False

@@ -20,7 +20,7 @@ from moe.upcycle import Upcycling, dense_name, expert_matrix, moe_config, router
 from training.checkpoint.shards import LazyTensor, write_safetensors
 from training.formats import huggingface as hf
 from training.formats import mistral
-from training.formats.mapping import Piece, interleave, list_pieces, tensor_shapes
+from training.formats.foreign_tensors import Piece, interleave, list_pieces, tensor_shapes
 from training.formats.model_directory import Block, check_tokenizer, group_by_size, new_directory, write_model
 from training.formats.reader import ModelReader, split_experts
 from training.run import TOKENIZER_FILE
@@ -114,7 +114,8 @@ def export_model(
     ]
     groups = group_by_size(tensors, lambda tensor: tensor.nbytes, shard_bytes)
     stem = single.removesuffix(".safetensors")
-    files = [single] if len(groups) == 1 else _numbered_files(stem, len(groups))
+    numbered = [f"{stem}-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    files = [single] if len(groups) == 1 else numbered
     with new_directory(out) as directory:
         for file, group in zip(files, groups, strict=True):
             write_safetensors(directory / file, group, {"format": "pt"})
@@ -146,10 +147,6 @@ def _assemble(reader: ModelReader, pieces: list[Piece], dtype: torch.dtype) -> T
         block = block.reshape(piece.shape[len(piece.shape) - foreign.dim() :])
         foreign[tuple(slice(o, o + n) for o, n in zip(piece.foreign_offset, block.shape, strict=True))] = block
     return foreign
-
-
-def _numbered_files(stem: str, count: int) -> list[str]:
-    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -239,27 +236,24 @@ def _list_blocks(
     for name, shape in tensor_shapes(model, router_config(plan)).items():
         whole = Region.whole(shape)
         origin = dense_name(name)
+        stored = torch.float32 if dtype == "fp32" or origin is None else reader.dtype(origin)
         if origin is None:
             weight = partial(router_matrix, name, model.dim, model.init_std, plan)
-            bias = partial(torch.zeros, shape)
-            yield Block(name, shape, whole, torch.float32, weight if len(shape) == 2 else bias)
-            continue
-        stored = torch.float32 if dtype == "fp32" else reader.dtype(origin)
-        if origin == name:
+            yield Block(name, shape, whole, stored, weight if len(shape) == 2 else partial(torch.zeros, shape))
+        elif origin == name:
             yield Block(name, shape, whole, stored, partial(_copy, read, name, stored))
-            continue
-        for region in split_experts(whole):
-            yield Block(name, shape, region, stored, partial(_make_expert, read, name, region.offset[0], plan, stored))
+        else:
+            for region in split_experts(whole):
+                make = partial(_make_expert, read, origin, name, region.offset[0], plan, stored)
+                yield Block(name, shape, region, stored, make)
 
 
 def _copy(read: ReadTensor, name: str, stored: torch.dtype) -> Tensor:
     return read(name).to(stored)
 
 
-def _make_expert(read: ReadTensor, name: str, expert: int, plan: Upcycling, stored: torch.dtype) -> Tensor:
-    """Return the matrix of one expert as a block of the stacked tensor, [1, ., .]."""
-    origin = dense_name(name)
-    assert origin is not None
+def _make_expert(read: ReadTensor, origin: str, name: str, expert: int, plan: Upcycling, stored: torch.dtype) -> Tensor:
+    """Return the matrix of one expert, made from the tensor `origin`, as a block of the tensor `name`, [1, ., .]."""
     return expert_matrix(read(origin), name, expert, plan).to(stored).unsqueeze(0)
 
 

@@ -13,29 +13,104 @@ from typing import Any
 from common.errors import ModelError, require
 from common.text import one_line, printable, shorten, show_value
 from moe.config import ModelConfig, RouterConfig
-from training.formats.mapping import Format
+from training.formats.foreign_tensors import Format
 
-_READ = """
-vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-hidden_act rms_norm_eps tie_word_embeddings sliding_window rope_theta rope_parameters num_local_experts
-num_experts_per_tok
-"""
-_IGNORED = """
-architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _attn_implementation
-_attn_implementation_autoset attn_implementation auto_map use_cache cache_implementation initializer_range
-max_position_embeddings pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id
-decoder_start_token_id unk_token_id output_router_logits router_aux_loss_coef router_jitter_noise attention_dropout
-output_attentions output_hidden_states return_dict return_dict_in_generate torchscript use_bfloat16
-chunk_size_feed_forward is_decoder id2label label2id problem_type task_specific_params tokenizer_class prefix
-finetuning_task pruned_heads tie_encoder_decoder cross_attention_hidden_size max_length min_length do_sample
-early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
-length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-begin_suppress_tokens tf_legacy_loss _experts_implementation experts_implementation
-"""
-READ_KEYS = frozenset(_READ.split())
+READ_KEYS = frozenset(
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "sliding_window",
+        "rope_theta",
+        "rope_parameters",
+        "num_local_experts",
+        "num_experts_per_tok",
+    ]
+)
 """Keys that `training.formats.huggingface.read_config` reads."""
-IGNORED_KEYS = frozenset(_IGNORED.split())
+IGNORED_KEYS = frozenset(
+    [
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "_name_or_path",
+        "name_or_path",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "auto_map",
+        "use_cache",
+        "cache_implementation",
+        "initializer_range",
+        "max_position_embeddings",
+        "pretraining_tp",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "cls_token_id",
+        "decoder_start_token_id",
+        "unk_token_id",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "attention_dropout",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "return_dict_in_generate",
+        "torchscript",
+        "use_bfloat16",
+        "chunk_size_feed_forward",
+        "is_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "task_specific_params",
+        "tokenizer_class",
+        "prefix",
+        "finetuning_task",
+        "pruned_heads",
+        "tie_encoder_decoder",
+        "cross_attention_hidden_size",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "output_scores",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "remove_invalid_values",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "tf_legacy_loss",
+        "_experts_implementation",
+        "experts_implementation",
+    ]
+)
 """Keys that do not change what a forward pass without dropout computes."""
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -250,16 +325,20 @@ def check_exportable(model: ModelConfig, router: RouterConfig) -> int | None:
         return windows.pop()
     assert model.top_k is not None
     kind = "model.ffn" if model.expert_ffn is None else "model.expert_ffn"
-    _expect(model.expert_kind in kinds, kind, "swiglu or geglu", model.expert_kind)
-    _expect(model.num_shared_experts == 0, "model.num_shared_experts", "0", model.num_shared_experts)
-    _expect(model.first_k_dense == 0, "model.first_k_dense", "0", model.first_k_dense)
-    _expect(model.moe_every == 1, "model.moe_every", "1", model.moe_every)
-    _expect(router.kind == "softmax_topk", "router.kind", "softmax_topk", router.kind)
-    _expect(model.top_k > 1, "model.top_k", "at least 2 (Mixtral renormalises the weights)", model.top_k)
-    _expect(router.normalizes(model.top_k), "router.normalize", "true", router.normalize)
-    _expect(router.scale == 1, "router.scale", "1", router.scale)
-    # A token that can use all groups is not limited by them.
-    _expect(router.num_groups == router.topk_groups, "router.num_groups", "null", router.num_groups)
+    conditions = (
+        (model.expert_kind in kinds, kind, "swiglu or geglu", model.expert_kind),
+        (model.num_shared_experts == 0, "model.num_shared_experts", "0", model.num_shared_experts),
+        (model.first_k_dense == 0, "model.first_k_dense", "0", model.first_k_dense),
+        (model.moe_every == 1, "model.moe_every", "1", model.moe_every),
+        (router.kind == "softmax_topk", "router.kind", "softmax_topk", router.kind),
+        (model.top_k > 1, "model.top_k", "at least 2 (Mixtral renormalises the weights)", model.top_k),
+        (router.normalizes(model.top_k), "router.normalize", "true", router.normalize),
+        (router.scale == 1, "router.scale", "1", router.scale),
+        # A token that can use all groups is not limited by them.
+        (router.num_groups == router.topk_groups, "router.num_groups", "null", router.num_groups),
+    )
+    for condition in conditions:
+        _expect(*condition)
     return windows.pop()
 
 

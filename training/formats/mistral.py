@@ -10,18 +10,34 @@ from typing import Any
 
 from common.errors import ModelError, require
 from moe.config import ModelConfig, RouterConfig
+from training.formats.foreign_tensors import Format
 from training.formats.huggingface import Fields, check_exportable
-from training.formats.mapping import Format
 
 CONFIG = "params.json"
 INDEX = "consolidated.safetensors.index.json"
 SINGLE = "consolidated.safetensors"
 
-_READ = """
-dim n_layers head_dim hidden_dim n_heads n_kv_heads norm_eps vocab_size rope_theta sliding_window moe tied_embeddings
-"""
-_IGNORED = "max_batch_size max_seq_len max_position_embeddings model_type"
-KNOWN_KEYS = frozenset(f"{_READ} {_IGNORED}".split())
+KNOWN_KEYS = frozenset(
+    [
+        "dim",
+        "n_layers",
+        "head_dim",
+        "hidden_dim",
+        "n_heads",
+        "n_kv_heads",
+        "norm_eps",
+        "vocab_size",
+        "rope_theta",
+        "sliding_window",
+        "moe",
+        "tied_embeddings",
+        "max_batch_size",
+        "max_seq_len",
+        "max_position_embeddings",
+        "model_type",
+    ]
+)
+"""Keys that `read_params` reads, and those that do not change what is computed."""
 
 FORMAT = Format(
     {

@@ -29,8 +29,17 @@ from training.checkpoint.manifest import CHECKPOINTS, MANIFEST, committed, newes
 from training.checkpoint.shards import DTYPES, SliceRead, find_slices, read_shard
 from training.formats import huggingface as hf
 from training.formats import mistral
-from training.formats.mapping import Format, Piece, Shape, check_tensors, list_pieces, split_halves, tensor_shapes
-from training.formats.safetensors import TensorDirectory, read_json
+from training.formats.foreign_tensors import (
+    Format,
+    Piece,
+    Shape,
+    TensorDirectory,
+    check_tensors,
+    list_pieces,
+    read_json,
+    split_halves,
+    tensor_shapes,
+)
 from training.run import CONFIG_FILE, TOKENIZER_FILE
 
 PREFIX = "model."

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from common.errors import ConfigError, DataError, ModelError, require
+from common.text import one_line
 from data.corpora import chat
 from data.tokens.tokenizer import Tokenizer
+from training.formats.foreign_tensors import read_json
 from training.formats.reader import ModelReader, open_model_for_key
-from training.formats.safetensors import read_json
 from training.generation.config import STDIN, GenerateConfig
 
 
@@ -68,8 +69,7 @@ def _read_messages(file: str) -> Any:
     except OSError as error:
         raise ConfigError(f"messages={file}: expected a JSON file that can be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"messages={file}: expected a JSON list of messages ({reason})") from error
+        raise ConfigError(f"messages={file}: expected a JSON list of messages ({one_line(str(error))})") from error
 
 
 class TextTokenizer(Protocol):
@@ -79,9 +79,11 @@ class TextTokenizer(Protocol):
     bos_id: int
     eos_id: int
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without begin and end marks."""
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without begin and end marks."""
 
 
 def open_tokenizer(source: ModelReader) -> TextTokenizer:
@@ -152,7 +154,7 @@ class HuggingFaceTokenizer:
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # transformers and the parsers that it calls raise exceptions of any type.
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(str(error))[:200]
             raise ModelError(f"{path}: expected a tokenizer that transformers can read ({reason})") from error
         self.vocab_size = len(self._tokenizer)
         self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id

@@ -6,8 +6,8 @@ The files, in reading order:
   their runs. Imports no torch.
 - `jobs`: the layouts that exist for a number of ranks, which model runs under which layout, and why a job is skipped.
 - `trial`: makes the data, trains one model under one layout, and gathers its shards from all ranks.
-- `compare`: the differences between two training runs, the tolerances, and what rank 0 prints.
-- `driver`: what one rank does, from the process group to the verdict.
+- `driver`: what one rank does, from the process group to the verdict: the differences between two training runs, the
+  tolerances, and what rank 0 prints.
 
 docs/parity.md is the user's page.
 """

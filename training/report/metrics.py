@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from common.files import write_atomically
+
 Value: TypeAlias = float | int | list[float]
 Row: TypeAlias = dict[str, Value]
 """Metrics of one optimizer step by name."""
@@ -46,12 +48,7 @@ class MetricsWriter:
             # The bytes are copied rather than encoded again, so that the file of a resumed run equals, byte for byte,
             # the file of an uninterrupted run.
             kept = b"".join(line for i, line in enumerate(lines, 1) if _step_of(line, path, i) <= resume_step)
-        replacement = path.with_name(path.name + ".tmp")
-        with open(replacement, "wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(replacement, path)
+        write_atomically(path, kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, row: Row) -> None:
@@ -152,9 +149,7 @@ def telemetry_metrics(telemetry: Mapping[str, Sequence[float]]) -> Row:
 
 
 def _encode(value: Value) -> Value | str | list[float | str]:
-    if isinstance(value, list):
-        return [_encode_number(number) for number in value]
-    return _encode_number(value)
+    return [_encode_number(number) for number in value] if isinstance(value, list) else _encode_number(value)
 
 
 def _encode_number(number: float) -> float | str:

@@ -70,9 +70,8 @@ def show_start(summary: RunSummary) -> None:
     if run.warning:
         show_line(run.warning)
     if run.trained_parameters < run.counts.total:
-        show_line(
-            f"optim.train={format_patterns(run.config.optim.train)}: {run.trained_parameters:,} of {run.counts.total:,} parameters train"
-        )
+        patterns = format_patterns(run.config.optim.train)
+        show_line(f"optim.train={patterns}: {run.trained_parameters:,} of {run.counts.total:,} parameters train")
 
 
 def evaluation_row(evaluation: Evaluation) -> dict[str, Any]:
@@ -150,9 +149,8 @@ def resume_command(config: Config, name: str, world_size: int) -> str:
     """Return the command line that continues this run to twice its length, with the launcher that started it."""
     dropped = ("run.name=", "run.resume=", "train.steps=")
     overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(dropped)]
-    launcher = [_tool("python")]
-    if world_size != config.launch.nproc:
-        launcher = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
+    torchrun = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
+    launcher = [_tool("python")] if world_size == config.launch.nproc else torchrun
     return shlex.join([*launcher, "train.py", *overrides, f"run.name={name}", f"train.steps={2 * config.train.steps}"])
 
 

@@ -169,12 +169,8 @@ def show_layout(ranks: Sequence[RankSummary], axes: str) -> None:
         ]
         rows = [rows[0], middle, rows[-1]]
     title = f"Layout: {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}{f', {axes}' if axes else ''}"
-    show_table(
-        title,
-        ["rank", "host", "device", "layers", "experts", "parameters", "of experts", "weights"],
-        rows,
-        left=["host", "device", "layers", "experts"],
-    )
+    columns = ["rank", "host", "device", "layers", "experts", "parameters", "of experts", "weights"]
+    show_table(title, columns, rows, left=["host", "device", "layers", "experts"])
 
 
 def show_plan(plan: Plan) -> None:

@@ -40,7 +40,7 @@ from common.strict import to_dict
 from common.text import first_line
 from training.config import Config, TrackingConfig
 from training.report.metrics import MetricsWriter, Row
-from training.report.progress import Progress
+from training.report.terminal import Progress
 
 MAX_BINS = 512
 """The most bins that W&B accepts in a histogram."""
