@@ -65,6 +65,19 @@ def expect(holds: bool, field: str, value: object, expected: str) -> None:
     require(holds, ConfigError, f"{field}={show_value(value)}: expected {expected}")
 
 
+def expect_fields(config: object, **conditions: tuple[bool, str]) -> None:
+    """Check fields of a configuration dataclass, in the given order.
+
+    Args:
+        conditions: name of the field -> whether its value is allowed, and what was expected.
+
+    Raises:
+        ConfigError: as `expect`, for the first field whose value is not allowed.
+    """
+    for field, (holds, expected) in conditions.items():
+        expect(holds, field, getattr(config, field), expected)
+
+
 def require(holds: object, error: type[Exception], message: str) -> None:
     """Raise `error` with `message`, unless `holds`, which is tested for truth."""
     if not holds:

@@ -59,12 +59,12 @@ def figures(config: DescribeConfig) -> dict[str, Any]:
 
 def describe(config: DescribeConfig) -> None:
     """Print the figures as tables or as JSON."""
-    from training.report.model_report import show_model
+    from training.report.tables import show_figures
 
     if config.format == "json":
         print(json.dumps(figures(config), indent=2))
     else:
-        show_model(
+        show_figures(
             config.whole_model,
             config.router,
             figures(config),

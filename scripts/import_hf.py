@@ -26,8 +26,7 @@ class ImportConfig:
 def import_hf(config: ImportConfig) -> None:
     """Write the model directory `config.out`, and print its size."""
     from common.errors import ModelError, require
-    from training.formats.export import import_model
-    from training.formats.model_directory import parse_size
+    from training.formats.export import import_model, parse_size
     from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)

@@ -37,8 +37,7 @@ def upcycle(config: UpcycleConfig) -> None:
     from common.errors import ModelError, require
     from moe.accounting.flops import count_parameters, meta_model
     from moe.upcycle import Upcycling, router_config
-    from training.formats.export import upcycle_model
-    from training.formats.model_directory import parse_size
+    from training.formats.export import parse_size, upcycle_model
     from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)

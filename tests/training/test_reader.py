@@ -18,9 +18,9 @@ from moe.region import LocalShard, Region, whole_shard
 from tests.distributed.harness import run_ranks
 from tests.foreign import CASES, load_model, logits_of, random_tokens, save_reference
 from training.checkpoint import checkpoint
-from training.formats.export import export_model, import_model
+from training.formats.export import export_model, import_model, parse_size
 from training.formats.foreign_tensors import TensorDirectory
-from training.formats.model_directory import group_by_size, parse_size
+from training.formats.model_directory import group_by_size
 from training.formats.reader import ReadRequest, open_model, read_run_config
 from training.run import save_config
 

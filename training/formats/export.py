@@ -3,6 +3,7 @@
 After an error, the output does not exist. The mathematics of upcycling is in `moe.upcycle`."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
@@ -40,7 +41,21 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
 )
 """The chat format of data/corpora/chat.py, as a Jinja template."""
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes of a `shard_size`, such as `5GB`, `500 MB`, `2GiB` or `1000`.
+
+    Raises:
+        ModelError: `text` is not such a size, or is less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    factor = UNITS.get(match[2].upper()) if match else None
+    if match is None or factor is None or float(match[1]) * factor < 1:
+        raise ModelError(f"shard_size={text}: expected a size such as 5GB or 500MB")
+    return int(float(match[1]) * factor)
 
 
 def import_model(reader: ModelReader, out: Path, dtype: Literal["fp32", "keep"], shard_bytes: int) -> int:

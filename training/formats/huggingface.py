@@ -15,102 +15,27 @@ from common.text import one_line, printable, shorten, show_value
 from moe.config import ModelConfig, RouterConfig
 from training.formats.foreign_tensors import Format
 
-READ_KEYS = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "sliding_window",
-        "rope_theta",
-        "rope_parameters",
-        "num_local_experts",
-        "num_experts_per_tok",
-    ]
-)
-"""Keys that `training.formats.huggingface.read_config` reads."""
-IGNORED_KEYS = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "_name_or_path",
-        "name_or_path",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "attn_implementation",
-        "auto_map",
-        "use_cache",
-        "cache_implementation",
-        "initializer_range",
-        "max_position_embeddings",
-        "pretraining_tp",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "cls_token_id",
-        "decoder_start_token_id",
-        "unk_token_id",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "attention_dropout",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "return_dict_in_generate",
-        "torchscript",
-        "use_bfloat16",
-        "chunk_size_feed_forward",
-        "is_decoder",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "task_specific_params",
-        "tokenizer_class",
-        "prefix",
-        "finetuning_task",
-        "pruned_heads",
-        "tie_encoder_decoder",
-        "cross_attention_hidden_size",
-        "max_length",
-        "min_length",
-        "do_sample",
-        "early_stopping",
-        "num_beams",
-        "num_beam_groups",
-        "diversity_penalty",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size",
-        "bad_words_ids",
-        "num_return_sequences",
-        "output_scores",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "remove_invalid_values",
-        "exponential_decay_length_penalty",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-        "tf_legacy_loss",
-        "_experts_implementation",
-        "experts_implementation",
-    ]
-)
+_READ = """
+vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+hidden_act rms_norm_eps tie_word_embeddings sliding_window rope_theta rope_parameters num_local_experts
+num_experts_per_tok
+"""
+_IGNORED = """
+architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _attn_implementation
+_attn_implementation_autoset attn_implementation auto_map use_cache cache_implementation initializer_range
+max_position_embeddings pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id
+decoder_start_token_id unk_token_id output_router_logits router_aux_loss_coef router_jitter_noise attention_dropout
+output_attentions output_hidden_states return_dict return_dict_in_generate torchscript use_bfloat16
+chunk_size_feed_forward is_decoder id2label label2id problem_type task_specific_params tokenizer_class prefix
+finetuning_task pruned_heads tie_encoder_decoder cross_attention_hidden_size max_length min_length do_sample
+early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
+length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+begin_suppress_tokens tf_legacy_loss _experts_implementation experts_implementation
+"""
+READ_KEYS = frozenset(_READ.split())
+"""Keys that `read_config` reads."""
+IGNORED_KEYS = frozenset(_IGNORED.split())
 """Keys that do not change what a forward pass without dropout computes."""
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -304,9 +229,7 @@ def write_config(model: ModelConfig, router: RouterConfig, dtype: str, positions
     if family.moe:
         raw |= {"num_local_experts": model.num_experts, "num_experts_per_tok": model.top_k}
         raw |= {"output_router_logits": False, "router_jitter_noise": 0.0}
-    else:
-        raw |= {"attention_bias": False, "mlp_bias": False} if name == "llama" else {}
-    return raw
+    return raw | ({"attention_bias": False, "mlp_bias": False} if name == "llama" else {})
 
 
 def check_exportable(model: ModelConfig, router: RouterConfig) -> int | None:

@@ -17,27 +17,11 @@ CONFIG = "params.json"
 INDEX = "consolidated.safetensors.index.json"
 SINGLE = "consolidated.safetensors"
 
-KNOWN_KEYS = frozenset(
-    [
-        "dim",
-        "n_layers",
-        "head_dim",
-        "hidden_dim",
-        "n_heads",
-        "n_kv_heads",
-        "norm_eps",
-        "vocab_size",
-        "rope_theta",
-        "sliding_window",
-        "moe",
-        "tied_embeddings",
-        "max_batch_size",
-        "max_seq_len",
-        "max_position_embeddings",
-        "model_type",
-    ]
-)
-"""Keys that `read_params` reads, and those that do not change what is computed."""
+_READ = """
+dim n_layers head_dim hidden_dim n_heads n_kv_heads norm_eps vocab_size rope_theta sliding_window moe tied_embeddings
+"""
+_IGNORED = "max_batch_size max_seq_len max_position_embeddings model_type"
+KNOWN_KEYS = frozenset(f"{_READ} {_IGNORED}".split())
 
 FORMAT = Format(
     {
@@ -131,10 +115,6 @@ def write_params(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "rope_theta": model.rope_theta,
     }
-    if window is not None:
-        raw["sliding_window"] = window
-    if model.tie_embeddings:
-        raw["tied_embeddings"] = True
-    if model.is_moe:
-        raw["moe"] = {"num_experts": model.num_experts, "num_experts_per_tok": model.top_k}
-    return raw
+    moe = {"num_experts": model.num_experts, "num_experts_per_tok": model.top_k} if model.is_moe else None
+    optional = {"sliding_window": window, "tied_embeddings": model.tie_embeddings or None, "moe": moe}
+    return raw | {key: value for key, value in optional.items() if value is not None}

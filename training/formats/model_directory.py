@@ -8,7 +8,6 @@
 """
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,8 +29,6 @@ from training.formats.reader import PREFIX, ModelReader
 from training.run import TOKENIZER_FILE, save_config
 
 T = TypeVar("T")
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Block(NamedTuple):
@@ -140,19 +137,6 @@ def group_by_size(items: list[T], size: Callable[[T], int], limit: int) -> list[
         groups[-1].append(item)
         total += size(item)
     return groups
-
-
-def parse_size(text: str) -> int:
-    """Return the number of bytes of a `shard_size`, such as `5GB`, `500 MB`, `2GiB` or `1000`.
-
-    Raises:
-        ModelError: `text` is not such a size, or is less than one byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    factor = UNITS.get(match[2].upper()) if match else None
-    if match is None or factor is None or float(match[1]) * factor < 1:
-        raise ModelError(f"shard_size={text}: expected a size such as 5GB or 500MB")
-    return int(float(match[1]) * factor)
 
 
 def check_tokenizer(reader: ModelReader) -> None:

@@ -1,4 +1,4 @@
-"""What one rank does to generate text, and what rank 0 prints: the text as it grows, or the results as JSON; the speed."""
+"""What one rank does to generate text, and what rank 0 prints: the text as it grows, or the results as JSON."""
 
 import json
 import sys

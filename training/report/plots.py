@@ -189,8 +189,6 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         metrics_rows: the rows of `metrics.jsonl`.
         path: the file to write; its suffix is replaced by .svg and .png.
     """
-    from matplotlib.ticker import FuncFormatter
-
     with figure(path, 10, 6.4) as canvas:
         ((loss, balance), (violation, optimizer)) = canvas.subplots(2, 2)
         _curve(loss, metrics_rows, "train/loss", "total: cross-entropy + auxiliary losses", GREY)
@@ -202,7 +200,7 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             _curve(violation, metrics_rows, key, "single layers" if index == 0 else "", GREY, linewidth=0.6, alpha=0.6)
         _curve(violation, metrics_rows, "router/max_vio", "mean over layers", BLUE)
         _curve(optimizer, metrics_rows, "optim/lr", "learning rate", BLUE)
-        optimizer.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        optimizer.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         optimizer.set_ylabel("learning rate", color=BLUE)
         norm = optimizer.twinx()
         norm.spines["right"].set_visible(True)
