@@ -26,7 +26,8 @@ from parallel.startup.rendezvous import choose_on_rank0, wait_for_all
 from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified, read_state
 from training.config import Config, with_vocabulary
 from training.device import Process, check_memory, memory_of_a_rank
-from training.initial import FREE_MODEL_KEYS, find_initial
+from training.formats.reader import open_model
+from training.initial import FREE_MODEL_KEYS
 from training.layout import build_workload, resolve_layout
 from training.report.terminal import show_line
 from training.run import finished_result, lock_run, prepare_directory, torchrun_name
@@ -190,6 +191,20 @@ def find_checkpoint(config: Config, directory: Path, *, restarted: bool, warn: C
         f"run.resume=must: expected a checkpoint in {root}; found none",
     )
     return None if newest is None else str(newest)
+
+
+def find_initial(directory: str | None, warn: Callable[[str], None]) -> str | None:
+    """Return the path that `run.init_from` stands for. For a run, this is its newest undamaged checkpoint.
+
+    It reads the whole checkpoint. Only rank 0 calls it, and shares the result.
+
+    Args:
+        warn: receives one line for each damaged checkpoint.
+
+    Raises:
+        ModelError: there is no model directory or no undamaged checkpoint.
+    """
+    return None if directory is None else str(open_model(directory, warn=warn).path)
 
 
 def checked_state(path: str, model: ModelConfig, router: RouterConfig, steps: int) -> dict[str, Any]:

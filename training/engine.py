@@ -74,9 +74,7 @@ class NativeEngine:
         Args:
             pipeline: the pipeline that runs `parts`; None: `parts` is one model with all layers.
         """
-        self.parts = list(parts)
-        self.mesh = mesh
-        self.pipeline = pipeline
+        self.parts, self.mesh, self.pipeline = list(parts), mesh, pipeline
         self.max_grad_norm = config.max_grad_norm
         self.trainable = Trainable(self.parts, config.train)
         self.parameters = self.trainable.parameters

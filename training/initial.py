@@ -4,7 +4,7 @@ The directory also determines what the weights mean: the section `model`, and th
 experts a token gets and with what weight. The capacity, the losses and the jitter of the router are the run's choice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from common.errors import ConfigError, require
@@ -59,22 +59,6 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         )
         result["data"] = raw["data"] | {"tokenizer": str(source.tokenizer)}
     return result
-
-
-def find_initial(directory: str | None, warn: Callable[[str], None]) -> str | None:
-    """Return the path that `run.init_from` stands for. For a run, this is its newest undamaged checkpoint.
-
-    It reads the whole checkpoint. Only rank 0 calls it, and shares the result.
-
-    Args:
-        warn: receives one line for each damaged checkpoint.
-
-    Raises:
-        ModelError: there is no model directory or no undamaged checkpoint.
-    """
-    from training.formats.reader import open_model
-
-    return None if directory is None else str(open_model(directory, warn=warn).path)
 
 
 def _agrees(key: str, given: Any, inherited: Any, top_k: int) -> bool:

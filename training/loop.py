@@ -33,7 +33,6 @@ from training.checkpoint.manifest import CHECKPOINTS
 from training.config import Config
 from training.device import Process, free_bytes, peak_flops, set_up_process
 from training.engine import Engine
-from training.evaluate import Evaluation, evaluate
 from training.formats.reader import open_model
 from training.report.metrics import router_metrics, telemetry_metrics
 from training.report.run_report import (
@@ -47,7 +46,7 @@ from training.report.run_report import (
 from training.report.trackers import Recorder
 from training.run import save_config, save_tokenizer
 from training.schedule import learning_rate
-from training.step import StepResult, train_step
+from training.step import Evaluation, StepResult, evaluate, train_step
 
 MAX_NONFINITE_STEPS = 5
 """A step whose gradient norm is not finite changes no weight. After this many in a row the run fails."""
@@ -271,8 +270,7 @@ class Evaluator:
     """Evaluates the engine's model on the held-out tokens."""
 
     def __init__(self, run: AgreedRun, engine: Engine) -> None:
-        self.run = run
-        self.engine = engine
+        self.run, self.engine = run, engine
         self.token_bytes_V = torch.from_numpy(run.tokens.tokenizer.token_bytes()).to(engine.mesh.device)
 
     def evaluate(self) -> Evaluation:

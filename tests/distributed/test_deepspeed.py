@@ -26,12 +26,11 @@ from training.config import EngineConfig, TrainConfig
 from training.deepspeed.engine import DeepSpeedEngine
 from training.deepspeed.settings import deepspeed_settings
 from training.engine import NativeEngine
-from training.evaluate import evaluate
 from training.parity.config import ACCUMULATION, CASES, LENGTH, OPTIM, rows_for
 from training.parity.config import global_batch as global_rows
 from training.parity.config import part_of as rows_of
 from training.schedule import learning_rate
-from training.step import StepResult, train_step
+from training.step import StepResult, evaluate, train_step
 
 pytest.importorskip("deepspeed")
 

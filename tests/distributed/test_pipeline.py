@@ -19,10 +19,9 @@ from parallel.stages import Schedule, stage_layers, stages_of
 from tests.distributed.harness import run_ranks
 from tests.distributed.whole import assert_same_history, gather_whole
 from training.engine import NativeEngine
-from training.evaluate import evaluate
 from training.parity.config import ACCUMULATION, CASES, MODEL, OPTIM, global_batch
 from training.schedule import learning_rate
-from training.step import train_step
+from training.step import evaluate, train_step
 
 ROWS, STEPS = 16, 3
 DEEP = {name: (case.model, case.router) for name, case in CASES.items()}

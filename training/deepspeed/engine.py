@@ -60,11 +60,10 @@ class DeepSpeedEngine:
             choose_trainable(meta_model(model.config, model.router_config), config.train).experts,
             format_patterns(config.train),
         )
-        self.model = model
+        self.model, self.mesh = model, mesh
         shards = ((name, model.local_shard(name, parameter)) for name, parameter in model.named_parameters())
         self.shard_places = {name: (shard.shape, shard.region) for name, shard in shards}
         """Parameter -> the shape of the whole tensor, and this rank's region. Read while parameters are not empty."""
-        self.mesh = mesh
         self.stage: int = settings["zero_optimization"]["stage"]
         self.trained = Trainable(self.parts, config.train).parameters
         deepspeed = _import(mesh.device, quiet=not prints_diagnostics(settings))

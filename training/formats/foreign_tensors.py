@@ -277,22 +277,32 @@ def list_pieces(shapes: Mapping[str, Shape], form: Format, head_dim: int) -> lis
     return pieces
 
 
-def check_tensors(where: Path, stored: Mapping[str, StoredTensor], pieces: list[Piece], form: Format) -> None:
-    """Check that the directory `where` has exactly the tensors that the model needs.
+def check_shapes(where: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Check that the directory `where` has exactly the tensors that the model needs, by name and shape.
 
     Raises:
         ModelError: lists tensors that are missing, that the model does not use, or that have another shape.
     """
-    expected = {piece.foreign_name: piece.foreign_shape for piece in pieces}
-    expect_no_tensors(where, "missing", expected.keys() - stored.keys(), ModelError)
-    unused = {name for name in stored.keys() - expected.keys() if not re.fullmatch(form.ignored, name)}
-    expect_no_tensors(where, "that the model has no place for", unused - {form.tied_head}, ModelError)
+    expect_no_tensors(where, "missing", expected.keys() - found.keys(), ModelError)
+    expect_no_tensors(where, "that the model has no place for", found.keys() - expected.keys(), ModelError)
     different = [
-        f"{name} (found {list(stored[name].shape)}, expected {list(shape)})"
+        f"{name} (found {list(found[name])}, expected {list(shape)})"
         for name, shape in expected.items()
-        if stored[name].shape != shape
+        if found[name] != shape
     ]
     expect_no_tensors(where, "of another shape", different, ModelError)
+
+
+def check_tensors(where: Path, stored: Mapping[str, StoredTensor], pieces: list[Piece], form: Format) -> None:
+    """Check that the directory `where` has exactly the tensors that the model needs.
+
+    Raises:
+        ModelError: as `check_shapes`.
+    """
+    expected = {piece.foreign_name: piece.foreign_shape for piece in pieces}
+    optional = {name for name in stored if re.fullmatch(form.ignored, name)} | {form.tied_head}
+    found = {name: tensor.shape for name, tensor in stored.items() if name in expected or name not in optional}
+    check_shapes(where, found, expected)
 
 
 def interleave(weight: Tensor, head_dim: int) -> Tensor:

@@ -34,6 +34,7 @@ from training.formats.foreign_tensors import (
     Piece,
     Shape,
     TensorDirectory,
+    check_shapes,
     check_tensors,
     list_pieces,
     read_json,
@@ -199,16 +200,8 @@ class RunReader(ModelReader):
         self._records = {name.removeprefix(PREFIX): r for name, r in records.items() if name.startswith(PREFIX)}
         _check_layer_count(self.model, len(self._records), root / CONFIG_FILE)
         self.shapes = _shapes_of(self.model, self.router, root / CONFIG_FILE)
-        expect_no_tensors(checkpoint, "missing", self.shapes.keys() - self._records.keys(), ModelError)
-        expect_no_tensors(
-            checkpoint, "that the model has no place for", self._records.keys() - self.shapes.keys(), ModelError
-        )
-        different = [
-            f"{name} (found {self._records[name]['shape']}, expected {list(shape)})"
-            for name, shape in self.shapes.items()
-            if tuple(self._records[name]["shape"]) != shape
-        ]
-        expect_no_tensors(checkpoint, "of another shape", different, ModelError)
+        shapes = {name: tuple(record["shape"]) for name, record in self._records.items()}
+        check_shapes(checkpoint, shapes, self.shapes)
 
     def dtype(self, name: str) -> torch.dtype:
         code = self._records[name]["dtype"]

@@ -47,7 +47,8 @@ class MetricsWriter:
                 lines.pop()
             # The bytes are copied rather than encoded again, so that the file of a resumed run equals, byte for byte,
             # the file of an uninterrupted run.
-            kept = b"".join(line for i, line in enumerate(lines, 1) if _step_of(line, path, i) <= resume_step)
+            steps = [_decode_row(line, path, number)["step"] for number, line in enumerate(lines, 1)]
+            kept = b"".join(line for line, step in zip(lines, steps, strict=True) if step <= resume_step)  # type: ignore[operator]
         write_atomically(path, kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
@@ -172,9 +173,3 @@ def _decode(value: Value | str | list[float | str]) -> Value:
     if isinstance(value, list):
         return [float(number) for number in value]
     return float(value) if isinstance(value, str) else value
-
-
-def _step_of(line: bytes, path: Path, number: int) -> int:
-    step = _decode_row(line, path, number)["step"]
-    assert isinstance(step, int)
-    return step

@@ -17,7 +17,6 @@ from parallel.mesh import Mesh
 from parallel.weight_specs import kind
 from training.agree import AgreedRun
 from training.config import Config
-from training.evaluate import Evaluation
 from training.report.heatmap import show_load
 from training.report.metrics import read_metrics
 from training.report.plots import plot_curves, plot_load, plot_overview
@@ -33,6 +32,7 @@ from training.report.tables import (
 )
 from training.report.terminal import show_line
 from training.run import save_result
+from training.step import Evaluation
 from training.trainable import format_patterns
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}

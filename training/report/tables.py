@@ -196,13 +196,12 @@ def show_evaluation(
         loss: the cross-entropy of all held-out text, in nats per token.
         baselines: by domain, the bits per byte of `gzip -9` and of a byte unigram on the same text.
     """
-    rows = []
-    for domain, bits in bits_per_byte.items():
-        columns = ["-", "-", "-"]
-        if domain in baselines:
-            gzip, unigram = baselines[domain]
-            columns = [f"{gzip:.3f}", f"{unigram:.3f}", "yes" if bits < gzip else "no"]
-        rows.append([domain, f"{bits:.3f}", *columns])
+    compared = {
+        domain: [f"{gzip:.3f}", f"{unigram:.3f}", "yes" if bits_per_byte[domain] < gzip else "no"]
+        for domain, (gzip, unigram) in baselines.items()
+        if domain in bits_per_byte
+    }
+    rows = [[domain, f"{bits:.3f}", *compared.get(domain, ["-", "-", "-"])] for domain, bits in bits_per_byte.items()]
     show_table(
         f"Held-out text: loss {loss:.4f} nats per token; bits per byte by domain",
         ["domain", "model", "gzip -9", "byte unigram", "below gzip -9"],

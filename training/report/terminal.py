@@ -216,9 +216,7 @@ class Progress:
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total_steps = total_steps
-        self.step = start_step
-        self._clock = clock
+        self.total_steps, self.step, self._clock = total_steps, start_step, clock
         self._updates: deque[tuple[int, float]] = deque(maxlen=ETA_UPDATES + 1)
         self._bar: _Bar | None = None
         self._legend_shown = False
