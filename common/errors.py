@@ -1,6 +1,7 @@
 """Errors that the user can correct, and the checks that raise them.
 
-The errors form one tree, so that one `except UserError` covers them all."""
+The errors form one tree, so that one `except UserError` covers them all.
+"""
 
 import re
 from collections.abc import Iterable

@@ -139,7 +139,8 @@ def _branches(hint: Any) -> tuple[Any, ...]:
 
 def _describe(hint: Any) -> str:
     branches = _branches(hint)
-    choices = [_show(choice) for branch in branches for choice in _choices(branch)]
+    literals = [branch for branch in branches if typing.get_origin(branch) is Literal]
+    choices = [_show(choice) for branch in literals for choice in typing.get_args(branch)]
     if bool in branches:
         choices += ["true", "false"]
     parts = [f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]] if choices else []
@@ -152,10 +153,6 @@ def _describe(hint: Any) -> str:
         elif typing.get_origin(branch) is dict or dataclasses.is_dataclass(branch):
             parts.append("a section of keys")
     return " or ".join(parts + ["null"] * (types.NoneType in branches))
-
-
-def _choices(branch: Any) -> tuple[Any, ...]:
-    return typing.get_args(branch) if typing.get_origin(branch) is Literal else ()
 
 
 def _show(value: Any) -> str:

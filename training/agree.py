@@ -1,7 +1,8 @@
 """What the ranks agree on before a process group exists: the run's name, its tokens, its layout and where it starts.
 
 Rank 0 chooses and sends its choice to the other ranks through the launcher's key-value store. A mistake is therefore
-reported before any process group exists, and no rank waits in a collective for a rank that has ended."""
+reported before any process group exists, and no rank waits in a collective for a rank that has ended.
+"""
 
 import json
 from collections.abc import Callable

@@ -40,10 +40,13 @@ class RunConfig:
         expect(
             legal and not str(name).startswith("/"), "name", repr(name), "letters, digits, '.', '_', '-', '/', no '..'"
         )
-        expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
         expect(self.init_from != "", "init_from", "''", "a directory, or null")
-        expect(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "an integer >= 0")
-        expect(self.resume != "must" or name is not None, "resume", self.resume, "an explicit run.name beside it")
+        expect_fields(
+            self,
+            seed=(0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1"),
+            sample_tokens=(self.sample_tokens >= 0, "an integer >= 0"),
+            resume=(self.resume != "must" or name is not None, "an explicit run.name beside it"),
+        )
 
 
 @dataclass(frozen=True)

@@ -122,16 +122,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 
 def memory_of_a_rank(device: torch.device, local_ranks: int) -> int:
     """Return the bytes of memory that one of the `local_ranks` ranks on this host can use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return _host_memory() // local_ranks
+    return (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else _host_memory() // local_ranks
+    )
 
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes of memory that are free on the device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
 
 
 def _host_memory() -> int:

@@ -1,4 +1,4 @@
-"""One optimizer step, and the one place where losses are normalised.
+"""One optimizer step, one evaluation, and the one place where losses are normalised.
 
     loss = Σ CE / labels
          + (balance_coef · Σ_m N_m · L_bal,m  +  z_coef · Σ_m N_m · L_z,m  +  Σ_m N_m · L_router,m) / tokens
@@ -7,7 +7,8 @@
 contribution of its own tokens. Gradients are therefore *summed* over ranks, never averaged, and no number depends on
 the layout. L_router is the term that a kind of router can add (`Router.auxiliary_loss`); the built-in kinds add none.
 
-Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts, X columns of a router's own sums.
+Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts, K top-k, G domains,
+X columns of a router's own sums.
 """
 
 import math
@@ -85,9 +86,11 @@ def token_nats(logits_BSV: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) 
         logits_BSV: [B, S, V], or, if `group` has several ranks, this rank's shard of the vocabulary.
         group: the tensor-parallel ranks.
     """
-    if group.size() == 1:
-        return whole_token_nats(logits_BSV, labels_BS)
-    return sharded_token_nats(logits_BSV, labels_BS, group)
+    return (
+        whole_token_nats(logits_BSV, labels_BS)
+        if group.size() == 1
+        else sharded_token_nats(logits_BSV, labels_BS, group)
+    )
 
 
 class StepLoss:

@@ -6,4 +6,5 @@ Module map:
   user sees when something fails, and the exit status; `run_tool`, the `main` of every tool in scripts/.
 * `workers`: runs a function in this process or in worker processes that it starts.
 
-Hydra is used here and in train.py only."""
+Hydra is used here and in train.py only.
+"""

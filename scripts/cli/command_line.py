@@ -1,7 +1,8 @@
 """The command line of `train.py` and of every tool, with Hydra.
 
 Arguments become a composed configuration of plain dicts, lists and scalars. A mistake that the user can correct becomes
-one line, and any other error a traceback. `run_tool` is the `main` of every tool in scripts/."""
+one line, and any other error a traceback. `run_tool` is the `main` of every tool in scripts/.
+"""
 
 import os
 import re

@@ -33,12 +33,8 @@ from moe.region import LocalShard
 from training.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
-    committed,
     delete_old_checkpoints,
-    newest_verified,
     read_manifest,
-    read_state,
-    verify,
     write_manifest,
 )
 from training.checkpoint.shards import (
@@ -53,8 +49,6 @@ from training.checkpoint.shards import (
     read_shard,
     write_shard,
 )
-
-__all__ = ["CheckpointError", "committed", "load", "newest_verified", "read_state", "save", "verify"]
 
 T = TypeVar("T")
 

@@ -85,15 +85,13 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the manifest is missing or damaged.
     """
-    state: dict[str, Any] = read_manifest(path)["state"]
-    return state
+    return dict(read_manifest(path)["state"])
 
 
 def step_directories(root: Path) -> list[Path]:
     """Return every directory `step-<N>` in `root`, committed or not, newest first."""
-    if not root.is_dir():
-        return []
-    directories = [path for path in root.iterdir() if STEP_DIRECTORY.fullmatch(path.name) and path.is_dir()]
+    paths = root.iterdir() if root.is_dir() else ()
+    directories = [path for path in paths if STEP_DIRECTORY.fullmatch(path.name) and path.is_dir()]
     return sorted(directories, key=step_of, reverse=True)
 
 

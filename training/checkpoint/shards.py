@@ -138,8 +138,9 @@ def write_shard(directory: Path, rank: int, tensors: Sequence[tuple[str, Tensor]
     Raises:
         CheckpointError: the file cannot be written, e.g. because the disk is full. No partial file remains.
     """
-    lazy = [LazyTensor(key, tensor.dtype, tuple(tensor.shape), tensor.detach) for key, tensor in tensors]
-    return write_lazy_shard(directory, rank, lazy)
+    return write_lazy_shard(
+        directory, rank, [LazyTensor(key, tensor.dtype, tuple(tensor.shape), tensor.detach) for key, tensor in tensors]
+    )
 
 
 def write_lazy_shard(directory: Path, rank: int, tensors: Sequence[LazyTensor]) -> tuple[str, dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Converting model directories, one tensor at a time: between formats, and from a dense model to a MoE model.
 
-After an error, the output does not exist. The mathematics of upcycling is in `moe.upcycle`."""
+After an error, the output does not exist. The mathematics of upcycling is in `moe.upcycle`.
+"""
 
 import json
 import re
@@ -78,8 +79,9 @@ def import_model(reader: ModelReader, out: Path, dtype: Literal["fp32", "keep"],
         stored = torch.float32 if dtype == "fp32" else reader.dtype(name)
         return Block(name, reader.shapes[name], region, stored, partial(reader.read, name, region, stored))
 
-    regions = [(name, part) for name, shape in reader.shapes.items() for part in split_experts(Region.whole(shape))]
-    blocks = [block(name, region) for name, region in regions]
+    blocks = [
+        block(name, region) for name, shape in reader.shapes.items() for region in split_experts(Region.whole(shape))
+    ]
     return write_model(out, reader.model, reader.router, blocks, reader.tokenizer, shard_bytes=shard_bytes)
 
 

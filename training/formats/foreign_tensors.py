@@ -57,7 +57,6 @@ class TensorDirectory:
     """
 
     def __init__(self, directory: Path, index: str, single: str) -> None:
-        self.directory = directory
         self.tensors: dict[str, StoredTensor] = {}
         self._mapped: tuple[Path, Any] | None = None
         self._bytes_read = 0

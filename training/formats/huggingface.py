@@ -224,8 +224,7 @@ def write_config(model: ModelConfig, router: RouterConfig, dtype: str, positions
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    if family.windowed:
-        raw["sliding_window"] = window
+    raw |= {"sliding_window": window} if family.windowed else {}
     if family.moe:
         raw |= {"num_local_experts": model.num_experts, "num_experts_per_tok": model.top_k}
         raw |= {"output_router_logits": False, "router_jitter_noise": 0.0}

@@ -147,8 +147,7 @@ def check_tokenizer(reader: ModelReader) -> None:
     """
     import sentencepiece
 
-    file, vocab_size = reader.tokenizer, reader.model.vocab_size
-    assert vocab_size is not None
+    file, vocab_size = reader.tokenizer, reader.model.vocab_size or 0
     if file is None:
         return
     try:

@@ -332,8 +332,7 @@ def _request_plugins(plugins: Any) -> str:
     Args:
         plugins: the value of `plugins` in a `config.yaml`, or None.
     """
-    given = [str(plugin) for plugin in plugins] if isinstance(plugins, list) else []
-    request = missing_plugins({plugin_name(plugin): "" for plugin in given})
+    request = missing_plugins({plugin_name(str(plugin)): "" for plugin in plugins} if isinstance(plugins, list) else {})
     return f"; {shorten(printable(request), 400)}" if request else ""
 
 

@@ -59,7 +59,7 @@ def read_request(config: GenerateConfig) -> Request:
     if config.chat:
         prompts = [encode_chat(tokenizer, [{"role": "user", "content": title}]) for title in titles]
     else:
-        prompts = [encode_prompt(tokenizer, title) for title in titles]
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(title)] for title in titles]
     return Request(path, end_ids, titles, prompts)
 
 
@@ -167,11 +167,6 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def encode_prompt(tokenizer: TextTokenizer, prompt: str) -> list[int]:
-    """Return the begin mark, then the token ids of `prompt`."""
-    return [tokenizer.bos_id, *tokenizer.encode(prompt)]
 
 
 def encode_chat(tokenizer: TextTokenizer, messages: Any) -> list[int]:

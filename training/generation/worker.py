@@ -93,9 +93,7 @@ class TextPrinter:
     """
 
     def __init__(self, titles: Sequence[str]) -> None:
-        self._titles = titles
-        self._waiting = ["" for _ in titles]
-        self._ended = [False for _ in titles]
+        self._titles, self._waiting, self._ended = titles, ["" for _ in titles], [False for _ in titles]
         self._start(0)
 
     def add(self, row: int, text: str) -> None:

@@ -1,6 +1,7 @@
 """Running all jobs on all ranks, comparing each with the same model on one process, and what rank 0 prints.
 
-Shapes: L MoE layers, E experts."""
+Shapes: L MoE layers, E experts.
+"""
 
 import math
 import time

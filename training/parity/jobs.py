@@ -1,6 +1,7 @@
 """The jobs of a parity check: one model under one layout and one engine each.
 
-A layout is written like `tensor=2+expert=4`. The layouts to compare depend on the number of ranks."""
+A layout is written like `tensor=2+expert=4`. The layouts to compare depend on the number of ranks.
+"""
 
 import math
 import re

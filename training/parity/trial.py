@@ -2,7 +2,8 @@
 
 The data are packed rows, rows with uneven padding, and rows of padding only.
 
-Shapes: B rows, S sequence, E experts, D model."""
+Shapes: B rows, S sequence, E experts, D model.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

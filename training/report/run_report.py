@@ -147,8 +147,11 @@ def finish_run(
 
 def resume_command(config: Config, name: str, world_size: int) -> str:
     """Return the command line that continues this run to twice its length, with the launcher that started it."""
-    dropped = ("run.name=", "run.resume=", "train.steps=")
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(dropped)]
+    overrides = [
+        argument
+        for argument in sys.argv[1:]
+        if "=" in argument and not argument.startswith(("run.name=", "run.resume=", "train.steps="))
+    ]
     torchrun = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
     launcher = [_tool("python")] if world_size == config.launch.nproc else torchrun
     return shlex.join([*launcher, "train.py", *overrides, f"run.name={name}", f"train.steps={2 * config.train.steps}"])
@@ -156,9 +159,8 @@ def resume_command(config: Config, name: str, world_size: int) -> str:
 
 def open_command(config: Config, directory: Path) -> str:
     """Return the command line that shows the run's curves."""
-    if config.tracking.wandb == "disabled":
-        return shlex.join(["ls", str(directory)])
-    return shlex.join([_tool("wandb"), "leet", str(directory / "wandb")])
+    show_wandb = [_tool("wandb"), "leet", str(directory / "wandb")]
+    return shlex.join(["ls", str(directory)] if config.tracking.wandb == "disabled" else show_wandb)
 
 
 def show_finished(directory: Path, result: dict[str, Any]) -> None:

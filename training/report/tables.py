@@ -102,16 +102,18 @@ def show_model(
         device: the device of rank 0.
     """
     heads = f"{model.num_heads} query heads, {model.num_kv_heads} key/value heads of {model.head_dim}"
-    fields = {
-        "parameters": f"{human_count(total_params)} total ({total_params:,}), "
-        f"{human_count(active_params)} active per token ({active_params:,})",
-        "layers": f"{model.num_layers} of dim {model.dim:,}",
-        "feed-forward": _feed_forward(model),
-        "attention": f"{heads}; {_windows(model)}",
-        "tokenizer": f"{tokenizer}, {vocab_size:,} ids",
-        "precision": f"{precision} on {device}",
-    }
-    show_fields("Model", fields)
+    show_fields(
+        "Model",
+        {
+            "parameters": f"{human_count(total_params)} total ({total_params:,}), "
+            f"{human_count(active_params)} active per token ({active_params:,})",
+            "layers": f"{model.num_layers} of dim {model.dim:,}",
+            "feed-forward": _feed_forward(model),
+            "attention": f"{heads}; {_windows(model)}",
+            "tokenizer": f"{tokenizer}, {vocab_size:,} ids",
+            "precision": f"{precision} on {device}",
+        },
+    )
 
 
 def _feed_forward(model: ModelConfig) -> str:
