@@ -50,6 +50,7 @@ from training.step import Evaluation, StepResult, evaluate, train_step
 
 MAX_NONFINITE_STEPS = 5
 """A step whose gradient norm is not finite changes no weight. After this many in a row the run fails."""
+TEMPERATURE = 0.8
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -285,9 +286,6 @@ class Evaluator:
             cross_documents=config.data.cross_documents,
         )
         return evaluate(self.engine, batches, self.run.tokens.domains, self.token_bytes_V)
-
-
-TEMPERATURE = 0.8
 
 
 def sample_text(config: Config, tokenizer: Tokenizer, engine: Engine, directory: Path) -> str | None:

@@ -33,6 +33,10 @@ from training.config import Config, RunConfig
 from training.run import choose_name, prepare_directory, save_config, save_result
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+PATIENCE_S = 3.0
+"""Seconds that other ranks wait before they exit, so that local rank 0 can print the mistake that all of them make."""
+T = TypeVar("T")
+COMMON_HELP = "Every tool also takes plugins=[...] (docs/extending.md) and --config-dir DIR with more presets."
 
 
 @dataclass(frozen=True)
@@ -182,10 +186,6 @@ def record_failure(
     save_result(directory, {"status": "failed", "error": message})
 
 
-PATIENCE_S = 3.0
-"""Seconds that other ranks wait before they exit, so that local rank 0 can print the mistake that all of them make."""
-
-
 def end(error: Exception, arguments: Sequence[str], cls: type = Config) -> NoReturn:
     """End the process: with status 2 and one line if the user can correct the mistake, else with 1 and a traceback.
 
@@ -241,11 +241,6 @@ def _refused_key(key: str, arguments: Sequence[str], cls: type) -> str:
         refused = f"{key}={value}"
         return f"{refused}: expected a key of the chosen presets; +{refused} adds it, another preset may have it"
     return str(unknown_key(key, value, keys))
-
-
-T = TypeVar("T")
-
-COMMON_HELP = "Every tool also takes plugins=[...] (docs/extending.md) and --config-dir DIR with more presets."
 
 
 def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text: Sequence[str] = ()) -> NoReturn:

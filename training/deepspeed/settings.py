@@ -147,6 +147,10 @@ EXPECTED: dict[Kind, str] = {
 
 DIAGNOSTICS = ("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger")
 """The keys that make DeepSpeed print during training."""
+VERSION = "0.19.8"
+"""The one release of deepspeed whose internals training/deepspeed/engine.py relies on."""
+NATIVE_AXES = ("tensor", "pipeline", "context", "shard", "expert_tensor")
+"""Keys of `parallel` that only the native engine supports."""
 
 
 def has_kind(value: Any, kind: Kind) -> bool:
@@ -165,13 +169,6 @@ def is_off(key: str, value: Any) -> bool:
     if not isinstance(value, dict):
         return value is None or value is False
     return value.get("device") == "none" if key.startswith(ZERO) else value.get("enabled", False) is False
-
-
-VERSION = "0.19.8"
-"""The one release of deepspeed whose internals training/deepspeed/engine.py relies on."""
-
-NATIVE_AXES = ("tensor", "pipeline", "context", "shard", "expert_tensor")
-"""Keys of `parallel` that only the native engine supports."""
 
 
 def check_engine(engine: EngineConfig, parallel: ParallelConfig, train: TrainConfig) -> None:

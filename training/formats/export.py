@@ -44,6 +44,7 @@ CHAT_TEMPLATE = (
 """The chat format of data/corpora/chat.py, as a Jinja template."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ReadTensor = Callable[[str], Tensor]
 
 
 def parse_size(text: str) -> int:
@@ -210,9 +211,6 @@ def _write_fast_tokenizer(directory: Path, chat: bool) -> None:
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
-
-
-ReadTensor = Callable[[str], Tensor]
 
 
 def upcycle_model(

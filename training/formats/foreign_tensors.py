@@ -35,6 +35,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 MAPPED_BYTES = 256 << 20
 """Bytes that are read from one memory mapping of a file. Then the file is mapped again, because all pages that were
 read through a mapping count as this process's memory."""
+Shape = tuple[int, ...]
 
 
 class StoredTensor(NamedTuple):
@@ -202,9 +203,6 @@ def _read_index(file: Path) -> dict[str, str]:
 def _shown(name: str) -> str:
     """Return a tensor name from a file as text for a message."""
     return shorten(printable(name), 120)
-
-
-Shape = tuple[int, ...]
 
 
 class Piece(NamedTuple):

@@ -89,19 +89,16 @@ FUSED = Format(
 )
 """Experts stacked, with the gate's rows before the up projection's: the names in transformers 5's modules. Some files
 have them too."""
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ACTIVATIONS: dict[str, str] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
+"""Hugging Face's activation of the gate -> Mixwright's kind of feed-forward network."""
 
 
 def detect_format(names: Iterable[str]) -> Format:
     """Return the format, `FUSED` or `PER_EXPERT`, that a file with these tensor names has."""
     return FUSED if any(name.endswith(".mlp.experts.gate_up_proj") for name in names) else PER_EXPERT
-
-
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-
-ACTIVATIONS: dict[str, str] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
-"""Hugging Face's activation of the gate -> Mixwright's kind of feed-forward network."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not a whole character, or not yet."""
 LONGEST_CHARACTER = 4
 """Bytes of the longest UTF-8 character, and so the most tokens that one character takes."""
+START_TIMEOUT_S = 300.0
 
 
 class StreamedText:
@@ -186,9 +187,6 @@ class Report:
         ]
         figures = {"prompt_tokens": prompt_tokens, "tokens": generated, "prompt_s": prompt_s, "tokens_per_s": speed}
         print(json.dumps({"results": results, **figures}, ensure_ascii=False, indent=2))
-
-
-START_TIMEOUT_S = 300.0
 
 
 def generate_on_rank(config: GenerateConfig, request: Request | None = None) -> None:

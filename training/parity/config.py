@@ -42,6 +42,10 @@ MODEL = ModelConfig(
 )  # fmt: skip
 OPTIM = OptimConfig(lr=5e-3, warmup_steps=2, max_grad_norm=0.5)
 ONE_PROCESS = ParallelConfig(expert=1)
+COVER, EVERY = "cover", "all"
+"""Values of `models` that name no model: one model for each layout in turn, and every model under every layout."""
+GIVEN = "given"
+"""The name of the model that the user gives with `model=`."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,6 @@ def configuration(
         tracking=TrackingConfig(wandb="disabled"),
         launch=LaunchConfig(),
     )
-
-
-COVER, EVERY = "cover", "all"
-"""Values of `models` that name no model: one model for each layout in turn, and every model under every layout."""
-GIVEN = "given"
-"""The name of the model that the user gives with `model=`."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,21 @@ from training.parity.trial import Result, run_case
 from training.report.terminal import show_line, show_table
 from training.step import StepResult
 
+COLUMNS = (
+    "layout",
+    "model",
+    "engine",
+    "share",
+    "losses",
+    "norm",
+    "gradients",
+    "weights",
+    "moments",
+    "start, counts",
+    "",
+)
+START_TIMEOUT_S = 300.0
+
 
 class Tolerance(NamedTuple):
     """Upper bounds of the relative differences."""
@@ -113,21 +128,6 @@ def _counts(step: StepResult) -> tuple[Any, ...]:
     return step.tokens, step.dropped, (None if step.counts_LE is None else step.counts_LE.tolist())
 
 
-COLUMNS = (
-    "layout",
-    "model",
-    "engine",
-    "share",
-    "losses",
-    "norm",
-    "gradients",
-    "weights",
-    "moments",
-    "start, counts",
-    "",
-)
-
-
 class JobResult(NamedTuple):
     """A job with its differences from the reference, or with the reason why it was skipped."""
 
@@ -192,9 +192,6 @@ def show_results(results: Sequence[JobResult], precision: Precision, conditions:
     limits = f"figures {tolerance.figures:g}, gradients {tolerance.gradients:g}, weights and moments {weights}"
     show_line()
     show_line(f"{good} of {len(rows)} within the tolerance ({limits}); {len(results) - len(rows)} skipped")
-
-
-START_TIMEOUT_S = 300.0
 
 
 def check_on_rank(config: ParityConfig) -> bool:

@@ -15,6 +15,13 @@ from training.report.terminal import human_bytes, human_count, human_time, show_
 
 MAX_RANKS_SHOWN = 16
 """With more ranks than this, the layout table summarises the ranks between the first and the last in one row."""
+TRAINING_ROWS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "master": "fp32 master weights",
+    "moments": "two fp32 moments",
+    "total": "total",
+}
 
 
 @dataclass(frozen=True)
@@ -255,15 +262,6 @@ def show_end(
             "results": open_command,
         },
     )
-
-
-TRAINING_ROWS = {
-    "weights": "weights",
-    "gradients": "gradients",
-    "master": "fp32 master weights",
-    "moments": "two fp32 moments",
-    "total": "total",
-}
 
 
 def show_figures(

@@ -22,6 +22,10 @@ from rich.text import Text
 
 PLAIN_WIDTH = 100_000
 """The width given to rich for plain output: more than any line needs, so that rich cuts and wraps nothing."""
+LEGEND_WIDTH = 120
+"""The legend breaks into lines of at most this many columns, and of the terminal's width if that is less."""
+ETA_UPDATES = 20
+"""The estimated time to the end of the run (ETA) uses the speed over this many updates."""
 
 
 def _stdout() -> TextIO:
@@ -199,11 +203,6 @@ METRICS = (
     Metric("grad", "optim/grad_norm", "7.3f", "gradient norm before clipping"),
 )
 """Metrics that a row lacks are left out: a dense model has none of the router's."""
-
-LEGEND_WIDTH = 120
-"""The legend breaks into lines of at most this many columns, and of the terminal's width if that is less."""
-ETA_UPDATES = 20
-"""The estimated time to the end of the run (ETA) uses the speed over this many updates."""
 
 
 class Progress:
