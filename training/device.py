@@ -98,9 +98,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the data type of the forward pass for `train.precision`. `auto` is bf16 if the hardware multiplies it."""
     if precision == "auto":
         has_bf16 = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if (device.type == "cuda")
-            else _cpu_multiplies_bf16()
+            torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_multiplies_bf16()
         )
         precision = "bf16" if has_bf16 else "fp32"
     return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -80,7 +80,7 @@ class NativeEngine:
         self.parameters = self.trainable.parameters
         self.optimizer = build_optimizer(list(self.parameters.values()), config)
         self.moments = OPTIMIZERS[config.kind].moments
-        tied = frozenset(["embedding"] if (pipeline is not None and self.parts[0].config.tie_embeddings) else [])
+        tied = frozenset(["embedding"] if pipeline is not None and self.parts[0].config.tie_embeddings else [])
         self.gradients = GradientReducer(self.parameters, mesh, tied)
         self._updates = 0
 

@@ -1,8 +1,8 @@
 """The training loop: one run in one worker process, from its configuration to its last checkpoint.
 
 `train` is meant to be read from top to bottom. Its small parts are below it. The large ones are modules: `agree` (what
-the ranks agree on first), `build` (model and engine), `step` (the optimizer step), `report` (what is printed and
-written).
+the ranks agree on first), `build` (model and engine), `step` (the optimizer step and the evaluation), `report` (what
+is printed and written).
 """
 
 import dataclasses

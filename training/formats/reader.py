@@ -242,8 +242,8 @@ class ForeignReader(ModelReader):
             self.pieces.setdefault(piece.name, []).append(piece)
         check_tensors(path, stored, pieces, self.format)
         # Later releases of Mistral have the tokenizer's version in the name, e.g. tokenizer.model.v3.
-        tokenizers = [path / TOKENIZER_FILE, *sorted(path.glob(f"{TOKENIZER_FILE}.v*"))]
-        self.tokenizer = next((file for file in tokenizers if file.is_file()), None)
+        tokenizers = (path / TOKENIZER_FILE, *sorted(path.glob(f"{TOKENIZER_FILE}.v*")))
+        self.tokenizer = next(filter(Path.is_file, tokenizers), None)
         if self.model.tie_embeddings and self.format.tied_head in stored:
             self._check_tied_head()
 
