@@ -115,10 +115,11 @@ def export_model(
     """
     config_file, index_file, single, names = FORMATS[form]
     stored = DTYPES[dtype]
-    if form == "hf":
-        config = hf.write_config(reader.model, reader.router, str(stored).removeprefix("torch."), positions)
-    else:
-        config = mistral.write_params(reader.model, reader.router)
+    config = (
+        hf.write_config(reader.model, reader.router, str(stored).removeprefix("torch."), positions)
+        if form == "hf"
+        else mistral.write_params(reader.model, reader.router)
+    )
     check_tokenizer(reader)
     if form == "hf" and reader.tokenizer is not None:
         _import_llama_tokenizer()  # A missing package is reported before hours of writing.

@@ -12,6 +12,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -249,10 +250,7 @@ class ForeignReader(ModelReader):
 
     def dtype(self, name: str) -> torch.dtype:
         dtypes = {self.files.tensors[piece.foreign_name].dtype for piece in self.pieces[name]}
-        common = dtypes.pop()
-        for dtype in dtypes:
-            common = torch.promote_types(common, dtype)
-        return common
+        return reduce(torch.promote_types, dtypes)
 
     def copy(self, requests: Iterable[ReadRequest]) -> None:
         for name, region, target in requests:

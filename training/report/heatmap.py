@@ -57,10 +57,8 @@ def show_load(load_LE: Load, domains: Mapping[str, Load]) -> None:
         return
     show_line()
     show_line("Expert load on held-out text, 1.00 = perfect balance (rows: MoE layers, columns: experts)", style="bold")
-    if on_terminal():
-        _draw(relative_LE)
-    else:
-        _print_plain(relative_LE)
+    show_cells = _draw if on_terminal() else _print_plain
+    show_cells(relative_LE)
     if routed(domains):
         _show_domains(load_LE, routed(domains))
 
