@@ -17,10 +17,10 @@ import hydra
 from omegaconf import DictConfig
 
 from common.strict import from_dict
-from scripts.cli.errors import end
-from scripts.cli.hydra import (
+from scripts.cli.command_line import (
     CONF,
     current_job,
+    end,
     job_arguments,
     load_named_plugins,
     plain,
@@ -55,8 +55,7 @@ def job(cfg: DictConfig) -> float:
         raw = plain(cfg, sweep_dir, number)
         load_named_plugins(raw)
         config = from_dict(Config, start_from(raw, sys.argv[1:]))
-        result = execute(config, train, fresh_processes=sweep_dir is not None)
-        return float(result.get("eval/loss", math.nan))
+        return float(execute(config, train, fresh_processes=sweep_dir is not None).get("eval/loss", math.nan))
     except Exception as error:
         if sweep_dir is None:
             end(error, sys.argv[1:])

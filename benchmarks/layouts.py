@@ -31,8 +31,8 @@ from training.config import Config, TrainConfig
 from training.device import compute_dtype, pick_device
 from training.engine import Engine
 from training.layout import build_workload, resolve_layout
-from training.parity.cases import ACCUMULATION, Case, EngineKind, configuration
-from training.parity.layouts import parse_layout
+from training.parity.config import ACCUMULATION, Case, EngineKind, configuration
+from training.parity.jobs import parse_layout
 from training.step import train_step
 
 BASELINE = "replicate={}"

@@ -39,8 +39,8 @@ from training.build import build_engine, build_parts
 from training.config import TrainConfig
 from training.device import compute_dtype
 from training.layout import build_workload, resolve_layout
-from training.parity.cases import Case, configuration
-from training.parity.layouts import parse_layout
+from training.parity.config import Case, configuration
+from training.parity.jobs import parse_layout
 from training.step import train_step
 
 WINDOW = 16

@@ -2,10 +2,8 @@
 
 In reading order:
 
-- `errors`: the errors that a user can correct, in one tree.
-- `checks`: checks that raise a one-line error.
-- `text`: values, names and numbers as text.
-- `json_object`: strict parsing of a JSON object.
+- `text`: values, names and numbers as text, and strict parsing of a JSON object.
+- `errors`: the errors that a user can correct, in one tree, and the checks that raise them.
 - `files`: durable and atomic file operations.
 - `strict`: strict conversion between plain containers and configuration dataclasses.
 - `registry`: named implementations that a plugin can add to.

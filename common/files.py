@@ -24,16 +24,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> Path:
-    """Replace the file `path` by `text` in one step: a reader, or a process killed meanwhile, leaves the old file or
+def write_atomically(path: Path, content: str | bytes) -> Path:
+    """Replace the file `path` by `content` in one step: a reader, or a process killed meanwhile, leaves the old file or
     the new one, and never a part. Returns `path`.
 
     Raises:
         OSError: the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from common.errors import ConfigError
+from common.errors import ConfigError, require
 
 T = TypeVar("T")
 
@@ -45,12 +45,12 @@ class Registry(Generic[T]):
 
     def check(self, name: object) -> None:
         """Raise ConfigError, which lists the known names, unless `name` is registered."""
-        if name not in self:
-            choices = ", ".join(self._entries)
-            raise ConfigError(
-                f"{self.key.rpartition('.')[2]}={name}: expected one of {choices}, or a name that a module in "
-                "plugins=[...] registers"
-            )
+        require(
+            name in self,
+            ConfigError,
+            f"{self.key.rpartition('.')[2]}={name}: expected one of {', '.join(self._entries)}, or a name that a "
+            "module in plugins=[...] registers",
+        )
 
     def __getitem__(self, name: str) -> T:
         """The implementation of `name`.

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar, Union
 
-from common.errors import ConfigError
+from common.errors import ConfigError, located, require
 from common.text import nearest, one_line, show_value
 
 T = TypeVar("T")
@@ -40,8 +40,7 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
     """
     if keys is None:
         keys = list(leaf_keys(cls, path))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path or cls.__name__}={_show(raw)}: expected a section of keys")
+    require(isinstance(raw, dict), ConfigError, f"{path or cls.__name__}={_show(raw)}: expected a section of keys")
     if hasattr(cls, "class_for"):
         cls = cls.class_for(raw)  # type: ignore[attr-defined]
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -69,11 +68,6 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
 def to_dict(config: Any) -> dict[str, Any]:
     """The dataclass as plain dicts, lists and scalars; `from_dict` turns it back into an equal one."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def located(error: ValueError, section: str) -> ConfigError:
-    """`error`, whose text starts with `<field>=<value>`, with `section` put before the field, on one line."""
-    return ConfigError(_join(section, one_line(str(error))))
 
 
 def unknown_key(key: str, value: Any, keys: list[str]) -> ConfigError:
@@ -145,7 +139,8 @@ def _branches(hint: Any) -> tuple[Any, ...]:
 
 def _describe(hint: Any) -> str:
     branches = _branches(hint)
-    choices = [_show(choice) for branch in branches for choice in _choices(branch)]
+    literals = [branch for branch in branches if typing.get_origin(branch) is Literal]
+    choices = [_show(choice) for branch in literals for choice in typing.get_args(branch)]
     if bool in branches:
         choices += ["true", "false"]
     parts = [f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]] if choices else []
@@ -160,10 +155,6 @@ def _describe(hint: Any) -> str:
     return " or ".join(parts + ["null"] * (types.NoneType in branches))
 
 
-def _choices(branch: Any) -> tuple[Any, ...]:
-    return typing.get_args(branch) if typing.get_origin(branch) is Literal else ()
-
-
 def _show(value: Any) -> str:
     """The value as a user writes it in YAML, on one line; quoted where it holds white space or nothing."""
     text = show_value(value)
@@ -175,9 +166,7 @@ def _plain(value: Any) -> Any:
         return to_dict(value)
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return value
+    return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

@@ -1,7 +1,9 @@
-"""Values, names and numbers as text, for messages and tables."""
+"""Values, names and numbers as text, for messages and tables; and strict parsing of a JSON object."""
 
 import difflib
+import json
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def one_line(text: str) -> str:
@@ -38,9 +40,7 @@ def show_value(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, list | tuple):
-        return f"[{','.join(map(show_value, value))}]"
-    return str(value)
+    return f"[{','.join(map(show_value, value))}]" if isinstance(value, list | tuple) else str(value)
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -66,3 +66,27 @@ def show_ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def parse_json_object(text: str | bytes) -> dict[str, Any]:
+    """Parse a JSON object. Every object in it must give each of its names once.
+
+    Raises:
+        ValueError: `text` is not JSON, is another JSON value than an object, or gives a name twice.
+    """
+    try:
+        parsed = json.loads(text, object_pairs_hook=_without_duplicates)
+        if not isinstance(parsed, dict):
+            raise ValueError(f"expected a JSON object, found {shorten(json.dumps(parsed), 60)}")
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    return parsed
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise ValueError(f"{shorten(printable(name), 120)}: expected once, found several times")
+        names.add(name)
+    return dict(pairs)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from common.checks import expect
+from common.errors import expect
 from common.registry import Registry
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from common.checks import expect
+from common.errors import expect
 from moe.config import ModelConfig, RouterConfig
 from moe.noise import fill_rows
 

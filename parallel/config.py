@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.checks import expect
+from common.errors import expect
 from moe.config import ModelConfig
 from parallel.layout import AXES, Layout
 

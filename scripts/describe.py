@@ -11,10 +11,9 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from common.checks import expect
-from common.strict import located
+from common.errors import expect, located
 from moe.config import ModelConfig, RouterConfig
-from scripts.cli.tools import run_tool
+from scripts.cli.command_line import run_tool
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,12 @@ def figures(config: DescribeConfig) -> dict[str, Any]:
 
 def describe(config: DescribeConfig) -> None:
     """Print the figures as tables or as JSON."""
-    from training.report.model_report import show_model
+    from training.report.tables import show_figures
 
     if config.format == "json":
         print(json.dumps(figures(config), indent=2))
     else:
-        show_model(
+        show_figures(
             config.whole_model,
             config.router,
             figures(config),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.checks import expect
-from scripts.cli.tools import run_tool
+from common.errors import expect
+from scripts.cli.command_line import run_tool
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class ExportConfig:
 
 def export_hf(config: ExportConfig) -> None:
     """Write the directory `config.out`, and print its size."""
-    from training.formats.export import export_model
-    from training.formats.model_directory import parse_size
+    from training.formats.export import export_model, parse_size
     from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)

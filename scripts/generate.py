@@ -8,7 +8,7 @@
 import os
 
 from parallel.startup.launch import die_with_parent
-from scripts.cli.tools import run_tool
+from scripts.cli.command_line import run_tool
 from scripts.cli.workers import in_processes
 from training.generation.config import GenerateConfig
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from scripts.cli.tools import run_tool
+from scripts.cli.command_line import run_tool
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,17 @@ class ImportConfig:
 
 def import_hf(config: ImportConfig) -> None:
     """Write the model directory `config.out`, and print its size."""
-    from common.errors import ModelError
-    from training.formats.export import import_model
-    from training.formats.model_directory import parse_size
+    from common.errors import ModelError, require
+    from training.formats.export import import_model, parse_size
     from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)
     source = open_model_for_key("source", config.source)
-    if source.kind == "run":
-        raise ModelError(f"source={config.source}: expected a model in another format; found a Mixwright model")
+    require(
+        source.kind != "run",
+        ModelError,
+        f"source={config.source}: expected a model in another format; found a Mixwright model",
+    )
     size = import_model(source, Path(config.out), config.dtype, shard_bytes)
     tokenizer = "no tokenizer.model" if source.tokenizer is None else "its tokenizer"
     print(f"{config.out}: {len(source.shapes)} tensors, {size / 1e9:.2f} GB, {tokenizer}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from scripts.cli.tools import run_tool
+from scripts.cli.command_line import run_tool
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,20 @@ class UpcycleConfig:
 
 def upcycle(config: UpcycleConfig) -> None:
     """Write the model directory `config.out`, and print its size."""
-    from common.errors import ModelError
+    from common.errors import ModelError, require
     from moe.accounting.flops import count_parameters, meta_model
     from moe.upcycle import Upcycling, router_config
-    from training.formats.model_directory import parse_size
+    from training.formats.export import parse_size, upcycle_model
     from training.formats.reader import open_model_for_key
-    from training.formats.upcycling import upcycle_model
 
     shard_bytes = parse_size(config.shard_size)
     plan = Upcycling(**{field.name: getattr(config, field.name) for field in fields(Upcycling)})
     source = open_model_for_key("source", config.source)
-    if source.model.is_moe:
-        raise ModelError(f"source={config.source}: expected a dense model; found {source.model.num_experts} experts")
+    require(
+        not source.model.is_moe,
+        ModelError,
+        f"source={config.source}: expected a dense model; found {source.model.num_experts} experts",
+    )
     model, size = upcycle_model(source, Path(config.out), plan, dtype=config.dtype, shard_bytes=shard_bytes)
     dense = count_parameters(meta_model(source.model, source.router)).total
     counts = count_parameters(meta_model(model, router_config(plan)))

@@ -14,9 +14,16 @@ from common.strict import from_dict, leaf_keys
 from moe.config import ROUTER_CONFIGS
 from parallel.startup.launch import WorkerFailure, World
 from scripts.cli import workers
-from scripts.cli.errors import user_message
-from scripts.cli.hydra import CONF, compose_config, load_named_plugins, plain, sweep_directory, without_local_rank
-from scripts.cli.tools import run_tool
+from scripts.cli.command_line import (
+    CONF,
+    compose_config,
+    load_named_plugins,
+    plain,
+    run_tool,
+    sweep_directory,
+    user_message,
+    without_local_rank,
+)
 from scripts.describe import DescribeConfig
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout

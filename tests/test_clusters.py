@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from scripts.cli.hydra import CONF
+from scripts.cli.command_line import CONF
 from tests.test_train import TINY
 
 ROOT = CONF.parent

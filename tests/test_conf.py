@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from common.strict import from_dict, to_dict
 from moe.accounting.flops import count_parameters, meta_model
-from scripts.cli.hydra import CONF, plain
+from scripts.cli.command_line import CONF, plain
 from training.config import Config, with_vocabulary
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())

@@ -15,7 +15,7 @@ from moe.config import RouterConfig
 from moe.init import init_parameters
 from moe.model import ModelInputs, Transformer
 from scripts import describe as tool
-from scripts.cli.hydra import CONF, plain
+from scripts.cli.command_line import CONF, plain
 from tests.test_conf import MODELS, composed
 from training.config import OptimConfig
 from training.optimizer import build_optimizer

@@ -13,7 +13,7 @@ import torch
 from data.config import DataConfig
 from data.tokens.store import Store, prepare
 from moe.model import ModelInputs, Transformer
-from scripts.cli.hydra import CONF
+from scripts.cli.command_line import CONF
 from training.formats.reader import open_model
 from training.report.metrics import read_metrics
 

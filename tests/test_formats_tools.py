@@ -15,7 +15,7 @@ from data.corpora import chat
 from data.corpora.corpus import open_corpus
 from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from scripts import export_hf, import_hf
-from scripts.cli.hydra import CONF
+from scripts.cli.command_line import CONF
 from tests.foreign import load_model, save_reference
 from tests.test_train import TINY, numbers
 from training.formats.reader import open_model

@@ -16,14 +16,13 @@ from moe.generation.generate import generate
 from moe.init import init_parameters
 from moe.model import Transformer
 from moe.region import Region
-from scripts.cli.hydra import CONF
+from scripts.cli.command_line import CONF
 from scripts.generate import main
 from tests.foreign import save_reference
 from training.formats.model_directory import Block, write_model
 from training.formats.reader import open_model
-from training.generation.report import TextPrinter
-from training.generation.stream import StreamedText
-from training.generation.tokenizer import HuggingFaceTokenizer, end_token_ids
+from training.generation.request import HuggingFaceTokenizer, end_token_ids
+from training.generation.worker import StreamedText, TextPrinter
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # sums\n" for i in range(200)]
 CONFIG = ModelConfig(

@@ -11,11 +11,9 @@ import pytest
 from common.errors import ConfigError
 from common.strict import from_dict, to_dict
 from moe.config import RouterConfig
-from scripts.cli.hydra import CONF
-from training.parity.cases import CASES, MODEL, VOCABULARY
-from training.parity.config import ParityConfig
-from training.parity.jobs import select_jobs
-from training.parity.layouts import layout_groups, parse_layout, select_layouts
+from scripts.cli.command_line import CONF
+from training.parity.config import CASES, MODEL, VOCABULARY, ParityConfig
+from training.parity.jobs import layout_groups, parse_layout, select_jobs, select_layouts
 
 
 def tool(*arguments: str, launcher: tuple[str, ...] = (), script: str = "scripts/parity.py"):

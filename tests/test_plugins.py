@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import ConfigError
 from common.plugins import changed_plugins, load_plugins, loaded_plugins, missing_plugins
-from scripts.cli.hydra import CONF
+from scripts.cli.command_line import CONF
 
 ROOT = CONF.parent
 EXAMPLE = ROOT / "examples" / "noisy_topk"

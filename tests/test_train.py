@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cli.hydra import CONF
+from scripts.cli.command_line import CONF
 from training.report.metrics import read_metrics
 
 TINY = [

@@ -13,7 +13,7 @@ from moe.init import init_parameters
 from moe.model import ModelInputs, Transformer
 from moe.region import Region
 from scripts import upcycle
-from scripts.cli.hydra import CONF
+from scripts.cli.command_line import CONF
 from training.formats.model_directory import Block, write_model
 from training.formats.reader import open_model
 from training.report.metrics import read_metrics

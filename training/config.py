@@ -6,9 +6,7 @@ Each section validates its own fields. `Config` validates the combinations of tw
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from common.checks import expect
-from common.errors import ConfigError
-from common.strict import located
+from common.errors import ConfigError, expect, expect_fields, located, require
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig
@@ -42,10 +40,13 @@ class RunConfig:
         expect(
             legal and not str(name).startswith("/"), "name", repr(name), "letters, digits, '.', '_', '-', '/', no '..'"
         )
-        expect(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to 2**63 - 1")
         expect(self.init_from != "", "init_from", "''", "a directory, or null")
-        expect(self.sample_tokens >= 0, "sample_tokens", self.sample_tokens, "an integer >= 0")
-        expect(self.resume != "must" or name is not None, "resume", self.resume, "an explicit run.name beside it")
+        expect_fields(
+            self,
+            seed=(0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1"),
+            sample_tokens=(self.sample_tokens >= 0, "an integer >= 0"),
+            resume=(self.resume != "must" or name is not None, "an explicit run.name beside it"),
+        )
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field in ("steps", "seq_len", "global_batch", "accumulation", "log_every"):
             expect(getattr(self, field) >= 1, field, getattr(self, field), "an integer >= 1")
-        expect(self.eval_every >= 0, "eval_every", self.eval_every, "an integer >= 0 (0: only at the end)")
-        expect(
-            self.global_batch % self.accumulation == 0,
-            "accumulation",
-            self.accumulation,
-            f"a divisor of train.global_batch={self.global_batch}",
+        divides = self.global_batch % self.accumulation == 0
+        expect_fields(
+            self,
+            eval_every=(self.eval_every >= 0, "an integer >= 0 (0: only at the end)"),
+            accumulation=(divides, f"a divisor of train.global_batch={self.global_batch}"),
+            peak_tflops=(self.peak_tflops is None or self.peak_tflops > 0, "a number > 0, or null"),
         )
-        peak = self.peak_tflops
-        expect(peak is None or peak > 0, "peak_tflops", peak, "a number > 0, or null")
 
 
 @dataclass(frozen=True)
@@ -115,15 +114,17 @@ class OptimConfig:
         named = (self.train,) if isinstance(self.train, str) else self.train
         shown = repr(self.train) if isinstance(self.train, str) else f"[{','.join(named)}]"
         expect(bool(named) and all(named), "train", shown, "all, router, experts, expert:<index>, a glob, or a list")
-        for field in ("beta1", "beta2"):
-            expect(0 <= getattr(self, field) < 1, field, getattr(self, field), "a number in [0, 1)")
-        expect(self.eps > 0, "eps", self.eps, "a number > 0")
-        expect(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
-        norm, warmup, decay = self.max_grad_norm, self.warmup_steps, self.decay_steps
-        expect(norm is None or norm > 0, "max_grad_norm", norm, "a number > 0, or null")
-        expect(warmup is None or warmup >= 0, "warmup_steps", warmup, "an integer >= 0, or null")
-        expect(decay is None or decay >= 0, "decay_steps", decay, "an integer >= 0, or null")
-        expect(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "a number in [0, 1]")
+        expect_fields(
+            self,
+            beta1=(0 <= self.beta1 < 1, "a number in [0, 1)"),
+            beta2=(0 <= self.beta2 < 1, "a number in [0, 1)"),
+            eps=(self.eps > 0, "a number > 0"),
+            weight_decay=(self.weight_decay >= 0, "a number >= 0"),
+            max_grad_norm=(self.max_grad_norm is None or self.max_grad_norm > 0, "a number > 0, or null"),
+            warmup_steps=(self.warmup_steps is None or self.warmup_steps >= 0, "an integer >= 0, or null"),
+            decay_steps=(self.decay_steps is None or self.decay_steps >= 0, "an integer >= 0, or null"),
+            min_lr_ratio=(0 <= self.min_lr_ratio <= 1, "a number in [0, 1]"),
+        )
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,11 @@ class CheckpointConfig:
     """Number of newest checkpoints to keep; at least two, so that a damaged newest one is not the only one."""
 
     def __post_init__(self) -> None:
-        expect(self.every >= 0, "every", self.every, "an integer >= 0 (0: only at the end)")
-        expect(self.keep >= 2, "keep", self.keep, "an integer >= 2")
+        expect_fields(
+            self,
+            every=(self.every >= 0, "an integer >= 0 (0: only at the end)"),
+            keep=(self.keep >= 2, "an integer >= 2"),
+        )
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,11 @@ class EngineConfig:
     none."""
 
     def __post_init__(self) -> None:
-        expect(self.kind in ("native", "deepspeed"), "kind", self.kind, "native or deepspeed")
-        expect(self.zero_stage in (1, 2, 3), "zero_stage", self.zero_stage, "one of 1, 2, 3")
+        expect_fields(
+            self,
+            kind=(self.kind in ("native", "deepspeed"), "native or deepspeed"),
+            zero_stage=(self.zero_stage in (1, 2, 3), "one of 1, 2, 3"),
+        )
         expect(self.ds_config != "", "ds_config", "''", "a JSON file of DeepSpeed's, or null")
         expect(
             self.ds_config is None or self.kind == "deepspeed", "ds_config", self.ds_config, "null with engine=native"
@@ -185,9 +192,12 @@ class LaunchConfig:
     """CPU threads per process; `null`: the number of cores divided by the number of processes."""
 
     def __post_init__(self) -> None:
-        expect(self.nproc >= 1, "nproc", self.nproc, "an integer >= 1")
-        expect(self.max_restarts >= 0, "max_restarts", self.max_restarts, "an integer >= 0")
-        expect(self.threads is None or self.threads >= 1, "threads", self.threads, "an integer >= 1, or null")
+        expect_fields(
+            self,
+            nproc=(self.nproc >= 1, "an integer >= 1"),
+            max_restarts=(self.max_restarts >= 0, "an integer >= 0"),
+            threads=(self.threads is None or self.threads >= 1, "an integer >= 1, or null"),
+        )
 
 
 @dataclass(frozen=True)
@@ -242,9 +252,10 @@ def with_vocabulary(model: ModelConfig, tokenizer_ids: int) -> ModelConfig:
     """
     if model.vocab_size is None:
         return replace(model, vocab_size=tokenizer_ids)
-    if model.vocab_size < tokenizer_ids:
-        raise ConfigError(
-            f"model.vocab_size={model.vocab_size}: expected at least {tokenizer_ids}, the ids of the tokenizer (a "
-            "token id beyond the vocabulary has no embedding), or null to take its size"
-        )
+    require(
+        model.vocab_size >= tokenizer_ids,
+        ConfigError,
+        f"model.vocab_size={model.vocab_size}: expected at least {tokenizer_ids}, the ids of the tokenizer (a "
+        "token id beyond the vocabulary has no embedding), or null to take its size",
+    )
     return model

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from common.errors import ConfigError
+from common.errors import ConfigError, require
 from parallel.startup.launch import World, world_from_env
 from training.config import Config
 
@@ -56,8 +56,11 @@ def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and gpus < local_world_size):
         return torch.device("cpu")
-    if gpus < local_world_size:
-        raise ConfigError(f"train.device=cuda: expected a GPU for each of {local_world_size} local ranks; found {gpus}")
+    require(
+        gpus >= local_world_size,
+        ConfigError,
+        f"train.device=cuda: expected a GPU for each of {local_world_size} local ranks; found {gpus}",
+    )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -77,11 +80,12 @@ def check_memory(parameters: int, state: int, local_ranks: int) -> None:
         ConfigError: the host has too little memory.
     """
     needed, memory = state * local_ranks, _host_memory()
-    if needed > memory:
-        raise ConfigError(
-            f"train.device=cpu: expected a model that fits this host's {memory / 1e9:.1f} GB of memory; "
-            f"{parameters:,} parameters need {needed / 1e9:.1f} GB on {local_ranks} ranks, without activations"
-        )
+    require(
+        needed <= memory,
+        ConfigError,
+        f"train.device=cpu: expected a model that fits this host's {memory / 1e9:.1f} GB of memory; "
+        f"{parameters:,} parameters need {needed / 1e9:.1f} GB on {local_ranks} ranks, without activations",
+    )
 
 
 def make_deterministic() -> None:
@@ -93,8 +97,9 @@ def make_deterministic() -> None:
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Return the data type of the forward pass for `train.precision`. `auto` is bf16 if the hardware multiplies it."""
     if precision == "auto":
-        on_gpu = device.type == "cuda"
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else _cpu_multiplies_bf16()
+        has_bf16 = (
+            torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_multiplies_bf16()
+        )
         precision = "bf16" if has_bf16 else "fp32"
     return {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
@@ -115,16 +120,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 
 def memory_of_a_rank(device: torch.device, local_ranks: int) -> int:
     """Return the bytes of memory that one of the `local_ranks` ranks on this host can use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return _host_memory() // local_ranks
+    return (
+        torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else _host_memory() // local_ranks
+    )
 
 
 def free_bytes(device: torch.device) -> int:
     """Return the bytes of memory that are free on the device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
 
 
 def _host_memory() -> int:

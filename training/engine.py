@@ -31,27 +31,22 @@ class Engine(Protocol):
 
     def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
         """Run the forward and backward passes of all micro-batches, and add their gradients."""
-        ...
 
     def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
         """Run one batch through all parts without gradients; returns each part of this rank with its output."""
-        ...
 
     def step(self, lr: float) -> float:
         """Reduce, clip and apply the gradients; returns their global norm before clipping.
 
         If the norm is not finite, no weight changes on any rank.
         """
-        ...
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Weights, buffers and moments under engine-neutral names, for saving and for loading in place."""
-        ...
 
     @property
     def updates(self) -> int:
         """The number of updates applied so far, on which AdamW's bias correction depends."""
-        ...
 
     def finish_loading(self, tensors: Mapping[str, Tensor | LocalShard], updates: int) -> None:
         """Take over the values that a checkpoint was loaded into.
@@ -60,11 +55,9 @@ class Engine(Protocol):
             tensors: the dictionary that `tensors()` returned, filled.
             updates: the number of updates before the checkpoint.
         """
-        ...
 
     def close(self) -> None:
         """Release everything, before the process group is destroyed."""
-        ...
 
 
 class NativeEngine:
@@ -81,24 +74,21 @@ class NativeEngine:
         Args:
             pipeline: the pipeline that runs `parts`; None: `parts` is one model with all layers.
         """
-        self.parts = list(parts)
-        self.mesh = mesh
-        self.pipeline = pipeline
+        self.parts, self.mesh, self.pipeline = list(parts), mesh, pipeline
         self.max_grad_norm = config.max_grad_norm
         self.trainable = Trainable(self.parts, config.train)
         self.parameters = self.trainable.parameters
         self.optimizer = build_optimizer(list(self.parameters.values()), config)
         self.moments = OPTIMIZERS[config.kind].moments
-        shares_ends = pipeline is not None and self.parts[0].config.tie_embeddings
-        tied = frozenset(["embedding"] if shares_ends else [])
+        tied = frozenset(["embedding"] if pipeline is not None and self.parts[0].config.tie_embeddings else [])
         self.gradients = GradientReducer(self.parameters, mesh, tied)
         self._updates = 0
 
     def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
         if self.pipeline is not None:
             self.pipeline.run(micro_batches, objective)
-            return
-        run_whole(self.parts[0], micro_batches, objective, self.backward)
+        else:
+            run_whole(self.parts[0], micro_batches, objective, self.backward)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -4,15 +4,12 @@ The directory also determines what the weights mean: the section `model`, and th
 experts a token gets and with what weight. The capacity, the losses and the jitter of the router are the run's choice.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
-from common.errors import ConfigError
+from common.errors import ConfigError, require
 from common.strict import to_dict
 from common.text import show_value
-
-if TYPE_CHECKING:  # The command line does not wait for torch.
-    from training.formats.reader import ModelReader
 
 FREE_MODEL_KEYS = ("expert_kernel", "init_std")
 """The keys of `model` that do not change what the weights mean. (`RouterConfig.MEANING` has the keys that do.)"""
@@ -47,43 +44,27 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for section, values in inherited.items():
         for key, value in values.items():
             given = raw[section].get(key, value)
-            if {section, f"{section}.{key}"} & typed and not _agrees(key, given, value, source):
-                raise ConfigError(
-                    f"{section}.{key}={show_value(given)}: expected {show_value(value)}, as in "
-                    f"run.init_from={directory}"
-                )
+            require(
+                not ({section, f"{section}.{key}"} & typed) or _agrees(key, given, value, source.model.top_k or 1),
+                ConfigError,
+                f"{section}.{key}={show_value(given)}: expected {show_value(value)}, as in run.init_from={directory}",
+            )
         result[section] = raw[section] | values
     if raw["data"].get("tokenizer") is None:
-        if source.tokenizer is None:
-            raise ConfigError(
-                f"data.tokenizer=null: expected a sentencepiece model, since run.init_from={directory} has no "
-                "tokenizer.model"
-            )
+        require(
+            source.tokenizer is not None,
+            ConfigError,
+            f"data.tokenizer=null: expected a sentencepiece model, since run.init_from={directory} has no "
+            "tokenizer.model",
+        )
         result["data"] = raw["data"] | {"tokenizer": str(source.tokenizer)}
     return result
 
 
-def find_initial(directory: str | None, warn: Callable[[str], None]) -> str | None:
-    """Return the path that `run.init_from` stands for. For a run, this is its newest undamaged checkpoint.
-
-    It reads the whole checkpoint. Only rank 0 calls it, and shares the result.
-
-    Args:
-        warn: receives one line for each damaged checkpoint.
-
-    Raises:
-        ModelError: there is no model directory or no undamaged checkpoint.
-    """
-    from training.formats.reader import open_model
-
-    return None if directory is None else str(open_model(directory, warn=warn).path)
-
-
-def _agrees(key: str, given: Any, inherited: Any, source: "ModelReader") -> bool:
+def _agrees(key: str, given: Any, inherited: Any, top_k: int) -> bool:
     if key == "vocab_size" and given is None:
         return True  # null stands for the size of the tokenizer.
     if key == "normalize":
-        top_k = source.model.top_k or 1
         given, inherited = (top_k > 1 if value == "auto" else value for value in (given, inherited))
     if isinstance(inherited, float) and isinstance(given, int | float | str) and not isinstance(given, bool):
         try:

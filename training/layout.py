@@ -3,8 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-from common.errors import ConfigError
-from common.strict import located
+from common.errors import ConfigError, located
 from moe.config import ModelConfig
 from parallel.planning.auto import resolve, without_auto
 from parallel.planning.plan import Plan, plan
@@ -69,5 +68,8 @@ def resolve_layout(config: Config, workload: Workload, world: World, memory: int
         parallel, warning = resolve(parallel, workload, world, memory)
     except ValueError as error:
         raise located(error, "train" if str(error).startswith("global_batch") else "parallel") from error
-    layout = parallel.layout(world.world_size, workload.model, workload.seq_len)
-    return ResolvedLayout(replace(config, parallel=parallel), plan(layout, parallel, workload), warning)
+    return ResolvedLayout(
+        replace(config, parallel=parallel),
+        plan(parallel.layout(world.world_size, workload.model, workload.seq_len), parallel, workload),
+        warning,
+    )

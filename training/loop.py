@@ -1,43 +1,56 @@
 """The training loop: one run in one worker process, from its configuration to its last checkpoint.
 
 `train` is meant to be read from top to bottom. Its small parts are below it. The large ones are modules: `agree` (what
-the ranks agree on first), `build` (model and engine), `step` (the optimizer step), `report` (what is printed and
-written).
+the ranks agree on first), `build` (model and engine), `step` (the optimizer step and the evaluation), `report` (what
+is printed and written).
 """
 
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from common.plugins import loaded_plugins
 from common.strict import to_dict
+from data.corpora.chat import instruction
 from data.loader import Loader, evaluation_batches
-from parallel.mesh import build_mesh, close_process_group, init_process_group, set_timeout
+from data.tokens.tokenizer import Tokenizer
+from moe.accounting.flops import count_parameters, meta_model
+from moe.generation.generate import generate
+from moe.generation.sampling import Sampling
+from parallel.apply import build_whole_model
+from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
 from parallel.startup.rendezvous import open_store, wait_for_all
 from training.agree import AgreedRun, agree_on_run
 from training.build import build_engine, build_parts
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import CHECKPOINTS
 from training.config import Config
-from training.device import Process, peak_flops, set_up_process
+from training.device import Process, free_bytes, peak_flops, set_up_process
 from training.engine import Engine
-from training.evaluate import Evaluation, evaluate
 from training.formats.reader import open_model
 from training.report.metrics import router_metrics, telemetry_metrics
-from training.report.rank_summary import gather_rank_summaries
-from training.report.recorder import Recorder
-from training.report.run_report import RunSummary, evaluation_row, finish_run, show_finished, show_start
+from training.report.run_report import (
+    RunSummary,
+    evaluation_row,
+    finish_run,
+    gather_rank_summaries,
+    show_finished,
+    show_start,
+)
+from training.report.trackers import Recorder
 from training.run import save_config, save_tokenizer
-from training.sample import sample_text
 from training.schedule import learning_rate
-from training.step import StepResult, train_step
+from training.step import Evaluation, StepResult, evaluate, train_step
 
 MAX_NONFINITE_STEPS = 5
 """A step whose gradient norm is not finite changes no weight. After this many in a row the run fails."""
+TEMPERATURE = 0.8
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -170,7 +183,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, step: int) -> dict[str, Any]:
-    """Return what a checkpoint contains besides tensors. `training.resume.checked_state` reads it.
+    """Return what a checkpoint contains besides tensors. `training.agree.checked_state` reads it.
 
     Args:
         step: the number of optimizer steps done.
@@ -258,8 +271,7 @@ class Evaluator:
     """Evaluates the engine's model on the held-out tokens."""
 
     def __init__(self, run: AgreedRun, engine: Engine) -> None:
-        self.run = run
-        self.engine = engine
+        self.run, self.engine = run, engine
         self.token_bytes_V = torch.from_numpy(run.tokens.tokenizer.token_bytes()).to(engine.mesh.device)
 
     def evaluate(self) -> Evaluation:
@@ -274,3 +286,43 @@ class Evaluator:
             cross_documents=config.data.cross_documents,
         )
         return evaluate(self.engine, batches, self.run.tokens.domains, self.token_bytes_V)
+
+
+def sample_text(config: Config, tokenizer: Tokenizer, engine: Engine, directory: Path) -> str | None:
+    """Generate `run.sample_tokens` tokens after `run.prompt`. Collective.
+
+    Generation needs whole sequences and whole weights. If the layout shards either, rank 0 reads the whole model from
+    the run's newest checkpoint.
+
+    Args:
+        directory: the run's directory, which has a checkpoint of the engine's weights.
+
+    Returns:
+        The text after the prompt. None if no sample is wanted. If the layout shards sequences or weights, also None on
+        ranks other than 0, and on rank 0 if the whole model does not fit beside what its device stores.
+    """
+    if not config.run.sample_tokens:
+        return None
+    prompt = instruction(config.run.prompt) if config.data.kind == "sft" else config.run.prompt
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    sampling = Sampling(temperature=TEMPERATURE, seed=config.run.seed)
+    continue_text = partial(
+        generate, prompts=[tokens], max_tokens=config.run.sample_tokens, sampling=sampling, stop=[tokenizer.eos_id]
+    )
+    mesh = engine.mesh
+    if mesh.layout.sequence == mesh.layout.pipeline == mesh.layout.shard == 1:
+        (model,) = engine.parts
+        [ids] = continue_text(model, agree=lambda logits_BV: broadcast_from_first(logits_BV, mesh))
+        return tokenizer.decode(ids)
+    text = None
+    if mesh.rank == 0:
+        source = open_model(directory, check=False)
+        dtype = engine.parts[0].compute_dtype
+        needed = count_parameters(meta_model(source.model, source.router)).total * dtype.itemsize
+        if needed < free_bytes(mesh.device) / 2:
+            model = build_whole_model(source.model, source.router, mesh.device, dtype)
+            source.fill(model)
+            [ids] = continue_text(model)
+            text = tokenizer.decode(ids)
+    dist.barrier(mesh.world)
+    return text

@@ -7,7 +7,6 @@ from common.registry import Registry
 
 if TYPE_CHECKING:  # the command line checks `optim.kind` without importing torch
     import torch
-    from torch import nn
 
 
 class OptimizerSpec(NamedTuple):
@@ -33,7 +32,7 @@ def _build_adamw(groups: list[dict[str, Any]], config: Any) -> "torch.optim.Opti
 OPTIMIZERS.add("adamw", OptimizerSpec(_build_adamw, ("exp_avg", "exp_avg_sq")))
 
 
-def build_optimizer(parameters: "Sequence[nn.Parameter]", config: Any) -> "torch.optim.Optimizer":
+def build_optimizer(parameters: "Sequence[torch.nn.Parameter]", config: Any) -> "torch.optim.Optimizer":
     """The optimizer of `parameters`, with its state allocated, so that a checkpoint can be loaded into it.
 
     Args:

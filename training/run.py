@@ -60,9 +60,7 @@ def torchrun_name(run: RunConfig, share: Callable[[Callable[[], str]], str]) -> 
     Raises:
         RunError: on rank 0, as in `choose_name`.
     """
-    if run.name is not None:
-        return run.name
-    return share(lambda: _find_or_choose(run, launch_identity()))
+    return run.name if run.name is not None else share(lambda: _find_or_choose(run, launch_identity()))
 
 
 def launched_directory(run: RunConfig) -> Path | None:

@@ -64,5 +64,6 @@ def learning_rate(step: int, steps: int, config: Any) -> float:
     warmup = steps // 20 if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    position = Position(step, steps, warmup, config.decay_steps, config.min_lr_ratio)
-    return config.lr * SCHEDULES[config.schedule](position)
+    return config.lr * SCHEDULES[config.schedule](
+        Position(step, steps, warmup, config.decay_steps, config.min_lr_ratio)
+    )

@@ -1,4 +1,4 @@
-"""One optimizer step, and the one place where losses are normalised.
+"""One optimizer step, one evaluation, and the one place where losses are normalised.
 
     loss = Σ CE / labels
          + (balance_coef · Σ_m N_m · L_bal,m  +  z_coef · Σ_m N_m · L_z,m  +  Σ_m N_m · L_router,m) / tokens
@@ -7,18 +7,19 @@
 contribution of its own tokens. Gradients are therefore *summed* over ranks, never averaged, and no number depends on
 the layout. L_router is the term that a kind of router can add (`Router.auxiliary_loss`); the built-in kinds add none.
 
-Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts, X columns of a router's own sums.
+Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts, K top-k, G domains,
+X columns of a router's own sums.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batch import Batch
+from data.batch import IGNORE, Batch
 from moe.config import ModelConfig, RouterConfig
 from moe.losses import Reductions, TokenNats, auxiliary_losses
 from moe.losses import token_nats as whole_token_nats
@@ -85,9 +86,11 @@ def token_nats(logits_BSV: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) 
         logits_BSV: [B, S, V], or, if `group` has several ranks, this rank's shard of the vocabulary.
         group: the tensor-parallel ranks.
     """
-    if group.size() == 1:
-        return whole_token_nats(logits_BSV, labels_BS)
-    return sharded_token_nats(logits_BSV, labels_BS, group)
+    return (
+        whole_token_nats(logits_BSV, labels_BS)
+        if group.size() == 1
+        else sharded_token_nats(logits_BSV, labels_BS, group)
+    )
 
 
 class StepLoss:
@@ -104,9 +107,7 @@ class StepLoss:
             batches: this rank's part of every micro-batch, on the device.
             counted: labels and tokens of the whole optimizer step.
         """
-        self.batches = batches
-        self.router = router
-        self.mesh = mesh
+        self.batches, self.router, self.mesh = batches, router, mesh
         self.labels, self.tokens = (max(1, number) for number in counted)
         self.layers = model.num_moe_layers
         experts = model.num_experts or 0
@@ -201,3 +202,72 @@ def _count(batches: list[Batch], mesh: Mesh) -> tuple[int, int]:
     local = [sum(b.num_labels for b in batches), sum(b.num_valid for b in batches)] if once else [0, 0]
     labels, tokens = _all_reduce(torch.tensor(local, device=mesh.device), mesh.world).tolist()
     return labels, tokens
+
+
+class Evaluation(NamedTuple):
+    """The result of one evaluation, the same on every rank."""
+
+    loss: float
+    """Nats per label token."""
+    bits_per_byte: dict[str, float]
+    """Domain -> nats of its tokens / ln 2 / the UTF-8 bytes that they stand for. The end of a document costs bits, but
+    stands for no bytes."""
+    load_GLE: Tensor | None
+    """Assignments per domain, layer and expert; None in a dense model."""
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...], token_bytes_V: Tensor) -> Evaluation:
+    """Evaluate the model on every batch. Collective.
+
+    Args:
+        batches: batches of whole rows, the same number on every rank.
+        domains: names of the domains, in the order of the indices in `Batch.domains_BS`.
+        token_bytes_V: UTF-8 bytes that each token id stands for, on the device.
+    """
+    mesh, config = engine.mesh, engine.parts[0].config
+    for model in engine.parts:
+        model.eval()
+    nats, labels, size = (torch.zeros(len(domains), dtype=torch.float64, device=mesh.device) for _ in range(3))
+    shape = (len(domains), config.num_moe_layers, config.num_experts or 0)
+    load_GLE = torch.zeros(shape, dtype=torch.int64, device=mesh.device)
+    for batch in batches:
+        inputs, batch = move_to_device(batch, mesh)
+        for model, output in engine.forward(inputs):
+            # Ranks of `mesh.tensor` have shards of the logits of the same tokens: one of them counts the tokens.
+            if model.is_last:
+                nats_BS = token_nats(output.logits_BSV, batch.labels_BS, mesh.tensor).nats_BS
+                if mesh.tensor.rank() == 0:
+                    predicted_BS = batch.labels_BS != IGNORE
+                    domain_N = batch.domains_BS.flatten().long()
+                    bytes_BS = token_bytes_V[batch.labels_BS.clamp(min=0)] * predicted_BS
+                    for total, values_BS in ((nats, nats_BS), (labels, predicted_BS), (size, bytes_BS)):
+                        total.index_add_(0, domain_N, values_BS.flatten().double())
+            if output.stats is not None:
+                domains_BS, valid_BS = model.slice_local(batch.domains_BS), model.slice_local(batch.documents_BS >= 0)
+                load_GLE[:, model.moe_layers] += _load_by_domain(
+                    output.stats.experts_BSK, domains_BS, valid_BS, *shape[::2]
+                )
+    for model in engine.parts:
+        model.train()
+    for total in (nats, labels, size, load_GLE):
+        dist.all_reduce(total, group=mesh.world)
+    bits = {
+        name: value / math.log(2) / length if length else math.nan
+        for name, value, length in zip(domains, nats.tolist(), size.tolist(), strict=True)
+    }
+    return Evaluation((nats.sum() / labels.sum()).item(), bits, load_GLE.cpu() if config.is_moe else None)
+
+
+def _load_by_domain(
+    experts_LBSK: Tensor, domains_BS: Tensor, valid_BS: Tensor, num_domains: int, num_experts: int
+) -> Tensor:
+    valid_N = valid_BS.flatten()
+    domain_N = domains_BS.flatten().long()[valid_N]
+    experts_LNK = experts_LBSK.flatten(1, 2)[:, valid_N]
+    cell_LNK = domain_N.view(1, -1, 1) * num_experts + experts_LNK
+    counts = [
+        torch.bincount(cells[experts < num_experts], minlength=num_domains * num_experts)
+        for cells, experts in zip(cell_LNK, experts_LNK, strict=True)
+    ]
+    return torch.stack(counts).view(experts_LBSK.shape[0], num_domains, num_experts).transpose(0, 1).contiguous()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from common.errors import ConfigError, ModelError
+from common.errors import ConfigError, ModelError, require
 from common.text import nearest
 from moe.accounting.flops import meta_model
 from moe.model import Transformer
@@ -83,8 +83,11 @@ class Trainable:
         """Parameters that require a gradient. Some of them can have no trainable weight on this rank."""
         for model in models:
             for name, parameter in model.named_parameters():
-                if name not in names:
-                    raise ModelError(f"{name}: expected a parameter of the configured model; none has this name")
+                require(
+                    name in names,
+                    ModelError,
+                    f"{name}: expected a parameter of the configured model; none has this name",
+                )
                 parameter.requires_grad_(name in choice.whole or name in choice.experts)
                 if parameter.requires_grad:
                     self.sources.append(parameter)
@@ -93,8 +96,9 @@ class Trainable:
                     plain = nn.Parameter(shard.local) if isinstance(parameter, DTensor) else parameter
                     self.weights[name] = TrainableWeight(name, parameter, None, shard, plain)
                 elif name in choice.experts:
-                    experts = _single_experts(name, parameter, shard, choice.experts[name])
-                    self.weights |= {expert.name: expert for expert in experts}
+                    self.weights |= {
+                        expert.name: expert for expert in _single_experts(name, parameter, shard, choice.experts[name])
+                    }
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -163,11 +167,12 @@ def check_same_choice(train: str | tuple[str, ...], saved: str | Iterable[str], 
     Raises:
         ConfigError: the choices differ.
     """
-    if patterns(train) != patterns(saved):
-        raise ConfigError(
-            f"optim.train={format_patterns(train)}: expected {format_patterns(saved)} as in the checkpoint "
-            f"{checkpoint}, or another run.name (its optimizer state is of the weights that train)"
-        )
+    require(
+        patterns(train) == patterns(saved),
+        ConfigError,
+        f"optim.train={format_patterns(train)}: expected {format_patterns(saved)} as in the checkpoint "
+        f"{checkpoint}, or another run.name (its optimizer state is of the weights that train)",
+    )
 
 
 def trained_elements(model: Transformer, choice: Choice) -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.checks import expect
+from common.errors import expect
 from moe.config import RouterConfig
 from moe.noise import normal
 from moe.router import Decision, Router, register_router

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.checks import expect
+from common.errors import expect
 
 
 @dataclass(frozen=True)

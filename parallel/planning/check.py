@@ -1,6 +1,6 @@
 """Whether a model, its sequences and its batch can be divided as a layout asks for."""
 
-from common.checks import expect
+from common.errors import expect
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.planning.workload import Workload

@@ -2,10 +2,9 @@
 
 Module map:
 
-* `hydra`: arguments -> composed configuration as plain dicts; the directory and the jobs of a sweep.
-* `tools`: `run_tool`, the `main` of every tool in scripts/.
+* `command_line`: arguments -> composed configuration as plain dicts; the directory and the jobs of a sweep; what the
+  user sees when something fails, and the exit status; `run_tool`, the `main` of every tool in scripts/.
 * `workers`: runs a function in this process or in worker processes that it starts.
-* `errors`: what the user sees when something fails, and the exit status.
 
 Hydra is used here and in train.py only.
 """

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import UserError
+from common.errors import UserError, located
 from common.plugins import given_plugins, load_plugins
-from common.strict import from_dict, located, to_dict
+from common.strict import from_dict, to_dict
 from parallel.startup.launch import World, die_with_parent, launch_workers, world_from_env
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
@@ -47,16 +47,15 @@ def execute(
         try:
             return train(config)
         except UserError:
-            directory = launched_directory(config.run) if os.environ["RANK"] == "0" else None
-            if directory is not None:
-                discard_unstarted(directory)
+            started = launched_directory(config.run) if os.environ["RANK"] == "0" else None
+            if started is not None:
+                discard_unstarted(started)
             raise
-    named = prepare_for_workers(config)
-    assert named.run.name is not None
+    named, directory = prepare_for_workers(config)
     try:
         return in_processes(launch, train, named, fresh=fresh_processes)
     except Exception:
-        discard_unstarted(Path(named.run.root) / named.run.name)
+        discard_unstarted(directory)
         raise
 
 
@@ -92,11 +91,11 @@ def in_processes(
     return function(config, *arguments)
 
 
-def prepare_for_workers(config: Config) -> Config:
+def prepare_for_workers(config: Config) -> tuple[Config, Path]:
     """Build the token store, and choose the run's name and create its directory, before any worker is started.
 
     Returns:
-        The configuration with the run's name.
+        The configuration with the run's name, and the run's directory.
 
     Raises:
         ConfigError, DataError, RunError: the token store, the name or the directory cannot be prepared.
@@ -108,8 +107,7 @@ def prepare_for_workers(config: Config) -> Config:
     prepare_directory(config.run, ".")
     prepare(config.data, verify=False, report=show_line)
     name = choose_name(config.run)
-    prepare_directory(config.run, name)
-    return replace(config, run=replace(config.run, name=name))
+    return replace(config, run=replace(config.run, name=name)), prepare_directory(config.run, name)
 
 
 def _in_worker(

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from common.checks import expect_no_tensors
-from common.errors import CheckpointError, ModelError
-from common.json_object import parse_json_object
-from common.text import printable
+from common.errors import CheckpointError, ModelError, expect_no_tensors
+from common.text import parse_json_object, printable
 
 
 def test_an_object_is_parsed():

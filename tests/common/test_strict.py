@@ -3,8 +3,8 @@ from typing import Any, Literal
 
 import pytest
 
-from common.errors import ConfigError
-from common.strict import from_dict, leaf_keys, located, to_dict
+from common.errors import ConfigError, located
+from common.strict import from_dict, leaf_keys, to_dict
 from common.text import nearest
 
 

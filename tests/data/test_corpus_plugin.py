@@ -19,7 +19,7 @@ PLUGIN = """
 import hashlib
 from dataclasses import dataclass
 
-from common.checks import expect
+from common.errors import expect
 from data.config import CORPUS_CONFIGS, DataConfig
 from data.corpora.corpus import CORPORA, CorpusKind
 from data.corpora.document import Document

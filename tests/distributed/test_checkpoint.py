@@ -13,7 +13,8 @@ from common.errors import CheckpointError
 from moe.region import LocalShard, Region
 from tests.distributed.harness import run_ranks
 from training.checkpoint import checkpoint
-from training.checkpoint.checkpoint import load, read_state, save, verify
+from training.checkpoint.checkpoint import load, save
+from training.checkpoint.manifest import read_state, verify
 
 SHAPES = {"w1": (8, 3, 5), "uneven": (5, 2), "matrix": (6, 4)}
 

@@ -16,7 +16,7 @@ from parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
 from training.config import OptimConfig
 from training.engine import NativeEngine
-from training.evaluate import Evaluation, evaluate
+from training.step import Evaluation, evaluate
 
 LENGTH = 24
 

@@ -23,12 +23,9 @@ from training.checkpoint import checkpoint
 from training.engine import NativeEngine
 from training.layout import build_workload, resolve_layout
 from training.parity import trial as trial_module
-from training.parity.cases import CASES, MODEL, OPTIM, configuration, rows_for
-from training.parity.compare import TOLERANCES, Differences, compare
-from training.parity.driver import run_jobs
-from training.parity.jobs import Job, assign_models
-from training.parity.layouts import layout_groups, parse_layout, select_layouts
-from training.parity.table import JobResult
+from training.parity.config import CASES, MODEL, OPTIM, configuration, rows_for
+from training.parity.driver import TOLERANCES, Differences, JobResult, compare, run_jobs
+from training.parity.jobs import Job, assign_models, layout_groups, parse_layout, select_layouts
 from training.parity.trial import Trial, assemble, run_case
 from training.step import train_step
 

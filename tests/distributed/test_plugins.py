@@ -14,11 +14,9 @@ from parallel.apply import build_model
 from parallel.mesh import mesh_of_one
 from tests.distributed.harness import run_ranks
 from training.config import OptimConfig
-from training.parity.cases import MIXTRAL, ONE_PROCESS, Case, configuration, rows_for
-from training.parity.compare import TOLERANCES
-from training.parity.driver import run_jobs
-from training.parity.jobs import Job
-from training.parity.layouts import parse_layout
+from training.parity.config import MIXTRAL, ONE_PROCESS, Case, configuration, rows_for
+from training.parity.driver import TOLERANCES, run_jobs
+from training.parity.jobs import Job, parse_layout
 from training.parity.trial import Trial
 from training.report.tables import show_model
 from training.trainable import Trainable

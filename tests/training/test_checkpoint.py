@@ -16,7 +16,8 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from training.checkpoint import manifest, shards
-from training.checkpoint.checkpoint import committed, load, newest_verified, read_state, save, verify
+from training.checkpoint.checkpoint import load, save
+from training.checkpoint.manifest import committed, newest_verified, read_state, verify
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from moe.model import Transformer
 from parallel.config import ParallelConfig
 from training.config import EngineConfig, OptimConfig, TrainConfig
 from training.deepspeed.settings import check_engine, deepspeed_settings, prints_diagnostics
-from training.parity.cases import CASES
+from training.parity.config import CASES
 
 TRAIN = TrainConfig(steps=3, seq_len=8, global_batch=16, accumulation=2)
 OPTIM = OptimConfig(lr=1e-3, max_grad_norm=0.5)

@@ -12,8 +12,8 @@ from tests.foreign import CASES, load_model, load_reference, logits_of, random_t
 from training.formats import huggingface as hf
 from training.formats import mistral
 from training.formats.export import export_model
-from training.formats.huggingface_names import FUSED
-from training.formats.mapping import interleave, list_pieces, split_halves, tensor_shapes
+from training.formats.foreign_tensors import interleave, list_pieces, split_halves, tensor_shapes
+from training.formats.huggingface import FUSED
 from training.formats.reader import open_model
 
 DENSE = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
@@ -240,7 +240,7 @@ def test_interleaving_rotary_rows_by_hand():
 
 
 def test_every_element_is_in_exactly_one_piece():
-    from training.formats.huggingface_names import PER_EXPERT
+    from training.formats.huggingface import PER_EXPERT
 
     for form in (FUSED, PER_EXPERT, mistral.FORMAT):
         shapes = tensor_shapes(MIXTRAL, RouterConfig())

@@ -9,11 +9,11 @@ import torch
 from common.errors import CheckpointError, ConfigError
 from common.strict import to_dict
 from moe.config import ModelConfig, RouterConfig
+from training.agree import checked_state
 from training.config import OptimConfig
 from training.device import check_memory
 from training.loop import Throughput, is_due, speed_row
 from training.optimizer import build_optimizer
-from training.resume import checked_state
 from training.schedule import learning_rate
 
 

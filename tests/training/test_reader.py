@@ -17,11 +17,11 @@ from moe.model import Transformer
 from moe.region import LocalShard, Region, whole_shard
 from tests.distributed.harness import run_ranks
 from tests.foreign import CASES, load_model, logits_of, random_tokens, save_reference
-from training.checkpoint import checkpoint
-from training.formats.export import export_model, import_model
-from training.formats.model_directory import group_by_size, parse_size
+from training.checkpoint import checkpoint, manifest
+from training.formats.export import export_model, import_model, parse_size
+from training.formats.foreign_tensors import TensorDirectory
+from training.formats.model_directory import group_by_size
 from training.formats.reader import ReadRequest, open_model, read_run_config
-from training.formats.safetensors import TensorDirectory
 from training.run import save_config
 
 EVERYTHING = ModelConfig(
@@ -164,7 +164,7 @@ def test_a_written_model_directory_records_the_loaded_plugins(tmp_path, monkeypa
     monkeypatch.setattr("common.plugins._loaded", {"/elsewhere/noisy_topk.py": ("noisy_topk.py", "ab")})
     import_model(open_model(tmp_path / "reference"), tmp_path / "imported", "fp32", 10**9)
     assert "plugins:\n- noisy_topk.py\n" in (tmp_path / "imported" / "config.yaml").read_text()
-    assert checkpoint.read_state(open_model(tmp_path / "imported").path)["plugins"] == {"noisy_topk.py": "ab"}
+    assert manifest.read_state(open_model(tmp_path / "imported").path)["plugins"] == {"noisy_topk.py": "ab"}
 
 
 def test_a_checkpoint_of_another_model_is_an_error_that_lists_the_tensors(tmp_path):

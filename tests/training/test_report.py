@@ -16,7 +16,6 @@ import pytest
 from moe.config import FEED_FORWARDS, FeedForwardSpec, ModelConfig
 from training.report.heatmap import relative_load, show_load
 from training.report.plots import plot_curves, plot_load, plot_overview
-from training.report.progress import Progress
 from training.report.sweep import sweep_table
 from training.report.tables import (
     RankSummary,
@@ -27,7 +26,7 @@ from training.report.tables import (
     show_model,
     show_sample,
 )
-from training.report.terminal import human_bytes, human_count, human_time, printable
+from training.report.terminal import Progress, human_bytes, human_count, human_time, printable
 
 Capture = pytest.CaptureFixture[str]
 
@@ -133,7 +132,7 @@ def test_terminal_gets_a_bar_and_colours() -> None:
     """A process under a pseudo-terminal prints escape codes, which the other tests see nowhere else."""
     program = (
         "from training.report.heatmap import show_load\n"
-        "from training.report.progress import Progress\nfrom training.report.tables import show_evaluation\n"
+        "from training.report.terminal import Progress\nfrom training.report.tables import show_evaluation\n"
         f"with Progress(2) as p:\n    p.update({MOE_ROW!r}, 1)\n    p.print('a line above')\n"
         "    show_evaluation({'code': 1.5}, 3.0, {'code': (2.0, 4.5)})\n    p.update({}, 2)\n"
         "show_load([[1.0, 3.0]], {})\nshow_load([[1.0] * 300], {})\n"

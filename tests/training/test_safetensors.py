@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import ModelError
-from training.formats import safetensors as safetensors_dir
-from training.formats.safetensors import MAX_HEADER, TensorDirectory
+from training.formats import foreign_tensors
+from training.formats.foreign_tensors import MAX_HEADER, TensorDirectory
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -96,7 +96,7 @@ def test_slices_are_equal_to_slices_of_the_tensor(tmp_path, monkeypatch):
     assert torch.equal(files.read("c", (), ()), tensors["c"])
     (tmp_path / SINGLE).unlink()
     assert torch.equal(files.read("c", (), ()), tensors["c"])  # The file is still mapped.
-    monkeypatch.setattr(safetensors_dir, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(foreign_tensors, "MAPPED_BYTES", 0)
     with pytest.raises(ModelError, match="a: cannot be read"):
         files.read("a", (0, 0, 0), (5, 4, 3))
 

@@ -27,19 +27,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.checks import expect_no_tensors
-from common.errors import CheckpointError
+from common.errors import CheckpointError, expect_no_tensors, require
 from common.files import fsync
 from moe.region import LocalShard
 from training.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
-    committed,
     delete_old_checkpoints,
-    newest_verified,
     read_manifest,
-    read_state,
-    verify,
     write_manifest,
 )
 from training.checkpoint.shards import (
@@ -54,8 +49,6 @@ from training.checkpoint.shards import (
     read_shard,
     write_shard,
 )
-
-__all__ = ["CheckpointError", "committed", "load", "newest_verified", "read_state", "save", "verify"]
 
 T = TypeVar("T")
 
@@ -87,7 +80,7 @@ def save(
             checkpoints failed.
     """
     assert keep >= 1, keep
-    rank = _rank()
+    rank = dist.get_rank() if dist.is_initialized() else 0
     final, temporary = root / f"step-{step}", root / f".tmp-step-{step}"
     local_parts: dict[str, Tensor] = {}
 
@@ -99,10 +92,11 @@ def save(
             temporary.mkdir()
         infos = {}
         for name, (local, shape, region) in ((name, as_shard(tensor)) for name, tensor in tensors.items()):
-            if local.dtype not in DTYPES:
-                raise CheckpointError(
-                    f"{name}: found dtype {local.dtype}, expected one of {', '.join(DTYPES.values())}"
-                )
+            require(
+                local.dtype in DTYPES,
+                CheckpointError,
+                f"{name}: found dtype {local.dtype}, expected one of {', '.join(DTYPES.values())}",
+            )
             if region.numel:
                 local_parts[name] = local
             infos[name] = ShardInfo(DTYPES[local.dtype], shape, region if region.numel else None)
@@ -174,10 +168,6 @@ def load(path: Path, tensors: Mapping[str, Tensor | LocalShard]) -> None:
     _run_on_all_ranks(read_all, path)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def _run_on_all_ranks(work: Callable[[], T], path: Path) -> list[T]:
     """Call `work` on every rank and return the results of all ranks.
 
@@ -230,10 +220,11 @@ def _manifest_body(
 def _check_visible(directory: Path, files: list[tuple[str, dict[str, Any]]]) -> None:
     for rank, (name, record) in enumerate(files):
         file = directory / name
-        if not file.is_file() or file.stat().st_size != record["size"]:
-            raise CheckpointError(
-                f"{file}: rank {rank} wrote this file, and rank 0 does not see it: expected a shared directory"
-            )
+        require(
+            file.is_file() and file.stat().st_size == record["size"],
+            CheckpointError,
+            f"{file}: rank {rank} wrote this file, and rank 0 does not see it: expected a shared directory",
+        )
 
 
 def _publish(temporary: Path, final: Path) -> None:

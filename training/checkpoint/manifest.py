@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common.errors import CheckpointError
-from common.files import fsync, sha256_of
+from common.errors import CheckpointError, require
+from common.files import fsync, sha256_of, write_atomically
 
 FORMAT = 1
 """The version of the checkpoint format."""
@@ -45,10 +45,7 @@ def write_manifest(directory: Path, body: dict[str, Any]) -> None:
         text = _canonical(body | {"sha256": _digest(body)})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: state cannot be written as JSON: {error}") from error
-    with open(directory / MANIFEST, "wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomically(directory / MANIFEST, text)
     fsync(directory)
 
 
@@ -71,10 +68,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         intact = expected == actual and _canonical(body | {"sha256": expected}) == raw
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: not the JSON that was written") from error
-    if not intact:
-        raise CheckpointError(f"{file}: damaged: found sha256 {actual}, expected {expected}")
-    if body.get("format") != FORMAT:
-        raise CheckpointError(f"{file}: found format {body.get('format')!r}, expected {FORMAT}")
+    require(intact, CheckpointError, f"{file}: damaged: found sha256 {actual}, expected {expected}")
+    require(
+        body.get("format") == FORMAT, CheckpointError, f"{file}: found format {body.get('format')!r}, expected {FORMAT}"
+    )
     try:
         _check_body(body)
     except (KeyError, TypeError, AttributeError) as error:
@@ -88,15 +85,13 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the manifest is missing or damaged.
     """
-    state: dict[str, Any] = read_manifest(path)["state"]
-    return state
+    return dict(read_manifest(path)["state"])
 
 
 def step_directories(root: Path) -> list[Path]:
     """Return every directory `step-<N>` in `root`, committed or not, newest first."""
-    if not root.is_dir():
-        return []
-    directories = [path for path in root.iterdir() if STEP_DIRECTORY.fullmatch(path.name) and path.is_dir()]
+    paths = root.iterdir() if root.is_dir() else ()
+    directories = [path for path in paths if STEP_DIRECTORY.fullmatch(path.name) and path.is_dir()]
     return sorted(directories, key=step_of, reverse=True)
 
 
@@ -154,8 +149,11 @@ def newest_verified(root: Path, warn: Callable[[str], None]) -> Path | None:
             damaged.append(path.name)
         else:
             return path
-    if damaged:
-        raise CheckpointError(f"{root}: expected an undamaged checkpoint; all are damaged ({', '.join(damaged)})")
+    require(
+        not damaged,
+        CheckpointError,
+        f"{root}: expected an undamaged checkpoint; all are damaged ({', '.join(damaged)})",
+    )
     return None
 
 
@@ -200,20 +198,23 @@ def _find_damage(file: Path, size: int, sha256: str) -> str | None:
 
 def _check_body(body: dict[str, Any]) -> None:
     """Raise TypeError, KeyError or AttributeError unless `body` has the fields and types that a reader needs."""
-    if not isinstance(body["state"], dict):
-        raise TypeError("state is not an object")
+    require(isinstance(body["state"], dict), TypeError, "state is not an object")
     for name, record in body["files"].items():
-        if not SHARD_FILE.fullmatch(name):
-            raise TypeError(f"file name {name!r}")
-        if set(record) != {"size", "sha256"} or not isinstance(record["size"], int):
-            raise TypeError(f"record of {name}")
+        require(SHARD_FILE.fullmatch(name), TypeError, f"file name {name!r}")
+        require(set(record) == {"size", "sha256"} and isinstance(record["size"], int), TypeError, f"record of {name}")
     for name, record in body["tensors"].items():
         dims, chunks = len(record["shape"]), record["chunks"]
         sizes = [record["shape"], *(chunk[key] for chunk in chunks for key in ("offset", "shape"))]
-        if not all(len(size) == dims and all(isinstance(n, int) and n >= 0 for n in size) for size in sizes):
-            raise TypeError(f"shapes of {name!r}")
-        if not isinstance(record["dtype"], str) or any(chunk["file"] not in body["files"] for chunk in chunks):
-            raise TypeError(f"record of {name!r}")
+        require(
+            all(len(size) == dims and all(isinstance(n, int) and n >= 0 for n in size) for size in sizes),
+            TypeError,
+            f"shapes of {name!r}",
+        )
+        require(
+            isinstance(record["dtype"], str) and all(chunk["file"] in body["files"] for chunk in chunks),
+            TypeError,
+            f"record of {name!r}",
+        )
 
 
 def _canonical(body: dict[str, Any]) -> bytes:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, require
 from moe.region import LocalShard, Region, whole_shard
 
 DTYPES = {
@@ -138,8 +138,9 @@ def write_shard(directory: Path, rank: int, tensors: Sequence[tuple[str, Tensor]
     Raises:
         CheckpointError: the file cannot be written, e.g. because the disk is full. No partial file remains.
     """
-    lazy = [LazyTensor(key, tensor.dtype, tuple(tensor.shape), tensor.detach) for key, tensor in tensors]
-    return write_lazy_shard(directory, rank, lazy)
+    return write_lazy_shard(
+        directory, rank, [LazyTensor(key, tensor.dtype, tuple(tensor.shape), tensor.detach) for key, tensor in tensors]
+    )
 
 
 def write_lazy_shard(directory: Path, rank: int, tensors: Sequence[LazyTensor]) -> tuple[str, dict[str, Any]]:
@@ -247,8 +248,11 @@ def find_slices(name: str, record: dict[str, Any], local: Tensor, region: Region
             slices.append(
                 (chunk["file"], SliceRead(saved.key(name), record["dtype"], saved.shape, common.slices(saved), target))
             )
-    if covered != region.numel:
-        raise CheckpointError(f"{name}: found {covered} saved elements of {region.key(name)}, expected {region.numel}")
+    require(
+        covered == region.numel,
+        CheckpointError,
+        f"{name}: found {covered} saved elements of {region.key(name)}, expected {region.numel}",
+    )
     return slices
 
 
@@ -263,10 +267,11 @@ def read_shard(file: Path, slices: Sequence[SliceRead]) -> None:
             for read in slices:
                 stored = shard.get_slice(read.key)
                 dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
-                if (dtype, shape) != (read.dtype, read.shape):
-                    raise CheckpointError(
-                        f"{file}: {read.key}: found {dtype} {shape}, expected {read.dtype} {read.shape}"
-                    )
+                require(
+                    (dtype, shape) == (read.dtype, read.shape),
+                    CheckpointError,
+                    f"{file}: {read.key}: found {dtype} {shape}, expected {read.dtype} {read.shape}",
+                )
                 read.target.copy_(stored[read.slices] if read.slices else shard.get_tensor(read.key))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error

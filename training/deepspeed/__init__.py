@@ -3,8 +3,8 @@
 In reading order:
 
 - `engine`: `DeepSpeedEngine`, which implements `training.engine.Engine`.
-- `settings`: builds DeepSpeed's configuration from the run's configuration and from the user's JSON file.
-- `keys`: every key that may be in the user's file, and who decides its value.
+- `settings`: every key that may be in the user's JSON file, and who decides its value; builds DeepSpeed's configuration
+  from the run's configuration and from the file.
 
 Only building an engine imports the package deepspeed.
 """

@@ -56,13 +56,14 @@ class DeepSpeedEngine:
 
     def __init__(self, parts: Sequence[Transformer], config: OptimConfig, mesh: Mesh, settings: dict[str, Any]) -> None:
         (model,) = self.parts = list(parts)
-        choice = choose_trainable(meta_model(model.config, model.router_config), config.train)
-        check_choice(choice.experts, format_patterns(config.train))
-        self.model = model
+        check_choice(
+            choose_trainable(meta_model(model.config, model.router_config), config.train).experts,
+            format_patterns(config.train),
+        )
+        self.model, self.mesh = model, mesh
         shards = ((name, model.local_shard(name, parameter)) for name, parameter in model.named_parameters())
         self.shard_places = {name: (shard.shape, shard.region) for name, shard in shards}
         """Parameter -> the shape of the whole tensor, and this rank's region. Read while parameters are not empty."""
-        self.mesh = mesh
         self.stage: int = settings["zero_optimization"]["stage"]
         self.trained = Trainable(self.parts, config.train).parameters
         deepspeed = _import(mesh.device, quiet=not prints_diagnostics(settings))
@@ -200,8 +201,7 @@ class DeepSpeedEngine:
             if name in self.trained:
                 safe_set_local_fp32_param(parameter, weight)
                 for moment in MOMENTS:
-                    partition = _partition(values[f"{moment}.{name}"], parameter)
-                    safe_set_local_optimizer_state(parameter, partition, moment)
+                    safe_set_local_optimizer_state(parameter, _partition(values[f"{moment}.{name}"], parameter), moment)
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         self.zero.checkpoint_event_epilogue()

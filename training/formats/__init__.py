@@ -6,12 +6,11 @@ docs/formats.md describes them.
 In reading order:
 
 - `reader`: `open_model` opens a model directory and returns a `ModelReader`, which fills a model with the weights.
-- `mapping`: where the tensors of another format are in Mixwright's tensors, as a list of pieces.
-- `huggingface`: `config.json` to and from Mixwright's configuration. `huggingface_names` has the names of its keys and
-  tensors.
+- `foreign_tensors`: the tensors of a directory of safetensors files from any source, checked before they are read, and
+  where they are in Mixwright's tensors, as a list of pieces.
+- `huggingface`: `config.json` to and from Mixwright's configuration, and the names of its keys and tensors.
 - `mistral`: the same for `params.json`.
-- `safetensors`: the tensors of a directory of safetensors files from any source, checked before they are read.
 - `model_directory`: writes a model directory like a run's.
-- `export`: converts a model directory to another format.
-- `upcycling`: makes a MoE model directory from a dense one. The mathematics is in `moe.upcycle`.
+- `export`: converts a model directory to another format, and a dense one to a MoE model. The mathematics of the latter
+  is in `moe.upcycle`.
 """

@@ -1,8 +1,13 @@
-"""Converting model directories between formats, one tensor at a time. After an error, the output does not exist."""
+"""Converting model directories, one tensor at a time: between formats, and from a dense model to a MoE model.
+
+After an error, the output does not exist. The mathematics of upcycling is in `moe.upcycle`.
+"""
 
 import json
+import re
 import shutil
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,18 +16,19 @@ from torch import Tensor
 
 from common.errors import ModelError
 from common.files import fsync, write_atomically
+from moe.config import ModelConfig
 from moe.region import Region
+from moe.upcycle import Upcycling, dense_name, expert_matrix, moe_config, router_config, router_matrix
 from training.checkpoint.shards import LazyTensor, write_safetensors
 from training.formats import huggingface as hf
-from training.formats import huggingface_names as hf_names
 from training.formats import mistral
-from training.formats.mapping import Piece, interleave, list_pieces
+from training.formats.foreign_tensors import Piece, interleave, list_pieces, tensor_shapes
 from training.formats.model_directory import Block, check_tokenizer, group_by_size, new_directory, write_model
 from training.formats.reader import ModelReader, split_experts
 from training.run import TOKENIZER_FILE
 
 FORMATS = {
-    "hf": (hf.CONFIG, hf.INDEX, hf.SINGLE, hf_names.PER_EXPERT),
+    "hf": (hf.CONFIG, hf.INDEX, hf.SINGLE, hf.PER_EXPERT),
     "mistral": (mistral.CONFIG, mistral.INDEX, mistral.SINGLE, mistral.FORMAT),
 }
 CHAT_TEMPLATE = (
@@ -36,7 +42,22 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
 )
 """The chat format of data/corpora/chat.py, as a Jinja template."""
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ReadTensor = Callable[[str], Tensor]
+
+
+def parse_size(text: str) -> int:
+    """Return the number of bytes of a `shard_size`, such as `5GB`, `500 MB`, `2GiB` or `1000`.
+
+    Raises:
+        ModelError: `text` is not such a size, or is less than one byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    factor = UNITS.get(match[2].upper()) if match else None
+    if match is None or factor is None or float(match[1]) * factor < 1:
+        raise ModelError(f"shard_size={text}: expected a size such as 5GB or 500MB")
+    return int(float(match[1]) * factor)
 
 
 def import_model(reader: ModelReader, out: Path, dtype: Literal["fp32", "keep"], shard_bytes: int) -> int:
@@ -59,8 +80,9 @@ def import_model(reader: ModelReader, out: Path, dtype: Literal["fp32", "keep"],
         stored = torch.float32 if dtype == "fp32" else reader.dtype(name)
         return Block(name, reader.shapes[name], region, stored, partial(reader.read, name, region, stored))
 
-    regions = [(name, part) for name, shape in reader.shapes.items() for part in split_experts(Region.whole(shape))]
-    blocks = [block(name, region) for name, region in regions]
+    blocks = [
+        block(name, region) for name, shape in reader.shapes.items() for region in split_experts(Region.whole(shape))
+    ]
     return write_model(out, reader.model, reader.router, blocks, reader.tokenizer, shard_bytes=shard_bytes)
 
 
@@ -93,10 +115,11 @@ def export_model(
     """
     config_file, index_file, single, names = FORMATS[form]
     stored = DTYPES[dtype]
-    if form == "hf":
-        config = hf.write_config(reader.model, reader.router, str(stored).removeprefix("torch."), positions)
-    else:
-        config = mistral.write_params(reader.model, reader.router)
+    config = (
+        hf.write_config(reader.model, reader.router, str(stored).removeprefix("torch."), positions)
+        if form == "hf"
+        else mistral.write_params(reader.model, reader.router)
+    )
     check_tokenizer(reader)
     if form == "hf" and reader.tokenizer is not None:
         _import_llama_tokenizer()  # A missing package is reported before hours of writing.
@@ -110,7 +133,8 @@ def export_model(
     ]
     groups = group_by_size(tensors, lambda tensor: tensor.nbytes, shard_bytes)
     stem = single.removesuffix(".safetensors")
-    files = [single] if len(groups) == 1 else _numbered_files(stem, len(groups))
+    numbered = [f"{stem}-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
+    files = [single] if len(groups) == 1 else numbered
     with new_directory(out) as directory:
         for file, group in zip(files, groups, strict=True):
             write_safetensors(directory / file, group, {"format": "pt"})
@@ -142,10 +166,6 @@ def _assemble(reader: ModelReader, pieces: list[Piece], dtype: torch.dtype) -> T
         block = block.reshape(piece.shape[len(piece.shape) - foreign.dim() :])
         foreign[tuple(slice(o, o + n) for o, n in zip(piece.foreign_offset, block.shape, strict=True))] = block
     return foreign
-
-
-def _numbered_files(stem: str, count: int) -> list[str]:
-    return [f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -186,8 +206,74 @@ def _write_fast_tokenizer(directory: Path, chat: bool) -> None:
     schema: Any = sentencepiece_model_pb2
     model = schema.ModelProto()
     model.ParseFromString((directory / TOKENIZER_FILE).read_bytes())
-    prefix = bool(model.normalizer_spec.add_dummy_prefix)
-    tokenizer = _import_llama_tokenizer().from_pretrained(directory, add_prefix_space=prefix, add_bos_token=True)
+    tokenizer = _import_llama_tokenizer().from_pretrained(
+        directory, add_prefix_space=bool(model.normalizer_spec.add_dummy_prefix), add_bos_token=True
+    )
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
+
+
+def upcycle_model(
+    reader: ModelReader, out: Path, plan: Upcycling, *, dtype: Literal["fp32", "keep"], shard_bytes: int
+) -> tuple[ModelConfig, int]:
+    """Write the MoE model that `plan` makes from the reader's model, which must be dense.
+
+    Args:
+        out: the directory to write. After an error, it does not exist.
+        dtype: `fp32`, the dtype that training uses for weights, or `keep` for the stored dtype of the dense tensors.
+            New routers are fp32.
+        shard_bytes: the most bytes of weights in one file.
+
+    Returns:
+        The configuration of the MoE model, and the size of the weights' files in bytes.
+
+    Raises:
+        ModelError: a tensor cannot be read, or `out` exists or cannot be written.
+        ValueError: the plan does not fit the model. The message starts with `<field>=<value>`.
+    """
+    model = moe_config(reader.model, plan)
+    check_tokenizer(reader)
+    return model, write_model(
+        out,
+        model,
+        router_config(plan),
+        list(_list_blocks(reader, model, plan, dtype)),
+        reader.tokenizer,
+        shard_bytes=shard_bytes,
+    )
+
+
+def _list_blocks(
+    reader: ModelReader, model: ModelConfig, plan: Upcycling, dtype: Literal["fp32", "keep"]
+) -> Iterator[Block]:
+    # The experts that are made from one dense matrix are written one after another, so caching one matrix is enough.
+    read = lru_cache(maxsize=1)(partial(_read_wide, reader))
+    for name, shape in tensor_shapes(model, router_config(plan)).items():
+        whole = Region.whole(shape)
+        origin = dense_name(name)
+        stored = torch.float32 if dtype == "fp32" or origin is None else reader.dtype(origin)
+        if origin is None:
+            weight = partial(router_matrix, name, model.dim, model.init_std, plan)
+            yield Block(name, shape, whole, stored, weight if len(shape) == 2 else partial(torch.zeros, shape))
+        elif origin == name:
+            yield Block(name, shape, whole, stored, partial(_copy, read, name, stored))
+        else:
+            for region in split_experts(whole):
+                make = partial(_make_expert, read, origin, name, region.offset[0], plan, stored)
+                yield Block(name, shape, region, stored, make)
+
+
+def _copy(read: ReadTensor, name: str, stored: torch.dtype) -> Tensor:
+    return read(name).to(stored)
+
+
+def _make_expert(read: ReadTensor, origin: str, name: str, expert: int, plan: Upcycling, stored: torch.dtype) -> Tensor:
+    """Return the matrix of one expert, made from the tensor `origin`, as a block of the tensor `name`, [1, ., .]."""
+    return expert_matrix(read(origin), name, expert, plan).to(stored).unsqueeze(0)
+
+
+def _read_wide(reader: ModelReader, name: str) -> Tensor:
+    """Read the dense model's tensor `name`, as fp32 or as its stored dtype if that is wider."""
+    wide = torch.promote_types(reader.dtype(name), torch.float32)
+    return reader.read(name, Region.whole(reader.shapes[name]), wide)

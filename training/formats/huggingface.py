@@ -5,22 +5,100 @@ value can change what the model computes. The families have different defaults f
 gives both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import ModelError
+from common.errors import ModelError, require
 from common.text import one_line, printable, shorten, show_value
 from moe.config import ModelConfig, RouterConfig
-from training.formats.huggingface_names import IGNORED_KEYS, NEUTRAL_VALUES, READ_KEYS
+from training.formats.foreign_tensors import Format
 
+_READ = """
+vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+hidden_act rms_norm_eps tie_word_embeddings sliding_window rope_theta rope_parameters num_local_experts
+num_experts_per_tok
+"""
+_IGNORED = """
+architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _attn_implementation
+_attn_implementation_autoset attn_implementation auto_map use_cache cache_implementation initializer_range
+max_position_embeddings pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id
+decoder_start_token_id unk_token_id output_router_logits router_aux_loss_coef router_jitter_noise attention_dropout
+output_attentions output_hidden_states return_dict return_dict_in_generate torchscript use_bfloat16
+chunk_size_feed_forward is_decoder id2label label2id problem_type task_specific_params tokenizer_class prefix
+finetuning_task pruned_heads tie_encoder_decoder cross_attention_hidden_size max_length min_length do_sample
+early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
+length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+begin_suppress_tokens tf_legacy_loss _experts_implementation experts_implementation
+"""
+READ_KEYS = frozenset(_READ.split())
+"""Keys that `read_config` reads."""
+IGNORED_KEYS = frozenset(_IGNORED.split())
+"""Keys that do not change what a forward pass without dropout computes."""
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "rope_scaling": (None,),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1, None),
+    "layer_types": (None,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+}
+"""Keys that can change what is computed -> the values with which they do not."""
+
+_BLOCK = {
+    "embedding": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+    "layers.N.attention_norm.weight": "model.layers.{n}.input_layernorm.weight",
+    "layers.N.attention.wq.weight": "model.layers.{n}.self_attn.q_proj.weight",
+    "layers.N.attention.wk.weight": "model.layers.{n}.self_attn.k_proj.weight",
+    "layers.N.attention.wv.weight": "model.layers.{n}.self_attn.v_proj.weight",
+    "layers.N.attention.wo.weight": "model.layers.{n}.self_attn.o_proj.weight",
+    "layers.N.ffn_norm.weight": "model.layers.{n}.post_attention_layernorm.weight",
+    "layers.N.ffn.w_gate.weight": "model.layers.{n}.mlp.gate_proj.weight",
+    "layers.N.ffn.w_up.weight": "model.layers.{n}.mlp.up_proj.weight",
+    "layers.N.ffn.w_down.weight": "model.layers.{n}.mlp.down_proj.weight",
+}
+_COMMON = {"ignored": r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", "tied_head": "lm_head.weight"}
+PER_EXPERT = Format(
+    _BLOCK
+    | {
+        "layers.N.ffn.router.weight": "model.layers.{n}.block_sparse_moe.gate.weight",
+        "layers.N.ffn.experts.w_gate": "model.layers.{n}.block_sparse_moe.experts.{e}.w1.weight",
+        "layers.N.ffn.experts.w_down": "model.layers.{n}.block_sparse_moe.experts.{e}.w2.weight",
+        "layers.N.ffn.experts.w_up": "model.layers.{n}.block_sparse_moe.experts.{e}.w3.weight",
+    },
+    **_COMMON,  # type: ignore[arg-type]
+)
+"""One tensor per expert: the names in files since Mixtral's release. Export writes these names, because other readers,
+such as vLLM, expect them."""
+FUSED = Format(
+    _BLOCK
+    | {
+        "layers.N.ffn.router.weight": "model.layers.{n}.mlp.gate.weight",
+        "layers.N.ffn.experts.w_gate": "model.layers.{n}.mlp.experts.gate_up_proj",
+        "layers.N.ffn.experts.w_up": "model.layers.{n}.mlp.experts.gate_up_proj",
+        "layers.N.ffn.experts.w_down": "model.layers.{n}.mlp.experts.down_proj",
+    },
+    parts={"layers.N.ffn.experts.w_gate": (0, 2), "layers.N.ffn.experts.w_up": (1, 2)},
+    **_COMMON,  # type: ignore[arg-type]
+)
+"""Experts stacked, with the gate's rows before the up projection's: the names in transformers 5's modules. Some files
+have them too."""
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-
 ACTIVATIONS: dict[str, str] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 """Hugging Face's activation of the gate -> Mixwright's kind of feed-forward network."""
+
+
+def detect_format(names: Iterable[str]) -> Format:
+    """Return the format, `FUSED` or `PER_EXPERT`, that a file with these tensor names has."""
+    return FUSED if any(name.endswith(".mlp.experts.gate_up_proj") for name in names) else PER_EXPERT
 
 
 @dataclass(frozen=True)
@@ -65,23 +143,21 @@ def read_config(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
     for key, value in raw.items():
         if key == "rope_scaling" and isinstance(value, Mapping) and "rope_theta" in value:
             continue  # transformers uses the new spelling under the old name, too. `_rope_theta` checks it.
-        if key in NEUTRAL_VALUES and value not in NEUTRAL_VALUES[key]:
-            raise ModelError(f"{file}: {key}={_shown(value)}: expected {_shown(NEUTRAL_VALUES[key][0])}")
-        if value and key not in READ_KEYS | IGNORED_KEYS | NEUTRAL_VALUES.keys():
-            raise ModelError(
-                f"{file}: {key}={_shown(value)}: expected a known key; this one can change what the model computes"
-            )
+        neutral = NEUTRAL_VALUES.get(key, (value,))
+        fields.expect(value in neutral, key, value, _shown(neutral[0]))
+        known = not value or key in READ_KEYS | IGNORED_KEYS | NEUTRAL_VALUES.keys()
+        fields.expect(known, key, value, "a known key; this one can change what the model computes")
     activation = raw.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise ModelError(f"{file}: hidden_act={_shown(activation)}: expected one of {', '.join(ACTIVATIONS)}")
+    known = isinstance(activation, str) and activation in ACTIVATIONS
+    fields.expect(known, "hidden_act", activation, f"one of {', '.join(ACTIVATIONS)}")
     heads = fields.integer("num_attention_heads")
     dim = fields.integer("hidden_size")
     head_dim = fields.integer("head_dim", dim // max(heads, 1))
     experts: dict[str, Any] = {}
     if family.moe:
         experts = {"num_experts": fields.integer("num_local_experts"), "top_k": fields.integer("num_experts_per_tok")}
-        if experts["top_k"] == 1:
-            raise ModelError(f"{file}: num_experts_per_tok=1: expected at least 2 (weights are renormalised to sum 1)")
+        top_k = experts["top_k"]
+        fields.expect(top_k > 1, "num_experts_per_tok", top_k, "at least 2 (weights are renormalised to sum 1)")
     try:
         model = ModelConfig(
             dim=dim,
@@ -145,14 +221,11 @@ def write_config(model: ModelConfig, router: RouterConfig, dtype: str, positions
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    if family.windowed:
-        raw["sliding_window"] = window
+    raw |= {"sliding_window": window} if family.windowed else {}
     if family.moe:
         raw |= {"num_local_experts": model.num_experts, "num_experts_per_tok": model.top_k}
         raw |= {"output_router_logits": False, "router_jitter_noise": 0.0}
-    else:
-        raw |= {"attention_bias": False, "mlp_bias": False} if name == "llama" else {}
-    return raw
+    return raw | ({"attention_bias": False, "mlp_bias": False} if name == "llama" else {})
 
 
 def check_exportable(model: ModelConfig, router: RouterConfig) -> int | None:
@@ -171,16 +244,20 @@ def check_exportable(model: ModelConfig, router: RouterConfig) -> int | None:
         return windows.pop()
     assert model.top_k is not None
     kind = "model.ffn" if model.expert_ffn is None else "model.expert_ffn"
-    _expect(model.expert_kind in kinds, kind, "swiglu or geglu", model.expert_kind)
-    _expect(model.num_shared_experts == 0, "model.num_shared_experts", "0", model.num_shared_experts)
-    _expect(model.first_k_dense == 0, "model.first_k_dense", "0", model.first_k_dense)
-    _expect(model.moe_every == 1, "model.moe_every", "1", model.moe_every)
-    _expect(router.kind == "softmax_topk", "router.kind", "softmax_topk", router.kind)
-    _expect(model.top_k > 1, "model.top_k", "at least 2 (Mixtral renormalises the weights)", model.top_k)
-    _expect(router.normalizes(model.top_k), "router.normalize", "true", router.normalize)
-    _expect(router.scale == 1, "router.scale", "1", router.scale)
-    # A token that can use all groups is not limited by them.
-    _expect(router.num_groups == router.topk_groups, "router.num_groups", "null", router.num_groups)
+    conditions = (
+        (model.expert_kind in kinds, kind, "swiglu or geglu", model.expert_kind),
+        (model.num_shared_experts == 0, "model.num_shared_experts", "0", model.num_shared_experts),
+        (model.first_k_dense == 0, "model.first_k_dense", "0", model.first_k_dense),
+        (model.moe_every == 1, "model.moe_every", "1", model.moe_every),
+        (router.kind == "softmax_topk", "router.kind", "softmax_topk", router.kind),
+        (model.top_k > 1, "model.top_k", "at least 2 (Mixtral renormalises the weights)", model.top_k),
+        (router.normalizes(model.top_k), "router.normalize", "true", router.normalize),
+        (router.scale == 1, "router.scale", "1", router.scale),
+        # A token that can use all groups is not limited by them.
+        (router.num_groups == router.topk_groups, "router.num_groups", "null", router.num_groups),
+    )
+    for condition in conditions:
+        _expect(*condition)
     return windows.pop()
 
 
@@ -204,32 +281,30 @@ class Fields:
         """
         value = self.raw.get(key)
         value = default if value is None else value
-        if type(value) is not int or not 1 <= value < 2**48:
-            self.fail(key, self.raw.get(key), "an integer >= 1")
+        self.expect(type(value) is int and 1 <= value < 2**48, key, self.raw.get(key), "an integer >= 1")
         return value  # type: ignore[return-value]
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return the positive number at `key`. The default is used as in `integer`."""
         value = self.raw.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or not 0 < value < float("inf"):  # type: ignore[operator]
-            self.fail(key, self.raw.get(key), "a number > 0")
+        holds = type(value) in (int, float) and 0 < value < float("inf")  # type: ignore[operator]
+        self.expect(holds, key, self.raw.get(key), "a number > 0")
         return float(value)  # type: ignore[arg-type]
 
     def flag(self, key: str, default: bool) -> bool:
         """Return the boolean at `key`, or `default` if the key is missing. Null is an error."""
         value = self.raw.get(key, default)
-        if not isinstance(value, bool):
-            self.fail(key, value, "true or false")
+        self.expect(isinstance(value, bool), key, value, "true or false")
         return bool(value)
 
     def window(self, default: int | None) -> int | None:
         """Return `sliding_window`: None if it is null, and `default` if the key is missing."""
         return None if self.raw.get("sliding_window", default) is None else self.integer("sliding_window", default)
 
-    def fail(self, key: str, value: Any, expected: str) -> None:
-        """Raise ModelError for the key."""
-        raise ModelError(f"{self.file}: {key}={_shown(value)}: expected {expected}")
+    def expect(self, holds: object, key: str, value: Any, expected: str) -> None:
+        """Raise ModelError for the key, unless `holds`."""
+        require(holds, ModelError, f"{self.file}: {key}={_shown(value)}: expected {expected}")
 
 
 def _rope_theta(fields: Fields, family: Family) -> float:
@@ -238,13 +313,11 @@ def _rope_theta(fields: Fields, family: Family) -> float:
         nested = fields.raw.get(key)
         if nested is None:
             continue
-        if not isinstance(nested, Mapping):
-            fields.fail(key, nested, "an object")
+        fields.expect(isinstance(nested, Mapping), key, nested, "an object")
         kind = nested.get("rope_type", nested.get("type", "default"))
-        if kind != "default" or nested.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}:
-            fields.fail(key, dict(nested), "rope_type default, without scaling")
-        if nested.get("partial_rotary_factor") not in (None, 1):
-            fields.fail(key, dict(nested), "partial_rotary_factor 1")
+        unscaled = kind == "default" and nested.keys() <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        fields.expect(unscaled, key, dict(nested), "rope_type default, without scaling")
+        fields.expect(nested.get("partial_rotary_factor") in (None, 1), key, dict(nested), "partial_rotary_factor 1")
         if nested.get("rope_theta") is not None:
             return Fields(nested, fields.file).number("rope_theta")
     return fields.number("rope_theta", family.rope_theta)
@@ -252,8 +325,7 @@ def _rope_theta(fields: Fields, family: Family) -> float:
 
 def _expect(holds: bool, key: str, expected: str, value: object) -> None:
     """Raise ModelError for the key of Mixwright's configuration, unless `holds`."""
-    if not holds:
-        raise ModelError(f"{key}={_shown(value)}: expected {expected}, as in Llama, Mistral and Mixtral")
+    require(holds, ModelError, f"{key}={_shown(value)}: expected {expected}, as in Llama, Mistral and Mixtral")
 
 
 def _shown(value: object) -> str:

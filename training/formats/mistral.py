@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import ModelError
+from common.errors import ModelError, require
 from moe.config import ModelConfig, RouterConfig
+from training.formats.foreign_tensors import Format
 from training.formats.huggingface import Fields, check_exportable
-from training.formats.mapping import Format
 
 CONFIG = "params.json"
 INDEX = "consolidated.safetensors.index.json"
@@ -59,21 +59,19 @@ def read_params(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
     """
     fields = Fields(raw, file)
     for key, value in raw.items():
-        if value and key not in KNOWN_KEYS:
-            fields.fail(key, value, "a key of Mistral's or Mixtral's params.json")
-    if raw.get("model_type", "transformer") != "transformer":
-        fields.fail("model_type", raw["model_type"], "transformer")
+        fields.expect(not value or key in KNOWN_KEYS, key, value, "a key of Mistral's or Mixtral's params.json")
+    model_type = raw.get("model_type", "transformer")
+    fields.expect(model_type == "transformer", "model_type", model_type, "transformer")
     window = fields.window(None)
     moe: dict[str, Any] = {}
     if raw.get("moe") is not None:
-        if not isinstance(raw["moe"], Mapping):
-            fields.fail("moe", raw["moe"], "an object")
+        fields.expect(isinstance(raw["moe"], Mapping), "moe", raw["moe"], "an object")
         inner = Fields(raw["moe"], file)
         moe = {"num_experts": inner.integer("num_experts"), "top_k": inner.integer("num_experts_per_tok")}
         for key in raw["moe"].keys() - {"num_experts", "num_experts_per_tok"}:
-            inner.fail(f"moe.{key}", raw["moe"][key], "num_experts and num_experts_per_tok only")
-        if moe["top_k"] == 1:
-            inner.fail("moe.num_experts_per_tok", 1, "at least 2 (weights are renormalised to sum 1)")
+            inner.expect(False, f"moe.{key}", raw["moe"][key], "num_experts and num_experts_per_tok only")
+        top_k = moe["top_k"]
+        inner.expect(top_k > 1, "moe.num_experts_per_tok", top_k, "at least 2 (weights are renormalised to sum 1)")
     try:
         model = ModelConfig(
             dim=fields.integer("dim"),
@@ -105,8 +103,7 @@ def write_params(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     """
     window = check_exportable(model, router)
     kind = model.expert_kind if model.is_moe else model.ffn
-    if kind != "swiglu":
-        raise ModelError(f"model.ffn={kind}: expected swiglu with format=mistral")
+    require(kind == "swiglu", ModelError, f"model.ffn={kind}: expected swiglu with format=mistral")
     raw: dict[str, Any] = {
         "dim": model.dim,
         "n_layers": model.num_layers,
@@ -118,10 +115,6 @@ def write_params(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "rope_theta": model.rope_theta,
     }
-    if window is not None:
-        raw["sliding_window"] = window
-    if model.tie_embeddings:
-        raw["tied_embeddings"] = True
-    if model.is_moe:
-        raw["moe"] = {"num_experts": model.num_experts, "num_experts_per_tok": model.top_k}
-    return raw
+    moe = {"num_experts": model.num_experts, "num_experts_per_tok": model.top_k} if model.is_moe else None
+    optional = {"sliding_window": window, "tied_embeddings": model.tie_embeddings or None, "moe": moe}
+    return raw | {key: value for key, value in optional.items() if value is not None}

@@ -8,7 +8,6 @@
 """
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError, ModelError
+from common.errors import CheckpointError, ModelError, require
 from common.files import fsync
 from common.plugins import loaded_plugins
 from common.strict import to_dict
@@ -30,8 +29,6 @@ from training.formats.reader import PREFIX, ModelReader
 from training.run import TOKENIZER_FILE, save_config
 
 T = TypeVar("T")
-
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Block(NamedTuple):
@@ -106,8 +103,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     Raises:
         ModelError: `out` exists, or cannot be written.
     """
-    if os.path.lexists(out):
-        raise ModelError(f"out={out}: expected a path that does not exist yet")
+    require(not os.path.lexists(out), ModelError, f"out={out}: expected a path that does not exist yet")
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -143,19 +139,6 @@ def group_by_size(items: list[T], size: Callable[[T], int], limit: int) -> list[
     return groups
 
 
-def parse_size(text: str) -> int:
-    """Return the number of bytes of a `shard_size`, such as `5GB`, `500 MB`, `2GiB` or `1000`.
-
-    Raises:
-        ModelError: `text` is not such a size, or is less than one byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    factor = UNITS.get(match[2].upper()) if match else None
-    if match is None or factor is None or float(match[1]) * factor < 1:
-        raise ModelError(f"shard_size={text}: expected a size such as 5GB or 500MB")
-    return int(float(match[1]) * factor)
-
-
 def check_tokenizer(reader: ModelReader) -> None:
     """Check that the reader's tokenizer, if it has one, makes no id for which the embedding has no row.
 
@@ -164,13 +147,15 @@ def check_tokenizer(reader: ModelReader) -> None:
     """
     import sentencepiece
 
-    file, vocab_size = reader.tokenizer, reader.model.vocab_size
-    assert vocab_size is not None
+    file, vocab_size = reader.tokenizer, reader.model.vocab_size or 0
     if file is None:
         return
     try:
         ids = sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{file}: expected a sentencepiece model that can be read") from error
-    if ids > vocab_size:
-        raise ModelError(f"{file}: expected at most {vocab_size} ids, the rows of the embedding; found {ids}")
+    require(
+        ids <= vocab_size,
+        ModelError,
+        f"{file}: expected at most {vocab_size} ids, the rows of the embedding; found {ids}",
+    )

@@ -12,14 +12,14 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.checks import expect_no_tensors
-from common.errors import CheckpointError, ConfigError, ModelError
+from common.errors import CheckpointError, ConfigError, ModelError, expect_no_tensors, require
 from common.plugins import missing_plugins, plugin_name
 from common.strict import from_dict
 from common.text import one_line, printable, shorten, show_value
@@ -29,10 +29,19 @@ from moe.region import Region
 from training.checkpoint.manifest import CHECKPOINTS, MANIFEST, committed, newest_verified, read_manifest, verify
 from training.checkpoint.shards import DTYPES, SliceRead, find_slices, read_shard
 from training.formats import huggingface as hf
-from training.formats import huggingface_names as hf_names
 from training.formats import mistral
-from training.formats.mapping import Format, Piece, Shape, check_tensors, list_pieces, split_halves, tensor_shapes
-from training.formats.safetensors import TensorDirectory, read_json
+from training.formats.foreign_tensors import (
+    Format,
+    Piece,
+    Shape,
+    TensorDirectory,
+    check_shapes,
+    check_tensors,
+    list_pieces,
+    read_json,
+    split_halves,
+    tensor_shapes,
+)
 from training.run import CONFIG_FILE, TOKENIZER_FILE
 
 PREFIX = "model."
@@ -94,13 +103,17 @@ class ModelReader(ABC):
         state = model.state_dict()
         expect_no_tensors(self.path, "missing", state.keys() - self.shapes.keys(), ModelError)
         if all(layer is not None for layer in model.layers):  # A pipeline stage lacks the tensors of other stages.
-            unused = self.shapes.keys() - state.keys()
-            expect_no_tensors(self.path, "that the model has no place for", unused, ModelError)
+            expect_no_tensors(
+                self.path, "that the model has no place for", self.shapes.keys() - state.keys(), ModelError
+            )
         requests = []
         for name, tensor in state.items():
             local, shape, region = model.local_shard(name, tensor)
-            if shape != tuple(self.shapes[name]):
-                raise ModelError(f"{self.path}: {name}: found {list(self.shapes[name])}, expected {list(shape)}")
+            require(
+                shape == tuple(self.shapes[name]),
+                ModelError,
+                f"{self.path}: {name}: found {list(self.shapes[name])}, expected {list(shape)}",
+            )
             if region.numel == 0:
                 continue
             requests += [ReadRequest(name, part, local[part.slices(region)]) for part in split_experts(region)]
@@ -132,8 +145,11 @@ def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], No
         ModelError: `path` is not a model directory, or the directory is damaged or of an unknown kind.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise ModelError(f"{path}: expected a model directory; {'not a directory' if path.exists() else 'none found'}")
+    require(
+        path.is_dir(),
+        ModelError,
+        f"{path}: expected a model directory; {'not a directory' if path.exists() else 'none found'}",
+    )
     if (path / MANIFEST).exists():
         return RunReader(path.parent.parent, path, check)
     if (path / CONFIG_FILE).exists():
@@ -185,15 +201,8 @@ class RunReader(ModelReader):
         self._records = {name.removeprefix(PREFIX): r for name, r in records.items() if name.startswith(PREFIX)}
         _check_layer_count(self.model, len(self._records), root / CONFIG_FILE)
         self.shapes = _shapes_of(self.model, self.router, root / CONFIG_FILE)
-        expect_no_tensors(checkpoint, "missing", self.shapes.keys() - self._records.keys(), ModelError)
-        unused = self._records.keys() - self.shapes.keys()
-        expect_no_tensors(checkpoint, "that the model has no place for", unused, ModelError)
-        different = [
-            f"{name} (found {self._records[name]['shape']}, expected {list(shape)})"
-            for name, shape in self.shapes.items()
-            if tuple(self._records[name]["shape"]) != shape
-        ]
-        expect_no_tensors(checkpoint, "of another shape", different, ModelError)
+        shapes = {name: tuple(record["shape"]) for name, record in self._records.items()}
+        check_shapes(checkpoint, shapes, self.shapes)
 
     def dtype(self, name: str) -> torch.dtype:
         code = self._records[name]["dtype"]
@@ -219,13 +228,12 @@ class ForeignReader(ModelReader):
         self.kind, self.path = kind, path
         module = hf if kind == "hf" else mistral
         config = path / module.CONFIG
-        if not config.is_file():
-            raise ModelError(f"{path}: expected a {module.CONFIG} beside the weights")
+        require(config.is_file(), ModelError, f"{path}: expected a {module.CONFIG} beside the weights")
         read_config = hf.read_config if kind == "hf" else mistral.read_params
         self.model, self.router = read_config(read_json(config), config)
         self.files = TensorDirectory(path, module.INDEX, module.SINGLE)
         stored = self.files.tensors
-        self.format: Format = hf_names.detect_format(stored) if kind == "hf" else mistral.FORMAT
+        self.format: Format = hf.detect_format(stored) if kind == "hf" else mistral.FORMAT
         per_expert = any("{e}" in name for name in self.format.names.values())
         _check_layer_count(self.model, len(stored), config, per_expert)
         self.shapes = _shapes_of(self.model, self.router, config)
@@ -235,17 +243,14 @@ class ForeignReader(ModelReader):
             self.pieces.setdefault(piece.name, []).append(piece)
         check_tensors(path, stored, pieces, self.format)
         # Later releases of Mistral have the tokenizer's version in the name, e.g. tokenizer.model.v3.
-        tokenizers = [path / TOKENIZER_FILE, *sorted(path.glob(f"{TOKENIZER_FILE}.v*"))]
-        self.tokenizer = next((file for file in tokenizers if file.is_file()), None)
+        tokenizers = (path / TOKENIZER_FILE, *sorted(path.glob(f"{TOKENIZER_FILE}.v*")))
+        self.tokenizer = next(filter(Path.is_file, tokenizers), None)
         if self.model.tie_embeddings and self.format.tied_head in stored:
             self._check_tied_head()
 
     def dtype(self, name: str) -> torch.dtype:
         dtypes = {self.files.tensors[piece.foreign_name].dtype for piece in self.pieces[name]}
-        common = dtypes.pop()
-        for dtype in dtypes:
-            common = torch.promote_types(common, dtype)
-        return common
+        return reduce(torch.promote_types, dtypes)
 
     def copy(self, requests: Iterable[ReadRequest]) -> None:
         for name, region, target in requests:
@@ -273,10 +278,11 @@ class ForeignReader(ModelReader):
         for start in range(0, rows if same else 0, COMPARED_ROWS):
             block = (start, 0), (min(COMPARED_ROWS, rows - start), width)
             same = same and torch.equal(self.files.read(head, *block), self.files.read(embedding, *block))
-        if not same:
-            raise ModelError(
-                f"{self.path}: {head}: expected the same values as {embedding}, because the configuration ties them"
-            )
+        require(
+            same,
+            ModelError,
+            f"{self.path}: {head}: expected the same values as {embedding}, because the configuration ties them",
+        )
 
 
 def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
@@ -292,18 +298,27 @@ def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
 
     try:
         text = file.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ModelError(f"{file}: expected YAML without aliases (a few lines of them can expand to gigabytes)")
+        require(
+            not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)),
+            ModelError,
+            f"{file}: expected YAML without aliases (a few lines of them can expand to gigabytes)",
+        )
         raw = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read as YAML: {one_line(str(error))[:200]}") from error
-    if not isinstance(raw, dict) or not {"model", "router"} <= raw.keys():
-        raise ModelError(f"{file}: expected the sections model and router")
+    require(
+        isinstance(raw, dict) and {"model", "router"} <= raw.keys(),
+        ModelError,
+        f"{file}: expected the sections model and router",
+    )
     router = raw["router"]
     try:
         kind = router.get("kind", RouterConfig.kind) if isinstance(router, dict) else RouterConfig.kind
-        if not isinstance(kind, str) or kind not in ROUTER_CONFIGS:
-            raise ConfigError(f"router.kind={shorten(printable(show_value(kind)), 80)}: an unknown kind")
+        require(
+            isinstance(kind, str) and kind in ROUTER_CONFIGS,
+            ConfigError,
+            f"router.kind={shorten(printable(show_value(kind)), 80)}: an unknown kind",
+        )
         return from_dict(ModelConfig, raw["model"], "model"), from_dict(RouterConfig, router, "router")
     except ConfigError as error:
         raise ModelError(f"{file}: {error}{_request_plugins(raw.get('plugins'))}") from error
@@ -315,8 +330,7 @@ def _request_plugins(plugins: Any) -> str:
     Args:
         plugins: the value of `plugins` in a `config.yaml`, or None.
     """
-    given = [str(plugin) for plugin in plugins] if isinstance(plugins, list) else []
-    request = missing_plugins({plugin_name(plugin): "" for plugin in given})
+    request = missing_plugins({plugin_name(str(plugin)): "" for plugin in plugins} if isinstance(plugins, list) else {})
     return f"; {shorten(printable(request), 400)}" if request else ""
 
 
@@ -334,8 +348,11 @@ def _check_layer_count(model: ModelConfig, num_tensors: int, file: Path, per_exp
     Without this check, a wrong number in the configuration could make `tensor_shapes` build a billion modules.
     """
     experts = model.num_experts if per_expert and model.num_experts is not None else 1
-    if model.num_layers * experts > num_tensors:
-        raise ModelError(f"{file}: {model.num_layers} layers and {experts} experts, and only {num_tensors} tensors")
+    require(
+        model.num_layers * experts <= num_tensors,
+        ModelError,
+        f"{file}: {model.num_layers} layers and {experts} experts, and only {num_tensors} tensors",
+    )
 
 
 def _newest_checkpoint(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path:

@@ -11,7 +11,7 @@ docs/generation.md explains the keys.
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from common.checks import expect
+from common.errors import expect, expect_fields
 from training.config import LaunchConfig
 
 if TYPE_CHECKING:
@@ -44,8 +44,11 @@ class GenerateConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        expect(self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
-        expect(self.prefill_chunk >= 1, "prefill_chunk", self.prefill_chunk, "an integer >= 1")
+        expect_fields(
+            self,
+            max_tokens=(self.max_tokens >= 1, "an integer >= 1"),
+            prefill_chunk=(self.prefill_chunk >= 1, "an integer >= 1"),
+        )
         has_prompt = self.prompt is not None or bool(self.prompts)
         expect(
             has_prompt != (self.messages is not None),

@@ -1,14 +1,18 @@
-"""Reading what the user asks for: the prompts or the conversation, as token ids."""
+"""Reading what the user asks for: the prompts or the conversation, as token ids of the model directory's tokenizer."""
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from common.errors import ConfigError, DataError
-from training.formats.reader import open_model_for_key
+from common.errors import ConfigError, DataError, ModelError, require
+from common.text import one_line
+from data.corpora import chat
+from data.tokens.tokenizer import Tokenizer
+from training.formats.foreign_tensors import read_json
+from training.formats.reader import ModelReader, open_model_for_key
 from training.generation.config import STDIN, GenerateConfig
-from training.generation.tokenizer import encode_chat, encode_prompt, end_token_ids, open_tokenizer
 
 
 class Request(NamedTuple):
@@ -47,15 +51,15 @@ def read_request(config: GenerateConfig) -> Request:
         titles += [line.rstrip("\r\n") for line in sys.stdin]
     elif config.prompt is not None:
         titles.append(config.prompt)
-    if not titles:
-        raise ConfigError(f"prompt={STDIN}: expected at least one line on stdin")
+    require(titles, ConfigError, f"prompt={STDIN}: expected at least one line on stdin")
     empty = next((number for number, title in enumerate(titles, start=1) if not title), None)
-    if empty is not None:
-        raise ConfigError(f"prompt='': expected at least one token; prompt {empty} of {len(titles)} is empty")
+    require(
+        empty is None, ConfigError, f"prompt='': expected at least one token; prompt {empty} of {len(titles)} is empty"
+    )
     if config.chat:
         prompts = [encode_chat(tokenizer, [{"role": "user", "content": title}]) for title in titles]
     else:
-        prompts = [encode_prompt(tokenizer, title) for title in titles]
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(title)] for title in titles]
     return Request(path, end_ids, titles, prompts)
 
 
@@ -65,5 +69,110 @@ def _read_messages(file: str) -> Any:
     except OSError as error:
         raise ConfigError(f"messages={file}: expected a JSON file that can be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"messages={file}: expected a JSON list of messages ({reason})") from error
+        raise ConfigError(f"messages={file}: expected a JSON list of messages ({one_line(str(error))})") from error
+
+
+class TextTokenizer(Protocol):
+    """What generation needs of a tokenizer. `data.tokens.tokenizer.Tokenizer` (sentencepiece) has it too."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without begin and end marks."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, without begin and end marks."""
+
+
+def open_tokenizer(source: ModelReader) -> TextTokenizer:
+    """Open the tokenizer of a model directory.
+
+    This is its sentencepiece model if there is one. In a Hugging Face directory without one, transformers reads the
+    tokenizer.
+
+    Raises:
+        ModelError: there is no tokenizer, or it has more token ids than the model's vocabulary.
+        DataError: the sentencepiece model cannot be used.
+    """
+    tokenizer: TextTokenizer
+    if source.tokenizer is not None:
+        tokenizer = Tokenizer(source.tokenizer)
+    elif source.kind == "hf":
+        tokenizer = HuggingFaceTokenizer(source.path)
+    else:
+        directory = source.path.parent.parent if source.kind == "run" else source.path
+        raise ModelError(
+            f"{directory}: expected a tokenizer.model in it; runs of older versions left it in their token store "
+            "below data.cache: copy it from there"
+        )
+    vocab_size = source.model.vocab_size or 0
+    require(
+        tokenizer.vocab_size <= vocab_size,
+        ModelError,
+        f"{source.path}: expected a tokenizer of at most {vocab_size} tokens, the model's vocab_size; "
+        f"found {tokenizer.vocab_size}",
+    )
+    return tokenizer
+
+
+def end_token_ids(source: ModelReader, tokenizer: TextTokenizer) -> list[int]:
+    """Return the token ids that end a row.
+
+    These are the tokenizer's end-of-sequence id and, in a Hugging Face directory, the ids that generation_config.json
+    adds.
+
+    Raises:
+        ModelError: generation_config.json is not a JSON object, or its `eos_token_id` is not an id or a list of ids.
+    """
+    file = source.path / "generation_config.json"
+    if source.kind != "hf" or not file.is_file():
+        return [tokenizer.eos_id]
+    value = read_json(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    require(
+        all(type(number) is int for number in ids),
+        ModelError,
+        f"{file}: eos_token_id={value}: expected a token id, or a list of them",
+    )
+    return sorted({tokenizer.eos_id, *ids})
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer that transformers reads. It downloads nothing and runs no code from the directory.
+
+    Raises:
+        ModelError: transformers is not installed, or cannot read a tokenizer with begin and end marks from `path`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise ModelError(f"{path}: expected a tokenizer.model, or transformers installed to read others") from error
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        except Exception as error:  # transformers and the parsers that it calls raise exceptions of any type.
+            reason = one_line(str(error))[:200]
+            raise ModelError(f"{path}: expected a tokenizer that transformers can read ({reason})") from error
+        self.vocab_size = len(self._tokenizer)
+        self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        require(
+            None not in (self.bos_id, self.eos_id), ModelError, f"{path}: expected a tokenizer with begin and end marks"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def encode_chat(tokenizer: TextTokenizer, messages: Any) -> list[int]:
+    """Return the token ids of a conversation that ends with the user, in the [INST] format of data/corpora/chat.py.
+
+    Raises:
+        DataError: `messages` is not such a conversation.
+    """
+    return chat.encode(chat.prompt_segments(messages), tokenizer)[0]

@@ -1,4 +1,9 @@
-"""What one rank does to generate text."""
+"""What one rank does to generate text, and what rank 0 prints: the text as it grows, or the results as JSON."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
 
 from moe.generation.generate import generate
 from parallel.apply import build_model
@@ -9,11 +14,179 @@ from parallel.startup.rendezvous import choose_on_rank0, open_store
 from training.device import compute_dtype, pick_device
 from training.formats.reader import open_model
 from training.generation.config import GenerateConfig
-from training.generation.report import Report
-from training.generation.request import Request, read_request
-from training.generation.tokenizer import open_tokenizer
+from training.generation.request import Request, open_tokenizer, read_request
 
+REPLACEMENT = "\ufffd"
+"""What a decoder writes for bytes that are not a whole character, or not yet."""
+LONGEST_CHARACTER = 4
+"""Bytes of the longest UTF-8 character, and so the most tokens that one character takes."""
 START_TIMEOUT_S = 300.0
+
+
+class StreamedText:
+    """Decodes one row token by token, and ends its text at the first stop string.
+
+    It releases whole characters only, and holds back text that may be the start of a stop string.
+
+    Args:
+        decode: turns token ids into text.
+        prompt: the token ids before the generated ones.
+        stops: strings that end the text and are not part of it.
+
+    Attributes:
+        text: the text released so far.
+        stopped: whether a stop string was found. Text after it is ignored.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int], stops: Sequence[str]) -> None:
+        self.text, self.stopped = "", False
+        self._decode, self._stops = decode, stops
+        # Some tokenizers drop the space at the beginning of what they decode, so new ids are decoded together with the
+        # ids before them: `_ids[_start:]`. Of these, the text of `_ids[_start:_decoded]` is known already.
+        self._ids = list(prompt)
+        self._start, self._decoded = 0, len(self._ids)
+        self._pending = ""  # Decoded text that is not released yet.
+
+    def add(self, token: int) -> str:
+        """Add a token. Return the text that can be released now; it continues what earlier calls returned."""
+        self._ids.append(token)
+        return self._release(self._decode_new(final=False), final=False)
+
+    def end(self) -> str:
+        """End the row. Return the text that was held back."""
+        return self._release(self._decode_new(final=True), final=True)
+
+    def _decode_new(self, final: bool) -> str:
+        known = self._decode(self._ids[self._start : self._decoded])
+        new = self._decode(self._ids[self._start :])[len(known) :]
+        if not final and new.endswith(REPLACEMENT) and len(self._ids) - self._decoded < LONGEST_CHARACTER:
+            return ""  # The last character is not complete.
+        if new:
+            self._start = self._decoded
+        self._decoded = len(self._ids)
+        return new
+
+    def _release(self, new: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        self._pending += new
+        stop_places = [place for stop in self._stops if (place := self._pending.find(stop)) >= 0]
+        if stop_places:
+            self.stopped = True
+            released, self._pending = self._pending[: min(stop_places)], ""
+        else:
+            keep = 0 if final else max((_overlap(self._pending, stop) for stop in self._stops), default=0)
+            released = self._pending[: len(self._pending) - keep]
+            self._pending = self._pending[len(released) :]
+        self.text += released
+        return released
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is a beginning of `stop`, and not all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class TextPrinter:
+    """Prints growing rows one below the other.
+
+    The first row that has not ended is printed as it grows. The text of later rows is kept until it is their turn.
+    """
+
+    def __init__(self, titles: Sequence[str]) -> None:
+        self._titles, self._waiting, self._ended = titles, ["" for _ in titles], [False for _ in titles]
+        self._start(0)
+
+    def add(self, row: int, text: str) -> None:
+        """Print the new text of a row, or keep it until it is the row's turn."""
+        if row == self._current:
+            _write(text)
+        else:
+            self._waiting[row] += text
+
+    def end(self, row: int) -> None:
+        """End a row. If it is the one on the terminal, go on to the next row that has not ended."""
+        self._ended[row] = True
+        while self._current < len(self._titles) and self._ended[self._current]:
+            _write("\n")
+            self._start(self._current + 1)
+
+    def _start(self, row: int) -> None:
+        """Print the row's title, if there are several rows, and the text that was kept."""
+        self._current, rows = row, len(self._titles)
+        if row < rows:
+            title = " ".join(self._titles[row].split())
+            title = f"[{row + 1}/{rows}] {title if len(title) <= 60 else title[:57] + '...'}\n"
+            _write((title if rows > 1 else "") + self._waiting[row])
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+class Report:
+    """Collects the tokens of all rows, finds stop strings, and prints.
+
+    Every rank has a report, because every rank must end a row at the same token. Only one rank prints.
+
+    Args:
+        decode: turns token ids into text.
+        prints: whether this rank prints.
+    """
+
+    def __init__(
+        self, config: GenerateConfig, request: Request, decode: Callable[[Sequence[int]], str], *, prints: bool
+    ) -> None:
+        self.config, self.request, self.prints = config, request, prints
+        self.rows = [StreamedText(decode, prompt, config.all_stops) for prompt in request.prompts]
+        self.printer = TextPrinter(request.titles) if prints and config.format == "text" else None
+        self.start_time, self.first_token_time = time.monotonic(), 0.0
+
+    def on_token(self, row: int, token: int) -> bool:
+        """Add a token to a row. Return whether a stop string ended the row."""
+        self.first_token_time = self.first_token_time or time.monotonic()
+        new_text = self.rows[row].add(token)
+        if self.printer is not None:
+            self.printer.add(row, new_text)
+        return self.rows[row].stopped
+
+    def on_end(self, row: int) -> None:
+        """End a row."""
+        rest = self.rows[row].end()
+        if self.printer is not None:
+            self.printer.add(row, rest)
+            self.printer.end(row)
+
+    def end(self, tokens: list[list[int]]) -> None:
+        """Print the speed (text) or everything (JSON) after all rows have ended.
+
+        Args:
+            tokens: the generated token ids of each row.
+        """
+        if not self.prints:
+            return
+        now = time.monotonic()
+        first, generated = self.first_token_time or now, sum(map(len, tokens))
+        # The first token of each row comes from the forward pass of its prompt, so it is not counted in the speed.
+        steps = generated - sum(map(bool, tokens))
+        speed = steps / (now - first) if steps else 0.0
+        prompt_tokens, prompt_s = sum(map(len, self.request.prompts)), first - self.start_time
+        if self.printer is not None:
+            speeds = f"{generated} tokens, {speed:.1f} tokens/s; {prompt_tokens} prompt tokens in {prompt_s:.2f} s"
+            print(speeds, file=sys.stderr)
+            return
+        results = [
+            {
+                "prompt": title,
+                "text": row.text,
+                "tokens": ids,
+                "finish": "stop" if row.stopped or len(ids) < self.config.max_tokens else "length",
+            }
+            for title, row, ids in zip(self.request.titles, self.rows, tokens, strict=True)
+        ]
+        figures = {"prompt_tokens": prompt_tokens, "tokens": generated, "prompt_s": prompt_s, "tokens_per_s": speed}
+        print(json.dumps({"results": results, **figures}, ensure_ascii=False, indent=2))
 
 
 def generate_on_rank(config: GenerateConfig, request: Request | None = None) -> None:

@@ -12,17 +12,123 @@ Exit status 0: all differences are within the tolerance; 1: some are not. docs/p
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args
 
-from common.checks import expect
+from common.errors import expect
+from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig
-from training.config import LaunchConfig
-from training.parity.cases import CASES, VOCABULARY, Case
+from parallel.config import ParallelConfig
+from training.config import (
+    CheckpointConfig,
+    Config,
+    EngineConfig,
+    LaunchConfig,
+    OptimConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 
+Precision = Literal["fp64", "fp32"]
+EngineKind = Literal["native", "deepspeed-1", "deepspeed-2", "deepspeed-3"]
+"""The number is the ZeRO stage."""
+ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
+
+LENGTH, VOCABULARY, ACCUMULATION, STEPS, SEED = 16, 40, 4, 5, 3
+"""Tokens of a row, token ids in the data, micro-batches of a step, optimizer steps, and the seed of a run."""
+MODEL = ModelConfig(
+    dim=16, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=4, hidden_dim=16, num_experts=8, top_k=2,
+    vocab_size=VOCABULARY, sliding_window=5, init_std=0.2, expert_kernel="loop",
+)  # fmt: skip
+OPTIM = OptimConfig(lr=5e-3, warmup_steps=2, max_grad_norm=0.5)
+ONE_PROCESS = ParallelConfig(expert=1)
 COVER, EVERY = "cover", "all"
 """Values of `models` that name no model: one model for each layout in turn, and every model under every layout."""
 GIVEN = "given"
 """The name of the model that the user gives with `model=`."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to train, with its router."""
+
+    model: ModelConfig
+    router: RouterConfig
+    train: str | tuple[str, ...] = "all"
+    """What trains, as `optim.train` says it."""
+    last_expert_idle: bool = False
+    """Whether the routers are initialised so that the last expert gets no token before the first update."""
+
+
+MIXTRAL = Case(MODEL, RouterConfig(balance_coef=0.05, z_coef=0.01), last_expert_idle=True)
+CASES: Mapping[str, Case] = {
+    "mixtral": MIXTRAL,
+    "capacity": Case(
+        replace(MODEL, sliding_window=None),
+        RouterConfig(balance_coef=0.05, capacity_factor=0.75, balance_scope="sequence"),
+    ),
+    "deepseek": Case(
+        replace(MODEL, top_k=3, expert_hidden_dim=8, num_shared_experts=2, first_k_dense=1),
+        RouterConfig(
+            kind="sigmoid_topk", scale=2.5, num_groups=4, topk_groups=2, bias_update_rate=0.01, balance_scope="sequence"
+        ),
+    ),
+    "switch": Case(
+        replace(MODEL, top_k=1, ffn="geglu", expert_ffn="relu", moe_every=2, tie_embeddings=True, sliding_window=None),
+        RouterConfig(jitter=0.1, capacity_factor=1.25, layer_reduction="sum"),
+    ),
+    "expert_choice": Case(
+        replace(MODEL, sliding_window=None),
+        RouterConfig(kind="expert_choice", allow_noncausal=True, balance_coef=0.0),
+    ),
+    "pooled": Case(
+        replace(MODEL, sliding_window=(3, None), expert_ffn="gelu"),
+        RouterConfig(layer_reduction="hf_pooled", balance_coef=0.05, capacity_factor=0.75, drop_policy="prob",
+                     allow_noncausal=True),
+    ),
+    "partly_frozen": replace(MIXTRAL, train=("router", "expert:3")),
+}  # fmt: skip
+"""The built-in models by name. In `partly_frozen`, most ranks store no expert that trains if the experts are spread."""
+
+
+def rows_for(world_size: int) -> int:
+    """Return a number of rows per step that any number of data ranks in a world of this size divides evenly."""
+    return ACCUMULATION * world_size * -(-4 // world_size)
+
+
+def configuration(
+    case: Case,
+    parallel: ParallelConfig,
+    *,
+    rows: int,
+    steps: int = STEPS,
+    precision: Precision = "fp64",
+    engine: EngineKind = "native",
+) -> Config:
+    """Return the configuration with which `train.py` would train `case` under a layout.
+
+    Args:
+        rows: sequences per optimizer step, over all ranks and micro-batches.
+
+    Raises:
+        ConfigError: the model, the router and the precision do not go together.
+    """
+    kind, _, stage = engine.partition("-")
+    return Config(
+        run=RunConfig(experiment="parity", seed=SEED),
+        model=case.model,
+        router=case.router,
+        data=DataConfig(kind="embedded"),
+        train=TrainConfig(
+            steps=steps, seq_len=LENGTH, global_batch=rows, accumulation=ACCUMULATION, precision=precision
+        ),
+        optim=replace(OPTIM, train=case.train),
+        parallel=parallel,
+        engine=EngineConfig(kind, int(stage)) if stage else EngineConfig(),  # type: ignore[arg-type]
+        checkpoint=CheckpointConfig(),
+        tracking=TrackingConfig(wandb="disabled"),
+        launch=LaunchConfig(),
+    )
 
 
 @dataclass(frozen=True)

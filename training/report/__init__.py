@@ -3,12 +3,10 @@
 The modules in reading order:
 
     metrics         the rows of `metrics.jsonl`, and the router's metrics
-    trackers        Weights & Biases, and the trackers of plugins
-    terminal        lines and tables on stdout, numbers in a readable form
-    progress        the progress bar, or one line per logged step
-    recorder        forwards each row to `metrics.jsonl`, the trackers and the progress
+    trackers        Weights & Biases and the trackers of plugins; the recorder, which forwards each row to
+                    `metrics.jsonl`, the trackers and the progress
+    terminal        lines, tables and the progress on stdout, numbers in a readable form
     tables          the tables at the start and at the end of a run
-    rank_summary    what each rank stores, gathered from all ranks for the tables
     heatmap         the expert load as a heatmap on stdout
     plots           the plots, as SVG and PNG files
     run_report      the start, the end and the `result.json` of a run, made from the modules above

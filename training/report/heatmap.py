@@ -57,10 +57,8 @@ def show_load(load_LE: Load, domains: Mapping[str, Load]) -> None:
         return
     show_line()
     show_line("Expert load on held-out text, 1.00 = perfect balance (rows: MoE layers, columns: experts)", style="bold")
-    if on_terminal():
-        _draw(relative_LE)
-    else:
-        _print_plain(relative_LE)
+    show_cells = _draw if on_terminal() else _print_plain
+    show_cells(relative_LE)
     if routed(domains):
         _show_domains(load_LE, routed(domains))
 
@@ -136,13 +134,12 @@ def _draw(relative_LE: Load) -> None:
     for layer, row_E in enumerate(grouped_LE):
         line = Text(f"layer_{layer:02d}  ")
         for value in row_E:
+            red, green, blue = _colour(value, limit)
             if numbers:
-                red, green, blue = colour = _colour(value, limit)
                 ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 120 else "white"
-                line.append(f"{value:^6.2f}", style=f"{ink} on rgb({colour[0]},{colour[1]},{colour[2]})")
+                line.append(f"{value:^6.2f}", style=f"{ink} on rgb({red},{green},{blue})")
             else:
                 level = sum(value >= edge for edge in (1 / 8, 0.5, 0.8, 1.25))
-                red, green, blue = _colour(value, limit)
                 line.append(shades[level], style=f"rgb({red},{green},{blue})")
         show(line)
     if not numbers:

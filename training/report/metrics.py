@@ -13,6 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from common.files import write_atomically
+
 Value: TypeAlias = float | int | list[float]
 Row: TypeAlias = dict[str, Value]
 """Metrics of one optimizer step by name."""
@@ -45,13 +47,9 @@ class MetricsWriter:
                 lines.pop()
             # The bytes are copied rather than encoded again, so that the file of a resumed run equals, byte for byte,
             # the file of an uninterrupted run.
-            kept = b"".join(line for i, line in enumerate(lines, 1) if _step_of(line, path, i) <= resume_step)
-        replacement = path.with_name(path.name + ".tmp")
-        with open(replacement, "wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(replacement, path)
+            steps = [_decode_row(line, path, number)["step"] for number, line in enumerate(lines, 1)]
+            kept = b"".join(line for line, step in zip(lines, steps, strict=True) if step <= resume_step)  # type: ignore[operator]
+        write_atomically(path, kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, row: Row) -> None:
@@ -76,8 +74,7 @@ def read_metrics(path: Path) -> list[Row]:
         ValueError: a complete line is not a row.
         OSError: the file cannot be read.
     """
-    lines = path.read_bytes().splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith(b"\n")]
+    complete = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     return [_decode_row(line, path, number) for number, line in enumerate(complete, 1)]
 
 
@@ -153,9 +150,7 @@ def telemetry_metrics(telemetry: Mapping[str, Sequence[float]]) -> Row:
 
 
 def _encode(value: Value) -> Value | str | list[float | str]:
-    if isinstance(value, list):
-        return [_encode_number(number) for number in value]
-    return _encode_number(value)
+    return [_encode_number(number) for number in value] if isinstance(value, list) else _encode_number(value)
 
 
 def _encode_number(number: float) -> float | str:
@@ -178,9 +173,3 @@ def _decode(value: Value | str | list[float | str]) -> Value:
     if isinstance(value, list):
         return [float(number) for number in value]
     return float(value) if isinstance(value, str) else value
-
-
-def _step_of(line: bytes, path: Path, number: int) -> int:
-    step = _decode_row(line, path, number)["step"]
-    assert isinstance(step, int)
-    return step

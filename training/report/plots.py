@@ -178,8 +178,7 @@ def _heatmap(axes: "Axes", relative_LE: Load, norm: Any, annotate: bool) -> Any:
         axis.set_ticks([tick + 0.5 for tick in ticks], labels=[str(tick) for tick in ticks])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_xlabel("expert")
-    axes.set_ylabel("layer")
+    axes.set(xlabel="expert", ylabel="layer")
     return mesh
 
 
@@ -190,25 +189,18 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         metrics_rows: the rows of `metrics.jsonl`.
         path: the file to write; its suffix is replaced by .svg and .png.
     """
-    from matplotlib.ticker import FuncFormatter
-
     with figure(path, 10, 6.4) as canvas:
         ((loss, balance), (violation, optimizer)) = canvas.subplots(2, 2)
-        loss.set_title("Loss (nats per token)", loc="left")
         _curve(loss, metrics_rows, "train/loss", "total: cross-entropy + auxiliary losses", GREY)
         _curve(loss, metrics_rows, "train/ce", "cross-entropy", BLUE)
         _curve(loss, metrics_rows, "eval/loss", "held-out cross-entropy", ORANGE, marker="o")
-        balance.set_title("Balance loss (1 = balanced, as a mean over layers)", loc="left")
         _curve(balance, metrics_rows, "router/balance_loss", "all layers", BLUE)
-        violation.set_title("MaxVio (0 = balanced, 1 = twice the share)", loc="left")
         layers = sorted({key for row in metrics_rows for key in row if key.startswith("router/max_vio/")})
         for index, key in enumerate(layers):
-            label = "single layers" if index == 0 else ""
-            _curve(violation, metrics_rows, key, label, GREY, linewidth=0.6, alpha=0.6)
+            _curve(violation, metrics_rows, key, "single layers" if index == 0 else "", GREY, linewidth=0.6, alpha=0.6)
         _curve(violation, metrics_rows, "router/max_vio", "mean over layers", BLUE)
-        optimizer.set_title("Learning rate and gradient norm", loc="left")
         _curve(optimizer, metrics_rows, "optim/lr", "learning rate", BLUE)
-        optimizer.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        optimizer.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         optimizer.set_ylabel("learning rate", color=BLUE)
         norm = optimizer.twinx()
         norm.spines["right"].set_visible(True)
@@ -217,7 +209,14 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         # The learning rate is drawn above the noisy gradient norm.
         optimizer.set_zorder(norm.get_zorder() + 1)
         optimizer.patch.set_visible(False)
-        for axes in (loss, balance, violation, optimizer):
+        titles = {
+            loss: "Loss (nats per token)",
+            balance: "Balance loss (1 = balanced, as a mean over layers)",
+            violation: "MaxVio (0 = balanced, 1 = twice the share)",
+            optimizer: "Learning rate and gradient norm",
+        }
+        for axes, title in titles.items():
+            axes.set_title(title, loc="left")
             _label_steps(axes)
             axes.grid(alpha=0.25)
             labelled = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
@@ -270,8 +269,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         missing = len(rows) - len(shown)
         note = f" ({missing} of {len(rows)} jobs have none)" if missing else ""
         axes.set_title(f"Held-out loss by model size{note}", loc="left", fontweight="bold")
-        axes.set_xlabel("total parameters")
-        axes.set_ylabel("held-out loss (nats per token)")
+        axes.set(xlabel="total parameters", ylabel="held-out loss (nats per token)")
         axes.grid(alpha=0.25)
         axes.margins(0.14, 0.1)
         if not shown:
@@ -283,8 +281,9 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(value)))
-        scale = Normalize(min(active), max(active) * 1.0001)
-        points = axes.scatter(totals, losses, c=active, norm=scale, cmap="viridis", s=70, zorder=3)
+        points = axes.scatter(
+            totals, losses, c=active, norm=Normalize(min(active), max(active) * 1.0001), cmap="viridis", s=70, zorder=3
+        )
         hollow = [index for index, row in enumerate(shown) if row["status"] != "finished"]
         if hollow:
             axes.scatter(
@@ -299,8 +298,9 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 label, (totals[index], losses[index]), xytext=(-8 if left else 8, 0), textcoords="offset points",
                 ha="right" if left else "left", va="center", fontsize=9,
             )  # fmt: skip
-        bar = canvas.colorbar(points, ax=axes, format=FuncFormatter(lambda value, _: human_count(value)))
-        bar.set_label("active parameters per token")
+        canvas.colorbar(points, ax=axes, format=FuncFormatter(lambda value, _: human_count(value))).set_label(
+            "active parameters per token"
+        )
 
 
 def _finite(value: Any) -> bool:

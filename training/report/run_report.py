@@ -1,17 +1,22 @@
-"""What a run prints and writes when it starts and when it ends. Only rank 0 calls these functions."""
+"""What a run prints and writes when it starts and when it ends. Only rank 0 prints and writes."""
 
 import shlex
+import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from data.tokens.store import Store
+from moe.model import Transformer
+from parallel.mesh import Mesh
+from parallel.weight_specs import kind
 from training.agree import AgreedRun
 from training.config import Config
-from training.evaluate import Evaluation
 from training.report.heatmap import show_load
 from training.report.metrics import read_metrics
 from training.report.plots import plot_curves, plot_load, plot_overview
@@ -27,6 +32,7 @@ from training.report.tables import (
 )
 from training.report.terminal import show_line
 from training.run import save_result
+from training.step import Evaluation
 from training.trainable import format_patterns
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -141,19 +147,20 @@ def finish_run(
 
 def resume_command(config: Config, name: str, world_size: int) -> str:
     """Return the command line that continues this run to twice its length, with the launcher that started it."""
-    dropped = ("run.name=", "run.resume=", "train.steps=")
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith(dropped)]
-    launcher = [_tool("python")]
-    if world_size != config.launch.nproc:
-        launcher = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
+    overrides = [
+        argument
+        for argument in sys.argv[1:]
+        if "=" in argument and not argument.startswith(("run.name=", "run.resume=", "train.steps="))
+    ]
+    torchrun = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
+    launcher = [_tool("python")] if world_size == config.launch.nproc else torchrun
     return shlex.join([*launcher, "train.py", *overrides, f"run.name={name}", f"train.steps={2 * config.train.steps}"])
 
 
 def open_command(config: Config, directory: Path) -> str:
     """Return the command line that shows the run's curves."""
-    if config.tracking.wandb == "disabled":
-        return shlex.join(["ls", str(directory)])
-    return shlex.join([_tool("wandb"), "leet", str(directory / "wandb")])
+    show_wandb = [_tool("wandb"), "leet", str(directory / "wandb")]
+    return shlex.join(["ls", str(directory)] if config.tracking.wandb == "disabled" else show_wandb)
 
 
 def show_finished(directory: Path, result: dict[str, Any]) -> None:
@@ -177,3 +184,28 @@ def _tool(name: str) -> str:
     """The path of a program that is installed beside this Python, relative to the current directory if possible."""
     path = Path(sys.executable).parent / name
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
+
+
+def gather_rank_summaries(parts: Sequence[Transformer], mesh: Mesh) -> list[RankSummary]:
+    """Return one summary per rank, in the order of the ranks, on every rank. Collective.
+
+    Args:
+        parts: the modules of this rank: the model, or one module for each of its pipeline stages.
+    """
+    shards = {name: part.local_shard(name, weight) for part in parts for name, weight in part.named_parameters()}
+    expert_shards = [shard for name, shard in shards.items() if kind(name) == "experts"]
+    experts = {shard.region.offset[0] + row for shard in expert_shards for row in range(shard.region.shape[0])}
+    layers = [number for part in parts for number, layer in enumerate(part.layers) if layer is not None]
+    summary = RankSummary(
+        rank=mesh.rank,
+        host=socket.gethostname(),
+        device=str(mesh.device),
+        experts=sorted(experts),
+        layers=layers,
+        parameters=sum(shard.local.numel() for shard in shards.values()),
+        bytes=sum(shard.local.numel() * shard.local.element_size() for shard in shards.values()),
+        expert_parameters=sum(shard.local.numel() for shard in expert_shards),
+    )
+    summaries: list[RankSummary] = [summary] * mesh.world_size
+    dist.all_gather_object(summaries, summary, group=mesh.world)
+    return summaries

@@ -1,4 +1,4 @@
-"""The tables that rank 0 prints at the start and at the end of a run.
+"""The tables that rank 0 prints at the start and at the end of a run, and those of `scripts/describe.py`.
 
 `terminal` adapts them to a terminal, a pipe or a file. The table of the expert load is in `heatmap`.
 """
@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from common.text import show_ranges
-from moe.config import FEED_FORWARDS, ModelConfig
+from moe.config import FEED_FORWARDS, ModelConfig, RouterConfig
 from parallel.planning.plan import HEADER, Plan, describe, describe_traffic
 from training.report.terminal import human_bytes, human_count, human_time, show_fields, show_line, show_table
 
 MAX_RANKS_SHOWN = 16
 """With more ranks than this, the layout table summarises the ranks between the first and the last in one row."""
+TRAINING_ROWS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "master": "fp32 master weights",
+    "moments": "two fp32 moments",
+    "total": "total",
+}
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,6 @@ class RankSummary:
     def expert_ranges(self) -> str:
         """Return the experts as text: `0-3`, `0,4,8-9`, or `none`."""
         return show_ranges(self.experts) or "none"
-
-    def layer_ranges(self) -> str:
-        """Return the layers as text, in the same form."""
-        return show_ranges(self.layers) or "none"
 
 
 def show_corpus(summary: Sequence[Mapping[str, Any]], key: str, directory: Path) -> None:
@@ -75,8 +78,12 @@ def show_corpus(summary: Sequence[Mapping[str, Any]], key: str, directory: Path)
             sum(row[name] for row in summary) for name in ("documents", "bytes", "tokens", "heldout_bytes")
         )
         rows.append(["all", f"{documents:,}", human_bytes(size), human_count(tokens), human_bytes(heldout), "", "", ""])
-    columns = ["domain", "documents", "size", "tokens", "held out", "gzip -9", "unigram", "sha256"]
-    show_table("Corpus (gzip -9 and byte unigram: bits per byte of the held-out text)", columns, rows, left=["sha256"])
+    show_table(
+        "Corpus (gzip -9 and byte unigram: bits per byte of the held-out text)",
+        ["domain", "documents", "size", "tokens", "held out", "gzip -9", "unigram", "sha256"],
+        rows,
+        left=["sha256"],
+    )
     show_line(f"corpus {key[:12]} in {directory}")
 
 
@@ -102,16 +109,18 @@ def show_model(
         device: the device of rank 0.
     """
     heads = f"{model.num_heads} query heads, {model.num_kv_heads} key/value heads of {model.head_dim}"
-    fields = {
-        "parameters": f"{human_count(total_params)} total ({total_params:,}), "
-        f"{human_count(active_params)} active per token ({active_params:,})",
-        "layers": f"{model.num_layers} of dim {model.dim:,}",
-        "feed-forward": _feed_forward(model),
-        "attention": f"{heads}; {_windows(model)}",
-        "tokenizer": f"{tokenizer}, {vocab_size:,} ids",
-        "precision": f"{precision} on {device}",
-    }
-    show_fields("Model", fields)
+    show_fields(
+        "Model",
+        {
+            "parameters": f"{human_count(total_params)} total ({total_params:,}), "
+            f"{human_count(active_params)} active per token ({active_params:,})",
+            "layers": f"{model.num_layers} of dim {model.dim:,}",
+            "feed-forward": _feed_forward(model),
+            "attention": f"{heads}; {_windows(model)}",
+            "tokenizer": f"{tokenizer}, {vocab_size:,} ids",
+            "precision": f"{precision} on {device}",
+        },
+    )
 
 
 def _feed_forward(model: ModelConfig) -> str:
@@ -142,7 +151,7 @@ def show_layout(ranks: Sequence[RankSummary], axes: str) -> None:
             str(rank.rank),
             rank.host,
             rank.device,
-            rank.layer_ranges(),
+            show_ranges(rank.layers) or "none",
             rank.expert_ranges(),
             f"{rank.parameters:,}",
             f"{rank.expert_parameters:,}",
@@ -164,8 +173,8 @@ def show_layout(ranks: Sequence[RankSummary], axes: str) -> None:
             human_bytes(max(rank.bytes for rank in between)),
         ]
         rows = [rows[0], middle, rows[-1]]
-    columns = ["rank", "host", "device", "layers", "experts", "parameters", "of experts", "weights"]
     title = f"Layout: {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}{f', {axes}' if axes else ''}"
+    columns = ["rank", "host", "device", "layers", "experts", "parameters", "of experts", "weights"]
     show_table(title, columns, rows, left=["host", "device", "layers", "experts"])
 
 
@@ -196,13 +205,12 @@ def show_evaluation(
         loss: the cross-entropy of all held-out text, in nats per token.
         baselines: by domain, the bits per byte of `gzip -9` and of a byte unigram on the same text.
     """
-    rows = []
-    for domain, bits in bits_per_byte.items():
-        columns = ["-", "-", "-"]
-        if domain in baselines:
-            gzip, unigram = baselines[domain]
-            columns = [f"{gzip:.3f}", f"{unigram:.3f}", "yes" if bits < gzip else "no"]
-        rows.append([domain, f"{bits:.3f}", *columns])
+    compared = {
+        domain: [f"{gzip:.3f}", f"{unigram:.3f}", "yes" if bits_per_byte[domain] < gzip else "no"]
+        for domain, (gzip, unigram) in baselines.items()
+        if domain in bits_per_byte
+    }
+    rows = [[domain, f"{bits:.3f}", *compared.get(domain, ["-", "-", "-"])] for domain, bits in bits_per_byte.items()]
     show_table(
         f"Held-out text: loss {loss:.4f} nats per token; bits per byte by domain",
         ["domain", "model", "gzip -9", "byte unigram", "below gzip -9"],
@@ -254,3 +262,116 @@ def show_end(
             "results": open_command,
         },
     )
+
+
+def show_figures(
+    model: ModelConfig, router: RouterConfig, figures: Mapping[str, Any], *, vocabulary_is_assumed: bool
+) -> None:
+    """Print a model's figures as tables.
+
+    Args:
+        figures: as `moe.accounting.figures.model_figures` returned them for this model.
+        vocabulary_is_assumed: whether `model.vocab_size` stands for that of a tokenizer.
+    """
+    show_fields("model", _shape(model, router, vocabulary_is_assumed))
+    _show_parameters(figures)
+    _show_memory(figures, has_window=model.sliding_window is not None)
+    _show_attention(figures, has_window=model.sliding_window is not None)
+
+
+def _shape(model: ModelConfig, router: RouterConfig, vocabulary_is_assumed: bool) -> dict[str, str]:
+    windows = model.sliding_window if isinstance(model.sliding_window, tuple) else (model.sliding_window,)
+    assumed = " (the tokenizer's; vocab_size=... to assume another)" if vocabulary_is_assumed else ""
+    shape = {
+        "layers": f"{model.num_layers} of width {model.dim:,}",
+        "attention": f"{model.num_heads} query heads, {model.num_kv_heads} key/value heads of {model.head_dim}",
+        "window": ", ".join("none" if window is None else f"{window:,}" for window in windows),
+        "vocabulary": f"{model.vocab_size:,}{', tied to the head' if model.tie_embeddings else ''}{assumed}",
+    }
+    if model.num_moe_layers < model.num_layers:
+        shape["dense layers"] = f"{model.num_layers - model.num_moe_layers}, {model.ffn} of width {model.hidden_dim:,}"
+    if model.is_moe:
+        experts = f"{model.num_experts:,} routed, top-{model.top_k}"
+        shared = f", {model.num_shared_experts} shared" if model.num_shared_experts else ""
+        shape["MoE layers"] = f"{model.num_moe_layers}, {model.expert_kind} of width {model.expert_width:,}"
+        shape["experts"] = f"{experts}{shared}"
+        shape["router"] = _router(model, router)
+    return shape
+
+
+def _router(model: ModelConfig, router: RouterConfig) -> str:
+    assert model.top_k is not None
+    weights = "weights renormalised" if router.normalizes(model.top_k) else "weights as they are"
+    words = (
+        router.kind,
+        "" if router.kind == "expert_choice" else weights,
+        "" if router.num_groups is None else f"best {router.topk_groups} of {router.num_groups} groups",
+        f"jitter {router.jitter:g}" if router.jitter else "",
+        "dropless" if router.capacity_factor is None else f"capacity factor {router.capacity_factor:g}",
+    )
+    return ", ".join(filter(None, words))
+
+
+def _show_parameters(figures: Mapping[str, Any]) -> None:
+    total, active = figures["total_params"], figures["active"]
+    rows = [
+        (name.replace("_", " ").replace("ffn", "FFN"), f"{count:,}", f"{active[name]:,}", f"{count / total:.1%}")
+        for name, count in figures["params"].items()
+        if count
+    ]
+    rows.append(("total", f"{total:,}", f"{figures['active_params']:,}", "100.0%"))
+    rows.append(("", human_count(total), human_count(figures["active_params"]), ""))
+    show_table("parameters", ("part", "all", "active per token", "share"), rows)
+    show_fields(
+        f"FLOPs per token, context {figures['context']:,}",
+        {
+            "forward": human_count(figures["forward_flops_per_token"]),
+            "training": f"{human_count(figures['training_flops_per_token'])} (forward and backward)",
+        },
+    )
+
+
+def _show_memory(figures: Mapping[str, Any], *, has_window: bool) -> None:
+    weights, cache, dtype = figures["weights_bytes"], figures["kv_cache_bytes"], figures["dtype"]
+    show_fields("weights alone", {name: human_bytes(size) for name, size in weights.items()})
+    in_dtype, in_training = figures["training_bytes"], figures["training_bytes_here"]
+    show_table(
+        "training, all ranks together, without activations",
+        ("", f"in {dtype}", "as train.py holds it"),
+        [(label, human_bytes(in_dtype[key]), human_bytes(in_training[key])) for key, label in TRAINING_ROWS.items()],
+    )
+    show_fields(
+        f"key/value cache in {dtype}, {figures['batch']:,} x {figures['context']:,} tokens",
+        {
+            "full": human_bytes(cache["full"]),
+            "rolling": human_bytes(cache["rolling"]) + ("" if has_window else " (no layer has a window)"),
+            "with weights": human_bytes(weights[dtype] + cache["rolling"]),
+        },
+    )
+
+
+def _show_attention(figures: Mapping[str, Any], *, has_window: bool) -> None:
+    field, farthest = figures["receptive_field"], figures["farthest_token"]
+    show_fields(
+        "reach of the last token",
+        {
+            "receptive field": "the whole context"
+            if field is None
+            else f"{field:,} tokens, the sum of the windows (the oldest in reach is {farthest:,} back)"
+        },
+    )
+    for saving in figures["attention"]:
+        window = f"W = {saving['window']:,}" + ("" if has_window else " (if it had one; window=... to change)")
+        show_table(
+            f"query-key pairs of one head, n = {saving['context']:,}, {window}",
+            ("mask", "full", "window", "saved"),
+            [
+                ("n x n against n x W", f"{saving['full']:,}", f"{saving['windowed']:,}", f"{saving['saved']:.1%}"),
+                (
+                    "causal, the pairs attended to",
+                    f"{saving['causal']:,}",
+                    f"{saving['causal_windowed']:,}",
+                    f"{saving['saved_of_causal']:.1%}",
+                ),
+            ],
+        )

@@ -1,4 +1,4 @@
-"""Output on stdout: lines, tables, and numbers in a readable form.
+"""Output on stdout: lines, tables, numbers in a readable form, and the progress of the training loop.
 
 On a terminal, the package `rich` draws. Elsewhere (a pipe, a file, a CI log), the same content is printed as aligned
 plain lines without escape codes, which are never cut or wrapped. Only rank 0 prints.
@@ -7,16 +7,25 @@ plain lines without escape codes, which are never cut or wrapped. Only rank 0 pr
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TextIO
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TextIO
 
-from rich import box
+from rich import box, progress
+from rich.columns import Columns
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 PLAIN_WIDTH = 100_000
 """The width given to rich for plain output: more than any line needs, so that rich cuts and wraps nothing."""
+LEGEND_WIDTH = 120
+"""The legend breaks into lines of at most this many columns, and of the terminal's width if that is less."""
+ETA_UPDATES = 20
+"""The estimated time to the end of the run (ETA) uses the speed over this many updates."""
 
 
 def _stdout() -> TextIO:
@@ -129,10 +138,8 @@ def _scaled(value: float, units: Sequence[str]) -> str:
     # The limit is 999.5 and not 1000, because 999,950 rounded to three digits would be printed as "1000 k".
     while abs(value) >= 999.5 and power < len(units) - 1:
         value, power = value / 1000, power + 1
-    if power == 0 and float(value).is_integer():
-        digits = 0
-    else:
-        digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    is_whole = power == 0 and float(value).is_integer()
+    digits = 0 if is_whole or abs(value) >= 99.95 else 2 if abs(value) < 9.995 else 1
     return f"{value:.{digits}f} {units[power]}".rstrip()
 
 
@@ -172,3 +179,123 @@ def human_time(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24:02d} h"
+
+
+class Metric(NamedTuple):
+    """A metric that the progress shows."""
+
+    label: str
+    key: str
+    """Its name in `metrics.jsonl`."""
+    form: str
+    """The format specification of its value."""
+    meaning: str
+    """Its explanation in the legend."""
+
+
+METRICS = (
+    Metric("loss", "train/loss", "7.4f", "ce plus auxiliary losses"),
+    Metric("ce", "train/ce", "7.4f", "cross-entropy, nats per token"),
+    Metric("balance", "router/balance_loss", "6.4f", "balance loss, 1 = balanced (as a mean over layers)"),
+    Metric("MaxVio", "router/max_vio", "6.3f", "0 = balanced, 1 = the fullest expert gets twice its share"),
+    Metric("dropped", "router/drop_rate", "5.1%", "assignments beyond the capacity of the experts"),
+    Metric("lr", "optim/lr", "8.2e", "learning rate"),
+    Metric("grad", "optim/grad_norm", "7.3f", "gradient norm before clipping"),
+)
+"""Metrics that a row lacks are left out: a dense model has none of the router's."""
+
+
+class Progress:
+    """A context manager that shows the progress of the training loop on stdout.
+
+    Args:
+        total_steps: the optimizer steps of the whole run.
+        start_step: the steps that a resumed run has done already.
+        clock: returns monotonic seconds.
+    """
+
+    def __init__(self, total_steps: int, start_step: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total_steps, self.step, self._clock = total_steps, start_step, clock
+        self._updates: deque[tuple[int, float]] = deque(maxlen=ETA_UPDATES + 1)
+        self._bar: _Bar | None = None
+        self._legend_shown = False
+
+    def __enter__(self) -> Self:
+        self._updates.append((self.step, self._clock()))
+        if on_terminal():
+            self._bar = _Bar(
+                progress.TextColumn("step {task.completed}/{task.total}", markup=False),
+                progress.BarColumn(bar_width=None),
+                progress.TextColumn("{task.fields[speed]}", markup=False),
+                console=console(),
+                expand=True,
+                # The bar moves when a step ends, so it needs no thread.
+                auto_refresh=False,
+                # If stderr is redirected to a file, it must keep going there.
+                redirect_stderr=sys.stderr.isatty(),
+            )
+            self._bar.add_task("", total=self.total_steps, completed=self.step, speed="", metrics=[])
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def update(self, row: Mapping[str, Any], step: int, log: bool = True) -> None:
+        """Show the metrics of one optimizer step.
+
+        Args:
+            row: the metrics by their names in `metrics.jsonl`.
+            step: the number of optimizer steps done.
+            log: whether to print a line where there is no bar.
+        """
+        self.step = step
+        self._updates.append((step, self._clock()))
+        metrics = [metric for metric in METRICS if row.get(metric.key) is not None]
+        if not self._legend_shown and metrics and (log or self._bar is not None):
+            self._legend_shown = True
+            legend = "; ".join(f"{metric.label}: {metric.meaning}" for metric in metrics)
+            self.print(textwrap.fill(legend, min(LEGEND_WIDTH, console().width)))
+        values = [f"{metric.label} {row[metric.key]:{metric.form}}" for metric in metrics]
+        if self._bar is not None:
+            self._bar.update(
+                progress.TaskID(0),
+                completed=step,
+                speed="  ".join(self._speed(row)).strip(),
+                metrics=values,
+                refresh=True,
+            )
+        elif log:
+            width = len(str(self.total_steps))
+            show_line("  ".join([f"step {step:>{width}}/{self.total_steps}", *values, *self._speed(row)]))
+
+    def print(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(Text(printable(text)), soft_wrap=True)
+        else:
+            show_line(text)
+
+    def eta(self) -> float | None:
+        """Return the seconds to the end of the run at the speed of the last updates, or None before the first."""
+        (first, then), (last, now) = self._updates[0], self._updates[-1]
+        return None if last <= first else (self.total_steps - last) * (now - then) / (last - first)
+
+    def _speed(self, row: Mapping[str, Any]) -> list[str]:
+        rate, eta = row.get("speed/tokens_per_s"), self.eta()
+        fields = [] if rate is None else [f"{human_count(rate):>7} tokens/s"]
+        return fields + ([] if eta is None else [f"ETA {human_time(eta)}"])
+
+
+class _Bar(progress.Progress):
+    """rich's progress bar, with the metrics of the last step below it."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            metrics = [Text(" ".join(metric.split()), style="dim") for metric in task.fields["metrics"]]
+            yield Columns(metrics, padding=(0, 2))

@@ -26,7 +26,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -34,12 +34,13 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from common.checks import expect
-from common.errors import ConfigError
+from common.errors import ConfigError, expect, require
 from common.registry import Registry
+from common.strict import to_dict
 from common.text import first_line
-from training.config import TrackingConfig
-from training.report.metrics import Row
+from training.config import Config, TrackingConfig
+from training.report.metrics import MetricsWriter, Row
+from training.report.terminal import Progress
 
 MAX_BINS = 512
 """The most bins that W&B accepts in a histogram."""
@@ -184,9 +185,12 @@ def load_histogram(load_E: list[float]) -> tuple[list[float], list[float]]:
     import numpy as np
 
     num_experts = len(load_E)
-    experts = np.arange(num_experts) + 0.5
-    bins = min(num_experts, MAX_BINS)
-    heights, edges = np.histogram(experts, bins=bins, range=(0, num_experts), weights=np.asarray(load_E))
+    heights, edges = np.histogram(
+        np.arange(num_experts) + 0.5,
+        bins=min(num_experts, MAX_BINS),
+        range=(0, num_experts),
+        weights=np.asarray(load_E),
+    )
     return heights.tolist(), edges.tolist()
 
 
@@ -197,11 +201,12 @@ def check_tracking(config: TrackingConfig) -> None:
         ConfigError: `wandb` is `online` and there is no API key, neither in `WANDB_API_KEY` nor in the netrc file; or a
             name in `trackers` is not registered.
     """
-    if config.wandb == "online" and not os.environ.get("WANDB_API_KEY") and not _netrc_has_key():
-        raise ConfigError(
-            "tracking.wandb=online: expected an API key in the environment variable WANDB_API_KEY or in ~/.netrc "
-            "(`wandb login` writes it), or tracking.wandb=offline"
-        )
+    require(
+        config.wandb != "online" or os.environ.get("WANDB_API_KEY") or _netrc_has_key(),
+        ConfigError,
+        "tracking.wandb=online: expected an API key in the environment variable WANDB_API_KEY or in ~/.netrc "
+        "(`wandb login` writes it), or tracking.wandb=offline",
+    )
     unknown = [name for name in config.trackers if name not in TRACKERS]
     expect(
         not unknown,
@@ -290,3 +295,62 @@ def _netrc_has_key() -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+class Recorder(ExitStack):
+    """A context manager around the training loop. It does nothing on ranks other than 0.
+
+    At the end it closes the tracker first, then `metrics.jsonl`, then the progress bar.
+
+    Args:
+        active: whether this is rank 0.
+        resumed_step: the step of the checkpoint; later rows are removed from `metrics.jsonl`. None for a new run.
+    """
+
+    def __init__(self, config: Config, directory: Path, name: str, *, active: bool, resumed_step: int | None) -> None:
+        super().__init__()
+        self.active = active
+        if not active:
+            return
+        self.progress = self.enter_context(Progress(config.train.steps, resumed_step or 0))
+        self.metrics = MetricsWriter(directory / "metrics.jsonl", resumed_step)
+        self.callback(self.metrics.close)
+        self.tracker = start_tracking(
+            config.tracking,
+            name=name,
+            directory=directory,
+            resolved_config=to_dict(config),
+            resumed_step=resumed_step,
+        )
+        self.callback(self.tracker.finish)
+
+    def step(self, row: dict[str, Any], step: int, *, write: bool) -> None:
+        """Show the metrics of a step, and write them if `write`."""
+        if not self.active:
+            return
+        self.progress.update(row, step, log=write)
+        if write:
+            self.metrics.write({"step": step} | row)
+            self.tracker.log(row, step)
+
+    def saved(self, checkpoint: str) -> None:
+        """Print that a checkpoint has been written."""
+        if self.active:
+            self.progress.print(f"saved {checkpoint}")
+
+    def sync(self) -> None:
+        """Flush the rows to the disk. A checkpoint must not be newer than the rows of its steps."""
+        if self.active:
+            self.metrics.sync()
+
+    def end_progress(self) -> None:
+        """Remove the progress bar from the terminal, before anything is printed below it."""
+        if self.active:
+            self.progress.__exit__(None, None, None)
+
+    def finish(self, result: dict[str, Any], directory: Path) -> None:
+        """Send the run's result and the plots in its directory to W&B."""
+        if self.active:
+            self.tracker.summary(result)
+            for plot in sorted(directory.glob("*.png")):
+                self.tracker.image(plot.stem, plot)

@@ -1,0 +1,290 @@
+"""The command line of `train.py` and of every tool, with Hydra.
+
+Arguments become a composed configuration of plain dicts, lists and scalars. A mistake that the user can correct becomes
+one line, and any other error a traceback. `run_tool` is the `main` of every tool in scripts/.
+"""
+
+import os
+import re
+import sys
+import time
+import traceback
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import ConfigError, RunError, UserError, require
+from common.plugins import load_plugins
+from common.strict import from_dict, leaf_keys, unknown_key
+from common.text import nearest, one_line
+from parallel.startup.launch import WorkerFailure
+from training.config import Config, RunConfig
+from training.run import choose_name, prepare_directory, save_config, save_result
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+PATIENCE_S = 3.0
+"""Seconds that other ranks wait before they exit, so that local rank 0 can print the mistake that all of them make."""
+T = TypeVar("T")
+COMMON_HELP = "Every tool also takes plugins=[...] (docs/extending.md) and --config-dir DIR with more presets."
+
+
+@dataclass(frozen=True)
+class _Plugins:
+    plugins: tuple[str, ...] = ()
+
+
+def take_flag(arguments: Sequence[str], *flags: str) -> tuple[str | None, list[str]]:
+    """Separate a flag, written as `--flag VALUE` or `--flag=VALUE`, from the other arguments.
+
+    Args:
+        flags: the spellings of the flag.
+
+    Returns:
+        The flag's last value (None without the flag, empty if no value follows it), and the other arguments.
+    """
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*flags, dest="value", nargs="?", const="")
+    known, others = parser.parse_known_args(arguments)
+    return known.value, others
+
+
+def without_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without `--local_rank N`, which deepspeed adds. The environment's LOCAL_RANK is read."""
+    return take_flag(arguments, "--local_rank", "--local-rank")[1]
+
+
+def quote(text: str) -> str:
+    """Return `text` as a quoted string of Hydra's override grammar."""
+    # Inside quotes Hydra reads a backslash as itself, except before a quote, and resolves `${`.
+    escaped = re.sub(r"(\\*)'", r"\1\1\'", text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", "\\${")
+    return f"'{escaped}'"
+
+
+def compose_config(name: str, overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
+    """Compose `conf/<name>.yaml` and the presets that it and the overrides choose.
+
+    Args:
+        overrides: `key=value` arguments in Hydra's grammar.
+        config_dir: a directory with more presets, as `--config-dir` gives it to train.py.
+
+    Raises:
+        ConfigError: `config_dir` is not a directory.
+        HydraException, OmegaConfBaseException: an override cannot be used. `errors.user_message` explains both.
+    """
+    if config_dir is not None:
+        require(os.path.isdir(config_dir), ConfigError, f"--config-dir={config_dir}: expected a directory")
+        overrides = [f"hydra.searchpath=[{quote(f'file://{Path(config_dir).resolve()}')}]", *overrides]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(compose(name, list(overrides)))
+
+
+def plain(cfg: DictConfig, sweep_dir: Path | None = None, number: int | None = None) -> dict[str, Any]:
+    """Return a composed configuration as dicts, lists and scalars, with its interpolations resolved.
+
+    Args:
+        sweep_dir, number: the directory of a sweep and the number of the job in it. They determine `run.name`.
+    """
+    container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    raw: dict[str, Any] = {str(name): value for name, value in container.items()}
+    if sweep_dir is not None:
+        raw["run"]["name"] = f"{os.path.relpath(sweep_dir, raw['run']['root'])}/{number}"
+    return raw
+
+
+def load_named_plugins(raw: Mapping[str, Any]) -> None:
+    """Load the modules that the key `plugins` of a composed configuration names.
+
+    The sections can only be validated after this, because plugins register the kinds that the sections choose from.
+
+    Raises:
+        ConfigError: `plugins` is not a list of strings, or one of the modules cannot be imported.
+    """
+    load_plugins(from_dict(_Plugins, {"plugins": raw.get("plugins", [])}).plugins)
+
+
+def sweep_directory(arguments: Sequence[str]) -> Path | None:
+    """Choose and create the directory of the sweep that the arguments ask for. Return None for a single run.
+
+    Raises:
+        ConfigError: torchrun or deepspeed started this process. Each of its ranks would run the whole sweep.
+        RunError: the directory cannot be written.
+    """
+    parsed = get_args_parser().parse_args(list(arguments))
+    if not (parsed.multirun or "hydra.mode=MULTIRUN" in parsed.overrides):
+        return None
+    require(
+        "LOCAL_RANK" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ,
+        ConfigError,
+        "--multirun: expected no torchrun or deepspeed around a sweep; use: "
+        "python train.py -m launch.nproc=<processes of one job> <overrides>",
+    )
+    first_job = []
+    for override in OverridesParser.create().parse_overrides(parsed.overrides):
+        if not override.is_sweep_override():
+            first_job.append(str(override.input_line))
+        elif override.is_discrete_sweep():
+            first_job.append(f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}")
+    run = from_dict(RunConfig, compose_config("config", first_job, parsed.config_dir)["run"], "run")
+    require(
+        run.name is None or not any((Path(run.root) / run.name).glob("[0-9]*")),
+        RunError,
+        f"run.name={run.name}: expected a free name for a sweep; {run.root}/{run.name} has jobs already",
+    )
+    return prepare_directory(run, choose_name(run))
+
+
+def current_job() -> tuple[Path | None, int | None]:
+    """Inside a Hydra job, return the sweep's directory and the job's number, or (None, None) if there is no sweep."""
+    hydra = HydraConfig.get()
+    return (Path(hydra.sweep.dir), int(hydra.job.num)) if hydra.mode is RunMode.MULTIRUN else (None, None)
+
+
+def job_arguments() -> list[str]:
+    """Inside a Hydra job, return the arguments that compose this job alone."""
+    hydra = HydraConfig.get()
+    directories = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return [*(f"--config-dir={directory}" for directory in directories), *hydra.overrides.task]
+
+
+def record_failure(
+    error: Exception, arguments: Sequence[str], cfg: DictConfig, sweep_dir: Path, number: int | None
+) -> None:
+    """Print why a job of a sweep failed, and write its configuration and `result.json` for its row of the table.
+
+    Args:
+        arguments: the job's, as `job_arguments` returned them.
+        cfg: what Hydra composed for the job.
+        sweep_dir, number: as in `plain`.
+    """
+    message = user_message(error, arguments)
+    if message is None:
+        print(details(error), file=sys.stderr)
+        message = details(error).strip().splitlines()[-1]
+    print(f"error: job {number}: {message}", file=sys.stderr)
+    raw = plain(cfg, sweep_dir, number)
+    # The table would show a key that only some jobs have as if the sweep had changed it.
+    for section, cls in get_type_hints(Config).items():
+        if is_dataclass(cls) and isinstance(raw.get(section), dict):
+            defaults = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
+            raw[section] = defaults | raw[section]
+    directory = sweep_dir / str(number)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_config(directory, raw)
+    save_result(directory, {"status": "failed", "error": message})
+
+
+def end(error: Exception, arguments: Sequence[str], cls: type = Config) -> NoReturn:
+    """End the process: with status 2 and one line if the user can correct the mistake, else with 1 and a traceback.
+
+    Under a launcher only local rank 0 prints the line, because every rank makes the same mistake.
+    """
+    message = user_message(error, arguments, cls)
+    if message is None:
+        print(details(error), file=sys.stderr)
+        raise SystemExit(1)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr)
+    else:
+        # A launcher kills the other ranks as soon as one has exited. Local rank 0 has to print first.
+        time.sleep(PATIENCE_S)
+    raise SystemExit(2)
+
+
+def user_message(error: Exception, arguments: Sequence[str], cls: type = Config) -> str | None:
+    """Return the line that tells the user what to change, or None if the user cannot correct the error.
+
+    Args:
+        arguments: the command line. It has the value of a key that Hydra refused.
+        cls: the configuration dataclass that the command line is for.
+    """
+    if isinstance(error, WorkerFailure):
+        return error.message if error.exitcode == 2 else None
+    if isinstance(error, UserError):
+        return one_line(str(error))
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = sorted(error.options)
+        return f"{group}={option}: expected one of {', '.join(options)}; the nearest is {nearest(option, options)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: expected key=value ({one_line(error.message.split('See https')[0])})"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        text = str(error) or str(error.__cause__)
+        refused = re.search(r"Could not override '([^']+)'", text)
+        return _refused_key(refused[1], arguments, cls) if refused else one_line(text)
+    return None
+
+
+def details(error: Exception) -> str:
+    """Return the traceback. That of a worker's failure comes from the worker process."""
+    return error.message if isinstance(error, WorkerFailure) else "".join(traceback.format_exception(error))
+
+
+def _refused_key(key: str, arguments: Sequence[str], cls: type) -> str:
+    """The line about a key that Hydra did not find in the composed configuration."""
+    pairs = [argument.partition("=") for argument in arguments]
+    value = next((text for name, _, text in pairs if name.lstrip("+") == key), "")
+    keys = list(leaf_keys(cls))
+    if key in keys:
+        refused = f"{key}={value}"
+        return f"{refused}: expected a key of the chosen presets; +{refused} adds it, another preset may have it"
+    return str(unknown_key(key, value, keys))
+
+
+def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text: Sequence[str] = ()) -> NoReturn:
+    """Run a tool from its command line and end the process.
+
+    The arguments override `conf/<name>.yaml`, the result is converted to `cls`, and `function` is called with it. The
+    exit status is 0, or 2 after one line about a mistake that the user can correct, or 1 after any other error.
+
+    Every tool also takes `plugins=[...]` and `--config-dir DIR` (`COMMON_HELP`).
+
+    Args:
+        cls: the dataclass that `conf/<name>.yaml` mirrors.
+        free_text: keys whose values are used exactly as they were typed. A prompt, for example, is not an expression
+            of Hydra's grammar.
+    """
+    arguments = without_local_rank(sys.argv[1:])
+    try:
+        if {"-h", "--help"} & set(arguments):
+            print(f"{sys.modules[cls.__module__].__doc__}\n{(CONF / f'{name}.yaml').read_text()}\n{COMMON_HELP}")
+            raise SystemExit(0)
+        config_dir, others = take_flag(arguments, "--config-dir")
+        unwanted = next((argument for argument in others if argument.startswith("-")), None)
+        require(unwanted is None, ConfigError, f"{unwanted}: expected key=value, or --help for the keys")
+        overrides = [_in_grammar(argument, free_text) for argument in others]
+        values = [override for override in overrides if _is_value_named_like_a_group(override, cls)]
+        raw = compose_config(name, [override for override in overrides if override not in values], config_dir)
+        for override in OverridesParser.create().parse_overrides(values):
+            raw[override.key_or_group] = override.value()
+        load_named_plugins(raw)
+        function(from_dict(cls, {key: value for key, value in raw.items() if key != "plugins"}))
+    except Exception as error:
+        end(error, arguments, cls)
+    raise SystemExit(0)
+
+
+def _is_value_named_like_a_group(override: str, cls: type) -> bool:
+    """Whether Hydra would look for a preset where the tool has a plain value, as in `checkpoint=runs/x`."""
+    key = override.partition("=")[0]
+    return (CONF / key).is_dir() and key in leaf_keys(cls)
+
+
+def _in_grammar(argument: str, free_text: Sequence[str]) -> str:
+    """The argument as an override of Hydra's: free text is quoted, and `plugins` is added, which no tool's YAML has."""
+    key, _, value = argument.partition("=")
+    if key in free_text:
+        return f"{key}={quote(value)}"
+    return f"++{argument}" if key == "plugins" else argument

@@ -1,0 +1,319 @@
+"""The tensors of another format: the files that have them, and where they are in Mixwright's tensors.
+
+Shapes: E experts, F expert hidden, D model, C head dim.
+
+The files are safetensors files from any source. Every byte is checked as untrusted input. Headers are read and checked
+first. Tensors are read later, slice by slice, so that memory has no more than a caller asks for at once. Pickle files
+(`.bin`, `.pth`, `.pt`) are never opened, because loading them can run any code.
+
+A list of pieces, which can be read in both directions, says where the tensors are in Mixwright's. Import copies each
+piece out of the foreign tensor, and export copies it into the foreign tensor. A rank that stores some of the experts
+reads only the pieces that intersect its shards. One list serves all three.
+"""
+
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import ModelError, expect_no_tensors, require
+from common.text import parse_json_object, printable, shorten
+from moe.accounting.flops import meta_model
+from moe.config import ModelConfig, RouterConfig
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MAX_HEADER = 32 << 20
+"""The most bytes that a header can have. More than 200,000 tensors fit into it."""
+MAX_JSON = 64 << 20
+"""The most bytes that a JSON file can have."""
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+MAPPED_BYTES = 256 << 20
+"""Bytes that are read from one memory mapping of a file. Then the file is mapped again, because all pages that were
+read through a mapping count as this process's memory."""
+Shape = tuple[int, ...]
+
+
+class StoredTensor(NamedTuple):
+    """One tensor in a file, as the file's header describes it."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class TensorDirectory:
+    """The names, dtypes and shapes of all tensors in a directory, and slices of the tensors.
+
+    Args:
+        index: name of the index file, whose `weight_map` gives the file of each tensor.
+        single: name of the only safetensors file, for a directory without an index file.
+
+    Raises:
+        ModelError: a header or the index file is damaged, they do not agree, or a tensor is in two files.
+    """
+
+    def __init__(self, directory: Path, index: str, single: str) -> None:
+        self.tensors: dict[str, StoredTensor] = {}
+        self._mapped: tuple[Path, Any] | None = None
+        self._bytes_read = 0
+        file_of = _read_index(directory / index) if (directory / index).exists() else None
+        files = [single] if file_of is None else sorted(set(file_of.values()))
+        for name in files:
+            for tensor, stored in read_header(directory / name).items():
+                if tensor in self.tensors:
+                    both = f"{self.tensors[tensor].file.name} and {name}"
+                    raise ModelError(f"{directory}: {_shown(tensor)}: expected in one file, found in {both}")
+                self.tensors[tensor] = stored
+        if file_of is not None:
+            absent = [
+                name
+                for name, file in file_of.items()
+                if name not in self.tensors or self.tensors[name].file.name != file
+            ]
+            expect_no_tensors(directory / index, "in the index, but not in the file it names", absent, ModelError)
+            expect_no_tensors(
+                directory / index,
+                "in the files, but not in the index",
+                self.tensors.keys() - file_of.keys(),
+                ModelError,
+            )
+
+    def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Return the block of `shape` at `offset` of the tensor `name`, in the file's dtype.
+
+        Raises:
+            ModelError: the file no longer exists or no longer has the tensor.
+        """
+        stored = self.tensors[name]
+        try:
+            file = self._open(stored.file, prod(shape) * stored.dtype.itemsize)
+            if shape == stored.shape:
+                return file.get_tensor(name)  # type: ignore[no-any-return]
+            part: Tensor = file.get_slice(name)[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{stored.file}: {_shown(name)}: cannot be read: {error}") from error
+        return part
+
+    def _open(self, path: Path, size: int) -> Any:
+        """Return the memory-mapped file `path`, from which the caller will read `size` bytes."""
+        self._bytes_read += size
+        if self._mapped is None or self._mapped[0] != path or self._bytes_read > MAPPED_BYTES:
+            self._mapped = None  # Release the old mapping before the new one is made.
+            self._mapped = (path, safe_open(path, framework="pt"))
+            self._bytes_read = size
+        return self._mapped[1]
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Read the header of the safetensors file `file` and check it against the file's size.
+
+    Returns:
+        Name -> tensor, for every tensor in the file.
+
+    Raises:
+        ModelError: the file does not exist, or is not a complete safetensors file of floating-point tensors.
+    """
+
+    def check(holds: object, problem: str) -> None:
+        require(holds, ModelError, f"{file}: {problem}")
+
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            check(size >= 8 and length <= size - 8, f"damaged: a header of {length} bytes in a file of {size}")
+            check(length <= MAX_HEADER, f"found a header of {length} bytes, expected at most {MAX_HEADER}")
+            header = _parse(stream.read(length), file)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
+    header.pop("__metadata__", None)
+    tensors, ranges = {}, []
+    for key, entry in header.items():
+        name = _shown(key)
+        try:
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{file}: {name}: damaged: not the entry of a tensor") from error
+        check(
+            isinstance(dtype, str) and dtype in DTYPES,
+            f"{name}: found dtype {dtype!r}, expected one of {', '.join(DTYPES)}",
+        )
+        check(
+            all(type(number) is int and number >= 0 for number in (*shape, start, end)),
+            f"{name}: damaged: shape {shape}, bytes {start} to {end}",
+        )
+        check(
+            end - start == prod(shape) * DTYPES[dtype].itemsize,
+            f"{name}: damaged: {end - start} bytes for {dtype} of shape {shape}",
+        )
+        ranges.append((start, end))
+        tensors[key] = StoredTensor(file, DTYPES[dtype], shape)
+    expected = 0
+    for start, end in sorted(ranges):
+        check(start == expected, f"damaged: a tensor starts at byte {start} of the data, expected {expected}")
+        expected = end
+    check(expected == size - 8 - length, f"damaged: {size - 8 - length} bytes of data, expected {expected}")
+    return tensors
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in `file`.
+
+    Raises:
+        ModelError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        with open(file, "rb") as stream:
+            text = stream.read(MAX_JSON + 1)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
+    require(len(text) <= MAX_JSON, ModelError, f"{file}: expected at most {MAX_JSON} bytes")
+    return _parse(text, file)
+
+
+def _parse(text: bytes, file: Path) -> dict[str, Any]:
+    try:
+        return parse_json_object(text)
+    except ValueError as error:
+        raise ModelError(f"{file}: damaged: {error}") from error
+
+
+def _read_index(file: Path) -> dict[str, str]:
+    """Return tensor name -> file name, as the index file gives them."""
+    file_of: Any = read_json(file).get("weight_map")
+    require(
+        isinstance(file_of, dict) and file_of and all(isinstance(name, str) for name in file_of.values()),
+        ModelError,
+        f"{file}: expected a weight_map from tensor names to file names",
+    )
+    for name in file_of.values():
+        require(
+            FILE_NAME.fullmatch(name),
+            ModelError,
+            f"{file}: found the file name {name!r}, expected <name>.safetensors beside the index",
+        )
+    return file_of
+
+
+def _shown(name: str) -> str:
+    """Return a tensor name from a file as text for a message."""
+    return shorten(printable(name), 120)
+
+
+class Piece(NamedTuple):
+    """A block of elements that is in a Mixwright tensor and in a tensor of another format, the foreign tensor."""
+
+    name: str
+    """Mixwright's name of its tensor."""
+    offset: Shape
+    """First element of the block in Mixwright's tensor."""
+    shape: Shape
+    """The block's shape in Mixwright's tensor. The foreign tensor can lack leading dims of size 1."""
+    foreign_name: str
+    foreign_offset: Shape
+    """First element of the block in the foreign tensor."""
+    foreign_shape: Shape
+    """Shape of the whole foreign tensor."""
+    head_dim: int | None = None
+    """Number of rows per head, if the foreign rows are interleaved rotary pairs. Mixwright's rows are half-split. None
+    if the rows have the same order in both."""
+
+
+class Format(NamedTuple):
+    """The tensor names of one format."""
+
+    names: Mapping[str, str]
+    """Mixwright's name, with `N` for the layer's number -> the foreign name, with `{n}` for the layer's number. The
+    foreign name also has `{e}`, the expert's number, if the format has one tensor per expert."""
+    parts: Mapping[str, tuple[int, int]] = {}
+    """Mixwright's name -> (i, n): the tensor is the i-th of n equal parts of the foreign tensor, along the second-last
+    dim."""
+    interleaved: frozenset[str] = frozenset()
+    """Mixwright's names of the tensors whose foreign rows are interleaved rotary pairs."""
+    ignored: str = r"(?!)"
+    """Pattern of foreign names that are not weights."""
+    tied_head: str = ""
+    """The foreign name of the output head. A file can contain it even if the model ties it to the embedding."""
+
+
+def tensor_shapes(config: ModelConfig, router: RouterConfig) -> dict[str, Shape]:
+    """Return the name and shape of every tensor that is saved with a model: its parameters and persistent buffers."""
+    return {name: tuple(tensor.shape) for name, tensor in meta_model(config, router).state_dict().items()}
+
+
+def list_pieces(shapes: Mapping[str, Shape], form: Format, head_dim: int) -> list[Piece]:
+    """Return the pieces of a model with the tensors `shapes`. Each element of the model is in exactly one piece.
+
+    Args:
+        shapes: Mixwright's name -> shape.
+
+    Raises:
+        ModelError: the format has no name for a tensor.
+    """
+    pieces = []
+    for name, shape in shapes.items():
+        key = re.sub(r"^layers\.\d+\.", "layers.N.", name)
+        require(key in form.names, ModelError, f"{name}: this format has no place for this tensor")
+        layer = name.split(".")[1] if key != name else ""
+        foreign, zeros = form.names[key], (0,) * len(shape)
+        if "{e}" in foreign:
+            for expert in range(shape[0]):
+                place, foreign_name = (expert, *zeros[1:]), foreign.format(n=layer, e=expert)
+                pieces.append(Piece(name, place, (1, *shape[1:]), foreign_name, zeros[1:], shape[1:]))
+            continue
+        part, parts = form.parts.get(key, (0, 1))
+        foreign_shape = (*shape[:-2], shape[-2] * parts, shape[-1]) if parts > 1 else shape
+        offset = (*zeros[:-2], shape[-2] * part, 0) if parts > 1 else zeros
+        rows = head_dim if key in form.interleaved else None
+        pieces.append(Piece(name, zeros, shape, foreign.format(n=layer), offset, foreign_shape, rows))
+    return pieces
+
+
+def check_shapes(where: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Check that the directory `where` has exactly the tensors that the model needs, by name and shape.
+
+    Raises:
+        ModelError: lists tensors that are missing, that the model does not use, or that have another shape.
+    """
+    expect_no_tensors(where, "missing", expected.keys() - found.keys(), ModelError)
+    expect_no_tensors(where, "that the model has no place for", found.keys() - expected.keys(), ModelError)
+    different = [
+        f"{name} (found {list(found[name])}, expected {list(shape)})"
+        for name, shape in expected.items()
+        if found[name] != shape
+    ]
+    expect_no_tensors(where, "of another shape", different, ModelError)
+
+
+def check_tensors(where: Path, stored: Mapping[str, StoredTensor], pieces: list[Piece], form: Format) -> None:
+    """Check that the directory `where` has exactly the tensors that the model needs.
+
+    Raises:
+        ModelError: as `check_shapes`.
+    """
+    expected = {piece.foreign_name: piece.foreign_shape for piece in pieces}
+    optional = {name for name in stored if re.fullmatch(form.ignored, name)} | {form.tied_head}
+    found = {name: tensor.shape for name, tensor in stored.items() if name in expected or name not in optional}
+    check_shapes(where, found, expected)
+
+
+def interleave(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder rows from Mixwright's half-split layout to interleaved rotary pairs.
+
+    In each head of C rows, the rows i and i + C/2 become the rows 2i and 2i + 1.
+
+    Args:
+        weight: [heads·C, D].
+        head_dim: C.
+    """
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def split_halves(weight: Tensor, head_dim: int) -> Tensor:
+    """Reorder rows from interleaved rotary pairs to Mixwright's half-split layout: the inverse of `interleave`."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
