@@ -101,7 +101,8 @@ class LocalDispatcher(nn.Module):
         return rows_RD
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: LocalPlan) -> Tensor:
-        return _Combine.apply(y_RD, routing.weights_TK.to(y_RD.dtype), plan)
+        y_TD: Tensor = _Combine.apply(y_RD, routing.weights_TK.to(y_RD.dtype), plan)
+        return y_TD
 
     def extra_repr(self) -> str:
         return "all experts on this device"
@@ -117,7 +118,7 @@ def _with_zero(rows: Tensor, plan: LocalPlan) -> Tensor:
 def _rows_of_assignments(rows_RD: Tensor, plan: LocalPlan) -> Tensor:
     """Return the row of each assignment, [T, K, D], and zeros for assignments that are not dispatched."""
     rows_RD = _with_zero(rows_RD, plan)
-    return rows_RD.index_select(0, plan.slots_TK.flatten()).unflatten(0, plan.slots_TK.shape)
+    return torch.unflatten(rows_RD.index_select(0, plan.slots_TK.flatten()), 0, plan.slots_TK.shape)
 
 
 class _Scatter(torch.autograd.Function):
@@ -127,7 +128,7 @@ class _Scatter(torch.autograd.Function):
         return _with_zero(x_TD, plan).index_select(0, plan.tokens_R)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         return _rows_of_assignments(grad_RD, ctx.plan).sum(dim=1), None
 
 
@@ -139,7 +140,7 @@ class _Combine(torch.autograd.Function):
         return torch.bmm(weights_TK.unsqueeze(1), _rows_of_assignments(y_RD, plan)).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, weights_TK = ctx.saved_tensors
         plan: LocalPlan = ctx.plan
         weight_R1 = _with_zero(weights_TK.flatten(), plan).index_select(0, plan.assignments_R).unsqueeze(1)

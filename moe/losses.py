@@ -65,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total, nats_T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
         (grad_TV,) = ctx.saved_tensors
         return grad_TV * grad.to(grad_TV.dtype), None
 

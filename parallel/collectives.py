@@ -56,7 +56,7 @@ class _StartExchange(torch.autograd.Function):
         return exchange.begin(rows_RD, exchange.send, exchange.receive)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         # `grad_RD` is what `_FinishExchange` sent. It only makes autograd call this function after that one.
         return ctx.exchange.wait(), None
 
@@ -70,7 +70,7 @@ class _FinishExchange(torch.autograd.Function):
         return rows_RD
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
         exchange.begin(grad_RD, exchange.receive, exchange.send)
         return grad_RD, None
@@ -147,7 +147,7 @@ class _WithGradient(torch.autograd.Function):
         return in_forward(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         return ctx.in_backward(grad, ctx.dim, ctx.group), None, None, None, None
 
 

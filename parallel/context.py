@@ -14,6 +14,8 @@ ranks would attend to more keys than earlier ones. Each rank then has two pieces
 and one from its end (`Layout.zigzag`), the whole row is gathered, and the work is even again.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -86,7 +88,7 @@ class _Fetch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, reach: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, k: Tensor, v: Tensor, reach: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         ctx.reach, ctx.group, ctx.length = reach, group, k.shape[2]
         send, receive = _splits(reach, ctx.length, group)
         first = ctx.length - max(send)  # no rank needs the positions before
@@ -95,7 +97,7 @@ class _Fetch(torch.autograd.Function):
         return torch.cat((earlier_k, k), dim=2), torch.cat((earlier_v, v), dim=2)
 
     @staticmethod
-    def backward(ctx, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, None, None]:
         send, receive = _splits(ctx.reach, ctx.length, ctx.group)
         earlier = sum(receive)
         fetched_grad = _by_position(grad_k[:, :, :earlier], grad_v[:, :, :earlier])

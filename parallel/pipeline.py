@@ -168,7 +168,7 @@ class _CarryLoss(torch.autograd.Function):
         return hidden_BsD.clone()  # the zero bubble schedule detaches it in place, which a view does not allow
 
     @staticmethod
-    def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, Tensor]:
         (loss,) = ctx.saved_tensors
         return grad_BsD, torch.ones_like(loss)
 

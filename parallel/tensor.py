@@ -72,7 +72,7 @@ def sharded_token_nats(logits_BSv: Tensor, labels_BS: Tensor, group: dist.Proces
 
 class _ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)
         logits = logits_BSv.to(wide)
         largest_BS = logits.amax(dim=-1)
@@ -92,6 +92,6 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         return nats_BS.sum(), nats_BS
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
         (grad_BSv,) = ctx.saved_tensors
         return grad_BSv * grad.to(grad_BSv.dtype), None, None

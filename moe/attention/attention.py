@@ -87,7 +87,7 @@ class Attention(nn.Module):
         assert context.rotary is not None
 
         def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            return torch.unflatten(projected, -1, (-1, self.head_dim)).transpose(1, 2)
 
         x_BSD = self.gather(x_BSD)
         q_BHSC = apply_rotary(heads(self.wq(x_BSD)), context.rotary)
@@ -97,4 +97,5 @@ class Attention(nn.Module):
             mixed_BHSC = self.core(q_BHSC, k_BGSC, v_BGSC, context)
         else:
             mixed_BHSC = cache.attend(q_BHSC, k_BGSC, v_BGSC)
-        return self.scatter(self.wo(mixed_BHSC.transpose(1, 2).flatten(2)))
+        y_BSD: Tensor = self.scatter(self.wo(mixed_BHSC.transpose(1, 2).flatten(2)))
+        return y_BSD

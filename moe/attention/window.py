@@ -159,9 +159,7 @@ class _PaddedRow:
 
 class _Windowed(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int) -> Tensor:
         ctx.save_for_backward(q, k, v, documents)
         ctx.window = window
         plan = _plan(q, k, window)
@@ -175,7 +173,7 @@ class _Windowed(torch.autograd.Function):
         return out[:, :, : plan.length]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, documents = ctx.saved_tensors
         plan = _plan(q, k, ctx.window)
         scale = plan.channels**-0.5

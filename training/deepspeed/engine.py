@@ -265,7 +265,7 @@ def _mark_experts(model: nn.Module, names: set[str], mesh: Mesh) -> str:
 def _build_marker(model: Transformer, group_name: str) -> nn.Module:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
-    class ExpertMarker(AutoEPMoELayer):  # type: ignore[misc]
+    class ExpertMarker(AutoEPMoELayer):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = model.config.num_experts
