@@ -316,6 +316,7 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
+        """The number of MoE layers."""
         return sum(map(self.is_moe_layer, range(self.num_layers)))
 
     @property

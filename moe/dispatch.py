@@ -98,13 +98,16 @@ class LocalDispatcher(nn.Module):
         return _Scatter.apply(x_TD, plan), counts_E, plan
 
     def wait_rows(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
+        """Return the rows [R, D] unchanged: nothing is exchanged, so there is nothing to wait for."""
         return rows_RD
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: LocalPlan) -> Tensor:
+        """Return the weighted sum of the outputs `y_RD` for each token, [T, D]."""
         y_TD: Tensor = _Combine.apply(y_RD, routing.weights_TK.to(y_RD.dtype), plan)
         return y_TD
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: where the experts are."""
         return "all experts on this device"
 
 

@@ -67,4 +67,5 @@ class FeedForward(nn.Module):
         return y
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the kind."""
         return self.kind

@@ -80,4 +80,5 @@ class Block(nn.Module):
         return x_BSD + self.ffn(normed_BSD), None
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: whether the block is recomputed as a whole."""
         return "recompute=full" if "forward" in vars(self) else ""

@@ -51,6 +51,7 @@ class Lookup(nn.Module):
         self.dtype = dtype
 
     def forward(self, tokens_BS: Tensor, embedding_VD: Tensor) -> Tensor:
+        """Return the rows of `embedding_VD` for the token ids, [B, S, D] in the compute dtype."""
         return F.embedding(tokens_BS, embedding_VD).to(self.dtype)
 
 

@@ -52,7 +52,7 @@ class _StoredSorts(TorchDispatchMode):
     """
 
     def __init__(self, results: deque[Any], recomputing: bool) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.results = results
         self.recomputing = recomputing
 

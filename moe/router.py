@@ -96,9 +96,11 @@ class LocalRows(nn.Module):
     pieces = 1
 
     def gather(self, x_BS: Tensor) -> Tensor:
+        """Return `x_BS` [B, S, ...] unchanged."""
         return x_BS
 
     def slice_local(self, x_BS: Tensor) -> Tensor:
+        """Return `x_BS` [B, S, ...] unchanged."""
         return x_BS
 
 
@@ -144,6 +146,7 @@ class Router(nn.Module):
 
     @property
     def num_experts(self) -> int:
+        """E, the number of experts of the layer, on all ranks together."""
         return self.weight.shape[0]
 
     @property
@@ -312,6 +315,7 @@ class Router(nn.Module):
         return taken_BSK * within_capacity(experts, taken, before, capacity).view_as(taken_BSK)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the widths, and the keys of the configuration that decide the routing."""
         config, (experts, dim) = self.config, self.weight.shape
         capacity = "dropless" if config.capacity_factor is None else f"capacity_factor={config.capacity_factor}"
         groups = "" if config.num_groups is None else f", best {config.topk_groups} of {config.num_groups} groups"

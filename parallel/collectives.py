@@ -174,9 +174,11 @@ class GatherSequence(nn.Module):
         self.group = group
 
     def forward(self, part_BSD: Tensor) -> Tensor:
+        """Join this rank's [B, s, ...] with those of the other ranks, in rank order: [B, S, ...]."""
         return gather_dim(part_BSD, 1, self.group)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the number of ranks."""
         return f"over {self.group.size()} ranks"
 
 
@@ -185,6 +187,7 @@ class ScatterSequence(GatherSequence):
     The gradient is all-gathered."""
 
     def forward(self, whole_BSD: Tensor) -> Tensor:
+        """Return this rank's part [B, s, ...] of the sum of `whole_BSD` [B, S, ...] over the ranks."""
         return scatter_dim(whole_BSD, 1, self.group)
 
 
@@ -192,6 +195,7 @@ class SliceSequence(GatherSequence):
     """Selects this rank's part of a mask or of noise keys: [B, S] -> [B, s]. None stays None."""
 
     def forward(self, whole_BS: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        """Return this rank's part [B, s] of `whole_BS` [B, S], or None."""
         return None if whole_BS is None else whole_BS.chunk(self.group.size(), dim=1)[self.group.rank()]
 
 

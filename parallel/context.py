@@ -57,6 +57,7 @@ class ContextCore(nn.Module):
         return left if self.core.window is None else min(self.core.window - 1, left)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the window, the halo and this rank."""
         window = self.core.window
         halo = "all positions" if window is None else f"the last {window - 1} positions"
         return f"{self.core.extra_repr()}, halo of {halo} before, rank {self.group.rank()} of {self.group.size()}"
@@ -171,6 +172,7 @@ class ZigzagCore(nn.Module):
         return context.share(("zigzag", end), lambda: TokenContext(documents_BS=row[:, :end]))
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the window, the pieces and this rank."""
         return f"{self.core.extra_repr()}, two pieces of {2 * self.group.size()}, rank {self.group.rank()}"
 
 
@@ -206,6 +208,7 @@ class GatheredRows(nn.Module):
         return torch.cat([pieces[piece] for piece in self.local_pieces], dim=1)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the number of ranks."""
         return f"all-gather over {self.group.size()} ranks"
 
 

@@ -102,12 +102,14 @@ class AllToAllDispatcher(nn.Module):
         return rows_RD, received_Qe.sum(dim=0), plan
 
     def wait_rows(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
+        """Wait for the rows [R, D] and return them in the order (expert, source)."""
         rows_RD = finish_exchange(rows_RD, plan.exchange)
         if self.tensor.size() > 1:
             rows_RD = all_gather_rows(rows_RD, plan.tensor_rows, self.tensor)
         return _Permute.apply(rows_RD, plan.by_expert_R, plan.by_source_R)
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: AllToAllPlan) -> Tensor:
+        """Send the outputs `y_RD` back to the ranks of their tokens. Return the weighted sum for each token, [T, D]."""
         by_source_RD = _Permute.apply(y_RD, plan.by_source_R, plan.by_expert_R)
         if self.tensor.size() > 1:
             by_source_RD = reduce_scatter_rows(by_source_RD, plan.tensor_rows, self.tensor)
@@ -115,6 +117,7 @@ class AllToAllDispatcher(nn.Module):
         return self.local.combine(returned_RD, routing, plan.local)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the number of ranks."""
         divided = f", hidden width over {self.tensor.size()}" if self.tensor.size() > 1 else ""
         return f"all-to-all over {self.group.size()} ranks{divided}"
 

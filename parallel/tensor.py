@@ -34,6 +34,12 @@ class ShardedLookup(nn.Module):
         self.scatter = ScatterSequence(group)
 
     def forward(self, tokens_BS: Tensor, embedding_vD: Tensor) -> Tensor:
+        """Return this rank's part of the embedded sequence, [B, s, D].
+
+        Args:
+            tokens_BS: token ids of the whole vocabulary.
+            embedding_vD: this rank's rows of the embedding.
+        """
         local_BS = tokens_BS - self.group.rank() * embedding_vD.shape[0]
         on_other_ranks_BS1 = ((local_BS < 0) | (local_BS >= embedding_vD.shape[0])).unsqueeze(-1)
         x_BSD = self.inner(local_BS.masked_fill(on_other_ranks_BS1.squeeze(-1), 0), embedding_vD)

@@ -35,7 +35,9 @@ class ChatTokenizer(Protocol):
     eos_id: int
     """Token id of `</s>`."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without `<s>` and `</s>`."""
+        ...
 
 
 def conversation_segments(messages: Any) -> list[Segment]:

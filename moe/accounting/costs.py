@@ -35,6 +35,7 @@ class Parts:
 
     @property
     def total(self) -> int:
+        """The number of all parameters."""
         return sum(vars(self).values())
 
 

@@ -52,6 +52,7 @@ class AttentionCore(nn.Module):
         return masked_attention(q_BHSC, k_BGXC, v_BGXC, same_BSX.tril(earlier).unsqueeze(1))
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the window, or `full` without one."""
         return "full" if self.window is None else f"window={self.window}"
 
 

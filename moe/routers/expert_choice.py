@@ -26,6 +26,7 @@ class ExpertChoiceRouter(Router):
 
     @property
     def tokens_choose(self) -> bool:
+        """Whether each token takes exactly `top_k` experts. It does so only while text is generated."""
         return self.generating
 
     def choose_experts(self, logits_BSE: Tensor, scores_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
