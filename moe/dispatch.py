@@ -39,11 +39,9 @@ class Dispatcher(Protocol):
             The rows [R, D] for the experts on this rank, the number of rows of each expert [e], and a plan for the
             other methods. The exchange may not have finished: call `wait_rows` before reading the rows.
         """
-        ...
 
     def wait_rows(self, rows_RD: Tensor, plan: Any) -> Tensor:
         """Wait for the rows that `dispatch` returned. Return them grouped by expert."""
-        ...
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: Any) -> Tensor:
         """Return the weighted sum of the experts' outputs for each token, [T, D].
@@ -51,7 +49,6 @@ class Dispatcher(Protocol):
         Args:
             y_RD: the experts' outputs, in the order of `wait_rows`.
         """
-        ...
 
 
 class LocalDispatcher(nn.Module):

@@ -83,11 +83,9 @@ class Rows(Protocol):
 
     def gather(self, x_BS: Tensor) -> Tensor:
         """Join the parts [B, S, ...] of all ranks along dim 1, in the order of the sequence."""
-        ...
 
     def slice_local(self, x_BS: Tensor) -> Tensor:
         """This rank's part of whole sequences; the inverse of `gather`."""
-        ...
 
 
 class LocalRows(nn.Module):
@@ -315,7 +313,7 @@ class Router(nn.Module):
         return taken_BSK * within_capacity(experts, taken, before, capacity).view_as(taken_BSK)
 
     def extra_repr(self) -> str:
-        """Return what `repr` shows in the parentheses: the widths, and the keys of the configuration that decide the routing."""
+        """Return what `repr` shows in the parentheses: the widths, and the configuration of the routing."""
         config, (experts, dim) = self.config, self.weight.shape
         capacity = "dropless" if config.capacity_factor is None else f"capacity_factor={config.capacity_factor}"
         groups = "" if config.num_groups is None else f", best {config.topk_groups} of {config.num_groups} groups"

@@ -74,9 +74,7 @@ def build_whole_model(
     config: ModelConfig, router: RouterConfig, device: torch.device, dtype: torch.dtype
 ) -> Transformer:
     """The whole model on one device, with weights in the compute dtype that the caller fills. Not for training."""
-    model = _build_on_meta(config, router, dtype, inference_weights=True)
-    model.to_empty(device=device)
-    return model
+    return _build_on_meta(config, router, dtype, inference_weights=True).to_empty(device=device)
 
 
 def _build_on_meta(

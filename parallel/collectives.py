@@ -94,8 +94,7 @@ def finish_exchange(rows_RD: Tensor, exchange: RowExchange) -> Tensor:
     Args:
         rows_RD, exchange: the results of `start_exchange`.
     """
-    rows: Tensor = _FinishExchange.apply(rows_RD, exchange)
-    return rows
+    return _FinishExchange.apply(rows_RD, exchange)
 
 
 def all_to_all_rows(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -153,14 +152,12 @@ class _WithGradient(torch.autograd.Function):
 
 def gather_dim(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """`all_gather_dim` with a gradient, which is reduce-scattered."""
-    whole: Tensor = _WithGradient.apply(part, all_gather_dim, reduce_scatter_dim, dim, group)
-    return whole
+    return _WithGradient.apply(part, all_gather_dim, reduce_scatter_dim, dim, group)
 
 
 def scatter_dim(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     """`reduce_scatter_dim` with a gradient, which is all-gathered."""
-    part: Tensor = _WithGradient.apply(whole, reduce_scatter_dim, all_gather_dim, dim, group)
-    return part
+    return _WithGradient.apply(whole, reduce_scatter_dim, all_gather_dim, dim, group)
 
 
 class GatherSequence(nn.Module):

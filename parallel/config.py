@@ -1,5 +1,6 @@
 """The sizes of the parallel axes as the user configures them, mirrored by `conf/parallel`."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -85,9 +86,7 @@ class ParallelConfig:
         """
         sizes = {axis: getattr(self, axis) for axis in AXES if axis != "replicate"}
         assert "auto" not in sizes.values(), sizes
-        claimed = 1
-        for size in sizes.values():
-            claimed *= size
+        claimed = math.prod(sizes.values())
         rest = world_size // claimed if self.replicate == "auto" else self.replicate
         if rest * claimed != world_size or rest < 1:
             raise self._wrong_product(world_size)
@@ -133,15 +132,14 @@ class ParallelConfig:
 
     def _wrong_product(self, world_size: int) -> ValueError:
         """Return the error that names an axis the user set, and the nearest sizes that fit the world size."""
-        given = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) not in ("auto", 1)}
-        given = given or {"replicate": self.replicate}
+        given = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) not in ("auto", 1)} or {
+            "replicate": self.replicate
+        }
         shown = " x ".join(f"{axis}={size}" for axis, size in given.items())
         exact = self.replicate != "auto"
         fits = []
         for axis, size in given.items():
-            others = 1
-            for other, other_size in given.items():
-                others *= other_size if other != axis else 1
+            others = math.prod(given[other] for other in given if other != axis)
             valid = [
                 n
                 for n in range(1, world_size + 1)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.dispatch import LocalDispatcher, LocalPlan
-from moe.experts import Experts
 from moe.layer import MoELayer
 from moe.model import Transformer
 from moe.router import Routing
@@ -37,10 +36,6 @@ class AllToAllPlan(NamedTuple):
 
     local: LocalPlan
     exchange: RowExchange
-    send: list[int]
-    """Number of rows sent to each rank of the expert group."""
-    receive: list[int]
-    """Number of rows received from each rank of the expert group."""
     tensor_rows: list[int]
     """Number of rows that each rank of the `expert_tensor` group has received."""
     by_expert_R: Tensor
@@ -98,7 +93,7 @@ class AllToAllDispatcher(nn.Module):
         by_source_R = torch.empty_like(by_expert_R)
         by_source_R[by_expert_R] = torch.arange(rows, device=x_TD.device)
         rows_RD, exchange = start_exchange(rows_RD, send, receive, self.group)
-        plan = AllToAllPlan(local, exchange, send, receive, tensor_rows, by_expert_R, by_source_R)
+        plan = AllToAllPlan(local, exchange, tensor_rows, by_expert_R, by_source_R)
         return rows_RD, received_Qe.sum(dim=0), plan
 
     def wait_rows(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
@@ -113,7 +108,7 @@ class AllToAllDispatcher(nn.Module):
         by_source_RD = _Permute.apply(y_RD, plan.by_source_R, plan.by_expert_R)
         if self.tensor.size() > 1:
             by_source_RD = reduce_scatter_rows(by_source_RD, plan.tensor_rows, self.tensor)
-        returned_RD = all_to_all_rows(by_source_RD, plan.receive, plan.send, self.group)
+        returned_RD = all_to_all_rows(by_source_RD, plan.exchange.receive, plan.exchange.send, self.group)
         return self.local.combine(returned_RD, routing, plan.local)
 
     def extra_repr(self) -> str:
@@ -145,7 +140,7 @@ def shard_experts(model: Transformer, mesh: Mesh) -> None:
         if not isinstance(layer, MoELayer):
             continue
         layer.dispatcher = AllToAllDispatcher(mesh.expert, mesh.expert_tensor)
-        experts: Experts = layer.experts
+        experts = layer.experts
         experts.first_expert = mesh.expert.rank() * (experts.num_local // mesh.expert.size())
         for name, parameter in list(experts.named_parameters()):
             setattr(experts, name, nn.Parameter(local_slice(f"{prefix}.experts.{name}", parameter, mesh)))

@@ -13,8 +13,6 @@ class Objective(Protocol):
 
     def compute_prediction_loss(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
         """The part of the loss that depends on the logits of the micro-batch, a scalar."""
-        ...
 
     def compute_routing_loss(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
         """The part of the loss that depends on the router statistics of these MoE layers, a scalar."""
-        ...

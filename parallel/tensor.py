@@ -43,8 +43,7 @@ class ShardedLookup(nn.Module):
         local_BS = tokens_BS - self.group.rank() * embedding_vD.shape[0]
         on_other_ranks_BS1 = ((local_BS < 0) | (local_BS >= embedding_vD.shape[0])).unsqueeze(-1)
         x_BSD = self.inner(local_BS.masked_fill(on_other_ranks_BS1.squeeze(-1), 0), embedding_vD)
-        part: Tensor = self.scatter(x_BSD.masked_fill(on_other_ranks_BS1, 0))
-        return part
+        return self.scatter(x_BSD.masked_fill(on_other_ranks_BS1, 0))
 
 
 def shard_tensors(model: Transformer, mesh: Mesh) -> None:

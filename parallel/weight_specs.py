@@ -132,8 +132,7 @@ class WeightSpec:
 
 def ranks_per_shard_group(layout: Layout) -> dict[Kind, int]:
     """Return the number of ranks over which FSDP shards a parameter of each kind."""
-    shard = layout.shard
-    return {"router": 1, "replicated": shard, "tensor": shard, "experts": layout.expert_shard}
+    return {"router": 1, "replicated": layout.shard, "tensor": layout.shard, "experts": layout.expert_shard}
 
 
 def named_weights(model: ModelConfig, router: RouterConfig) -> dict[str, WeightSpec]:

@@ -209,8 +209,7 @@ def _key(rank: int) -> str:
 
 def _get(store: dist.Store, key: str, timeout_s: float) -> bytes:
     store.wait([key], timedelta(seconds=timeout_s))
-    value: bytes = store.get(key)
-    return value
+    return store.get(key)
 
 
 def _count_up_to(store: dist.Store, key: str, target: int, timeout_s: float) -> bool:
