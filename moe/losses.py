@@ -17,14 +17,12 @@ from moe.router import ROUTERS, RouterStats
 
 IGNORE = -100
 """Label of positions that are not predicted."""
-
-
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 """Logits that are processed at once: on CPUs they fit into a core's cache; on GPUs this bounds the fp32 copies."""
 
 
 class TokenNats(NamedTuple):
-    """The cross-entropy of the tokens at hand, in nats, in at least fp32."""
+    """The cross-entropy of the tokens of this rank, in nats, in at least fp32."""
 
     nats_BS: Tensor
     """-log softmax(logits)[label]; 0 where there is no label. No gradient."""
@@ -33,7 +31,7 @@ class TokenNats(NamedTuple):
 
 
 def token_nats(logits_BSV: Tensor, labels_BS: Tensor) -> TokenNats:
-    """The cross-entropy -log softmax(logits)[label] of every position, for logits of the whole vocabulary."""
+    """Return the cross-entropy -log softmax(logits)[label] of every position, for logits of the whole vocabulary."""
     total, nats_T = _CrossEntropy.apply(logits_BSV.flatten(0, 1), labels_BS.flatten())
     return TokenNats(nats_T.view_as(labels_BS), total)
 
@@ -103,7 +101,7 @@ class Reductions(NamedTuple):
 def auxiliary_losses(
     stats: RouterStats, config: RouterConfig, reductions: Reductions | None = None, layers: int | None = None
 ) -> Auxiliary:
-    """Balance loss, z-loss and the router kind's own term, from the statistics of all MoE layers.
+    """Return the balance loss, the z-loss and the router kind's own term, from the statistics of all MoE layers.
 
     Args:
         stats: stacked over layers.

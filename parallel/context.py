@@ -40,7 +40,10 @@ class ContextCore(nn.Module):
         self.group = group
 
     def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, context: TokenContext) -> Tensor:
-        """The mixed values [B, H, S, C]. Document numbers must mean the same on all ranks, or be None on all ranks."""
+        """Return the mixed values [B, H, S, C].
+
+        A document must have the same number on all ranks, or `documents_BS` must be None on all ranks.
+        """
         reach = self._reach(k_BGSC.shape[2])
         if reach == 0:
             return self.core(q_BHSC, k_BGSC, v_BGSC, context)
@@ -52,7 +55,7 @@ class ContextCore(nn.Module):
         return self.core(q_BHSC, k_BGXC, v_BGXC, with_halo)
 
     def _reach(self, length: int) -> int:
-        """How many positions before this rank's part a query can attend to; the same on all ranks."""
+        """Return how many positions before this rank's part a query can attend to. It is the same on all ranks."""
         left = (self.group.size() - 1) * length
         return left if self.core.window is None else min(self.core.window - 1, left)
 
@@ -64,21 +67,24 @@ class ContextCore(nn.Module):
 
 
 def rows_to_each(reach: int, length: int, source: int, ranks: int) -> list[int]:
-    """How many of its last positions rank `source`, which has `length`, sends to each rank, so that queries can attend
-    `reach` positions back."""
+    """Return how many of its last positions rank `source` sends to each rank, so that queries can attend `reach`
+    positions back. Every rank has `length` positions."""
     return [min(max(reach - (rank - source - 1) * length, 0), length) if rank > source else 0 for rank in range(ranks)]
 
 
 def _splits(reach: int, length: int, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
-    """Numbers of positions to send to, and to receive from, each rank of the group."""
+    """Return the numbers of positions to send to, and to receive from, each rank of the group."""
     ranks, rank = group.size(), group.rank()
     receive = [rows_to_each(reach, length, source, ranks)[rank] for source in range(ranks)]
     return rows_to_each(reach, length, rank, ranks), receive
 
 
 def _send_last(last: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send each rank the last `send[rank]` of the positions `last` [.., ...]; returns the A received positions
-    [A, ...], in the order of the sequence."""
+    """Send each rank the last `send[rank]` positions of `last` [n, ...].
+
+    Returns:
+        The A received positions [A, ...], in the order of the sequence.
+    """
     return all_to_all_rows(torch.cat([last[len(last) - rows :] for rows in send]), send, receive, group)
 
 
@@ -116,12 +122,12 @@ class _Fetch(torch.autograd.Function):
 
 
 def _by_position(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values [B, G, n, C] side by side, positions first: [n, B, G, 2·C]."""
+    """Concatenate keys and values [B, G, n, C] along C, and move the positions first: [n, B, G, 2·C]."""
     return torch.cat((k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)), dim=-1)
 
 
 def _fetch_documents(documents_BS: Tensor | None, reach: int, group: dist.ProcessGroup) -> Tensor | None:
-    """The documents [B, X] of the fetched positions and this rank's."""
+    """Return the documents [B, X] of the fetched positions and of this rank's, or None."""
     if documents_BS is None:
         return None
     send, receive = _splits(reach, documents_BS.shape[1], group)
@@ -130,7 +136,7 @@ def _fetch_documents(documents_BS: Tensor | None, reach: int, group: dist.Proces
 
 
 def piece_order(layout: Layout) -> list[list[int]]:
-    """For each rank that shares a row, in the order of `mesh.sequence`, the indices of its pieces in the sequence."""
+    """Return, for each rank of `mesh.sequence` in order, the indices of its pieces in the sequence."""
     if not layout.zigzag:
         return [[rank] for rank in range(layout.sequence)]
     by_context = [layout.pieces_of(rank) for rank in range(layout.context)]
@@ -153,7 +159,7 @@ class ZigzagCore(nn.Module):
         self.group = group
 
     def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, context: TokenContext) -> Tensor:
-        """The mixed values [B, H, S, C]."""
+        """Return the mixed values [B, H, S, C]."""
         layout, positions = Layout(context=self.group.size(), zigzag=True), k_BGSC.shape[2] // 2
         order = _inverse([piece for pieces in piece_order(layout) for piece in pieces])
         k, v = (_in_order(gather_dim(x, 2, self.group), 2, order) for x in (k_BGSC, v_BGSC))
@@ -164,7 +170,7 @@ class ZigzagCore(nn.Module):
         return torch.cat(mixed, dim=2)
 
     def _context(self, context: TokenContext, order: list[int], end: int) -> TokenContext:
-        """The context of the first `end` positions of the row; layers share it."""
+        """Return the context of the first `end` positions of the row. Layers share it."""
         if context.documents_BS is None:
             return context.share(("zigzag", end), TokenContext)
         documents_BS = context.documents_BS
@@ -181,7 +187,7 @@ def _inverse(order: list[int]) -> list[int]:
 
 
 def _in_order(x: Tensor, dim: int, order: list[int]) -> Tensor:
-    """The equal pieces of `x` along `dim`, rearranged."""
+    """Divide `x` along `dim` into equal pieces, and concatenate them in the order `order`."""
     pieces = x.chunk(len(order), dim)
     return torch.cat([pieces[index] for index in order], dim)
 
@@ -190,7 +196,10 @@ class GatheredRows(nn.Module):
     """Whole sequences, all-gathered over the group, for routers that decide over them (`moe.router.Rows`)."""
 
     def __init__(self, group: dist.ProcessGroup, order: list[list[int]]) -> None:
-        """`order`: `piece_order`."""
+        """
+        Args:
+            order: the result of `piece_order`.
+        """
         super().__init__()
         self.group = group
         self.local_pieces = order[group.rank()]
