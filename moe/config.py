@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from common.checks import expect
 from common.registry import Registry
+from common.text import show_value
 
 
 class FeedForwardSpec(NamedTuple):
@@ -81,8 +82,8 @@ class RouterConfig:
     """The combination of the auxiliary losses of all layers. `hf_pooled`: the balance loss of Hugging Face's Mixtral,
     and the mean of the z-losses; for comparisons with that model only."""
     bias_update_rate: float = 0.0
-    """Loss-free balancing (arXiv 2408.15664): the step of the selection bias after each optimizer step. Only `sigmoid_topk`
-    has this bias."""
+    """Loss-free balancing (arXiv 2408.15664): the step of the selection bias after each optimizer step. Only
+    `sigmoid_topk` has this bias."""
 
     def __post_init__(self) -> None:
         ROUTER_CONFIGS.check(self.kind)
@@ -271,13 +272,13 @@ class ModelConfig:
         expect(
             bool(windows) and all(window is None or window >= 1 for window in windows),
             "sliding_window",
-            self._shown_window(),
+            show_value(self.sliding_window),
             "an integer >= 1, null, or a list of these",
         )
         expect(
             self.num_layers % max(1, len(windows)) == 0,
             "sliding_window",
-            self._shown_window(),
+            show_value(self.sliding_window),
             f"a list whose length divides num_layers={self.num_layers}",
         )
         self._check_experts()
@@ -313,12 +314,6 @@ class ModelConfig:
         for field in ("dim", "expert_width") if self.expert_kernel == "grouped" else ():
             width, key = getattr(self, field), field.replace("expert_width", "expert_hidden_dim")
             expect(width % 8 == 0, key, width, "a multiple of 8 with expert_kernel=grouped")
-
-    def _shown_window(self) -> str:
-        window = self.sliding_window
-        if isinstance(window, tuple):
-            return f"[{','.join('null' if w is None else str(w) for w in window)}]"
-        return "null" if window is None else str(window)
 
     @property
     def is_moe(self) -> bool:

@@ -296,8 +296,7 @@ class Router(nn.Module):
 
         If this rank stores only parts of sequences, the bound would be far above the actual numbers.
         """
-        whole = isinstance(self.rows, LocalRows)
-        if not whole or (self.capacity_factor is None and self.tokens_choose):
+        if not isinstance(self.rows, LocalRows) or (self.capacity_factor is None and self.tokens_choose):
             return None
         return batch * expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, self.num_experts)
 

@@ -1,5 +1,6 @@
-"""Windowed and packed attention on GPUs: torch's flex_attention, compiled to a fused kernel that skips masked blocks
-(arXiv 2412.05496). On CPUs, torch has no backward pass for it, and `moe.attention.window` is used instead.
+"""Windowed and packed attention on GPUs: torch's flex_attention, compiled to a fused kernel that skips masked blocks.
+
+(FlexAttention, arXiv 2412.05496. On CPUs torch has no backward pass for it; `window` and `masked` are used instead.)
 
 Shapes: B batch, S queries, X >= S key positions (the queries are at the last S of them), H query heads, G key/value
 heads, C head dim.
