@@ -19,7 +19,7 @@ class FeedForwardSpec(NamedTuple):
     """The shapes of one kind of feed-forward network. `moe.feedforward` has the activation functions."""
 
     gated: bool
-    """True: three matrices, `act(gate) * up` (arXiv 2002.05202), False: two, `act(up)`."""
+    """True: three matrices, `act(gate) * up` (arXiv 2002.05202). False: two, `act(up)`."""
     label: str
     """The kind's name in tables."""
 
