@@ -147,8 +147,8 @@ def auxiliary_losses(
 def _router_term(
     stats: RouterStats, config: RouterConfig, reductions: Reductions, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """This rank's contribution to N times the router kind's own term, per layer [L], and the kind's sums over all ranks
-    [L, X]."""
+    """Return this rank's contribution to N times the router kind's own term, per layer [L], and its sums over all
+    ranks [L, X]."""
     local_LX = stats.extra_BX.sum(dim=1).double()
     if not local_LX.shape[1]:
         return local_LX.sum(dim=1), local_LX.detach()
@@ -162,12 +162,12 @@ def _router_term(
 
 
 def _pooled(counts_LE: Tensor, stats: RouterStats, num_experts: int) -> Tensor:
-    """N times the balance loss of Hugging Face's Mixtral: f and P over the tokens of all layers together, times k."""
+    """Return N times the balance loss of Hugging Face's Mixtral: f and P over the tokens of all layers, times k."""
     top_k = stats.experts_BSK.shape[-1]
     mean_prob_sum_E = stats.prob_sum_BE.sum(dim=1).mean(dim=0)
     return top_k * num_experts * (shares(counts_LE.sum(dim=0)) * mean_prob_sum_E).sum()
 
 
 def shares(counts: Tensor) -> Tensor:
-    """f_e = n_e / Σ n over the last dimension, fp64; zeros where there is no assignment at all."""
+    """Return f_e = n_e / Σ n over the last dimension, fp64; zeros if there is no assignment."""
     return counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)

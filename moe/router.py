@@ -257,8 +257,9 @@ class Router(nn.Module):
         return weights_BSK
 
     def compute_extra(self, decision: Decision) -> Tensor:
-        """Sums over the tokens of each sequence that this kind of router adds to the statistics, [B, X], with
-        X = `RouterConfig.num_extra`.
+        """Return the sums over the tokens of each sequence that this kind of router adds to the statistics, [B, X].
+
+        X is `RouterConfig.num_extra`.
 
         The columns feed `auxiliary_loss`; the last ones, named by `TELEMETRY`, are logged. Exclude padding. The default
         has no columns.
@@ -267,7 +268,7 @@ class Router(nn.Module):
 
     @classmethod
     def auxiliary_loss(cls, config: RouterConfig, extra_LX: Tensor, tokens: Tensor) -> Tensor:
-        """This kind's own term of the loss, per layer [L], coefficients included.
+        """Return this kind's own term of the loss, per layer [L], including its coefficients.
 
         Args:
             extra_LX: the columns of `compute_extra`, summed over the global micro-batch, fp64. They carry the gradient.
@@ -345,7 +346,7 @@ def update_routers(model: nn.Module, counts_LE: Tensor) -> None:
 
 
 def positive(total: Tensor) -> Tensor:
-    """`total`, a sum of scores, with 0 replaced by the smallest normal number.
+    """Return `total`, a sum of scores, with 0 replaced by the smallest normal number.
 
     A sum of sigmoids can underflow to 0, but a quotient by it must stay finite.
     """
@@ -359,7 +360,7 @@ RouterClass = TypeVar("RouterClass", bound=type[Router])
 
 
 def register_router(kind: str, config: type[RouterConfig] = RouterConfig) -> Callable[[RouterClass], RouterClass]:
-    """A class decorator that registers a router under the name that `router.kind` takes.
+    """Return a class decorator that registers a router under the name that `router.kind` takes.
 
     Args:
         config: the kind's configuration dataclass, which mirrors the section `router`.

@@ -151,12 +151,12 @@ class _WithGradient(torch.autograd.Function):
 
 
 def gather_dim(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """`all_gather_dim` with a gradient, which is reduce-scattered."""
+    """Compute `all_gather_dim` with a gradient, which is reduce-scattered."""
     return _WithGradient.apply(part, all_gather_dim, reduce_scatter_dim, dim, group)
 
 
 def scatter_dim(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """`reduce_scatter_dim` with a gradient, which is all-gathered."""
+    """Compute `reduce_scatter_dim` with a gradient, which is all-gathered."""
     return _WithGradient.apply(whole, reduce_scatter_dim, all_gather_dim, dim, group)
 
 

@@ -103,7 +103,7 @@ class ParallelConfig:
         return replace(layout, expert=expert, expert_tensor=self.expert_tensor, zigzag=zigzag)
 
     def _uses_zigzag(self, model: ModelConfig, layout: Layout, seq_len: int) -> bool:
-        """Whether two pieces per context rank are useful (full attention in every layer) and possible."""
+        """Return whether two pieces per context rank are useful (full attention in every layer) and possible."""
         windowless = all(model.window(layer) is None for layer in range(model.num_layers))
         # Tensor-parallel ranks divide a context rank's pieces further. Each must get a part of one piece only.
         divisible = layout.tensor == 1 or layout.tensor % 2 == 0

@@ -89,7 +89,7 @@ def _send_last(last: Tensor, send: list[int], receive: list[int], group: dist.Pr
 
 
 class _Fetch(torch.autograd.Function):
-    """[B, G, S, C] -> [B, G, X, C], for keys and values in one exchange.
+    """Extends keys and values [B, G, S, C] to [B, G, X, C] in one exchange.
 
     A position can be sent to several ranks. Their gradients are added in the order of the ranks, in at least fp32.
     """
@@ -207,12 +207,12 @@ class GatheredRows(nn.Module):
         self.order = _inverse([piece for pieces in order for piece in pieces])
 
     def gather(self, x_BS: Tensor) -> Tensor:
-        """[B, S, ...] of every rank, all of one length -> [B, P·S, ...]. No gradient."""
+        """Join the parts [B, S, ...] of all ranks, which have the same shape, to [B, P·S, ...]. No gradient."""
         assert not x_BS.requires_grad
         return _in_order(all_gather_dim(x_BS, 1, self.group), 1, self.order)
 
     def slice_local(self, x_BS: Tensor) -> Tensor:
-        """[B, P·S, ...] -> this rank's part [B, S, ...]."""
+        """Return this rank's part [B, S, ...] of [B, P·S, ...]."""
         pieces = x_BS.chunk(len(self.order), dim=1)
         return torch.cat([pieces[piece] for piece in self.local_pieces], dim=1)
 

@@ -76,7 +76,7 @@ def free_gathered_weights(model: nn.Module) -> None:
 
 
 def _set_prefetch(blocks: list[Block]) -> None:
-    """While a block computes, all-gather the weights of the next block and of its experts."""
+    """Make each block all-gather the weights of the next block and of its experts while it computes."""
 
     def units(block: Block) -> list[FSDPModule]:
         modules = [block, block.ffn.experts] if isinstance(block.ffn, MoELayer) else [block]

@@ -63,7 +63,7 @@ def shard_tensors(model: Transformer, mesh: Mesh) -> None:
 
 
 def sharded_token_nats(logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> TokenNats:
-    """`moe.losses.token_nats` for logits that are sharded over the vocabulary. Collective over `group`.
+    """Compute `moe.losses.token_nats` for logits that are sharded over the vocabulary. Collective over `group`.
 
     Args:
         logits_BSv: this rank's shard of the logits.

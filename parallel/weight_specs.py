@@ -189,7 +189,7 @@ def block_weights(model: ModelConfig, router: RouterConfig, is_moe: bool) -> tup
 def _block_weights(
     model: ModelConfig, router_shapes: tuple[tuple[str, tuple[int, ...]], ...] | None
 ) -> tuple[tuple[str, WeightSpec], ...]:
-    """`block_weights`, with the shapes of the router's parameters; None for a dense block."""
+    """Compute `block_weights` from the shapes of the router's parameters; None for a dense block."""
     dim, heads = model.dim, model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}

@@ -142,7 +142,7 @@ def launch_workers(
 
 
 def _run_worker(entry: Callable[..., Any], args: tuple[Any, ...], launcher_pid: int, reports: str) -> Any:
-    """The main function of a worker process. If `entry` fails, write the reason to a file that the launcher reads."""
+    """Run a worker process. If `entry` fails, write the reason to a file that the launcher reads."""
     die_with_parent(launcher_pid)
     world = world_from_env()
     report = Path(reports) / f"{world.restart_count}-{world.rank}.json"

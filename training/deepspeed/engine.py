@@ -85,7 +85,7 @@ class DeepSpeedEngine:
         return [(self.model, self.model(inputs))]
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` to those that DeepSpeed reduces in `step`."""
+        """Run the backward pass of `loss` through DeepSpeed, which adds the gradients."""
         # The model is called directly, so the preparations of DeepSpeed's `forward` are made here. Without them, stage
         # 3 keeps the gradients of the last micro-batch only.
         self.zero.clear_backward_seen_flag()
