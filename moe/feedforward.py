@@ -15,8 +15,10 @@ Activation = Callable[[Tensor], Tensor]
 
 ACTIVATIONS: Registry[Activation] = Registry("model.ffn")
 """The activation function of every kind of feed-forward network (`moe.config.FEED_FORWARDS`)."""
-for _kind, _activation in {"swiglu": F.silu, "geglu": F.gelu, "relu": torch.relu, "gelu": F.gelu}.items():
-    ACTIVATIONS.add(_kind, _activation)
+ACTIVATIONS.add("swiglu", F.silu)
+ACTIVATIONS.add("geglu", F.gelu)
+ACTIVATIONS.add("relu", torch.relu)
+ACTIVATIONS.add("gelu", F.gelu)
 
 
 def register_feed_forward(kind: str, activation: Activation, *, gated: bool, label: str) -> None:
