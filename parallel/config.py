@@ -132,9 +132,8 @@ class ParallelConfig:
 
     def _wrong_product(self, world_size: int) -> ValueError:
         """Return the error that names an axis the user set, and the nearest sizes that fit the world size."""
-        given = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) not in ("auto", 1)} or {
-            "replicate": self.replicate
-        }
+        given = {axis: getattr(self, axis) for axis in AXES if getattr(self, axis) not in ("auto", 1)}
+        given = given or {"replicate": self.replicate}
         shown = " x ".join(f"{axis}={size}" for axis, size in given.items())
         exact = self.replicate != "auto"
         fits = []
