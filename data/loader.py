@@ -63,9 +63,9 @@ class Loader:
                 f"{world_size} data-parallel ranks"
             )
         if split.num_rows(seq_len) < 1:
-            most = max(split.num_tokens - 1, 0)
             raise DataError(
-                f"train.seq_len={seq_len}: expected at most {most}, the {split.name} tokens that have a next token"
+                f"train.seq_len={seq_len}: expected at most {max(split.num_tokens - 1, 0)}, the {split.name} tokens "
+                "that have a next token"
             )
         if seed < 0:
             raise DataError(f"run.seed={seed}: expected an integer >= 0")

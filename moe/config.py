@@ -1,7 +1,9 @@
-"""A model's configuration: frozen dataclasses that validate themselves, mirrored by `conf/model` and `conf/router`.
+"""The configuration sections `model` and `router`: frozen dataclasses that check their values. `conf/model` and
+`conf/router` have the same names.
 
-An error raised here starts with `<field>=<value>: expected ...`. The section is put before the field where the command
-line is converted. This module does not import torch, so that the command line can refuse a mistake in a moment.
+The message of a `ValueError` raised here starts with `<field>=<value>: expected ...`. The code that reads the
+configuration puts the section's name before it. This module does not import torch, so that a mistake on the command
+line is reported at once.
 """
 
 from collections.abc import Mapping
@@ -10,13 +12,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from common.errors import expect
 from common.registry import Registry
+from common.text import show_value
 
 
 class FeedForwardSpec(NamedTuple):
-    """One kind of feed-forward network, as far as its shapes go. `moe.feedforward` has the activation functions."""
+    """The shapes of one kind of feed-forward network. `moe.feedforward` has the activation functions."""
 
     gated: bool
-    """Three matrices, `act(gate) * up` (arXiv 2002.05202), instead of two, `act(up)`."""
+    """True: three matrices, `act(gate) * up` (arXiv 2002.05202). False: two, `act(up)`."""
     label: str
     """The kind's name in tables."""
 
@@ -33,48 +36,54 @@ for _kind, _spec in {
 
 
 def is_gated(kind: str) -> bool:
-    """Whether a feed-forward network of this kind has a gate matrix."""
+    """Return whether a feed-forward network of this kind has a gate matrix."""
     return FEED_FORWARDS[kind].gated
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How tokens choose experts, and the auxiliary losses on that choice (docs/losses.md has the formulas).
+    """The choice of experts for each token, and the auxiliary losses on that choice (docs/losses.md has the formulas).
 
     The built-in kinds share this dataclass. A router of a plugin can register a subclass with further keys
     (docs/extending.md).
     """
 
     MEANING: ClassVar[tuple[str, ...]] = ("kind", "normalize", "scale", "num_groups", "topk_groups")
-    """The keys that decide which experts a token gets and with what weight. They belong to the trained weights, so a
-    resumed run must not change them. A subclass adds its own."""
+    """The keys that determine a token's experts and combine weights. The model's weights are trained for their values,
+    so a resumed run must not change them. A subclass adds its own keys."""
 
     kind: str = "softmax_topk"
     """`softmax_topk`, `sigmoid_topk`, `expert_choice`, or a kind that a plugin registers."""
     normalize: Literal["auto"] | bool = "auto"
-    """Renormalise the k weights to sum 1. `auto`: for k > 1 yes, for k = 1 no (Switch)."""
+    """Whether the k combine weights are divided by their sum. `auto`: true for k > 1, false for k = 1 (Switch)."""
     scale: float = 1.0
     """Constant factor on the combine weights (DeepSeek-V3: 2.5)."""
     num_groups: int | None = None
-    """Group-limited routing (DeepSeek-V2/V3): the experts form this many groups. `null`: no groups."""
+    """Group-limited routing (DeepSeek-V2/V3): the number of groups of experts. `null`: no groups."""
     topk_groups: int | None = None
-    """Groups, the best ones, that a token's experts may lie in."""
+    """The number of groups, those with the highest scores, from which a token's experts are selected."""
     jitter: float = 0.0
     """Switch: multiply the router's input by U(1 - jitter, 1 + jitter), in training only."""
     capacity_factor: float | None = None
     """Expert capacity per sequence, C = ceil(capacity_factor * k * S / E). `null`: dropless."""
     drop_policy: Literal["position", "prob"] = "position"
-    """Who is dropped over capacity: later tokens, or the least probable (which leaks the future)."""
+    """Which assignments are dropped over capacity: `position`, those of later tokens, or `prob`, the least probable
+    ones (this leaks the future)."""
     allow_noncausal: bool = False
-    """Permit what lets a later token change an earlier one: `expert_choice`, `drop_policy: prob`."""
+    """Permit `expert_choice` and `drop_policy: prob`, with which a later token can change an earlier token's output."""
     balance_coef: float = 0.01
+    """Coefficient of the balance loss."""
     balance_scope: Literal["global", "sequence", "rank"] = "global"
+    """The tokens that the balance loss is computed over: those of the global micro-batch, of each sequence, or of the
+    sequences of each rank."""
     z_coef: float = 0.001
+    """Coefficient of the z-loss."""
     layer_reduction: Literal["mean", "sum", "hf_pooled"] = "mean"
-    """How the per-layer auxiliary losses are combined over layers. `hf_pooled`: the balance loss as Hugging Face's
-    Mixtral has it, for parity only (the z-loss: mean)."""
+    """The combination of the auxiliary losses of all layers. `hf_pooled`: the balance loss of Hugging Face's Mixtral,
+    and the mean of the z-losses; for comparisons with that model only."""
     bias_update_rate: float = 0.0
-    """Loss-free balancing (arXiv 2408.15664): step of the selection bias after each optimizer step; sigmoid only."""
+    """Loss-free balancing (arXiv 2408.15664): the step of the selection bias after each optimizer step. Only
+    `sigmoid_topk` has this bias."""
 
     def __post_init__(self) -> None:
         ROUTER_CONFIGS.check(self.kind)
@@ -135,12 +144,14 @@ class RouterConfig:
 
     @classmethod
     def class_for(cls, raw: Mapping[str, Any]) -> "type[RouterConfig]":
-        """The dataclass to build from the plain section `raw`: the one that is registered for its `kind`."""
+        """Return the dataclass to build from the plain section `raw`: the one that is registered for its `kind`."""
         return ROUTER_CONFIGS.get(raw.get("kind", cls.kind), cls)
 
     def weight_shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every parameter of one layer's router. The router creates exactly these parameters, and
-        layouts, plans and parameter counts read them here."""
+        """Return name -> shape of every parameter of one layer's router.
+
+        The router creates exactly these parameters. Layouts, plans and parameter counts use this method too.
+        """
         return {"weight": (num_experts, dim)}
 
     @property
@@ -149,18 +160,20 @@ class RouterConfig:
         return self.jitter > 0
 
     def num_extra(self, num_experts: int) -> int:
-        """The number of columns that this kind of router adds to its statistics (`moe.router.Router.compute_extra`)."""
+        """Return the number of columns that this kind adds to its statistics (`moe.router.Router.compute_extra`)."""
         return 0
 
     def normalizes(self, top_k: int) -> bool:
-        """Whether the `top_k` selected weights are renormalised to sum 1."""
+        """Return whether the `top_k` selected weights are divided by their sum."""
         return top_k > 1 if self.normalize == "auto" else self.normalize
 
     def check(self, num_experts: int | None, top_k: int | None) -> None:
-        """Refuse what only router and model together can know, wherever both are; in a dense model (None) nothing.
+        """Check the keys whose valid values depend on the model.
+
+        In a dense model, the arguments are None and nothing is checked.
 
         Raises:
-            ValueError: starts with the router's field.
+            ValueError: the message starts with a field of the router.
         """
         if num_experts is None or top_k is None:
             return
@@ -201,7 +214,7 @@ for _name in ("softmax_topk", "sigmoid_topk", "expert_choice"):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer (RMSNorm, rotary positions), with MoE layers or, `num_experts` null, without."""
+    """A decoder-only transformer with RMSNorm and rotary embedding. It has MoE layers unless `num_experts` is null."""
 
     dim: int
     num_layers: int
@@ -209,32 +222,36 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     hidden_dim: int
-    """Width of a dense feed-forward network, and of an expert where `expert_hidden_dim` is null."""
+    """Hidden width of a dense feed-forward network, and of an expert if `expert_hidden_dim` is null."""
     ffn: str = "swiglu"
     """Feed-forward network of the dense layers. `swiglu`, `geglu`: three matrices (arXiv 2002.05202); `relu`, `gelu`:
     two; or a kind that a plugin registers."""
     num_experts: int | None = None
-    """Routed experts of a MoE layer."""
+    """Number of routed experts of a MoE layer. `null`: a dense model."""
     top_k: int | None = None
+    """Number of routed experts per token."""
     expert_hidden_dim: int | None = None
+    """Hidden width of an expert. `null`: `hidden_dim`."""
     expert_ffn: str | None = None
-    """`null`: as `ffn`."""
+    """Feed-forward network of the experts. `null`: the kind that `ffn` names."""
     num_shared_experts: int = 0
-    """Experts of the same width that see every token (DeepSeekMoE), beside the routed ones."""
+    """Number of additional experts, of the same width, that process every token (DeepSeekMoE)."""
     first_k_dense: int = 0
     """The first k layers are dense."""
     moe_every: int = 1
-    """Of the layers after those, every n-th is a MoE layer, the n-th first (2: dense, MoE, dense, MoE, ...)."""
+    """Every n-th of the layers after those is a MoE layer, starting with the n-th (2: dense, MoE, dense, MoE, ...)."""
     vocab_size: int | None = None
-    """`null`: the tokenizer's."""
+    """Size of the vocabulary. `null`: that of the tokenizer."""
     sliding_window: int | tuple[int | None, ...] | None = None
-    """Keys a query sees, itself included. `null`: all earlier ones. A list: one entry a layer, repeated over them."""
+    """Number of keys that a query attends to, including the key at its own position. `null`: all earlier ones. A list
+    has one entry per layer and is repeated over the layers."""
     rope_theta: float = 1e6
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     init_std: float = 0.02
     expert_kernel: Literal["auto", "grouped", "loop"] = "auto"
-    """`grouped`: torch's grouped matmul; `loop`: the readable reference; `auto`: the faster of both here."""
+    """`grouped`: torch's grouped matmul; `loop`: the readable reference; `auto`: the faster of the two on
+    this device."""
 
     def __post_init__(self) -> None:
         for field in ("ffn", "expert_ffn"):
@@ -255,13 +272,13 @@ class ModelConfig:
         expect(
             bool(windows) and all(window is None or window >= 1 for window in windows),
             "sliding_window",
-            self._shown_window(),
+            show_value(self.sliding_window),
             "an integer >= 1, null, or a list of these",
         )
         expect(
             self.num_layers % max(1, len(windows)) == 0,
             "sliding_window",
-            self._shown_window(),
+            show_value(self.sliding_window),
             f"a list whose length divides num_layers={self.num_layers}",
         )
         self._check_experts()
@@ -298,24 +315,19 @@ class ModelConfig:
             width, key = getattr(self, field), field.replace("expert_width", "expert_hidden_dim")
             expect(width % 8 == 0, key, width, "a multiple of 8 with expert_kernel=grouped")
 
-    def _shown_window(self) -> str:
-        window = self.sliding_window
-        if isinstance(window, tuple):
-            return f"[{','.join('null' if w is None else str(w) for w in window)}]"
-        return "null" if window is None else str(window)
-
     @property
     def is_moe(self) -> bool:
         """Whether any layer is a MoE layer."""
         return self.num_experts is not None
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether layer `layer` (from 0) is a MoE layer."""
-        place = layer - self.first_k_dense
-        return self.is_moe and place >= 0 and (place + 1) % self.moe_every == 0
+        """Return whether layer `layer` (from 0) is a MoE layer."""
+        index = layer - self.first_k_dense
+        return self.is_moe and index >= 0 and (index + 1) % self.moe_every == 0
 
     @property
     def num_moe_layers(self) -> int:
+        """The number of MoE layers."""
         return sum(map(self.is_moe_layer, range(self.num_layers)))
 
     @property
@@ -329,6 +341,6 @@ class ModelConfig:
         return self.ffn if self.expert_ffn is None else self.expert_ffn
 
     def window(self, layer: int) -> int | None:
-        """Keys that a query of layer `layer` sees; None: all earlier ones."""
+        """Return the number of keys that a query of layer `layer` attends to; None: all earlier ones."""
         pattern = self.sliding_window
         return pattern[layer % len(pattern)] if isinstance(pattern, tuple) else pattern

@@ -39,11 +39,9 @@ class Dispatcher(Protocol):
             The rows [R, D] for the experts on this rank, the number of rows of each expert [e], and a plan for the
             other methods. The exchange may not have finished: call `wait_rows` before reading the rows.
         """
-        ...
 
     def wait_rows(self, rows_RD: Tensor, plan: Any) -> Tensor:
         """Wait for the rows that `dispatch` returned. Return them grouped by expert."""
-        ...
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: Any) -> Tensor:
         """Return the weighted sum of the experts' outputs for each token, [T, D].
@@ -51,7 +49,6 @@ class Dispatcher(Protocol):
         Args:
             y_RD: the experts' outputs, in the order of `wait_rows`.
         """
-        ...
 
 
 class LocalDispatcher(nn.Module):
@@ -98,12 +95,16 @@ class LocalDispatcher(nn.Module):
         return _Scatter.apply(x_TD, plan), counts_E, plan
 
     def wait_rows(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
+        """Return the rows [R, D] unchanged: nothing is exchanged, so there is nothing to wait for."""
         return rows_RD
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: LocalPlan) -> Tensor:
-        return _Combine.apply(y_RD, routing.weights_TK.to(y_RD.dtype), plan)
+        """Return the weighted sum of the outputs `y_RD` for each token, [T, D]."""
+        y_TD: Tensor = _Combine.apply(y_RD, routing.weights_TK.to(y_RD.dtype), plan)
+        return y_TD
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: where the experts are."""
         return "all experts on this device"
 
 
@@ -117,7 +118,7 @@ def _with_zero(rows: Tensor, plan: LocalPlan) -> Tensor:
 def _rows_of_assignments(rows_RD: Tensor, plan: LocalPlan) -> Tensor:
     """Return the row of each assignment, [T, K, D], and zeros for assignments that are not dispatched."""
     rows_RD = _with_zero(rows_RD, plan)
-    return rows_RD.index_select(0, plan.slots_TK.flatten()).unflatten(0, plan.slots_TK.shape)
+    return torch.unflatten(rows_RD.index_select(0, plan.slots_TK.flatten()), 0, plan.slots_TK.shape)
 
 
 class _Scatter(torch.autograd.Function):
@@ -127,7 +128,7 @@ class _Scatter(torch.autograd.Function):
         return _with_zero(x_TD, plan).index_select(0, plan.tokens_R)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         return _rows_of_assignments(grad_RD, ctx.plan).sum(dim=1), None
 
 
@@ -139,7 +140,7 @@ class _Combine(torch.autograd.Function):
         return torch.bmm(weights_TK.unsqueeze(1), _rows_of_assignments(y_RD, plan)).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, weights_TK = ctx.saved_tensors
         plan: LocalPlan = ctx.plan
         weight_R1 = _with_zero(weights_TK.flatten(), plan).index_select(0, plan.assignments_R).unsqueeze(1)

@@ -106,6 +106,7 @@ class Experts(nn.Module):
         return self.w_up.shape[0]
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the experts, their kind and widths, and the kernel."""
         num_local, width, dim = self.w_up.shape
         last = self.first_expert + num_local - 1
         shape = f"{dim} -> {width} -> {dim}"

@@ -58,7 +58,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the network to [..., D]; the hidden layer is [..., F]."""
-        return self.scatter(self._apply_to(self.gather(x)))
+        y: Tensor = self.scatter(self._apply_to(self.gather(x)))
+        return y
 
     def _apply_to(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.w_gate(x)) * self.w_up(x) if self.gated else self.activation(self.w_up(x))
@@ -66,4 +67,5 @@ class FeedForward(nn.Module):
         return y
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the kind."""
         return self.kind

@@ -1,6 +1,6 @@
-"""The MoE layer: router -> dispatch -> experts -> combine, and the transformer block around it.
+"""The MoE layer (router -> dispatch -> experts -> combine), and the transformer block that contains it.
 
-Shapes: B batch, S sequence, D model, R routed rows, e experts of this rank.
+Shapes: B batch, S sequence, D model, R routed rows, e experts on this rank.
 """
 
 from typing import ClassVar
@@ -20,7 +20,7 @@ from moe.token_context import TokenContext
 
 
 class MoELayer(nn.Module):
-    """Routed experts, and beside them the shared experts that take every token (DeepSeekMoE, arXiv 2401.06066).
+    """The routed experts of a layer, and the shared experts, which process every token (DeepSeekMoE, arXiv 2401.06066).
 
     Attributes:
         dispatcher: seam: moves tokens to their experts and back (expert parallelism installs an all-to-all).
@@ -33,12 +33,12 @@ class MoELayer(nn.Module):
         self.router = build_router(config.dim, config.num_experts, config.top_k, router, layer)
         self.experts = Experts(config.num_experts, config.dim, width, kind, config.expert_kernel)
         self.dispatcher: Dispatcher = LocalDispatcher()
-        # n networks of width F side by side are one network of width n·F: the output is a sum over hidden units.
+        # The sum of n networks of width F is one network of width n·F, because the output is a sum over hidden units.
         shared = config.num_shared_experts
         self.shared = FeedForward(config.dim, shared * width, kind) if shared else None
 
     def forward(self, x_BSD: Tensor, context: TokenContext) -> tuple[Tensor, RouterStats]:
-        """The layer's output [B, S, D] and the router's statistics."""
+        """Return the output [B, S, D] for the normalised input `x_BSD`, and the router's statistics."""
         routing, stats = self.router(x_BSD, context.valid_BS, context.noise_keys_BS)
         rows_RD, counts_e, plan = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         # Under expert parallelism the rows are exchanged while the shared experts compute.
@@ -49,7 +49,7 @@ class MoELayer(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then the MoE layer or a dense feed-forward network."""
+    """A pre-norm residual block: attention, then a MoE layer or a dense feed-forward network."""
 
     RECOMPUTE: ClassVar[dict[str, str]] = {"full": "forward"}
 
@@ -67,10 +67,10 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, RouterStats | None]:
-        """The block's output [B, S, D], and the router's statistics if the block has a MoE layer.
+        """Return the block's output [B, S, D], and the router's statistics, or None in a dense block.
 
         Args:
-            cache: keys and values of earlier tokens, while text is generated.
+            cache: keys and values of earlier tokens. It is used while text is generated.
         """
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
         normed_BSD = self.ffn_norm(x_BSD)
@@ -80,4 +80,5 @@ class Block(nn.Module):
         return x_BSD + self.ffn(normed_BSD), None
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: whether the block is recomputed as a whole."""
         return "recompute=full" if "forward" in vars(self) else ""

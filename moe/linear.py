@@ -19,6 +19,7 @@ class Linear(nn.Linear):
         """Do nothing: `moe.init.init_parameters` initialises all weights."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in_features] to [..., out_features]."""
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -31,7 +32,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise `x` [..., D]; the result has the same shape and dtype."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: D and `eps`."""
         return f"{self.weight.shape[0]}, eps={self.eps}"

@@ -17,14 +17,12 @@ from moe.router import ROUTERS, RouterStats
 
 IGNORE = -100
 """Label of positions that are not predicted."""
-
-
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
 """Logits that are processed at once: on CPUs they fit into a core's cache; on GPUs this bounds the fp32 copies."""
 
 
 class TokenNats(NamedTuple):
-    """The cross-entropy of the tokens at hand, in nats, in at least fp32."""
+    """The cross-entropy of the tokens of this rank, in nats, in at least fp32."""
 
     nats_BS: Tensor
     """-log softmax(logits)[label]; 0 where there is no label. No gradient."""
@@ -33,7 +31,7 @@ class TokenNats(NamedTuple):
 
 
 def token_nats(logits_BSV: Tensor, labels_BS: Tensor) -> TokenNats:
-    """The cross-entropy -log softmax(logits)[label] of every position, for logits of the whole vocabulary."""
+    """Return the cross-entropy -log softmax(logits)[label] of every position, for logits of the whole vocabulary."""
     total, nats_T = _CrossEntropy.apply(logits_BSV.flatten(0, 1), labels_BS.flatten())
     return TokenNats(nats_T.view_as(labels_BS), total)
 
@@ -65,7 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total, nats_T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
         (grad_TV,) = ctx.saved_tensors
         return grad_TV * grad.to(grad_TV.dtype), None
 
@@ -103,7 +101,7 @@ class Reductions(NamedTuple):
 def auxiliary_losses(
     stats: RouterStats, config: RouterConfig, reductions: Reductions | None = None, layers: int | None = None
 ) -> Auxiliary:
-    """Balance loss, z-loss and the router kind's own term, from the statistics of all MoE layers.
+    """Return the balance loss, the z-loss and the router kind's own term, from the statistics of all MoE layers.
 
     Args:
         stats: stacked over layers.
@@ -149,8 +147,8 @@ def auxiliary_losses(
 def _router_term(
     stats: RouterStats, config: RouterConfig, reductions: Reductions, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """This rank's contribution to N times the router kind's own term, per layer [L], and the kind's sums over all ranks
-    [L, X]."""
+    """Return this rank's contribution to N times the router kind's own term, per layer [L], and its sums over all
+    ranks [L, X]."""
     local_LX = stats.extra_BX.sum(dim=1).double()
     if not local_LX.shape[1]:
         return local_LX.sum(dim=1), local_LX.detach()
@@ -164,12 +162,12 @@ def _router_term(
 
 
 def _pooled(counts_LE: Tensor, stats: RouterStats, num_experts: int) -> Tensor:
-    """N times the balance loss of Hugging Face's Mixtral: f and P over the tokens of all layers together, times k."""
+    """Return N times the balance loss of Hugging Face's Mixtral: f and P over the tokens of all layers, times k."""
     top_k = stats.experts_BSK.shape[-1]
     mean_prob_sum_E = stats.prob_sum_BE.sum(dim=1).mean(dim=0)
     return top_k * num_experts * (shares(counts_LE.sum(dim=0)) * mean_prob_sum_E).sum()
 
 
 def shares(counts: Tensor) -> Tensor:
-    """f_e = n_e / Σ n over the last dimension, fp64; zeros where there is no assignment at all."""
+    """Return f_e = n_e / Σ n over the last dimension, fp64; zeros if there is no assignment."""
     return counts.double() / counts.sum(dim=-1, keepdim=True).clamp(min=1)

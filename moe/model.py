@@ -51,6 +51,7 @@ class Lookup(nn.Module):
         self.dtype = dtype
 
     def forward(self, tokens_BS: Tensor, embedding_VD: Tensor) -> Tensor:
+        """Return the rows of `embedding_VD` for the token ids, [B, S, D] in the compute dtype."""
         return F.embedding(tokens_BS, embedding_VD).to(self.dtype)
 
 
@@ -102,7 +103,7 @@ class Transformer(nn.Module):
             hidden_BSD: the hidden states that the previous pipeline stage returned, in place of embedded tokens.
         """
         config = self.config
-        x_BSD = self._embed(inputs.tokens_BS) if hidden_BSD is None else hidden_BSD
+        x_BSD = self.lookup(inputs.tokens_BS, self.embedding) if hidden_BSD is None else hidden_BSD
         context = TokenContext(
             rotary=rotary_table(inputs.positions_BS, config.head_dim, config.rope_theta, self.compute_dtype),
             documents_BS=inputs.documents_BS,
@@ -144,10 +145,6 @@ class Transformer(nn.Module):
             self.embedding = None  # type: ignore[assignment]
         if not last:
             self.norm = self.head = None  # type: ignore[assignment]
-
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
-        x_BSD: Tensor = self.lookup(tokens_BS, self.embedding)
-        return x_BSD
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
         if self.head is not None:

@@ -52,7 +52,7 @@ class _StoredSorts(TorchDispatchMode):
     """
 
     def __init__(self, results: deque[Any], recomputing: bool) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.results = results
         self.recomputing = recomputing
 
@@ -67,6 +67,6 @@ class _StoredSorts(TorchDispatchMode):
 
 
 def _sort_once() -> tuple[_StoredSorts, _StoredSorts]:
-    """The contexts of the forward pass and of the recomputation."""
+    """Return the contexts of the forward pass and of the recomputation."""
     results: deque[Any] = deque()
     return _StoredSorts(results, recomputing=False), _StoredSorts(results, recomputing=True)

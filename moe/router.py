@@ -43,7 +43,7 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What one layer's router saw, per sequence. Padding is excluded. Stacked over layers: a leading L."""
+    """The statistics of one layer's router, per sequence, without padding. Stacked over layers: a leading L."""
 
     counts_BE: Tensor
     """Assignments to each expert before any drop, int64."""
@@ -83,11 +83,9 @@ class Rows(Protocol):
 
     def gather(self, x_BS: Tensor) -> Tensor:
         """Join the parts [B, S, ...] of all ranks along dim 1, in the order of the sequence."""
-        ...
 
     def slice_local(self, x_BS: Tensor) -> Tensor:
-        """This rank's part of whole sequences; the inverse of `gather`."""
-        ...
+        """Return this rank's part of whole sequences; the inverse of `gather`."""
 
 
 class LocalRows(nn.Module):
@@ -96,9 +94,11 @@ class LocalRows(nn.Module):
     pieces = 1
 
     def gather(self, x_BS: Tensor) -> Tensor:
+        """Return `x_BS` [B, S, ...] unchanged."""
         return x_BS
 
     def slice_local(self, x_BS: Tensor) -> Tensor:
+        """Return `x_BS` [B, S, ...] unchanged."""
         return x_BS
 
 
@@ -144,6 +144,7 @@ class Router(nn.Module):
 
     @property
     def num_experts(self) -> int:
+        """E, the number of experts of the layer, on all ranks together."""
         return self.weight.shape[0]
 
     @property
@@ -202,7 +203,9 @@ class Router(nn.Module):
         return Routing(experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), num_experts, complete, capacity), stats
 
     def compute_logits(self, x_BSD: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
-        """Router logits [B, S, E] of the input, which is multiplied by jitter in training (Switch, arXiv 2101.03961).
+        """Return the logits [B, S, E] of the input.
+
+        In training the input is multiplied by jitter (Switch, arXiv 2101.03961).
 
         Raises:
             ValueError: jitter in training without `noise_keys_BS`.
@@ -216,21 +219,27 @@ class Router(nn.Module):
         return F.linear(x_BSD, self.weight.to(x_BSD.dtype))
 
     def compute_scores(self, logits_BSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [B, S, E], from which the combine weights are taken, and the probabilities of the balance loss, which
-        sum to 1 over experts. By default both are the softmax of the logits."""
+        """Return the scores [B, S, E] and the probabilities [B, S, E].
+
+        The combine weights are taken from the scores, and the balance loss is computed from the probabilities. The
+        probabilities sum to 1 over the experts. By default both are the softmax of the logits.
+        """
         probs_BSE = logits_BSE.softmax(dim=-1)
         return probs_BSE, probs_BSE
 
     def rank_experts(self, logits_BSE: Tensor, scores_BSE: Tensor) -> Tensor:
-        """The numbers [B, S, E] whose order decides which experts a token takes. By default the logits: they have the
-        order of their softmax, and keep apart what the softmax rounds to one number."""
+        """Return the numbers [B, S, E] whose order decides which experts a token takes.
+
+        By default these are the logits. They have the same order as their softmax, but two different logits can have
+        equal softmax values after rounding.
+        """
         return logits_BSE
 
     def choose_experts(self, logits_BSE: Tensor, scores_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Choose the experts of every token. No gradient.
 
         Returns:
-            Experts [B, S, K], best first, and whether each assignment holds, int64 [B, S, K]: 0 on padding.
+            The experts [B, S, K], best first, and int64 [B, S, K]: 1 where the assignment counts, 0 on padding.
         """
         ranked_BSE = self.rank_experts(logits_BSE, scores_BSE)
         if self.config.num_groups is not None and self.config.topk_groups is not None:
@@ -239,7 +248,7 @@ class Router(nn.Module):
         return experts_BSK, mask_BS.unsqueeze(-1).long().expand_as(experts_BSK)
 
     def compute_weights(self, scores_BSE: Tensor, experts_BSK: Tensor) -> Tensor:
-        """Combine weights [B, S, K]: the chosen experts' scores, renormalised and scaled as the configuration says."""
+        """Return the combine weights [B, S, K]: the chosen experts' scores, renormalised and scaled as configured."""
         weights_BSK = scores_BSE.gather(-1, experts_BSK)
         if self.normalize:
             weights_BSK = weights_BSK / positive(weights_BSK.sum(dim=-1, keepdim=True))
@@ -248,8 +257,9 @@ class Router(nn.Module):
         return weights_BSK
 
     def compute_extra(self, decision: Decision) -> Tensor:
-        """Sums over the tokens of each sequence that this kind of router adds to the statistics, [B, X], with
-        X = `RouterConfig.num_extra`.
+        """Return the sums over the tokens of each sequence that this kind of router adds to the statistics, [B, X].
+
+        X is `RouterConfig.num_extra`.
 
         The columns feed `auxiliary_loss`; the last ones, named by `TELEMETRY`, are logged. Exclude padding. The default
         has no columns.
@@ -258,7 +268,7 @@ class Router(nn.Module):
 
     @classmethod
     def auxiliary_loss(cls, config: RouterConfig, extra_LX: Tensor, tokens: Tensor) -> Tensor:
-        """This kind's own term of the loss, per layer [L], coefficients included.
+        """Return this kind's own term of the loss, per layer [L], including its coefficients.
 
         Args:
             extra_LX: the columns of `compute_extra`, summed over the global micro-batch, fp64. They carry the gradient.
@@ -283,16 +293,18 @@ class Router(nn.Module):
         """
 
     def _bound(self, batch: int, seq_len: int) -> int | None:
-        """The most rows that an expert can get. For parts of sequences the bound would be far above what comes."""
-        whole = isinstance(self.rows, LocalRows)
-        if not whole or (self.capacity_factor is None and self.tokens_choose):
+        """Return the largest number of rows that an expert can get, or None.
+
+        If this rank stores only parts of sequences, the bound would be far above the actual numbers.
+        """
+        if not isinstance(self.rows, LocalRows) or (self.capacity_factor is None and self.tokens_choose):
             return None
         return batch * expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, self.num_experts)
 
     def _keep_within_capacity(
         self, scores_BSE: Tensor, experts_BSK: Tensor, taken_BSK: Tensor, counts_BE: Tensor
     ) -> Tensor:
-        """1 where the assignment fits into its expert's capacity."""
+        """Return 1 where an assignment counts and fits into its expert's capacity, else 0, int64 [B, S, K]."""
         if self.capacity_factor is None or not self.tokens_choose:
             return taken_BSK
         num_experts = counts_BE.shape[1]
@@ -312,6 +324,7 @@ class Router(nn.Module):
         return taken_BSK * within_capacity(experts, taken, before, capacity).view_as(taken_BSK)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the widths, and the configuration of the routing."""
         config, (experts, dim) = self.config, self.weight.shape
         capacity = "dropless" if config.capacity_factor is None else f"capacity_factor={config.capacity_factor}"
         groups = "" if config.num_groups is None else f", best {config.topk_groups} of {config.num_groups} groups"
@@ -333,7 +346,7 @@ def update_routers(model: nn.Module, counts_LE: Tensor) -> None:
 
 
 def positive(total: Tensor) -> Tensor:
-    """`total`, a sum of scores, with 0 replaced by the smallest normal number.
+    """Return `total`, a sum of scores, with 0 replaced by the smallest normal number.
 
     A sum of sigmoids can underflow to 0, but a quotient by it must stay finite.
     """
@@ -347,7 +360,7 @@ RouterClass = TypeVar("RouterClass", bound=type[Router])
 
 
 def register_router(kind: str, config: type[RouterConfig] = RouterConfig) -> Callable[[RouterClass], RouterClass]:
-    """A class decorator that registers a router under the name that `router.kind` takes.
+    """Return a class decorator that registers a router under the name that `router.kind` takes.
 
     Args:
         config: the kind's configuration dataclass, which mirrors the section `router`.

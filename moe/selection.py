@@ -25,7 +25,7 @@ def limit_to_groups(scores_BSE: Tensor, num_groups: int, topk_groups: int, best_
         best_of_group: a group's score is the sum of its `best_of_group` highest scores: 1 in DeepSeek-V2 (arXiv
             2405.04434), 2 in DeepSeek-V3 (2412.19437).
     """
-    grouped_BSGe = scores_BSE.unflatten(-1, (num_groups, -1))
+    grouped_BSGe: Tensor = scores_BSE.unflatten(-1, (num_groups, -1))
     score_BSG = grouped_BSGe.topk(best_of_group, dim=-1).values.sum(dim=-1)
     outside_BSG = torch.ones_like(score_BSG, dtype=torch.bool)
     outside_BSG.scatter_(-1, top_k_stable(score_BSG, topk_groups), False)

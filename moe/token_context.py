@@ -1,4 +1,4 @@
-"""What all layers of one forward pass know about its tokens, and the rotary embedding of their positions.
+"""The positions, documents and padding of the tokens of one forward pass, and the rotary embedding.
 
 Shapes: B batch, S sequence, H heads, C head dim.
 """
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class TokenContext:
-    """The tokens' positions, documents, padding and noise keys, and what layers derive from them once and share.
+    """The tokens' positions, documents, padding and noise keys, and objects that layers derive from them and share.
 
     `Transformer.forward` creates one context per call, so nothing derived from the tokens of one micro-batch can be
     used for another.
@@ -41,7 +41,7 @@ class TokenContext:
         self._shared: dict[Hashable, Any] = {}
 
     def share(self, key: Hashable, make: Callable[[], T]) -> T:
-        """The result of `make()`, called by the first layer that asks for `key`; later layers get the same object.
+        """Return the result of `make()`. The first layer that passes `key` calls it; later layers get the same object.
 
         A layer that is recomputed in the backward pass gets the object of the forward pass.
         """

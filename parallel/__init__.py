@@ -13,7 +13,7 @@ In reading order:
 - `expert`: expert parallelism.
 - `context`: context parallelism.
 - `fsdp`: FSDP2 for weights, gradients and optimizer state.
-- `pipeline`: pipeline parallelism.
+- `pipeline`: pipeline parallelism with the schedules of torch.
 - `objective`: the interface through which a pipeline and an engine compute the loss.
 - `gradients`: the sum of gradients over ranks, and their norm.
 - `collectives`: collectives with a gradient.

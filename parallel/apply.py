@@ -34,7 +34,7 @@ def build_model(
     recompute: Recompute = "none",
     offload: bool = False,
 ) -> Transformer:
-    """This rank's part of the model. Weights are fp32, or fp64 if `compute_dtype` is.
+    """Return this rank's part of the model. Weights are fp32, or fp64 if `compute_dtype` is.
 
     Args:
         seed: seed of the initial weights; None: the caller fills every weight.
@@ -73,16 +73,14 @@ def build_model(
 def build_whole_model(
     config: ModelConfig, router: RouterConfig, device: torch.device, dtype: torch.dtype
 ) -> Transformer:
-    """The whole model on one device, with weights in the compute dtype that the caller fills. Not for training."""
-    model = _build_on_meta(config, router, dtype, inference_weights=True)
-    model.to_empty(device=device)
-    return model
+    """Return the whole model on one device, not for training. The caller fills the weights, which have this dtype."""
+    return _build_on_meta(config, router, dtype, inference_weights=True).to_empty(device=device)
 
 
 def _build_on_meta(
     config: ModelConfig, router: RouterConfig, compute_dtype: torch.dtype, inference_weights: bool
 ) -> Transformer:
-    """The model on the meta device, in the dtypes that the weights will have."""
+    """Return the model on the meta device, in the dtypes that the weights will have."""
     with torch.device("meta"):
         model = Transformer(config, router, compute_dtype)
     check_weights({name: tuple(weight.shape) for name, weight in model.named_parameters()}, config, router)

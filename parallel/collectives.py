@@ -56,7 +56,7 @@ class _StartExchange(torch.autograd.Function):
         return exchange.begin(rows_RD, exchange.send, exchange.receive)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         # `grad_RD` is what `_FinishExchange` sent. It only makes autograd call this function after that one.
         return ctx.exchange.wait(), None
 
@@ -70,7 +70,7 @@ class _FinishExchange(torch.autograd.Function):
         return rows_RD
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
         exchange = ctx.exchange
         exchange.begin(grad_RD, exchange.receive, exchange.send)
         return grad_RD, None
@@ -94,8 +94,7 @@ def finish_exchange(rows_RD: Tensor, exchange: RowExchange) -> Tensor:
     Args:
         rows_RD, exchange: the results of `start_exchange`.
     """
-    rows: Tensor = _FinishExchange.apply(rows_RD, exchange)
-    return rows
+    return _FinishExchange.apply(rows_RD, exchange)
 
 
 def all_to_all_rows(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -147,20 +146,18 @@ class _WithGradient(torch.autograd.Function):
         return in_forward(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         return ctx.in_backward(grad, ctx.dim, ctx.group), None, None, None, None
 
 
 def gather_dim(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """`all_gather_dim` with a gradient, which is reduce-scattered."""
-    whole: Tensor = _WithGradient.apply(part, all_gather_dim, reduce_scatter_dim, dim, group)
-    return whole
+    """Compute `all_gather_dim` with a gradient, which is reduce-scattered."""
+    return _WithGradient.apply(part, all_gather_dim, reduce_scatter_dim, dim, group)
 
 
 def scatter_dim(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """`reduce_scatter_dim` with a gradient, which is all-gathered."""
-    part: Tensor = _WithGradient.apply(whole, reduce_scatter_dim, all_gather_dim, dim, group)
-    return part
+    """Compute `reduce_scatter_dim` with a gradient, which is all-gathered."""
+    return _WithGradient.apply(whole, reduce_scatter_dim, all_gather_dim, dim, group)
 
 
 class GatherSequence(nn.Module):
@@ -174,9 +171,11 @@ class GatherSequence(nn.Module):
         self.group = group
 
     def forward(self, part_BSD: Tensor) -> Tensor:
+        """Join this rank's [B, s, ...] with those of the other ranks, in rank order: [B, S, ...]."""
         return gather_dim(part_BSD, 1, self.group)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the number of ranks."""
         return f"over {self.group.size()} ranks"
 
 
@@ -185,6 +184,7 @@ class ScatterSequence(GatherSequence):
     The gradient is all-gathered."""
 
     def forward(self, whole_BSD: Tensor) -> Tensor:
+        """Return this rank's part [B, s, ...] of the sum of `whole_BSD` [B, S, ...] over the ranks."""
         return scatter_dim(whole_BSD, 1, self.group)
 
 
@@ -192,6 +192,7 @@ class SliceSequence(GatherSequence):
     """Selects this rank's part of a mask or of noise keys: [B, S] -> [B, s]. None stays None."""
 
     def forward(self, whole_BS: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        """Return this rank's part [B, s] of `whole_BS` [B, S], or None."""
         return None if whole_BS is None else whole_BS.chunk(self.group.size(), dim=1)[self.group.rank()]
 
 

@@ -1,5 +1,6 @@
 """The sizes of the parallel axes as the user configures them, mirrored by `conf/parallel`."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -85,9 +86,7 @@ class ParallelConfig:
         """
         sizes = {axis: getattr(self, axis) for axis in AXES if axis != "replicate"}
         assert "auto" not in sizes.values(), sizes
-        claimed = 1
-        for size in sizes.values():
-            claimed *= size
+        claimed = math.prod(sizes.values())
         rest = world_size // claimed if self.replicate == "auto" else self.replicate
         if rest * claimed != world_size or rest < 1:
             raise self._wrong_product(world_size)
@@ -104,7 +103,7 @@ class ParallelConfig:
         return replace(layout, expert=expert, expert_tensor=self.expert_tensor, zigzag=zigzag)
 
     def _uses_zigzag(self, model: ModelConfig, layout: Layout, seq_len: int) -> bool:
-        """Whether two pieces per context rank are useful (full attention in every layer) and possible."""
+        """Return whether two pieces per context rank are useful (full attention in every layer) and possible."""
         windowless = all(model.window(layer) is None for layer in range(model.num_layers))
         # Tensor-parallel ranks divide a context rank's pieces further. Each must get a part of one piece only.
         divisible = layout.tensor == 1 or layout.tensor % 2 == 0
@@ -139,9 +138,7 @@ class ParallelConfig:
         exact = self.replicate != "auto"
         fits = []
         for axis, size in given.items():
-            others = 1
-            for other, other_size in given.items():
-                others *= other_size if other != axis else 1
+            others = math.prod(given[other] for other in given if other != axis)
             valid = [
                 n
                 for n in range(1, world_size + 1)

@@ -14,6 +14,8 @@ ranks would attend to more keys than earlier ones. Each rank then has two pieces
 and one from its end (`Layout.zigzag`), the whole row is gathered, and the work is even again.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -38,7 +40,10 @@ class ContextCore(nn.Module):
         self.group = group
 
     def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, context: TokenContext) -> Tensor:
-        """The mixed values [B, H, S, C]. Document numbers must mean the same on all ranks, or be None on all ranks."""
+        """Return the mixed values [B, H, S, C].
+
+        A document must have the same number on all ranks, or `documents_BS` must be None on all ranks.
+        """
         reach = self._reach(k_BGSC.shape[2])
         if reach == 0:
             return self.core(q_BHSC, k_BGSC, v_BGSC, context)
@@ -50,43 +55,47 @@ class ContextCore(nn.Module):
         return self.core(q_BHSC, k_BGXC, v_BGXC, with_halo)
 
     def _reach(self, length: int) -> int:
-        """How many positions before this rank's part a query can attend to; the same on all ranks."""
+        """Return how many positions before this rank's part a query can attend to. It is the same on all ranks."""
         left = (self.group.size() - 1) * length
         return left if self.core.window is None else min(self.core.window - 1, left)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the window, the halo and this rank."""
         window = self.core.window
         halo = "all positions" if window is None else f"the last {window - 1} positions"
         return f"{self.core.extra_repr()}, halo of {halo} before, rank {self.group.rank()} of {self.group.size()}"
 
 
 def rows_to_each(reach: int, length: int, source: int, ranks: int) -> list[int]:
-    """How many of its last positions rank `source`, which has `length`, sends to each rank, so that queries can attend
-    `reach` positions back."""
+    """Return how many of its last positions rank `source` sends to each rank, so that queries can attend `reach`
+    positions back. Every rank has `length` positions."""
     return [min(max(reach - (rank - source - 1) * length, 0), length) if rank > source else 0 for rank in range(ranks)]
 
 
 def _splits(reach: int, length: int, group: dist.ProcessGroup) -> tuple[list[int], list[int]]:
-    """Numbers of positions to send to, and to receive from, each rank of the group."""
+    """Return the numbers of positions to send to, and to receive from, each rank of the group."""
     ranks, rank = group.size(), group.rank()
     receive = [rows_to_each(reach, length, source, ranks)[rank] for source in range(ranks)]
     return rows_to_each(reach, length, rank, ranks), receive
 
 
 def _send_last(last: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Send each rank the last `send[rank]` of the positions `last` [.., ...]; returns the A received positions
-    [A, ...], in the order of the sequence."""
+    """Send each rank the last `send[rank]` positions of `last` [n, ...].
+
+    Returns:
+        The A received positions [A, ...], in the order of the sequence.
+    """
     return all_to_all_rows(torch.cat([last[len(last) - rows :] for rows in send]), send, receive, group)
 
 
 class _Fetch(torch.autograd.Function):
-    """[B, G, S, C] -> [B, G, X, C], for keys and values in one exchange.
+    """Extends keys and values [B, G, S, C] to [B, G, X, C] in one exchange.
 
     A position can be sent to several ranks. Their gradients are added in the order of the ranks, in at least fp32.
     """
 
     @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, reach: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, k: Tensor, v: Tensor, reach: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         ctx.reach, ctx.group, ctx.length = reach, group, k.shape[2]
         send, receive = _splits(reach, ctx.length, group)
         first = ctx.length - max(send)  # no rank needs the positions before
@@ -95,7 +104,7 @@ class _Fetch(torch.autograd.Function):
         return torch.cat((earlier_k, k), dim=2), torch.cat((earlier_v, v), dim=2)
 
     @staticmethod
-    def backward(ctx, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, None, None]:
         send, receive = _splits(ctx.reach, ctx.length, ctx.group)
         earlier = sum(receive)
         fetched_grad = _by_position(grad_k[:, :, :earlier], grad_v[:, :, :earlier])
@@ -113,12 +122,12 @@ class _Fetch(torch.autograd.Function):
 
 
 def _by_position(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values [B, G, n, C] side by side, positions first: [n, B, G, 2·C]."""
+    """Concatenate keys and values [B, G, n, C] along C, and move the positions first: [n, B, G, 2·C]."""
     return torch.cat((k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)), dim=-1)
 
 
 def _fetch_documents(documents_BS: Tensor | None, reach: int, group: dist.ProcessGroup) -> Tensor | None:
-    """The documents [B, X] of the fetched positions and this rank's."""
+    """Return the documents [B, X] of the fetched positions and of this rank's, or None."""
     if documents_BS is None:
         return None
     send, receive = _splits(reach, documents_BS.shape[1], group)
@@ -127,7 +136,7 @@ def _fetch_documents(documents_BS: Tensor | None, reach: int, group: dist.Proces
 
 
 def piece_order(layout: Layout) -> list[list[int]]:
-    """For each rank that shares a row, in the order of `mesh.sequence`, the indices of its pieces in the sequence."""
+    """Return, for each rank of `mesh.sequence` in order, the indices of its pieces in the sequence."""
     if not layout.zigzag:
         return [[rank] for rank in range(layout.sequence)]
     by_context = [layout.pieces_of(rank) for rank in range(layout.context)]
@@ -150,7 +159,7 @@ class ZigzagCore(nn.Module):
         self.group = group
 
     def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, context: TokenContext) -> Tensor:
-        """The mixed values [B, H, S, C]."""
+        """Return the mixed values [B, H, S, C]."""
         layout, positions = Layout(context=self.group.size(), zigzag=True), k_BGSC.shape[2] // 2
         order = _inverse([piece for pieces in piece_order(layout) for piece in pieces])
         k, v = (_in_order(gather_dim(x, 2, self.group), 2, order) for x in (k_BGSC, v_BGSC))
@@ -161,7 +170,7 @@ class ZigzagCore(nn.Module):
         return torch.cat(mixed, dim=2)
 
     def _context(self, context: TokenContext, order: list[int], end: int) -> TokenContext:
-        """The context of the first `end` positions of the row; layers share it."""
+        """Return the context of the first `end` positions of the row. Layers share it."""
         if context.documents_BS is None:
             return context.share(("zigzag", end), TokenContext)
         documents_BS = context.documents_BS
@@ -169,6 +178,7 @@ class ZigzagCore(nn.Module):
         return context.share(("zigzag", end), lambda: TokenContext(documents_BS=row[:, :end]))
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the window, the pieces and this rank."""
         return f"{self.core.extra_repr()}, two pieces of {2 * self.group.size()}, rank {self.group.rank()}"
 
 
@@ -177,7 +187,7 @@ def _inverse(order: list[int]) -> list[int]:
 
 
 def _in_order(x: Tensor, dim: int, order: list[int]) -> Tensor:
-    """The equal pieces of `x` along `dim`, rearranged."""
+    """Divide `x` along `dim` into equal pieces, and concatenate them in the order `order`."""
     pieces = x.chunk(len(order), dim)
     return torch.cat([pieces[index] for index in order], dim)
 
@@ -186,7 +196,10 @@ class GatheredRows(nn.Module):
     """Whole sequences, all-gathered over the group, for routers that decide over them (`moe.router.Rows`)."""
 
     def __init__(self, group: dist.ProcessGroup, order: list[list[int]]) -> None:
-        """`order`: `piece_order`."""
+        """
+        Args:
+            order: the result of `piece_order`.
+        """
         super().__init__()
         self.group = group
         self.local_pieces = order[group.rank()]
@@ -194,16 +207,17 @@ class GatheredRows(nn.Module):
         self.order = _inverse([piece for pieces in order for piece in pieces])
 
     def gather(self, x_BS: Tensor) -> Tensor:
-        """[B, S, ...] of every rank, all of one length -> [B, P·S, ...]. No gradient."""
+        """Join the parts [B, S, ...] of all ranks, which have the same shape, to [B, P·S, ...]. No gradient."""
         assert not x_BS.requires_grad
         return _in_order(all_gather_dim(x_BS, 1, self.group), 1, self.order)
 
     def slice_local(self, x_BS: Tensor) -> Tensor:
-        """[B, P·S, ...] -> this rank's part [B, S, ...]."""
+        """Return this rank's part [B, S, ...] of [B, P·S, ...]."""
         pieces = x_BS.chunk(len(self.order), dim=1)
         return torch.cat([pieces[piece] for piece in self.local_pieces], dim=1)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the number of ranks."""
         return f"all-gather over {self.group.size()} ranks"
 
 

@@ -8,14 +8,13 @@ numbers. With a capacity, every rank sends the same number of rows for every exp
 need to be exchanged, and the host does not wait for the device.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.dispatch import LocalDispatcher, LocalPlan
-from moe.experts import Experts
 from moe.layer import MoELayer
 from moe.model import Transformer
 from moe.router import Routing
@@ -37,10 +36,6 @@ class AllToAllPlan(NamedTuple):
 
     local: LocalPlan
     exchange: RowExchange
-    send: list[int]
-    """Number of rows sent to each rank of the expert group."""
-    receive: list[int]
-    """Number of rows received from each rank of the expert group."""
     tensor_rows: list[int]
     """Number of rows that each rank of the `expert_tensor` group has received."""
     by_expert_R: Tensor
@@ -98,23 +93,26 @@ class AllToAllDispatcher(nn.Module):
         by_source_R = torch.empty_like(by_expert_R)
         by_source_R[by_expert_R] = torch.arange(rows, device=x_TD.device)
         rows_RD, exchange = start_exchange(rows_RD, send, receive, self.group)
-        plan = AllToAllPlan(local, exchange, send, receive, tensor_rows, by_expert_R, by_source_R)
+        plan = AllToAllPlan(local, exchange, tensor_rows, by_expert_R, by_source_R)
         return rows_RD, received_Qe.sum(dim=0), plan
 
     def wait_rows(self, rows_RD: Tensor, plan: AllToAllPlan) -> Tensor:
+        """Wait for the rows [R, D] and return them in the order (expert, source)."""
         rows_RD = finish_exchange(rows_RD, plan.exchange)
         if self.tensor.size() > 1:
             rows_RD = all_gather_rows(rows_RD, plan.tensor_rows, self.tensor)
         return _Permute.apply(rows_RD, plan.by_expert_R, plan.by_source_R)
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: AllToAllPlan) -> Tensor:
+        """Send the outputs `y_RD` back to the ranks of their tokens. Return the weighted sum for each token, [T, D]."""
         by_source_RD = _Permute.apply(y_RD, plan.by_source_R, plan.by_expert_R)
         if self.tensor.size() > 1:
             by_source_RD = reduce_scatter_rows(by_source_RD, plan.tensor_rows, self.tensor)
-        returned_RD = all_to_all_rows(by_source_RD, plan.receive, plan.send, self.group)
+        returned_RD = all_to_all_rows(by_source_RD, plan.exchange.receive, plan.exchange.send, self.group)
         return self.local.combine(returned_RD, routing, plan.local)
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the number of ranks."""
         divided = f", hidden width over {self.tensor.size()}" if self.tensor.size() > 1 else ""
         return f"all-to-all over {self.group.size()} ranks{divided}"
 
@@ -123,12 +121,12 @@ class _Permute(torch.autograd.Function):
     """Computes rows[order]. With the inverse permutation, the gradient is a gather too."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         return rows.index_select(0, order)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
         return grad.index_select(0, inverse), None, None
 
@@ -142,7 +140,7 @@ def shard_experts(model: Transformer, mesh: Mesh) -> None:
         if not isinstance(layer, MoELayer):
             continue
         layer.dispatcher = AllToAllDispatcher(mesh.expert, mesh.expert_tensor)
-        experts: Experts = layer.experts
+        experts = layer.experts
         experts.first_expert = mesh.expert.rank() * (experts.num_local // mesh.expert.size())
         for name, parameter in list(experts.named_parameters()):
             setattr(experts, name, nn.Parameter(local_slice(f"{prefix}.experts.{name}", parameter, mesh)))

@@ -56,14 +56,13 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
-    for block in model.layers:
-        if not isinstance(block, Block):
-            continue
+    blocks = [block for block in model.layers if isinstance(block, Block)]
+    for block in blocks:
         if isinstance(block.ffn, MoELayer):
             shard(block.ffn.experts, experts, not keep_gathered)
         shard(block, dense, not keep_gathered)
     shard(model, dense, False)
-    _set_prefetch([block for block in model.layers if isinstance(block, Block)])
+    _set_prefetch(blocks)
 
 
 def free_gathered_weights(model: nn.Module) -> None:
@@ -77,7 +76,7 @@ def free_gathered_weights(model: nn.Module) -> None:
 
 
 def _set_prefetch(blocks: list[Block]) -> None:
-    """While a block computes, all-gather the weights of the next block and of its experts."""
+    """Make each block all-gather the weights of the next block and of its experts while it computes."""
 
     def units(block: Block) -> list[FSDPModule]:
         modules = [block, block.ffn.experts] if isinstance(block.ffn, MoELayer) else [block]

@@ -50,10 +50,12 @@ class Mesh:
 
     @property
     def rank(self) -> int:
+        """The rank of this process in the world."""
         return self.world.rank()
 
     @property
     def world_size(self) -> int:
+        """The number of ranks in the world."""
         return self.world.size()
 
     @property

@@ -9,12 +9,10 @@ from moe.router import RouterStats
 
 
 class Objective(Protocol):
-    """The loss, in the two parts that arise at different places of the model."""
+    """The loss as the sum of two parts, which are computed at different places of the model."""
 
     def compute_prediction_loss(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
-        """The part of the loss that depends on the logits of the micro-batch, a scalar."""
-        ...
+        """Return the part of the loss that depends on the logits of the micro-batch, a scalar."""
 
     def compute_routing_loss(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
-        """The part of the loss that depends on the router statistics of these MoE layers, a scalar."""
-        ...
+        """Return the part of the loss that depends on the router statistics of these MoE layers, a scalar."""

@@ -136,7 +136,7 @@ class _Stage(PipelineStage):
         self.work: tuple[Sequence[ModelInputs], Objective] | None = None
 
     def forward_maybe_with_nosync(self, *received: Tensor, number: Tensor) -> Tensor:
-        """The forward pass of micro-batch `number`, a tensor of shape (1,)."""
+        """Run the forward pass of micro-batch `number`, a tensor of shape (1,). Return hidden states or the loss."""
         assert self.work is not None
         micro_batches, objective = self.work
         micro_batch = int(number)
@@ -168,13 +168,13 @@ class _CarryLoss(torch.autograd.Function):
         return hidden_BsD.clone()  # the zero bubble schedule detaches it in place, which a view does not allow
 
     @staticmethod
-    def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BsD: Tensor) -> tuple[Tensor, Tensor]:
         (loss,) = ctx.saved_tensors
         return grad_BsD, torch.ones_like(loss)
 
 
 def _with_contiguous_gradient(hidden_BsD: Tensor) -> Tensor:
-    """The same tensor, with a gradient that is contiguous, as sending needs it."""
+    """Return the same tensor, whose gradient will be contiguous, which sending requires."""
     hidden_BsD = hidden_BsD.view_as(hidden_BsD)
     hidden_BsD.register_hook(Tensor.contiguous)
     return hidden_BsD

@@ -34,11 +34,16 @@ class ShardedLookup(nn.Module):
         self.scatter = ScatterSequence(group)
 
     def forward(self, tokens_BS: Tensor, embedding_vD: Tensor) -> Tensor:
+        """Return this rank's part of the embedded sequence, [B, s, D].
+
+        Args:
+            tokens_BS: token ids of the whole vocabulary.
+            embedding_vD: this rank's rows of the embedding.
+        """
         local_BS = tokens_BS - self.group.rank() * embedding_vD.shape[0]
         on_other_ranks_BS1 = ((local_BS < 0) | (local_BS >= embedding_vD.shape[0])).unsqueeze(-1)
         x_BSD = self.inner(local_BS.masked_fill(on_other_ranks_BS1.squeeze(-1), 0), embedding_vD)
-        part: Tensor = self.scatter(x_BSD.masked_fill(on_other_ranks_BS1, 0))
-        return part
+        return self.scatter(x_BSD.masked_fill(on_other_ranks_BS1, 0))
 
 
 def shard_tensors(model: Transformer, mesh: Mesh) -> None:
@@ -58,7 +63,7 @@ def shard_tensors(model: Transformer, mesh: Mesh) -> None:
 
 
 def sharded_token_nats(logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> TokenNats:
-    """`moe.losses.token_nats` for logits that are sharded over the vocabulary. Collective over `group`.
+    """Compute `moe.losses.token_nats` for logits that are sharded over the vocabulary. Collective over `group`.
 
     Args:
         logits_BSv: this rank's shard of the logits.
@@ -72,7 +77,7 @@ def sharded_token_nats(logits_BSv: Tensor, labels_BS: Tensor, group: dist.Proces
 
 class _ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)
         logits = logits_BSv.to(wide)
         largest_BS = logits.amax(dim=-1)
@@ -92,6 +97,6 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         return nats_BS.sum(), nats_BS
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
         (grad_BSv,) = ctx.saved_tensors
         return grad_BSv * grad.to(grad_BSv.dtype), None, None

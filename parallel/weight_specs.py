@@ -132,8 +132,7 @@ class WeightSpec:
 
 def ranks_per_shard_group(layout: Layout) -> dict[Kind, int]:
     """Return the number of ranks over which FSDP shards a parameter of each kind."""
-    shard = layout.shard
-    return {"router": 1, "replicated": shard, "tensor": shard, "experts": layout.expert_shard}
+    return {"router": 1, "replicated": layout.shard, "tensor": layout.shard, "experts": layout.expert_shard}
 
 
 def named_weights(model: ModelConfig, router: RouterConfig) -> dict[str, WeightSpec]:
@@ -190,7 +189,7 @@ def block_weights(model: ModelConfig, router: RouterConfig, is_moe: bool) -> tup
 def _block_weights(
     model: ModelConfig, router_shapes: tuple[tuple[str, tuple[int, ...]], ...] | None
 ) -> tuple[tuple[str, WeightSpec], ...]:
-    """`block_weights`, with the shapes of the router's parameters; None for a dense block."""
+    """Compute `block_weights` from the shapes of the router's parameters; None for a dense block."""
     dim, heads = model.dim, model.num_heads * model.head_dim
     kv_heads = model.num_kv_heads * model.head_dim
     shapes: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}

@@ -73,6 +73,7 @@ def describe(config: DescribeConfig) -> None:
 
 
 def main() -> None:
+    """Run this tool with the command line's arguments. `conf/describe.yaml` has its keys."""
     run_tool("describe", DescribeConfig, describe)
 
 

@@ -52,6 +52,7 @@ def export_hf(config: ExportConfig) -> None:
 
 
 def main() -> None:
+    """Run this tool with the command line's arguments. `conf/export_hf.yaml` has its keys."""
     run_tool("export_hf", ExportConfig, export_hf)
 
 

@@ -26,6 +26,7 @@ def generate_text(config: GenerateConfig) -> None:
 
 
 def main() -> None:
+    """Run this tool with the command line's arguments. `conf/generate.yaml` has its keys."""
     run_tool("generate", GenerateConfig, generate_text, free_text=("prompt", "stop"))
 
 

@@ -42,6 +42,7 @@ def import_hf(config: ImportConfig) -> None:
 
 
 def main() -> None:
+    """Run this tool with the command line's arguments. `conf/import_hf.yaml` has its keys."""
     run_tool("import_hf", ImportConfig, import_hf)
 
 

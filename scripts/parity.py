@@ -30,6 +30,7 @@ def check_parity(config: ParityConfig) -> None:
 
 
 def main() -> None:
+    """Run this tool with the command line's arguments. `conf/parity.yaml` has its keys."""
     run_tool("parity", ParityConfig, check_parity, free_text=("layouts", "models", "engines"))
 
 

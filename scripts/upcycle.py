@@ -59,6 +59,7 @@ def upcycle(config: UpcycleConfig) -> None:
 
 
 def main() -> None:
+    """Run this tool with the command line's arguments. `conf/upcycle.yaml` has its keys."""
     run_tool("upcycle", UpcycleConfig, upcycle)
 
 

@@ -91,7 +91,7 @@ def check_memory(parameters: int, state: int, local_ranks: int) -> None:
 def make_deterministic() -> None:
     """Make torch refuse kernels whose result depends on timing. To be called before the first CUDA matmul."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)  # type: ignore[no-untyped-call]
+    torch.use_deterministic_algorithms(True)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

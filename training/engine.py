@@ -91,6 +91,7 @@ class NativeEngine:
             run_whole(self.parts[0], micro_batches, objective, self.backward)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to those of the weights."""
         loss.backward()
 
     @torch.no_grad()

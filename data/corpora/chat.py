@@ -35,7 +35,8 @@ class ChatTokenizer(Protocol):
     eos_id: int
     """Token id of `</s>`."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, without `<s>` and `</s>`."""
 
 
 def conversation_segments(messages: Any) -> list[Segment]:
@@ -66,10 +67,9 @@ def instruction(text: str) -> str:
 
 def split_segments(text: str, turns: Sequence[int]) -> list[Segment]:
     """Return the segments of the conversation `text`, given their lengths (`Document.turns`)."""
-    ends = list(itertools.accumulate(turns))
-    assert ends[-1] == len(text), (ends, len(text))
-    starts = [0, *ends[:-1]]
-    return [Segment(text[start:end], i % 2 == 1) for i, (start, end) in enumerate(zip(starts, ends, strict=True))]
+    bounds = [0, *itertools.accumulate(turns)]
+    assert bounds[-1] == len(text), (bounds, len(text))
+    return [Segment(text[start:end], i % 2 == 1) for i, (start, end) in enumerate(itertools.pairwise(bounds))]
 
 
 def encode(segments: Sequence[Segment], tokenizer: ChatTokenizer) -> tuple[list[int], list[bool]]:

@@ -24,7 +24,6 @@ class Corpus(Protocol):
         It must cover the corpus's configuration keys too. It should be fast compared to reading the documents, because
         every start of a run computes it.
         """
-        ...
 
     def documents(self) -> Iterator[Document]:
         """Yield all documents, in the same order on each call.
@@ -32,4 +31,3 @@ class Corpus(Protocol):
         Raises:
             DataError: text that cannot be read.
         """
-        ...

@@ -36,8 +36,7 @@ class SftCorpus:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the files, of the keys that choose what is read, and of the chat template's version."""
-        keys = ("sft", TEMPLATE, self.messages_key, self.domain_key, self.max_documents)
-        return fingerprint_of(self.files, keys)
+        return fingerprint_of(self.files, ("sft", TEMPLATE, self.messages_key, self.domain_key, self.max_documents))
 
     def documents(self) -> Iterator[Document]:
         """Yield one document per line that is not blank. No invalid line is skipped.

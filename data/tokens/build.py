@@ -181,13 +181,12 @@ def _segments(document: SpooledDocument) -> list[Segment]:
     return split_segments(document.text, document.turns)
 
 
-def _evaluated_text(document: SpooledDocument) -> str:
-    """Return the text whose tokens are labels: all of a plain text, the answers of a conversation."""
-    return "".join(segment.text for segment in _segments(document) if segment.supervised)
-
-
 class _DomainTotals:
-    """Adds up the documents of one domain of a split."""
+    """Adds up the documents of one domain of a split.
+
+    Attributes:
+        evaluated_text: the text whose tokens are labels: all of a plain text, the answers of a conversation.
+    """
 
     def __init__(self) -> None:
         self.counts = Counter(documents=0, bytes=0, tokens=0)
@@ -198,7 +197,7 @@ class _DomainTotals:
         self.counts.update(documents=1, bytes=document.size, tokens=num_tokens)
         self.digest.update(document.text.encode())
         if keep_text:
-            self.evaluated_text += _evaluated_text(document).encode()
+            self.evaluated_text += "".join(text for text, is_label in _segments(document) if is_label).encode()
 
 
 class _ShardWriter:

@@ -54,8 +54,7 @@ class TokenSplit:
         for shard in self._shards:
             highest = max((int(shard[i : i + 2**24].max()) for i in range(0, len(shard), 2**24)), default=0)
             if highest >= vocab_size:
-                file = shard.filename
-                raise DataError(f"{file}: expected token ids below vocab_size {vocab_size}, found {highest}")
+                raise DataError(f"{shard.filename}: expected token ids below vocab_size {vocab_size}, found {highest}")
 
     def num_rows(self, seq_len: int) -> int:
         """Return the number of rows of S = `seq_len`. The last token of the stream can only be a label."""

@@ -50,9 +50,8 @@ def prepare(config: DataConfig, *, verify: bool = True, report: Callable[[str], 
                     finally:
                         shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
-            reason = f"{error.strerror or error}"
             raise DataError(
-                f"data.cache={config.cache}: expected a directory that can be written ({reason})"
+                f"data.cache={config.cache}: expected a directory that can be written ({error.strerror or error})"
             ) from error
     return Store(directory, verify=verify)
 

@@ -1,4 +1,4 @@
-"""Memory of a model and reach of its attention. `moe.accounting.flops` counts operations.
+"""The memory of a model, and how far back its attention reaches. `moe.accounting.flops` counts operations.
 
 Letters: L layers, W window (keys that a query attends to, its own position included), n context, G key/value heads,
 C head dim, E experts, k experts per token.
@@ -35,6 +35,7 @@ class Parts:
 
     @property
     def total(self) -> int:
+        """The number of all parameters."""
         return sum(vars(self).values())
 
 
@@ -60,7 +61,7 @@ class CacheBytes:
     full: int
     """With n entries in every layer."""
     rolling: int
-    """With W entries in a layer with a window, also where n < W, and n in the others (`moe.attention.cache.Cache`)."""
+    """With W entries in each layer that has a window, even if n < W, and n in the others (`moe.attention.cache`)."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def count_parts(model: Transformer) -> Parts:
 
 
 def active_parts(parts: Parts, config: ModelConfig) -> Parts:
-    """The parameters that one token uses: k of E routed experts, and everything else in full."""
+    """Return the numbers of parameters that one token uses: those of k of E routed experts, and all of the others."""
     if config.num_experts is None or config.top_k is None:
         return parts
     return replace(parts, routed_experts=parts.routed_experts // config.num_experts * config.top_k)
@@ -106,8 +107,8 @@ def training_bytes(parameters: int, dtype: DType | None = None) -> TrainingBytes
 
     Args:
         dtype: of weights and gradients. A 16-bit type needs an fp32 master copy of the weights besides the moments
-            (arXiv 1710.03740). None: as Mixwright stores them, weights, gradients and both moments in fp32 whatever
-            the compute dtype, to which weights are cast where they are used.
+            (arXiv 1710.03740). None: the sizes in Mixwright, which stores weights, gradients and both moments in fp32
+            and casts weights to the compute dtype where they are used.
     """
     weights = parameters * (4 if dtype is None else BYTES[dtype])
     master = 0 if weights == 4 * parameters else 4 * parameters
@@ -168,7 +169,10 @@ def window_saving(context: int, window: int) -> WindowSaving:
 
 
 def _modules_by_part(model: Transformer) -> list[tuple[str, nn.Module]]:
-    """The modules of a model, each with the field of `Parts` that counts it. The embedding is a bare parameter."""
+    """Return the modules of a model, each with the field of `Parts` that counts it.
+
+    The embedding is not among them, because it is a parameter without a module.
+    """
     modules: list[tuple[str, nn.Module]] = [("norms", model.norm)]
     if model.head is not None:
         modules.append(("head", model.head))

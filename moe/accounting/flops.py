@@ -18,8 +18,8 @@ class ParameterCounts(NamedTuple):
 
     total: int
     active: int
-    """Parameters that one token uses: top_k of num_experts routed experts, and everything else in full, embeddings
-    included."""
+    """Parameters that one token uses: top_k of num_experts routed experts, and all other parameters, including the
+    embedding."""
     experts: int
     """Parameters of the routed experts."""
 
@@ -55,9 +55,9 @@ def count_parameters(model: Transformer) -> ParameterCounts:
 def forward_flops_per_token(model: Transformer, seq_len: int) -> float:
     """Return the FLOPs of the forward pass per token of a row of `seq_len` tokens.
 
-    Each active parameter of a matmul costs 2 FLOPs. Norms and the lookup in the embedding are not matmuls; the head is
-    one, also when it is tied to the embedding. Attention costs 4·H·C FLOPs per query-key pair and layer, for the pairs
-    that the causal mask and the window leave.
+    Each active parameter of a matmul costs 2 FLOPs. Norms and the lookup in the embedding are not matmuls. The head
+    is one, even if it is tied to the embedding. Attention costs 4·H·C FLOPs per query-key pair and layer, for the pairs
+    that the causal mask and the window allow.
     """
     config = model.config
     vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)

@@ -2,8 +2,8 @@
 
 Shapes: B batch, S sequence, X >= S key positions, D model, H query heads, G key/value heads, C head dim, W window.
 
-The part of attention that mixes positions is the *core*, a seam: `core(q, k, v, context)`. The default is right on one
-device. Context parallelism installs another.
+The part of attention that mixes positions is the *core*, `core(q, k, v, context)`. It is a seam: the default is for one
+device, and context parallelism installs another.
 """
 
 import torch
@@ -33,8 +33,12 @@ class AttentionCore(nn.Module):
         self.window = window
 
     def forward(self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, context: TokenContext) -> Tensor:
-        """The mixed values [B, H, S, C]. `context.documents_BS` has the documents of all X key positions, or is None
-        where each row is one document."""
+        """Return the mixed values [B, H, S, C].
+
+        Args:
+            context: its `documents_BS` has the documents of all X key positions, or is None if each row is one
+                document.
+        """
         documents_BX = context.documents_BS
         length, places = q_BHSC.shape[2], k_BGXC.shape[2]
         window = None if self.window is None or self.window >= places else self.window
@@ -52,6 +56,7 @@ class AttentionCore(nn.Module):
         return masked_attention(q_BHSC, k_BGXC, v_BGXC, same_BSX.tril(earlier).unsqueeze(1))
 
     def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the window, or `full` without one."""
         return "full" if self.window is None else f"window={self.window}"
 
 
@@ -83,11 +88,16 @@ class Attention(nn.Module):
         self.scatter: nn.Module = nn.Identity()
 
     def forward(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None = None) -> Tensor:
-        """Attend within the rows of `x_BSD`; with `cache`, also to the earlier tokens whose keys and values it has."""
+        """Return the output [B, S, D] of attention within the rows of `x_BSD`.
+
+        Args:
+            cache: the keys and values of earlier tokens, which the tokens of `x_BSD` attend to as well; None: no such
+                tokens.
+        """
         assert context.rotary is not None
 
         def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            return torch.unflatten(projected, -1, (-1, self.head_dim)).transpose(1, 2)
 
         x_BSD = self.gather(x_BSD)
         q_BHSC = apply_rotary(heads(self.wq(x_BSD)), context.rotary)
@@ -97,4 +107,5 @@ class Attention(nn.Module):
             mixed_BHSC = self.core(q_BHSC, k_BGSC, v_BGSC, context)
         else:
             mixed_BHSC = cache.attend(q_BHSC, k_BGSC, v_BGSC)
-        return self.scatter(self.wo(mixed_BHSC.transpose(1, 2).flatten(2)))
+        y_BSD: Tensor = self.scatter(self.wo(mixed_BHSC.transpose(1, 2).flatten(2)))
+        return y_BSD

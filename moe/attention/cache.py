@@ -76,7 +76,7 @@ class Cache:
         return sum(x.nbytes for layer in self.layers for x in (layer.k_BGWC, layer.v_BGWC))
 
     def next_positions(self, length: int) -> Tensor:
-        """The positions [B, length] of the next `length` tokens of each row."""
+        """Return the positions [B, length] of the next `length` tokens of each row."""
         return self.lengths_B.unsqueeze(1) + torch.arange(length, device=self.lengths_B.device)
 
     def begin(self, positions_BS: Tensor, valid_BS: Tensor | None = None) -> None:

@@ -1,9 +1,9 @@
 """Windowed and packed attention on GPUs: torch's flex_attention, compiled to a fused kernel that skips masked blocks.
 
-Shapes: B batch, S queries, X >= S key positions (the queries have the last S of them), H query heads, G key/value
-heads, C head dim.
+(FlexAttention, arXiv 2412.05496. On CPUs torch has no backward pass for it; `window` and `masked` are used instead.)
 
-(FlexAttention, arXiv 2412.05496. torch has no backward pass of it on CPUs, where `moe.attention.window` is used.)
+Shapes: B batch, S queries, X >= S key positions (the queries are at the last S of them), H query heads, G key/value
+heads, C head dim.
 """
 
 from collections.abc import Callable
@@ -20,30 +20,40 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def flex(q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, context: TokenContext, window: int | None) -> Tensor:
-    """Causal attention within documents and the window, [B, H, S, C]; compiled on GPUs, a plain loop elsewhere."""
+    """Return causal attention within documents and the window, [B, H, S, C]. It is compiled on GPUs only.
+
+    Args:
+        context: its `documents_BS` has the documents of all X key positions, or is None if each row is one document.
+        window: number of keys that a query attends to; None: all earlier ones.
+    """
     mask = block_mask(context, window, q_BHSC.shape[2], k_BGXC.shape[2], q_BHSC.device)
     attend: Any = _compiled(flex_attention) if q_BHSC.is_cuda else flex_attention
     out: Tensor = attend(q_BHSC, k_BGXC, v_BGXC, block_mask=mask, enable_gqa=q_BHSC.shape[1] != k_BGXC.shape[1])
     return out
 
 
-def block_mask(context: TokenContext, window: int | None, length: int, places: int, device: torch.device) -> BlockMask:
-    """Which blocks of the `length` queries and the `places` keys can attend to each other.
+def block_mask(
+    context: TokenContext, window: int | None, length: int, positions: int, device: torch.device
+) -> BlockMask:
+    """Return which blocks of the `length` queries and the `positions` keys can attend to each other.
 
-    All layers of one window share the mask: it is kept in `context`, or, where each row is one document, for as long
-    as the process uses few different shapes.
+    All layers with the same window share a mask. It is stored in `context`. If each row is one document, it depends on
+    sizes only, and the masks of the last few sizes are stored for the whole process.
     """
     documents_BX = context.documents_BS
     if documents_BX is None:
-        return _mask_of_one_document(window, length, places, device)
-    can_attend = mask_mod(documents_BX, window, places - length)
+        return _mask_of_one_document(window, length, positions, device)
+    can_attend = mask_mod(documents_BX, window, positions - length)
     return context.share(
-        ("block_mask", window, length), lambda: _make(can_attend, documents_BX.shape[0], length, places, device)
+        ("block_mask", window, length), lambda: _make(can_attend, documents_BX.shape[0], length, positions, device)
     )
 
 
 def mask_mod(documents_BX: Tensor | None, window: int | None, earlier: int) -> MaskMod:
-    """A function of index tensors: whether query `q` of row `b`, at position `earlier + q`, attends to key `k`."""
+    """Return a function of index tensors: whether query `q` of row `b` attends to key `k`.
+
+    Query `q` is at the position `earlier + q`.
+    """
 
     def can_attend(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         position = q + earlier
@@ -58,14 +68,14 @@ def mask_mod(documents_BX: Tensor | None, window: int | None, earlier: int) -> M
 
 
 @lru_cache(maxsize=8)
-def _mask_of_one_document(window: int | None, length: int, places: int, device: torch.device) -> BlockMask:
-    return _make(mask_mod(None, window, places - length), None, length, places, device)
+def _mask_of_one_document(window: int | None, length: int, positions: int, device: torch.device) -> BlockMask:
+    return _make(mask_mod(None, window, positions - length), None, length, positions, device)
 
 
-def _make(can_attend: MaskMod, batch: int | None, length: int, places: int, device: torch.device) -> BlockMask:
+def _make(can_attend: MaskMod, batch: int | None, length: int, positions: int, device: torch.device) -> BlockMask:
     # The compiled function does not materialise the S x X mask.
     create: Any = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    mask: BlockMask = create(can_attend, batch, None, length, places, device=device)
+    mask: BlockMask = create(can_attend, batch, None, length, positions, device=device)
     return mask
 
 

@@ -26,4 +26,4 @@ def masked_attention(q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, mask_B1SX: 
         mixed = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v_BGXC
     else:
         mixed = F.scaled_dot_product_attention(q, k_BGXC, v_BGXC, attn_mask=mask)
-    return mixed.unflatten(2, (ratio, length)).flatten(1, 2) if ratio > 1 else mixed
+    return torch.unflatten(mixed, 2, (ratio, length)).flatten(1, 2) if ratio > 1 else mixed

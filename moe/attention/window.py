@@ -28,7 +28,8 @@ positions attend only to each other."""
 def windowed_attention(
     q_BHSC: Tensor, k_BGPC: Tensor, v_BGPC: Tensor, documents_BP: Tensor | None, window: int
 ) -> Tensor:
-    """Causal attention over the last `window` keys of the same document, the key at the query's position included.
+    """Return causal attention over the last `window` keys of the same document, including the key at the query's
+    position.
 
     Args:
         documents_BP: document number of each position; None: each row is one document.
@@ -135,7 +136,7 @@ class _PaddedRow:
             total_blocks[:, :, first + j : end + j] += x[:, :, :, j * plan.queries : (j + 1) * plan.queries]
 
     def probabilities(self, q: Tensor, k: Tensor, first: int, end: int) -> Tensor:
-        """The softmax over keys of the scores of `q`, which are scaled already, on `k`: [B·G·n, r·Q, X]."""
+        """Return the softmax over keys of the scores of `k` for the scaled queries `q`, [B·G·n, r·Q, X]."""
         plan = self.plan
         scores = q @ k.transpose(1, 2)
         scores_BGnrQX = scores.view(plan.batch, plan.groups, end - first, plan.ratio, plan.queries, plan.keys)
@@ -143,7 +144,7 @@ class _PaddedRow:
         return scores.softmax(dim=-1)
 
     def _hidden(self, first: int, end: int) -> Tensor:
-        """True where a query does not attend to a key; broadcasts to [B, G, n, r, Q, X]."""
+        """Return True where a query does not attend to a key. The result broadcasts to [B, G, n, r, Q, X]."""
         plan, hidden = self.plan, self.out_of_reach_QX
         low, high = first * plan.queries, end * plan.queries + plan.lookback
         if self.documents is not None:
@@ -159,9 +160,7 @@ class _PaddedRow:
 
 class _Windowed(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int) -> Tensor:
         ctx.save_for_backward(q, k, v, documents)
         ctx.window = window
         plan = _plan(q, k, window)
@@ -175,7 +174,7 @@ class _Windowed(torch.autograd.Function):
         return out[:, :, : plan.length]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, documents = ctx.saved_tensors
         plan = _plan(q, k, ctx.window)
         scale = plan.channels**-0.5

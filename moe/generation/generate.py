@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe.attention.cache import Cache
 from moe.generation.sampling import Chooser, Sampling
-from moe.model import ModelInputs, Transformer
+from moe.model import ModelInputs, Output, Transformer
 from moe.router import Router
 
 PREFILL_CHUNK = 512
@@ -130,7 +130,8 @@ def _step(model: Transformer, cache: Cache, out: list[list[int]], rows: list[int
         valid_B1 = torch.zeros_like(tokens_B1, dtype=torch.bool)
         valid_B1[rows] = True
     inputs = ModelInputs(tokens_B1, cache.next_positions(1), valid_BS=valid_B1)
-    return model(inputs, cache=cache).logits_BSV[:, 0].double()
+    output: Output = model(inputs, cache=cache)
+    return output.logits_BSV[:, 0].double()
 
 
 @contextmanager

@@ -15,5 +15,5 @@ __all__ = ["ExpertChoiceRouter", "SigmoidTopKRouter", "SoftmaxTopKRouter", "buil
 
 
 def build_router(dim: int, num_experts: int, top_k: int, config: RouterConfig, layer: int = 0) -> Router:
-    """The router of the kind that `config.kind` names, for the block with index `layer`."""
+    """Return a router of the kind that `config.kind` names, for the block with index `layer`."""
     return ROUTERS[config.kind](dim, num_experts, top_k, config, layer)

@@ -26,10 +26,11 @@ class ExpertChoiceRouter(Router):
 
     @property
     def tokens_choose(self) -> bool:
+        """Whether each token takes exactly `top_k` experts. It does so only while text is generated."""
         return self.generating
 
     def choose_experts(self, logits_BSE: Tensor, scores_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """All experts of every token, those that take it first: K = E."""
+        """Return all experts of every token, K = E. The experts that take the token come first."""
         if self.tokens_choose:
             return super().choose_experts(logits_BSE, scores_BSE, mask_BS)
         whole_BSE = self.rows.gather(scores_BSE)

@@ -27,17 +27,17 @@ class SigmoidTopKRouter(Router):
         self.register_buffer("bias", torch.zeros(num_experts))
 
     def compute_scores(self, logits_BSE: Tensor) -> tuple[Tensor, Tensor]:
-        """Sigmoid scores, and the scores divided by their sum over experts as probabilities."""
+        """Return the sigmoid of the logits, and as probabilities these scores divided by their sum over experts."""
         scores_BSE = logits_BSE.sigmoid()
         return scores_BSE, scores_BSE / positive(scores_BSE.sum(dim=-1, keepdim=True))
 
     def rank_experts(self, logits_BSE: Tensor, scores_BSE: Tensor) -> Tensor:
-        """Scores plus bias."""
+        """Return the scores plus the bias."""
         return scores_BSE + self.bias
 
     @torch.no_grad()
     def update_after_step(self, counts_E: Tensor) -> None:
-        """`b_e += rate * sign(mean n - n_e)`, unless the router is frozen."""
+        """Update the bias: `b_e += rate * sign(mean n - n_e)`, unless the router is frozen."""
         rate = self.config.bias_update_rate
         if rate and self.weight.requires_grad:
             # n̄ - n_e is multiplied by E: without a division, an expert at the mean keeps its bias exactly.

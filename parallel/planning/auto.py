@@ -136,8 +136,8 @@ class _Search:
             if not axes:
                 yield {}
                 return
-            for size in _divisors(rest):
-                if size <= bounds.get(axes[0], rest):
+            for size in range(1, min(rest, bounds.get(axes[0], rest)) + 1):
+                if rest % size == 0:
                     for others in sizes(axes[1:], rest // size):
                         yield {axes[0]: size, **others}
 
@@ -176,8 +176,7 @@ class _Search:
             stride = layout.expert_tensor * layout.expert if of_experts else layout.sequence
             shard = layout.expert_shard if of_experts else layout.shard
             replicas = layout.expert_data // shard if of_experts else layout.replicate
-            byte_cost = self._byte_cost(stride, shard, ring=True)
-            fsdp += shard_bytes(weights, layout, workload) / layout.pipeline * byte_cost
+            fsdp += shard_bytes(weights, layout, workload) / layout.pipeline * self._byte_cost(stride, shard, ring=True)
             byte_cost = self._byte_cost(stride * shard, replicas, ring=True)
             communication += gradient_bytes(weights, layout, workload) / layout.pipeline * byte_cost
         passes = 4 if parallel.recompute == "full" else 3
@@ -225,7 +224,3 @@ class _Search:
         share = {"experts": top_k / experts}
         weights = self.workload.weights.items()
         return sum(weight.numel * number * share.get(weight.kind, 1) for weight, number in weights)
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]

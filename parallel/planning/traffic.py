@@ -191,9 +191,9 @@ def traffic(workload: Workload, layout: Layout, parallel: ParallelConfig) -> dic
     micro["context"] = 0.0
     kv_width, length = model.num_kv_heads * model.head_dim // layout.tensor, workload.seq_len // layout.context
     for window, number in Counter(map(model.window, range(model.num_layers))).items():
-        positions = fetched_positions(window, length, layout.context)
-        if layout.zigzag:  # an all-gather of the whole row
-            positions = all_gather_bytes(layout.context, length)
+        # Zigzag all-gathers the whole row.
+        row = all_gather_bytes(layout.context, length)
+        positions = row if layout.zigzag else fetched_positions(window, length, layout.context)
         micro["context"] += number * context_bytes(positions, workload.rows(layout), kv_width, size, passes)
     for axis in ("expert", "expert_tensor", "tensor", "context"):
         micro[axis] /= layout.pipeline  # Each layer is on one of the pipeline's ranks.

@@ -132,11 +132,9 @@ def launch_workers(
         start_method="spawn",
     )
     with tempfile.TemporaryDirectory(prefix="workers-") as reports:
-        call = elastic_launch(config, _run_worker)
         try:
             with _environment(environment), _signal_handlers_restored(), _logging_disabled():
-                results: dict[int, Any] = call(entry, args, os.getpid(), reports)
-                return results
+                return elastic_launch(config, _run_worker)(entry, args, os.getpid(), reports)
         except ChildFailedError as error:
             raise _to_failure(error, list(Path(reports).glob(f"{max_restarts}-*.json"))) from None
         except SignalException as error:
@@ -144,7 +142,7 @@ def launch_workers(
 
 
 def _run_worker(entry: Callable[..., Any], args: tuple[Any, ...], launcher_pid: int, reports: str) -> Any:
-    """The main function of a worker process. If `entry` fails, write the reason to a file that the launcher reads."""
+    """Run a worker process. If `entry` fails, write the reason to a file that the launcher reads."""
     die_with_parent(launcher_pid)
     world = world_from_env()
     report = Path(reports) / f"{world.restart_count}-{world.rank}.json"

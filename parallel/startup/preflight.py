@@ -186,12 +186,12 @@ def _describe_absent(ranks: Sequence[int], timeout_s: float) -> str:
 
 
 def _show_ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, or `ranks 1,8-15`."""
+    """Return the ranks as `rank 3` or `ranks 1,8-15`."""
     return f"rank{'s' if len(ranks) > 1 else ''} {show_ranges(ranks)}"
 
 
 def _show(value: Any) -> str:
-    """The value as a user writes it on the command line."""
+    """Return the value as a user writes it on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -209,8 +209,7 @@ def _key(rank: int) -> str:
 
 def _get(store: dist.Store, key: str, timeout_s: float) -> bytes:
     store.wait([key], timedelta(seconds=timeout_s))
-    value: bytes = store.get(key)
-    return value
+    return store.get(key)
 
 
 def _count_up_to(store: dist.Store, key: str, target: int, timeout_s: float) -> bool:

@@ -26,11 +26,11 @@ from training.config import EngineConfig, TrainConfig
 from training.deepspeed.engine import DeepSpeedEngine
 from training.deepspeed.settings import deepspeed_settings
 from training.engine import NativeEngine
+from training.evaluate import evaluate
+from training.parity.trial import micro_batches_of_rank, rows_of_step
 from training.parity.config import ACCUMULATION, CASES, LENGTH, OPTIM, rows_for
-from training.parity.config import global_batch as global_rows
-from training.parity.config import part_of as rows_of
 from training.schedule import learning_rate
-from training.step import StepResult, evaluate, train_step
+from training.step import StepResult, train_step
 
 pytest.importorskip("deepspeed")
 
@@ -82,7 +82,7 @@ FOUR = [Job("mixtral", 3, 2), Job("deepseek", 2, 2), Job("switch", 1, 4), Job("o
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:
-    return global_rows(step, ROWS)
+    return rows_of_step(step, ROWS)
 
 
 def build(job: Job, world: int, directory: str, max_norm: float | None = OPTIM.max_grad_norm) -> Any:
@@ -102,7 +102,7 @@ def build(job: Job, world: int, directory: str, max_norm: float | None = OPTIM.m
 
 
 def one_step(engine: Any, job: Job, step: int, rank: int, world: int) -> StepResult:
-    batches = rows_of(global_batch(step), rank, world)
+    batches = micro_batches_of_rank(global_batch(step), rank, world)
     return train_step(engine, batches, MODELS[job.case][1], learning_rate(step, STEPS, OPTIM), seed=7)
 
 
@@ -194,7 +194,7 @@ def use_between_steps(rank: int, world: int, directory: str, stage: int) -> dict
     losses, heldout_losses, generated = [], [], []
     for step in range(3):
         losses.append(one_step(engine, job, step, rank, world).loss)
-        batches: list[Batch] = rows_of(global_batch(9), rank, world)
+        batches: list[Batch] = micro_batches_of_rank(global_batch(9), rank, world)
         heldout_losses.append(evaluate(engine, batches, ("text",), torch.ones(40, dtype=torch.long)).loss)
         generated.append(generate(engine.parts[0], [[1, 2, 3]], max_tokens=4))
     engine.close()

@@ -17,7 +17,8 @@ from tests.distributed.whole import gather_whole
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import read_manifest
 from training.engine import NativeEngine
-from training.parity.config import MODEL, OPTIM, global_batch, part_of, rows_for
+from training.parity.trial import micro_batches_of_rank, rows_of_step
+from training.parity.config import MODEL, OPTIM, rows_for
 from training.step import StepResult, train_step
 
 ROUTER = RouterConfig(balance_coef=0.05, z_coef=0.01)
@@ -33,7 +34,7 @@ def engine_of(expert_size: int, seed: int, train: str | tuple[str, ...] = TRAIN)
 def steps(engine: NativeEngine, first: int, last: int) -> None:
     for step in range(first, last):
         rank, world = engine.mesh.rank, engine.mesh.world_size
-        train_step(engine, part_of(global_batch(step, rows_for(4)), rank, world), ROUTER, 1e-3)
+        train_step(engine, micro_batches_of_rank(rows_of_step(step, rows_for(4)), rank, world), ROUTER, 1e-3)
 
 
 def interrupted(rank: int, world: int, root: Path) -> tuple[dict, dict, int]:
@@ -72,11 +73,11 @@ def without_labels(rank: int, world: int) -> list[StepResult]:
     engine = engine_of(2, seed=3, train="all")
     results = []
     for any_label in (True, False):
-        rows = global_batch(0, rows_for(4))
+        rows = rows_of_step(0, rows_for(4))
         rows["labels_BS"][:] = IGNORE
         if any_label:
             rows["labels_BS"][0, 0] = 5
-        results.append(train_step(engine, part_of(rows, rank, world), ROUTER, 1e-3))
+        results.append(train_step(engine, micro_batches_of_rank(rows, rank, world), ROUTER, 1e-3))
     assert all(parameter.isfinite().all() for parameter in engine.parts[0].parameters())
     return results
 

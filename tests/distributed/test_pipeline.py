@@ -19,9 +19,11 @@ from parallel.stages import Schedule, stage_layers, stages_of
 from tests.distributed.harness import run_ranks
 from tests.distributed.whole import assert_same_history, gather_whole
 from training.engine import NativeEngine
-from training.parity.config import ACCUMULATION, CASES, MODEL, OPTIM, global_batch
+from training.evaluate import evaluate
+from training.parity.trial import rows_of_step
+from training.parity.config import ACCUMULATION, CASES, MODEL, OPTIM
 from training.schedule import learning_rate
-from training.step import evaluate, train_step
+from training.step import train_step
 
 ROWS, STEPS = 16, 3
 DEEP = {name: (case.model, case.router) for name, case in CASES.items()}
@@ -64,7 +66,7 @@ JOBS = {
 
 def batches_of(step: int, micro_batches: int, rank: int, layout: Layout) -> list[Batch]:
     """This data rank's part of every micro-batch."""
-    rows = global_batch(step, ROWS)
+    rows = rows_of_step(step, ROWS)
     per_rank = len(rows["tokens_BS"]) // micro_batches // layout.data
     starts = [(m * layout.data + layout.data_rank(rank)) * per_rank for m in range(micro_batches)]
     return [Batch(**{name: rows[name][start : start + per_rank] for name in rows}) for start in starts]

@@ -62,6 +62,7 @@ class LazyTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

@@ -86,6 +86,7 @@ class DeepSpeedEngine:
         return [(self.model, self.model(inputs))]
 
     def backward(self, loss: Tensor) -> None:
+        """Run the backward pass of `loss` through DeepSpeed, which adds the gradients."""
         # The model is called directly, so the preparations of DeepSpeed's `forward` are made here. Without them, stage
         # 3 keeps the gradients of the last micro-batch only.
         self.zero.clear_backward_seen_flag()
@@ -265,7 +266,7 @@ def _mark_experts(model: nn.Module, names: set[str], mesh: Mesh) -> str:
 def _build_marker(model: Transformer, group_name: str) -> nn.Module:
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
-    class ExpertMarker(AutoEPMoELayer):  # type: ignore[misc]
+    class ExpertMarker(AutoEPMoELayer):
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = model.config.num_experts

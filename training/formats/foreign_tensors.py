@@ -93,7 +93,7 @@ class TensorDirectory:
         try:
             file = self._open(stored.file, prod(shape) * stored.dtype.itemsize)
             if shape == stored.shape:
-                return file.get_tensor(name)  # type: ignore[no-any-return]
+                return file.get_tensor(name)
             part: Tensor = file.get_slice(name)[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{stored.file}: {_shown(name)}: cannot be read: {error}") from error

@@ -45,6 +45,7 @@ class Block(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the slice in the file."""
         return self.region.numel * self.dtype.itemsize
 
 
