@@ -17,7 +17,7 @@ ROOT = CONF.parent
 EXAMPLE = ROOT / "examples" / "noisy_topk"
 SMALL = [
     "model=mixtral_tiny", "model.num_layers=1", "train.seq_len=32", "train.global_batch=4", "train.log_every=1",
-    "data.code_bytes=0", "data.prose_bytes=0", "data.arithmetic_bytes=60000", "data.vocab_size=300",
+    "data.code_bytes=0", "data.prose_bytes=0", "data.arithmetic_bytes=60000", "data.vocab_size=400",
     "optim.schedule=constant", "optim.warmup_steps=0", "tracking=disabled", "run.sample_tokens=4",
 ]  # fmt: skip
 
