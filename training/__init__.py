@@ -1,4 +1,4 @@
-"""One training run: configuration, data, model and engine, the loop, checkpoints and reports.
+"""Training runs from the configuration to the last checkpoint, and the work of the tools on trained models.
 
 In reading order:
 
