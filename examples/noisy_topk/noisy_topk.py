@@ -97,7 +97,7 @@ class NoisyTopKRouter(Router):
         return config.importance_coef * _cv_squared(importance_LE) + config.load_coef * _cv_squared(load_LE)
 
     def init_parameter(self, name: str, tensor: Tensor, identity: str, std: float) -> None:
-        """Fill `noise_weight` with 0: the noise starts with the standard deviation softplus(0) = ln 2 for every expert."""
+        """Fill `noise_weight` with 0, so that the noise of every expert starts with the scale softplus(0) = ln 2."""
         if name == "noise_weight":
             tensor.zero_()
         else:
