@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.cli.hydra import CONF
-
-ROOT = CONF.parent
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -48,7 +46,8 @@ from moe.router import ROUTERS
 from training.optimizer import OPTIMIZERS
 from training.report.trackers import TRACKERS
 from training.schedule import SCHEDULES
-print(*(list(registry)[-1] for registry in (ROUTERS, ACTIVATIONS, OPTIMIZERS, SCHEDULES, TRACKERS)), *list(CORPORA)[-2:])
+last = [list(registry)[-1] for registry in (ROUTERS, ACTIVATIONS, OPTIMIZERS, SCHEDULES, TRACKERS)]
+print(*last, *list(CORPORA)[-2:])
 """
     done = python("-c", program, *plugins)
     assert done.stdout == "my_router relu2 sgd inverse_sqrt loss_file poems verses\n", done.stderr
