@@ -15,7 +15,7 @@ help: ## List the targets (the default)
 	@echo 'usage: make <target> [ARGS="..."] [PYTHON=python3.12]'
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-env: $(STAMP) ## Create .venv and install the project with its dev extra; repeated when pyproject.toml changes
+env: $(STAMP) ## Create .venv and install the project with its dev extra; again after pyproject.toml has changed
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -45,7 +45,7 @@ $(SERVING):
 	@.venv-serving/bin/python -m pip uninstall -qqy torchvision torchaudio torchcodec
 	@touch $@
 
-coverage: env ## Run the fast tests that need one process only, and print which share of their code they run
+coverage: env ## Run the fast tests that need one process only, and print the coverage of the code
 	@$(PYTEST) -m "not slow" --cov --cov-report=term $(UNIT) $(ARGS)
 
 doctest: env ## Run the examples in docstrings
@@ -59,7 +59,7 @@ lint: env ## Check style, formatting and types
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 
-format: env ## Format the code and mend what ruff can mend
+format: env ## Format the code and apply the fixes of ruff
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 

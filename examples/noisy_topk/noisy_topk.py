@@ -46,7 +46,7 @@ class NoisyTopKConfig(RouterConfig):
         expect(self.load_coef >= 0, "load_coef", self.load_coef, "a number >= 0")
 
     def weight_shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:
-        """The gate and the noise each have a matrix."""
+        """Return two matrices: `weight` for the logits, and `noise_weight` for the standard deviation of the noise."""
         return {"weight": (num_experts, dim), "noise_weight": (num_experts, dim)}
 
     @property
@@ -55,13 +55,13 @@ class NoisyTopKConfig(RouterConfig):
         return True
 
     def num_extra(self, num_experts: int) -> int:
-        """Two columns per expert for the losses, and one for the telemetry."""
+        """Return the number of columns: two per expert for the losses, and one for the telemetry."""
         return 2 * num_experts + 1
 
 
 @register_router("noisy_topk", NoisyTopKConfig)
 class NoisyTopKRouter(Router):
-    """Top-k of logits plus learned normal noise. Without noise in evaluation and generation."""
+    """Choose the top k of the logits plus learned normal noise. Evaluation and generation use no noise."""
 
     TELEMETRY = ("noise_std",)
 
@@ -69,7 +69,7 @@ class NoisyTopKRouter(Router):
     noise_weight: torch.nn.Parameter
 
     def compute_logits(self, x_BSD: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
-        """x · W + noise · std in training, x · W otherwise."""
+        """Return x · W + noise · std in training, and x · W otherwise, [B, S, E]."""
         clean_BSE = super().compute_logits(x_BSD, noise_keys_BS)
         if not self.training:
             return clean_BSE
@@ -79,7 +79,7 @@ class NoisyTopKRouter(Router):
         return clean_BSE + noise_BSE * self._std(x_BSD)
 
     def compute_extra(self, decision: Decision) -> Tensor:
-        """Per sequence: importance [E], load [E], and the sum over tokens of the mean standard deviation [1]."""
+        """Return [B, 2·E + 1]: importance [E], load [E], and the mean standard deviation summed over tokens [1]."""
         mask_BS1 = decision.mask_BS.unsqueeze(-1).to(decision.logits_BSE)
         importance_BSE = torch.zeros_like(decision.logits_BSE)
         importance_BSE = importance_BSE.scatter_add(-1, decision.experts_BSK, decision.weights_BSK)
@@ -91,13 +91,13 @@ class NoisyTopKRouter(Router):
 
     @classmethod
     def auxiliary_loss(cls, config: RouterConfig, extra_LX: Tensor, tokens: Tensor) -> Tensor:
-        """importance_coef · CV(importance)² + load_coef · CV(load)², per layer [L]."""
+        """Return importance_coef · CV(importance)² + load_coef · CV(load)², per layer [L]."""
         assert isinstance(config, NoisyTopKConfig)
         importance_LE, load_LE = extra_LX[:, :-1].chunk(2, dim=1)
         return config.importance_coef * _cv_squared(importance_LE) + config.load_coef * _cv_squared(load_LE)
 
     def init_parameter(self, name: str, tensor: Tensor, identity: str, std: float) -> None:
-        """The noise starts with the same standard deviation for all experts, softplus(0) = ln 2."""
+        """Fill `noise_weight` with 0, so that the noise of every expert starts with the scale softplus(0) = ln 2."""
         if name == "noise_weight":
             tensor.zero_()
         else:
@@ -107,7 +107,7 @@ class NoisyTopKRouter(Router):
         return F.softplus(F.linear(x_BSD, self.noise_weight.to(x_BSD.dtype))) + self.config.noise_floor
 
     def _probability_of_top_k(self, clean_BSE: Tensor, noisy_BSE: Tensor, std_BSE: Tensor) -> Tensor:
-        """The probability that an expert is among the top k if only its own noise is drawn again (section A.1)."""
+        """Return the probability that an expert is among the top k if only its noise is drawn again (section A.1)."""
         if self.top_k == self.num_experts:
             return torch.ones_like(clean_BSE)
         best_BSK = noisy_BSE.detach().topk(self.top_k + 1, dim=-1).values
@@ -118,6 +118,6 @@ class NoisyTopKRouter(Router):
 
 
 def _cv_squared(total_LE: Tensor) -> Tensor:
-    """The squared coefficient of variation over experts, [L]."""
+    """Return the squared coefficient of variation over experts, [L]."""
     mean_L1 = total_LE.mean(dim=1, keepdim=True)
     return ((total_LE / mean_L1.clamp(min=1e-10) - 1) ** 2).mean(dim=1)
