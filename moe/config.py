@@ -135,8 +135,13 @@ class RouterConfig:
 
     @classmethod
     def class_for(cls, raw: Mapping[str, Any]) -> "type[RouterConfig]":
-        """The dataclass to build from the plain section `raw`: the one that is registered for its `kind`."""
-        return ROUTER_CONFIGS.get(raw.get("kind", cls.kind), cls)
+        """The dataclass to build from the plain section `raw`: the one that is registered for its `kind`.
+
+        Raises:
+            ConfigError: the kind is unknown. The other keys are not looked at: they can be those of a plugin.
+        """
+        kind = raw.get("kind", cls.kind)
+        return ROUTER_CONFIGS[kind] if isinstance(kind, str) else cls
 
     def weight_shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every parameter of one layer's router. The router creates exactly these parameters, and

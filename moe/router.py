@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.checks import expect
 from common.registry import Registry
+from common.strict import leaf_keys
 from moe.config import ROUTER_CONFIGS, RouterConfig
 from moe.noise import fill_rows, uniform
 from moe.selection import (
@@ -135,16 +137,13 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
+        self.num_experts = num_experts
         self.top_k = top_k
         self.normalize = config.normalizes(top_k)
         self.rows: Rows = LocalRows()
         self.generating = False
         for name, shape in config.weight_shapes(dim, num_experts).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-
-    @property
-    def num_experts(self) -> int:
-        return self.weight.shape[0]
 
     @property
     def tokens_choose(self) -> bool:
@@ -177,7 +176,23 @@ class Router(nn.Module):
 
         experts_BSK, taken_BSK = self.choose_experts(logits_BSE.detach(), scores_BSE.detach(), mask_BS)
         weights_BSK = self.compute_weights(scores_BSE, experts_BSK)
+        expect(
+            experts_BSK.shape == taken_BSK.shape == weights_BSK.shape,
+            "router.kind",
+            self.config.kind,
+            "choose_experts and compute_weights to return three tensors of one shape [B, S, K], found "
+            + ", ".join(str(list(tensor.shape)) for tensor in (experts_BSK, taken_BSK, weights_BSK)),
+        )
         decision = Decision(x_BSD, logits_BSE, scores_BSE, experts_BSK, weights_BSK, mask_BS)
+        extra_BX = self.compute_extra(decision)
+        expect(
+            extra_BX.shape == (x_BSD.shape[0], self.config.num_extra(num_experts))
+            and len(self.TELEMETRY) <= extra_BX.shape[1],
+            "router.kind",
+            self.config.kind,
+            f"compute_extra to return [{x_BSD.shape[0]}, {self.config.num_extra(num_experts)}], a column for each of "
+            f"num_extra, the last ones named by TELEMETRY={list(self.TELEMETRY)}; found {list(extra_BX.shape)}",
+        )
         counts_BE = count(experts_BSK, taken_BSK, num_experts)
         kept_BSK = self._keep_within_capacity(scores_BSE.detach(), experts_BSK, taken_BSK, counts_BE)
 
@@ -188,7 +203,7 @@ class Router(nn.Module):
             dropped_B=(taken_BSK - kept_BSK).sum(dim=(1, 2)),
             tokens_B=mask_BS1.sum(dim=(1, 2)),
             experts_BSK=experts_BSK if self.tokens_choose else experts_BSK.where(taken_BSK.bool(), num_experts),
-            extra_BX=self.compute_extra(decision),
+            extra_BX=extra_BX,
         )
         complete = valid_BS is None and self.capacity_factor is None and self.tokens_choose
         if not complete:
@@ -270,10 +285,10 @@ class Router(nn.Module):
         """Fill the parameter `name` of this router. By default normal, with standard deviation `std`.
 
         Args:
-            tensor: the parameter, a matrix, on any device.
+            tensor: the parameter, on any device.
             identity: what the random numbers depend on (the seed and the parameter's full name).
         """
-        fill_rows(tensor, identity, std)
+        fill_rows(tensor.view(*tensor.shape[:1] or (1,), -1), identity, std)
 
     def update_after_step(self, counts_E: Tensor) -> None:
         """Update buffers after an optimizer step; the default has none.
@@ -354,11 +369,24 @@ def register_router(kind: str, config: type[RouterConfig] = RouterConfig) -> Cal
 
     Raises:
         ValueError: another router has the name.
+        ConfigError: the classes cannot be those of a router.
     """
 
     def register(router: RouterClass) -> RouterClass:
-        if kind not in ROUTER_CONFIGS:
-            ROUTER_CONFIGS.add(kind, config)
+        key = "router.kind"
+        expect(issubclass(router, Router), key, kind, f"a subclass of moe.router.Router, found {router.__name__}")
+        expect(issubclass(config, RouterConfig), key, kind, f"a RouterConfig, found {config.__name__}")
+        unknown = ", ".join(set(config.MEANING) - set(leaf_keys(config)))
+        expect(not unknown, key, kind, f"fields of {config.__name__} in MEANING, found {unknown}")
+        expect(
+            config.num_extra is not RouterConfig.num_extra
+            or {"compute_extra", "auxiliary_loss", "TELEMETRY"}.isdisjoint(vars(router)),
+            key,
+            kind,
+            f"num_extra in {config.__name__}, the number of columns that compute_extra returns and that auxiliary_loss "
+            "and TELEMETRY read",
+        )
+        ROUTER_CONFIGS.add(kind, config)
         ROUTERS.add(kind, router)
         return router
 

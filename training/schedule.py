@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from common.checks import expect
 from common.registry import Registry
 
 
@@ -56,6 +57,9 @@ def learning_rate(step: int, steps: int, config: Any) -> float:
         steps: optimizer steps of the run.
         config: the section `optim`, a `training.config.OptimConfig`.
 
+    Raises:
+        ConfigError: the schedule did not return a number >= 0.
+
     >>> from training.config import OptimConfig
     >>> config = OptimConfig(lr=1.0, warmup_steps=2, min_lr_ratio=0.1)
     >>> [round(learning_rate(step, 6, config), 3) for step in range(6)]
@@ -65,4 +69,11 @@ def learning_rate(step: int, steps: int, config: Any) -> float:
     if step < warmup:
         return config.lr * (step + 1) / warmup
     position = Position(step, steps, warmup, config.decay_steps, config.min_lr_ratio)
-    return config.lr * SCHEDULES[config.schedule](position)
+    factor = SCHEDULES[config.schedule](position)
+    expect(
+        isinstance(factor, int | float) and 0 <= factor < math.inf,
+        "optim.schedule",
+        config.schedule,
+        f"a schedule that returns a number >= 0, found {factor!r} at step {step}",
+    )
+    return config.lr * factor
