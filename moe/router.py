@@ -288,7 +288,7 @@ class Router(nn.Module):
             tensor: the parameter, on any device.
             identity: what the random numbers depend on (the seed and the parameter's full name).
         """
-        fill_rows(tensor.view(*tensor.shape[:1] or (1,), -1), identity, std)
+        fill_rows(tensor.view(len(tensor), -1), identity, std)
 
     def update_after_step(self, counts_E: Tensor) -> None:
         """Update buffers after an optimizer step; the default has none.

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra.errors import ConfigCompositionException
 
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from common.plugins import changed_plugins, load_plugins, loaded_plugins, missing_plugins
 from common.strict import from_dict
 from data.config import DataConfig
-from moe.config import ROUTER_CONFIGS, RouterConfig
+from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
+from scripts.cli.errors import user_message
 from scripts.cli.hydra import CONF
+from training.resume import checked_state
 
 ROOT = CONF.parent
 EXAMPLE = ROOT / "examples" / "noisy_topk"
@@ -172,3 +175,18 @@ def test_keys_of_a_plugin_are_suggested(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(ROUTER_CONFIGS._entries, "mine", Mine)
     with pytest.raises(ConfigError, match=r"^router.slop=2: unknown key; the nearest valid key is router.slope$"):
         from_dict(RouterConfig, {"kind": "mine", "slop": 2}, "router")
+
+
+def test_a_key_of_a_plugin_that_no_preset_has_needs_a_plus():
+    refused = ConfigCompositionException("Could not override 'router.slope'.")
+    hint = " (a key of a plugin: +router.slope=2)"
+    line = "router.slope=2: unknown key; the nearest valid key is router.scale"
+    assert user_message(refused, ["plugins=[mine.py]", "router.slope=2"]) == line + hint
+    assert user_message(refused, ["router.slope=2"]) == line
+
+
+def test_a_checkpoint_cannot_write_to_the_terminal_with_the_name_of_a_plugin(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("training.resume.read_state", lambda path: {"plugins": {"\x1b[2Jmine.py": ""}})
+    with pytest.raises(CheckpointError, match=r"step-1: 'it was written with plugins=\[\\x1b\[2Jmine.py\]") as caught:
+        checked_state("step-1", ModelConfig(8, 1, 1, 1, 8, 8), RouterConfig(), 1)
+    assert str(caught.value).isprintable()

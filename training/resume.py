@@ -8,6 +8,7 @@ from typing import Any
 from common.errors import CheckpointError, ConfigError
 from common.plugins import missing_plugins
 from common.strict import from_dict, to_dict
+from common.text import printable
 from moe.config import ModelConfig, RouterConfig
 from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified, read_state
 from training.config import Config
@@ -55,7 +56,7 @@ def checked_state(path: str, model: ModelConfig, router: RouterConfig, steps: in
     state = read_state(Path(path))
     missing = missing_plugins(state.get("plugins", {}))
     if missing:
-        raise CheckpointError(f"{path}: {missing}")
+        raise CheckpointError(f"{path}: {printable(missing)}")
     try:
         saved: dict[str, ModelConfig | RouterConfig] = {"model": from_dict(ModelConfig, state["model"], "model")}
         if model.is_moe:
