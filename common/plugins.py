@@ -41,7 +41,7 @@ def load_plugins(plugins: Sequence[str]) -> None:
         path = Path(given)
         try:
             module = _import_file(path) if given.endswith(".py") else _import_name(given)
-        except Exception as error:  # A plugin is the user's code and can raise anything.
+        except (Exception, SystemExit) as error:  # A plugin is the user's code and can raise anything.
             raise ConfigError(f"plugins={given}: expected a module that can be imported ({_reason(error)})") from error
         file = Path(module.__file__ or "")
         _loaded[given] = (plugin_name(given), sha256_of(file) if file.is_file() else "")
@@ -104,8 +104,14 @@ def _import_name(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def _reason(error: Exception) -> str:
-    """The error's first line, and where in the plugin it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+def _reason(error: BaseException) -> str:
+    """The error's first line, and the plugin's line that led to it, even if a library raised the error."""
+    # The first frames are those of this file and of Python's import system.
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and "importlib" not in frame.filename
+    ]
+    lines = [frame.lineno for frame in frames if frame.filename == frames[0].filename]
+    place = f" in {Path(frames[0].filename).name}, line {lines[-1]}" if frames else ""
     return f"{first_line(error)}{place}"

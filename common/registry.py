@@ -43,27 +43,27 @@ class Registry(Generic[T]):
             raise ValueError(f"{self.key}={name}: this name is registered already")
         self._entries[name] = entry
 
-    def check(self, name: object) -> None:
-        """Raise ConfigError, which lists the known names, unless `name` is registered."""
+    def check(self, name: object, key: str | None = None) -> None:
+        """Raise ConfigError, which lists the known names, unless `name` is registered.
+
+        Args:
+            key: the start of the message; by default the last part of the configuration key.
+        """
         require(
             name in self,
             ConfigError,
-            f"{self.key.rpartition('.')[2]}={name}: expected one of {', '.join(self._entries)}, or a name that a "
-            "module in plugins=[...] registers",
+            f"{key or self.key.rpartition('.')[2]}={name}: expected one of {', '.join(self._entries)}, or a name that "
+            "a module in plugins=[...] registers",
         )
 
     def __getitem__(self, name: str) -> T:
         """The implementation of `name`.
 
         Raises:
-            ConfigError: the name is not registered; lists those that are.
+            ConfigError: the name is not registered; starts with the whole configuration key, and lists the names.
         """
-        self.check(name)
+        self.check(name, self.key)
         return self._entries[name]
-
-    def get(self, name: object, default: T) -> T:
-        """The implementation of `name`, or `default` if there is none."""
-        return self._entries.get(name, default) if isinstance(name, str) else default
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._entries

@@ -43,6 +43,7 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
     require(isinstance(raw, dict), ConfigError, f"{path or cls.__name__}={_show(raw)}: expected a section of keys")
     if hasattr(cls, "class_for"):
         cls = cls.class_for(raw)  # type: ignore[attr-defined]
+        keys = [*keys, *leaf_keys(cls, path)]
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name, value in raw.items():
         if name not in fields:
@@ -79,8 +80,9 @@ def unknown_key(key: str, value: Any, keys: list[str]) -> ConfigError:
 
 def leaf_keys(cls: type, path: str = "") -> Iterator[str]:
     """Dotted names of every value in the dataclass `cls` and in the dataclasses inside it."""
-    for name, hint in typing.get_type_hints(cls).items():
-        inner = [branch for branch in _branches(hint) if dataclasses.is_dataclass(branch)]
+    hints = typing.get_type_hints(cls)
+    for name in (field.name for field in dataclasses.fields(cls)):
+        inner = [branch for branch in _branches(hints[name]) if dataclasses.is_dataclass(branch)]
         if inner:
             yield from leaf_keys(typing.cast(type, inner[0]), _join(path, name))
         else:

@@ -84,9 +84,13 @@ class DataConfig:
 
     @classmethod
     def class_for(cls, raw: Mapping[str, Any]) -> "type[DataConfig]":
-        """Return the dataclass to build from the plain section `raw`: the one that is registered for its `kind`."""
+        """Return the dataclass to build from the plain section `raw`: the one that is registered for its `kind`.
+
+        Raises:
+            ConfigError: the kind is unknown. The other keys are not looked at: they can be those of a plugin.
+        """
         kind = raw.get("kind")
-        return CORPUS_CONFIGS.get(kind, cls) if isinstance(kind, str) else cls
+        return CORPUS_CONFIGS[kind] if isinstance(kind, str) else cls
 
 
 CORPUS_CONFIGS: Registry[type[DataConfig]] = Registry("data.kind")

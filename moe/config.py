@@ -144,8 +144,13 @@ class RouterConfig:
 
     @classmethod
     def class_for(cls, raw: Mapping[str, Any]) -> "type[RouterConfig]":
-        """Return the dataclass to build from the plain section `raw`: the one that is registered for its `kind`."""
-        return ROUTER_CONFIGS.get(raw.get("kind", cls.kind), cls)
+        """Return the dataclass to build from the plain section `raw`: the one that is registered for its `kind`.
+
+        Raises:
+            ConfigError: the kind is unknown. The other keys are not looked at: they can be those of a plugin.
+        """
+        kind = raw.get("kind", cls.kind)
+        return ROUTER_CONFIGS[kind] if isinstance(kind, str) else cls
 
     def weight_shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of every parameter of one layer's router.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from common.errors import expect
 from moe.config import RouterConfig
 from moe.router import ROUTERS, RouterStats
 
@@ -157,6 +158,12 @@ def _router_term(
     total_LX, ranks = reduced[:, :-1], reduced[0, -1]
     # The value is that of the sum over all ranks, the gradient that of this rank's part of it.
     term_L = ROUTERS[config.kind].auxiliary_loss(config, total_LX + local_LX - local_LX.detach(), tokens) * tokens
+    expect(
+        term_L.shape == total_LX.shape[:1],
+        "router.kind",
+        config.kind,
+        f"auxiliary_loss to return one number per layer, [{len(total_LX)}], found {list(term_L.shape)}",
+    )
     # Every rank computes the same value, and contributions are summed over ranks.
     return term_L - term_L.detach() * (1 - 1 / ranks), total_LX
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.errors import expect
 from common.registry import Registry
+from common.strict import leaf_keys
 from moe.config import ROUTER_CONFIGS, RouterConfig
 from moe.noise import fill_rows, uniform
 from moe.selection import (
@@ -135,17 +137,13 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
+        self.num_experts = num_experts
         self.top_k = top_k
         self.normalize = config.normalizes(top_k)
         self.rows: Rows = LocalRows()
         self.generating = False
         for name, shape in config.weight_shapes(dim, num_experts).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-
-    @property
-    def num_experts(self) -> int:
-        """E, the number of experts of the layer, on all ranks together."""
-        return self.weight.shape[0]
 
     @property
     def tokens_choose(self) -> bool:
@@ -179,6 +177,8 @@ class Router(nn.Module):
         experts_BSK, taken_BSK = self.choose_experts(logits_BSE.detach(), scores_BSE.detach(), mask_BS)
         weights_BSK = self.compute_weights(scores_BSE, experts_BSK)
         decision = Decision(x_BSD, logits_BSE, scores_BSE, experts_BSK, weights_BSK, mask_BS)
+        extra_BX = self.compute_extra(decision)
+        self._check_shapes(experts_BSK, taken_BSK, weights_BSK, extra_BX)
         counts_BE = count(experts_BSK, taken_BSK, num_experts)
         kept_BSK = self._keep_within_capacity(scores_BSE.detach(), experts_BSK, taken_BSK, counts_BE)
 
@@ -189,7 +189,7 @@ class Router(nn.Module):
             dropped_B=(taken_BSK - kept_BSK).sum(dim=(1, 2)),
             tokens_B=mask_BS1.sum(dim=(1, 2)),
             experts_BSK=experts_BSK if self.tokens_choose else experts_BSK.where(taken_BSK.bool(), num_experts),
-            extra_BX=self.compute_extra(decision),
+            extra_BX=extra_BX,
         )
         complete = valid_BS is None and self.capacity_factor is None and self.tokens_choose
         if not complete:
@@ -280,10 +280,10 @@ class Router(nn.Module):
         """Fill the parameter `name` of this router. By default normal, with standard deviation `std`.
 
         Args:
-            tensor: the parameter, a matrix, on any device.
+            tensor: the parameter, on any device.
             identity: what the random numbers depend on (the seed and the parameter's full name).
         """
-        fill_rows(tensor, identity, std)
+        fill_rows(tensor.view(len(tensor), -1), identity, std)
 
     def update_after_step(self, counts_E: Tensor) -> None:
         """Update buffers after an optimizer step; the default has none.
@@ -291,6 +291,25 @@ class Router(nn.Module):
         Args:
             counts_E: assignments to each expert over the whole optimizer step, before any drop, int64.
         """
+
+    def _check_shapes(self, experts_BSK: Tensor, taken_BSK: Tensor, weights_BSK: Tensor, extra_BX: Tensor) -> None:
+        """Raise ConfigError if a method that a subclass overrides has returned a tensor of another shape."""
+        found = [list(tensor.shape) for tensor in (experts_BSK, taken_BSK, weights_BSK)]
+        expect(
+            found[0] == found[1] == found[2],
+            "router.kind",
+            self.config.kind,
+            f"choose_experts and compute_weights to return three tensors of one shape [B, S, K], found "
+            + ", ".join(map(str, found)),
+        )
+        shape, names = [found[0][0], self.config.num_extra(self.num_experts)], list(self.TELEMETRY)
+        expect(
+            list(extra_BX.shape) == shape and len(names) <= shape[1],
+            "router.kind",
+            self.config.kind,
+            f"compute_extra to return {shape}, a column for each of num_extra, the last ones named by "
+            f"TELEMETRY={names}; found {list(extra_BX.shape)}",
+        )
 
     def _bound(self, batch: int, seq_len: int) -> int | None:
         """Return the largest number of rows that an expert can get, or None.
@@ -367,11 +386,24 @@ def register_router(kind: str, config: type[RouterConfig] = RouterConfig) -> Cal
 
     Raises:
         ValueError: another router has the name.
+        ConfigError: the classes cannot be those of a router.
     """
 
     def register(router: RouterClass) -> RouterClass:
-        if kind not in ROUTER_CONFIGS:
-            ROUTER_CONFIGS.add(kind, config)
+        key = "router.kind"
+        expect(issubclass(router, Router), key, kind, f"a subclass of moe.router.Router, found {router.__name__}")
+        expect(issubclass(config, RouterConfig), key, kind, f"a RouterConfig, found {config.__name__}")
+        unknown = ", ".join(set(config.MEANING) - set(leaf_keys(config)))
+        expect(not unknown, key, kind, f"fields of {config.__name__} in MEANING, found {unknown}")
+        expect(
+            config.num_extra is not RouterConfig.num_extra
+            or {"compute_extra", "auxiliary_loss", "TELEMETRY"}.isdisjoint(vars(router)),
+            key,
+            kind,
+            f"num_extra in {config.__name__}, the number of columns that compute_extra returns and that auxiliary_loss "
+            "and TELEMETRY read",
+        )
+        ROUTER_CONFIGS.add(kind, config)
         ROUTERS.add(kind, router)
         return router
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from common.errors import ModelError
+from common.errors import ModelError, expect
 from common.text import show_value
 from moe.config import ModelConfig, RouterConfig, is_gated
 from parallel.layout import Layout
@@ -182,6 +182,12 @@ def block_weights(model: ModelConfig, router: RouterConfig, is_moe: bool) -> tup
         return _block_weights(model, None)
     # The cache gets the shapes instead of `router`, because a plugin's configuration may not be hashable.
     shapes = router.weight_shapes(model.dim, model.num_experts or 0)
+    expect(
+        isinstance(shapes, dict) and all(isinstance(shape, tuple | list) and shape for shape in shapes.values()),
+        "router.kind",
+        router.kind,
+        f"{type(router).__name__}.weight_shapes to return name -> shape, with at least one size, found {shapes}",
+    )
     return _block_weights(model, tuple((name, tuple(shape)) for name, shape in shapes.items()))
 
 

@@ -5,13 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hydra.errors import ConfigCompositionException
 
-from common.errors import ConfigError
+from common.errors import CheckpointError, ConfigError
 from common.plugins import changed_plugins, load_plugins, loaded_plugins, missing_plugins
-from scripts.cli.command_line import CONF
+from common.strict import from_dict
+from data.config import DataConfig
+from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
+from scripts.cli.command_line import CONF, user_message
+from training.agree import checked_state
 
 ROOT = CONF.parent
 EXAMPLE = ROOT / "examples" / "noisy_topk"
@@ -105,3 +111,81 @@ def test_plugins_are_known_by_file_name_and_content(tmp_path: Path):
     assert "plugins=[other.py]: name them again" in missing_plugins({"other.py": digest})
     assert changed_plugins({"my_plugin_for_a_test.py": "0"}) == ["my_plugin_for_a_test.py"]
     assert changed_plugins({"my_plugin_for_a_test.py": digest, "other.py": "0"}) == []
+
+
+def test_a_plugin_that_ends_the_process_is_one_line_about_the_plugin(tmp_path: Path):
+    path = tmp_path / "ends.py"
+    path.write_text("raise SystemExit(0)\n")
+    with pytest.raises(ConfigError, match=r"that can be imported \(SystemExit: 0 in ends.py, line 1\)$"):
+        load_plugins([str(path)])
+
+
+ROUTER = """
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from torch import nn
+from moe.config import RouterConfig
+from moe.router import Router, register_router
+
+@dataclass(frozen=True)
+class Config(RouterConfig):
+    {config}
+
+@register_router("for_a_test", Config)
+class MyRouter({base}):
+    {router}
+"""
+
+
+@pytest.mark.parametrize(
+    ("base", "config", "router", "reason"),
+    [
+        ("nn.Module", "x: int = 1", "pass", "expected a subclass of moe.router.Router, found MyRouter in mine.py"),
+        ("Router", "x: 'Unknown' = 1", "pass", "NameError: name 'Unknown' is not defined in mine.py, line"),
+        ("Router", "MEANING: ClassVar = ('kind', 'slope')", "pass", "fields of Config in MEANING, found slope"),
+        ("Router", "x: int = 1", "TELEMETRY = ('a',)", "expected num_extra in Config, the number of columns that"),
+    ],
+)  # fmt: skip
+def test_a_router_that_cannot_work_is_refused_when_it_is_registered(
+    tmp_path: Path, base: str, config: str, router: str, reason: str
+):
+    path = tmp_path / "mine.py"
+    path.write_text(ROUTER.format(base=base, config=config, router=router))
+    with pytest.raises(ConfigError) as caught:
+        load_plugins([str(path)])
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_misspelt_kind_is_named_before_the_keys_that_only_its_plugin_knows():
+    for cls, section, key in (
+        (RouterConfig, {"kind": "mine", "slope": 1}, "router.kind"),
+        (DataConfig, {"kind": "mine", "verses": 1}, "data.kind"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^{key}=mine: expected one of .*, or a name that a module in plugins="):
+            from_dict(cls, section, key.partition(".")[0])
+
+
+def test_keys_of_a_plugin_are_suggested(monkeypatch: pytest.MonkeyPatch):
+    @dataclass(frozen=True)
+    class Mine(RouterConfig):
+        slope: float = 1.0
+
+    monkeypatch.setitem(ROUTER_CONFIGS._entries, "mine", Mine)
+    with pytest.raises(ConfigError, match=r"^router.slop=2: unknown key; the nearest valid key is router.slope$"):
+        from_dict(RouterConfig, {"kind": "mine", "slop": 2}, "router")
+
+
+def test_a_key_of_a_plugin_that_no_preset_has_needs_a_plus():
+    refused = ConfigCompositionException("Could not override 'router.slope'.")
+    hint = " (a key of a plugin: +router.slope=2)"
+    line = "router.slope=2: unknown key; the nearest valid key is router.scale"
+    assert user_message(refused, ["plugins=[mine.py]", "router.slope=2"]) == line + hint
+    assert user_message(refused, ["router.slope=2"]) == line
+
+
+def test_a_checkpoint_cannot_write_to_the_terminal_with_the_name_of_a_plugin(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("training.agree.read_state", lambda path: {"plugins": {"\x1b[2Jmine.py": ""}})
+    with pytest.raises(CheckpointError, match=r"step-1: 'it was written with plugins=\[\\x1b\[2Jmine.py\]") as caught:
+        checked_state("step-1", ModelConfig(8, 1, 1, 1, 8, 8), RouterConfig(), 1)
+    assert str(caught.value).isprintable()

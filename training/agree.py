@@ -17,6 +17,7 @@ from filelock import BaseFileLock
 from common.errors import CheckpointError, ConfigError, DataError, RunError, require
 from common.plugins import changed_plugins, loaded_plugins, missing_plugins
 from common.strict import from_dict, to_dict
+from common.text import printable
 from data.tokens.store import Store, prepare
 from moe.accounting.flops import ParameterCounts, count_parameters, meta_model, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
@@ -221,7 +222,7 @@ def checked_state(path: str, model: ModelConfig, router: RouterConfig, steps: in
     """
     state = read_state(Path(path))
     missing = missing_plugins(state.get("plugins", {}))
-    require(not missing, CheckpointError, f"{path}: {missing}")
+    require(not missing, CheckpointError, f"{path}: {printable(missing)}")
     try:
         saved: dict[str, ModelConfig | RouterConfig] = {"model": from_dict(ModelConfig, state["model"], "model")}
         if model.is_moe:

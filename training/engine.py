@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from common.errors import expect
 from moe.model import ModelInputs, Output, Transformer
 from moe.region import LocalShard
 from parallel.fsdp import free_gathered_weights
@@ -79,7 +80,7 @@ class NativeEngine:
         self.trainable = Trainable(self.parts, config.train)
         self.parameters = self.trainable.parameters
         self.optimizer = build_optimizer(list(self.parameters.values()), config)
-        self.moments = OPTIMIZERS[config.kind].moments
+        self.kind, self.moments = config.kind, OPTIMIZERS[config.kind].moments
         tied = frozenset(["embedding"] if pipeline is not None and self.parts[0].config.tie_embeddings else [])
         self.gradients = GradientReducer(self.parameters, mesh, tied)
         self._updates = 0
@@ -114,6 +115,7 @@ class NativeEngine:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self._check_state()
             self._updates += 1
         self.trainable.clear_gradients()
         return value
@@ -146,6 +148,17 @@ class NativeEngine:
 
     def close(self) -> None:
         """There is nothing to release."""
+
+    def _check_state(self) -> None:
+        """Raise ConfigError if the optimizer has state that no checkpoint would contain. One parameter is enough."""
+        for state in list(self.optimizer.state.values())[:1]:
+            expect(
+                state.keys() == {"step", *self.moments},
+                "optim.kind",
+                self.kind,
+                f"an optimizer whose state tensors are its `moments` {list(self.moments)}, found "
+                f"{[name for name in state if name != 'step']}",
+            )
 
 
 def run_whole(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from common.errors import expect
 from common.registry import Registry
 
 
@@ -56,6 +57,9 @@ def learning_rate(step: int, steps: int, config: Any) -> float:
         steps: optimizer steps of the run.
         config: the section `optim`, a `training.config.OptimConfig`.
 
+    Raises:
+        ConfigError: the schedule did not return a number >= 0.
+
     >>> from training.config import OptimConfig
     >>> config = OptimConfig(lr=1.0, warmup_steps=2, min_lr_ratio=0.1)
     >>> [round(learning_rate(step, 6, config), 3) for step in range(6)]
@@ -64,6 +68,12 @@ def learning_rate(step: int, steps: int, config: Any) -> float:
     warmup = steps // 20 if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return config.lr * SCHEDULES[config.schedule](
-        Position(step, steps, warmup, config.decay_steps, config.min_lr_ratio)
+    position = Position(step, steps, warmup, config.decay_steps, config.min_lr_ratio)
+    factor = SCHEDULES[config.schedule](position)
+    expect(
+        isinstance(factor, int | float) and 0 <= factor < math.inf,
+        "optim.schedule",
+        config.schedule,
+        f"a schedule that returns a number >= 0, found {factor!r} at step {step}",
     )
+    return config.lr * factor

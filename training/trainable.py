@@ -77,17 +77,14 @@ class Trainable:
     def __init__(self, models: Sequence[Transformer], train: str | tuple[str, ...]) -> None:
         reference = meta_model(models[0].config, models[0].router_config)
         choice = choose_trainable(reference, train)
-        names = {name for name, _ in reference.named_parameters()}
+        self.models = models
+        self.names = {name for name, _ in reference.named_parameters()}
+        self.check_claimed()
         self.weights: dict[str, TrainableWeight] = {}
         self.sources: list[nn.Parameter] = []
         """Parameters that require a gradient. Some of them can have no trainable weight on this rank."""
         for model in models:
             for name, parameter in model.named_parameters():
-                require(
-                    name in names,
-                    ModelError,
-                    f"{name}: expected a parameter of the configured model; none has this name",
-                )
                 parameter.requires_grad_(name in choice.whole or name in choice.experts)
                 if parameter.requires_grad:
                     self.sources.append(parameter)
@@ -105,8 +102,22 @@ class Trainable:
         """Name -> the parameter that the optimizer updates."""
         return {name: weight.parameter for name, weight in self.weights.items()}
 
+    def check_claimed(self) -> None:
+        """Raise ModelError if a model has a parameter that no choice covers, also one that a forward pass created."""
+        for name in (name for model in self.models for name, _ in model.named_parameters()):
+            require(
+                name in self.names,
+                ModelError,
+                f"{name}: expected a parameter of the configured model; none has this name",
+            )
+
     def collect_gradients(self) -> None:
-        """Give weights that are not the model's parameters themselves their gradients, after the backward passes."""
+        """Give weights that are not the model's parameters themselves their gradients, after the backward passes.
+
+        Raises:
+            ModelError: a forward pass has created a parameter, which would never train.
+        """
+        self.check_claimed()
         for weight in self.weights.values():
             weight.collect_gradient()
 

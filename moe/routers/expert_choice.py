@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from moe.config import RouterConfig
-from moe.router import Router, register_router
+from moe.router import ROUTERS, Router
 from moe.selection import choose_tokens, expert_capacity, top_k_stable
 
 
-@register_router("expert_choice")
+@ROUTERS.register("expert_choice")
 class ExpertChoiceRouter(Router):
     """Each expert takes the C tokens of the sequence that have the highest probability for it, with these
     probabilities as weights; C = ceil(capacity_factor * k * S / E), with factor 1 if none is configured.

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from moe.config import RouterConfig
-from moe.router import Router, positive, register_router
+from moe.router import ROUTERS, Router, positive
 
 
-@register_router("sigmoid_topk")
+@ROUTERS.register("sigmoid_topk")
 class SigmoidTopKRouter(Router):
     """The k experts with the highest sigmoid score plus bias. The weights are the scores without the bias.
 

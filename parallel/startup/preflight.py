@@ -172,12 +172,13 @@ def _describe_difference(expected: dict[str, Any], found: dict[str, Any], ranks:
     )
     if shown_expected == shown_found:  # as for 1 and "1"
         shown_expected, shown_found = _json(expected, key), _json(found, key)
-    if key.startswith("code."):
-        why = "every node needs the same source files"
-    elif "." in key:
-        why = "every rank needs the same command line"
-    else:
-        why = "every node needs the same software and kind of device"
+    reasons = {
+        "code.": "every node needs the same source files",
+        "plugins.": "every rank needs the same plugins, with the same content",
+        "": "every node needs the same software and kind of device",
+    }
+    section = "".join(key.partition(".")[:2]) if "." in key else ""
+    why = reasons.get(section, "every rank needs the same command line")
     return f"{key}={shown_found} on {_show_ranks(ranks)}: expected {shown_expected} as on rank 0 ({why})"
 
 

@@ -240,7 +240,9 @@ def _refused_key(key: str, arguments: Sequence[str], cls: type) -> str:
     if key in keys:
         refused = f"{key}={value}"
         return f"{refused}: expected a key of the chosen presets; +{refused} adds it, another preset may have it"
-    return str(unknown_key(key, value, keys))
+    # Hydra composes the configuration before a plugin is loaded, so it knows only the keys of presets.
+    has_plugins = any(name == "plugins" for name, _, _ in pairs)
+    return f"{unknown_key(key, value, keys)}{f' (a key of a plugin: +{key}={value})' if has_plugins else ''}"
 
 
 def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text: Sequence[str] = ()) -> NoReturn:

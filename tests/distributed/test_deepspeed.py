@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from training.evaluate import evaluate
 
 from data.batch import Batch
 from moe.generation.generate import generate
@@ -26,9 +27,8 @@ from training.config import EngineConfig, TrainConfig
 from training.deepspeed.engine import DeepSpeedEngine
 from training.deepspeed.settings import deepspeed_settings
 from training.engine import NativeEngine
-from training.evaluate import evaluate
-from training.parity.trial import micro_batches_of_rank, rows_of_step
 from training.parity.config import ACCUMULATION, CASES, LENGTH, OPTIM, rows_for
+from training.parity.trial import micro_batches_of_rank, rows_of_step
 from training.schedule import learning_rate
 from training.step import StepResult, train_step
 

@@ -17,8 +17,8 @@ from tests.distributed.whole import gather_whole
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import read_manifest
 from training.engine import NativeEngine
-from training.parity.trial import micro_batches_of_rank, rows_of_step
 from training.parity.config import MODEL, OPTIM, rows_for
+from training.parity.trial import micro_batches_of_rank, rows_of_step
 from training.step import StepResult, train_step
 
 ROUTER = RouterConfig(balance_coef=0.05, z_coef=0.01)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from training.evaluate import evaluate
 
 from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
@@ -19,9 +20,8 @@ from parallel.stages import Schedule, stage_layers, stages_of
 from tests.distributed.harness import run_ranks
 from tests.distributed.whole import assert_same_history, gather_whole
 from training.engine import NativeEngine
-from training.evaluate import evaluate
-from training.parity.trial import rows_of_step
 from training.parity.config import ACCUMULATION, CASES, MODEL, OPTIM
+from training.parity.trial import rows_of_step
 from training.schedule import learning_rate
 from training.step import train_step
 

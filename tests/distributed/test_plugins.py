@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import ModelError
+from common.errors import ConfigError, ModelError
 from common.plugins import load_plugins
 from moe.config import FEED_FORWARDS
 from moe.router import ROUTERS
@@ -97,6 +97,15 @@ def everything_else_on(rank: int, world_size: int, plugin: str) -> tuple:
     trial.engine.parts[0].layers[0].ffn.router.register_parameter("forgotten", unclaimed)
     with pytest.raises(ModelError, match=r"layers.0.ffn.router.forgotten: expected a parameter of the configured"):
         Trainable(trial.engine.parts, "all")
+    # A parameter that a forward pass creates is found at the next optimizer step.
+    with pytest.raises(ModelError, match=r"layers.0.ffn.router.forgotten: expected a parameter of the configured"):
+        trial.engine.step(0.1)
+    del trial.engine.parts[0].layers[0].ffn.router.forgotten
+    # A checkpoint would not contain state that the plugin has not named.
+    trial.engine.moments = ()
+    with pytest.raises(ConfigError, match=r"^optim.kind=momentum: .* `moments` \[\], found \['momentum_buffer'\]$"):
+        trial.train(2, 3)
+    trial.engine.moments = ("momentum_buffer",)
     show_model(
         case.model, total_params=1, active_params=1, vocab_size=1, tokenizer="none", precision="fp64", device="cpu"
     )

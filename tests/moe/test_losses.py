@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from common.errors import ConfigError
 from moe import losses
 from moe.config import RouterConfig
 from moe.losses import IGNORE, Reductions, auxiliary_losses, token_nats
-from moe.router import RouterStats
+from moe.router import Router, RouterStats
 from moe.routers import build_router
 
 
@@ -165,3 +166,11 @@ def test_cross_entropy_sums_over_labels_only():
     expected = -(log_p[0, 0, 1] + log_p[0, 2, 6] + log_p[1, 2, 0])
     torch.testing.assert_close(token_nats(logits, labels).sum, expected)
     assert token_nats(logits, torch.full((2, 3), IGNORE)).sum.item() == 0
+
+
+def test_a_router_that_returns_one_loss_for_all_layers_is_refused(monkeypatch):
+    stats, *_ = layer_stats(2, 2, 6, 4, 2)
+    stats = stats._replace(extra_BX=torch.ones(2, 2, 3, dtype=torch.float64))
+    monkeypatch.setattr(Router, "auxiliary_loss", lambda config, extra_LX, tokens: extra_LX.sum())
+    with pytest.raises(ConfigError, match=r"^router.kind=softmax_topk: expected auxiliary_loss .* \[2\], found \[\]$"):
+        auxiliary_losses(stats, RouterConfig())

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from common.errors import ConfigError
 from moe.config import RouterConfig
+from moe.router import Router
 from moe.routers import build_router
 from moe.selection import expert_capacity, top_k_stable, within_capacity
 
@@ -107,3 +109,41 @@ def test_router_computes_in_fp32_under_bf16():
     assert routing.weights_TK.dtype == torch.float32
     exact = (x.double()[0] @ router.weight.double().T).topk(2).values.softmax(-1)
     torch.testing.assert_close(routing.weights_TK.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+class OneExpertTooFew(Router):
+    def choose_experts(self, *arguments):
+        experts_BSK, taken_BSK = super().choose_experts(*arguments)
+        return experts_BSK[..., :-1], taken_BSK
+
+
+class UndeclaredColumn(Router):
+    def compute_extra(self, decision):
+        return decision.logits_BSE.new_zeros(decision.logits_BSE.shape[0], 1)
+
+
+class NamesOfNoColumn(Router):
+    TELEMETRY = ("a",)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        (OneExpertTooFew, r"one shape \[B, S, K\], found \[2, 5, 1\], \[2, 5, 2\], \[2, 5, 1\]$"),
+        (UndeclaredColumn, r"compute_extra to return \[2, 0\].*TELEMETRY=\[\]; found \[2, 1\]$"),
+        (NamesOfNoColumn, r"compute_extra to return \[2, 0\].*TELEMETRY=\['a'\]; found \[2, 0\]$"),
+    ],
+)
+def test_tensors_of_a_wrong_shape_are_refused(kind, found):
+    router = kind(6, 4, 2, RouterConfig())
+    torch.nn.init.normal_(router.weight)
+    with pytest.raises(ConfigError, match=rf"^router.kind=softmax_topk: expected .*{found}"):
+        router(torch.randn(2, 5, 6), None)
+
+
+def test_parameters_of_any_shape_get_initial_values():
+    router = Router(6, 4, 2, RouterConfig())
+    bias_E, cube = torch.zeros(4), torch.zeros(2, 3, 5)
+    for tensor in (bias_E, cube):
+        router.init_parameter("x", tensor, "0/x", 0.5)
+        assert tensor.ne(0).all() and tensor.unique().numel() == tensor.numel()

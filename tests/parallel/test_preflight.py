@@ -75,6 +75,11 @@ def test_equal_properties_pass_in_any_order_of_keys():
             "code.moe/layer.py=bb on ranks 1,3-4: expected aa as on rank 0 (every node needs the same source files)",
         ),
         (
+            {2: {"plugins.my_router.py": "bb"}},
+            "plugins.my_router.py=bb on rank 2: expected (absent) as on rank 0 "
+            "(every rank needs the same plugins, with the same content)",
+        ),
+        (
             {2: {"train.lr": 1}, 4: {"torch": "2.12.0"}},
             "train.lr=1 on rank 2: expected null as on rank 0 (every rank needs the same command line)",
         ),

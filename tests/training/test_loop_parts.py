@@ -14,7 +14,7 @@ from training.config import OptimConfig
 from training.device import check_memory
 from training.loop import Throughput, is_due, speed_row
 from training.optimizer import build_optimizer
-from training.schedule import learning_rate
+from training.schedule import SCHEDULES, learning_rate
 
 
 def test_a_model_beyond_the_memory_of_the_host_is_refused(monkeypatch):
@@ -97,3 +97,11 @@ def test_throughput_of_an_interval_and_of_all_steps():
 def test_what_is_due_every_few_steps_and_at_the_end():
     assert [done for done in range(1, 9) if is_due(done, 3, 8)] == [3, 6, 8]
     assert [done for done in range(1, 9) if is_due(done, 0, 8)] == [8]
+
+
+@pytest.mark.parametrize("factor", [math.nan, -1, None, "x"])
+def test_a_schedule_that_returns_no_learning_rate_is_refused(monkeypatch, factor):
+    monkeypatch.setitem(SCHEDULES._entries, "mine", lambda at: factor)
+    config = OptimConfig(lr=1.0, schedule="mine", warmup_steps=0)
+    with pytest.raises(ConfigError, match=rf"^optim.schedule=mine: .* a number >= 0, found {factor!r} at step 2$"):
+        learning_rate(2, 6, config)

@@ -279,3 +279,20 @@ def test_histogram_groups_neighbours_beyond_its_limit() -> None:
     heights, edges = load_histogram([1 / 1024] * 1024)
     assert heights == [2 / 1024] * 512
     assert edges[:3] == [0.0, 2.0, 4.0]
+
+
+class ExitingTracker(Tracker):
+    def finish(self) -> None:
+        raise SystemExit(3)
+
+
+def test_a_tracker_cannot_end_the_process() -> None:
+    warnings: list[str] = []
+    trackers = Trackers(warnings.append)
+    trackers.start("exiting", ExitingTracker)
+    trackers.start("at once", lambda: sys.exit("no server"))
+    trackers.finish()
+    assert [line.partition(";")[0] for line in warnings] == [
+        "at once did not start (SystemExit: no server)",
+        "exiting stopped (SystemExit: 3)",
+    ]

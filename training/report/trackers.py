@@ -101,7 +101,7 @@ class Trackers(Tracker):
         """Add the tracker that `factory` returns, or warn if it raises."""
         try:
             self.running[name] = factory()
-        except Exception as error:  # A tracker can fail in any way: no network, a full disk, a mistake in a plugin.
+        except (Exception, SystemExit) as error:  # A tracker can fail in any way: no network, a full disk, a plugin.
             self._warn(f"{name} did not start ({first_line(error)}); training continues, metrics.jsonl has every row")
 
     def log(self, row: Row, step: int) -> None:
@@ -120,7 +120,7 @@ class Trackers(Tracker):
         for name, tracker in list(self.running.items()):
             try:
                 call(tracker)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 del self.running[name]
                 self._warn(f"{name} stopped ({first_line(error)}); training continues, metrics.jsonl has every row")
 
