@@ -299,7 +299,7 @@ class Router(nn.Module):
             found[0] == found[1] == found[2],
             "router.kind",
             self.config.kind,
-            f"choose_experts and compute_weights to return three tensors of one shape [B, S, K], found "
+            "choose_experts and compute_weights to return three tensors of one shape [B, S, K], found "
             + ", ".join(map(str, found)),
         )
         shape, names = [found[0][0], self.config.num_extra(self.num_experts)], list(self.TELEMETRY)
