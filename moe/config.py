@@ -261,7 +261,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in ("ffn", "expert_ffn"):
             kind = getattr(self, field)
-            expect(kind is None or kind in FEED_FORWARDS, field, kind, f"one of {', '.join(FEED_FORWARDS)}")
+            if kind is not None:
+                FEED_FORWARDS.check(kind, field)
         for field in ("dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "moe_every"):
             expect(getattr(self, field) >= 1, field, getattr(self, field), "an integer >= 1")
         for field in ("num_experts", "top_k", "vocab_size", "expert_hidden_dim"):

@@ -6,18 +6,15 @@ In reading order:
 - `loop`: `train`, the run from its start to its last checkpoint. The modules below are its parts.
 - `device`: the rank, the device and the data type of this process.
 - `run`: the name of a run, and the files in its directory.
-- `agree`: what rank 0 chooses and all ranks use, before a process group exists.
+- `agree`: what rank 0 chooses and all ranks use, before a process group exists; where a run continues.
 - `layout`: the sizes of the parallel axes of a run, with the check that they fit the model and the batch.
 - `initial`: `run.init_from`, the model directory whose weights the first step starts from.
-- `resume`: the checkpoint that a run continues from.
 - `build`: this rank's part of the model, and the engine around it.
 - `trainable`: the weights that `optim.train` selects.
 - `engine`: the protocol `Engine`, and the native engine.
-- `step`: one optimizer step, and the normalisation of the losses.
+- `step`: one optimizer step, with the normalisation of the losses; the loss and the bits per byte on held-out text.
 - `optimizer`: the registry of optimizers, and AdamW.
 - `schedule`: the registry of schedules, and the learning rate of a step.
-- `evaluate`: the loss and the bits per byte on held-out text.
-- `sample`: the sample of text at the end of a run.
 - `checkpoint/`: checkpoints that can be loaded under any layout and engine.
 - `report/`: metrics, trackers, progress, tables and plots.
 - `deepspeed/`: the engine that uses DeepSpeed's ZeRO.

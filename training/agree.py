@@ -113,6 +113,13 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
     if checkpoint is not None:
         state = checked_state(checkpoint, model, config.router, config.train.steps)
         check_same_choice(config.optim.train, state.get("train", "all"), checkpoint)
+        saved_kind = state.get("optimizer", "adamw")
+        require(
+            config.optim.kind == saved_kind,
+            ConfigError,
+            f"optim.kind={config.optim.kind}: expected {saved_kind} as in the checkpoint {checkpoint}, or another "
+            "run.name",
+        )
         for plugin in changed_plugins(state.get("plugins", {})) if process.is_main else ():
             show_line(f"warning: plugin {plugin} has changed since the checkpoint {checkpoint} was written")
     init_from = config.run.init_from if checkpoint is None else None

@@ -195,6 +195,7 @@ def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, step: int) 
         "model": to_dict(run.model),
         "router": to_dict(run.config.router),
         "train": run.config.optim.train,
+        "optimizer": run.config.optim.kind,
         "plugins": loaded_plugins(),
     }
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from training.evaluate import evaluate
 
 from data.batch import Batch
 from moe.generation.generate import generate
@@ -30,7 +29,7 @@ from training.engine import NativeEngine
 from training.parity.config import ACCUMULATION, CASES, LENGTH, OPTIM, rows_for
 from training.parity.trial import micro_batches_of_rank, rows_of_step
 from training.schedule import learning_rate
-from training.step import StepResult, train_step
+from training.step import StepResult, evaluate, train_step
 
 pytest.importorskip("deepspeed")
 

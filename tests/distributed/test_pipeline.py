@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from training.evaluate import evaluate
 
 from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
@@ -23,7 +22,7 @@ from training.engine import NativeEngine
 from training.parity.config import ACCUMULATION, CASES, MODEL, OPTIM
 from training.parity.trial import rows_of_step
 from training.schedule import learning_rate
-from training.step import train_step
+from training.step import evaluate, train_step
 
 ROWS, STEPS = 16, 3
 DEEP = {name: (case.model, case.router) for name, case in CASES.items()}
