@@ -107,7 +107,11 @@ REQUEST = "; it was written with plugins=[noisy_topk.py]: name them again on the
     [
         ({}, {"kind": "noisy_topk", "noise_std": 0.5}, "router.kind=noisy_topk: an unknown kind"),
         ({}, {"noise_std": 0.5}, "router.noise_std=0.5: unknown key; the nearest valid key is router.normalize"),
-        ({"ffn": "noisy"}, {}, "model.ffn=noisy: expected one of swiglu, geglu, relu, gelu"),
+        (
+            {"ffn": "noisy"},
+            {},
+            "model.ffn=noisy: expected one of swiglu, geglu, relu, gelu, or a name that a module in plugins=[...] registers",
+        ),
     ],
 )
 def test_a_run_that_needs_a_plugin_asks_for_it_and_never_loads_it(model, router, message, tmp_path, monkeypatch):
