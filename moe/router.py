@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from common.errors import expect
+from common.errors import ConfigError, expect
 from common.registry import Registry
 from common.strict import leaf_keys
 from moe.config import ROUTER_CONFIGS, RouterConfig
@@ -294,22 +294,18 @@ class Router(nn.Module):
 
     def _check_shapes(self, experts_BSK: Tensor, taken_BSK: Tensor, weights_BSK: Tensor, extra_BX: Tensor) -> None:
         """Raise ConfigError if a method that a subclass overrides has returned a tensor of another shape."""
-        found = [list(tensor.shape) for tensor in (experts_BSK, taken_BSK, weights_BSK)]
-        expect(
-            found[0] == found[1] == found[2],
-            "router.kind",
-            self.config.kind,
-            "choose_experts and compute_weights to return three tensors of one shape [B, S, K], found "
-            + ", ".join(map(str, found)),
-        )
-        shape, names = [found[0][0], self.config.num_extra(self.num_experts)], list(self.TELEMETRY)
-        expect(
-            list(extra_BX.shape) == shape and len(names) <= shape[1],
-            "router.kind",
-            self.config.kind,
-            f"compute_extra to return {shape}, a column for each of num_extra, the last ones named by "
-            f"TELEMETRY={names}; found {list(extra_BX.shape)}",
-        )
+        shapes = [list(tensor.shape) for tensor in (experts_BSK, taken_BSK, weights_BSK)]
+        if not shapes[0] == shapes[1] == shapes[2]:
+            raise ConfigError(
+                f"router.kind={self.config.kind}: expected choose_experts and compute_weights to return three tensors "
+                f"of one shape [B, S, K], found {', '.join(map(str, shapes))}"
+            )
+        extra_shape = [shapes[0][0], self.config.num_extra(self.num_experts)]
+        if list(extra_BX.shape) != extra_shape or len(self.TELEMETRY) > extra_shape[1]:
+            raise ConfigError(
+                f"router.kind={self.config.kind}: expected compute_extra to return {extra_shape}, a column for each of "
+                f"num_extra, the last ones named by TELEMETRY={list(self.TELEMETRY)}; found {list(extra_BX.shape)}"
+            )
 
     def _bound(self, batch: int, seq_len: int) -> int | None:
         """Return the largest number of rows that an expert can get, or None.

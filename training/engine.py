@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common.errors import expect
+from common.errors import ConfigError
 from moe.model import ModelInputs, Output, Transformer
 from moe.region import LocalShard
 from parallel.fsdp import free_gathered_weights
@@ -151,13 +151,11 @@ class NativeEngine:
 
     def _check_state(self) -> None:
         """Raise ConfigError if the optimizer has state that no checkpoint would contain. One parameter is enough."""
-        for state in list(self.optimizer.state.values())[:1]:
-            expect(
-                state.keys() == {"step", *self.moments},
-                "optim.kind",
-                self.kind,
-                f"an optimizer whose state tensors are its `moments` {list(self.moments)}, found "
-                f"{[name for name in state if name != 'step']}",
+        state = next(iter(self.optimizer.state.values()), None)
+        if state is not None and state.keys() != {"step", *self.moments}:
+            raise ConfigError(
+                f"optim.kind={self.kind}: expected an optimizer whose state tensors are its `moments` "
+                f"{list(self.moments)}, found {[name for name in state if name != 'step']}"
             )
 
 

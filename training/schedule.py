@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from common.errors import expect
+from common.errors import ConfigError
 from common.registry import Registry
 
 
@@ -70,10 +70,9 @@ def learning_rate(step: int, steps: int, config: Any) -> float:
         return config.lr * (step + 1) / warmup
     position = Position(step, steps, warmup, config.decay_steps, config.min_lr_ratio)
     factor = SCHEDULES[config.schedule](position)
-    expect(
-        isinstance(factor, int | float) and 0 <= factor < math.inf,
-        "optim.schedule",
-        config.schedule,
-        f"a schedule that returns a number >= 0, found {factor!r} at step {step}",
-    )
+    if not (isinstance(factor, int | float) and 0 <= factor < math.inf):
+        raise ConfigError(
+            f"optim.schedule={config.schedule}: expected a schedule that returns a number >= 0, found {factor!r} at "
+            f"step {step}"
+        )
     return config.lr * factor

@@ -104,12 +104,10 @@ class Trainable:
 
     def check_claimed(self) -> None:
         """Raise ModelError if a model has a parameter that no choice covers, also one that a forward pass created."""
-        for name in (name for model in self.models for name, _ in model.named_parameters()):
-            require(
-                name in self.names,
-                ModelError,
-                f"{name}: expected a parameter of the configured model; none has this name",
-            )
+        for model in self.models:
+            for name, _ in model.named_parameters():
+                if name not in self.names:
+                    raise ModelError(f"{name}: expected a parameter of the configured model; none has this name")
 
     def collect_gradients(self) -> None:
         """Give weights that are not the model's parameters themselves their gradients, after the backward passes.

@@ -110,7 +110,8 @@ REQUEST = "; it was written with plugins=[noisy_topk.py]: name them again on the
         (
             {"ffn": "noisy"},
             {},
-            "model.ffn=noisy: expected one of swiglu, geglu, relu, gelu, or a name that a module in plugins=[...] registers",
+            "model.ffn=noisy: expected one of swiglu, geglu, relu, gelu, "
+            "or a name that a module in plugins=[...] registers",
         ),
     ],
 )
