@@ -54,6 +54,7 @@ def test_the_example_trains_resumes_bit_for_bit_and_is_asked_for_by_name(tmp_pat
     for steps in (2, 4):
         part = run("train.py", *preset, *where, "run.name=parts", f"train.steps={steps}")
         assert part.returncode == 0, part.stderr
+        assert f"train.py --config-dir {EXAMPLE} " in part.stdout.replace("--config-dir=", "--config-dir ")
     rows = rows_of(tmp_path / "whole")
     assert rows_of(tmp_path / "parts") == rows
     assert rows[0]["router/noise_std/layer_00"] == pytest.approx(0.7031, abs=1e-3)  # softplus(0) + noise_floor

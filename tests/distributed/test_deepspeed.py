@@ -64,8 +64,9 @@ class Job(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-TWO = [Job("mixtral", 1, 2), Job("deepseek", 2, 2), Job("switch", 3, 2)]
+TWO = [Job("mixtral", 1, 2), Job("deepseek", 2, 2)]
 MORE = [
+    Job("switch", 3, 2),
     Job("mixtral", 2, 2, ("experts", "*norm*")),
     Job("mixtral", 3, 1, "router"),
     *(Job("mixtral", stage, 2) for stage in (2, 3)),

@@ -1,6 +1,7 @@
 """A run computes the same numbers under every layout as on one process.
 
-Worlds of 2 and 4 run a layout of every kind, each with a model that its axes have not met yet. Other tests are slow.
+Worlds of 2 and 4 run a layout of every kind, each with a model that its axes have not met yet. The world of 4 is slow,
+and so are the tests of all layouts.
 """
 
 import math
@@ -82,7 +83,7 @@ def quick(rank: int, world: int, jobs: list[Job], directory: Path) -> dict:
     return results
 
 
-@pytest.fixture(scope="module", params=QUICK)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def world(request, tmp_path_factory) -> list[dict]:
     """The return values of the ranks of a world."""
     jobs = jobs_for(QUICK[request.param], request.param)
