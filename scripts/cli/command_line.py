@@ -81,7 +81,7 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: str | None =
 
     Raises:
         ConfigError: `config_dir` is not a directory.
-        HydraException, OmegaConfBaseException: an override cannot be used. `errors.user_message` explains both.
+        HydraException, OmegaConfBaseException: an override cannot be used. `user_message` explains both.
     """
     if config_dir is not None:
         require(os.path.isdir(config_dir), ConfigError, f"--config-dir={config_dir}: expected a directory")
