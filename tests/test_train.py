@@ -81,6 +81,7 @@ def test_one_process_writes_everything_and_continues_only_when_asked(tmp_path, c
     assert err.startswith("error: model.num_experts=8: expected 4 as in the checkpoint") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_mistakes_that_only_the_data_shows(tmp_path, cache):
     for override, line in (
         ("model.vocab_size=100", "model.vocab_size=100: expected at least 500"),

@@ -69,6 +69,7 @@ def test_a_bug_carries_its_traceback() -> None:
     assert bug.value.message.startswith("Traceback") and "RuntimeError: the bug" in bug.value.message
 
 
+@pytest.mark.slow
 def test_killed_worker_is_restarted_with_its_group() -> None:
     assert launch_workers(rank_1_is_killed_once, (), nproc=2, max_restarts=1, threads=1) == {0: 104, 1: 104}
 
