@@ -1,7 +1,7 @@
-"""Strict conversion between plain containers (what YAML gives) and the frozen config dataclasses.
+"""Strict conversion between plain containers, as a YAML file has them, and the frozen configuration dataclasses.
 
-No key is ignored and no value is coerced into something else; the two courtesies are an integer for a float, and the
-string `1e-3` for a float, because YAML 1.1 reads it as a string.
+No key is ignored, and no value is coerced to another type, with two exceptions: a float can be given as an integer, and
+as a string such as `1e-3`, which YAML 1.1 does not read as a number.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from common.text import nearest, one_line, show_value
 T = TypeVar("T")
 
 MISSING_VALUE = "???"
-"""How OmegaConf writes a mandatory value that nobody gave."""
+"""What OmegaConf writes for a mandatory value that is missing."""
 
 
 class _WrongTypeError(Exception):
@@ -31,8 +31,8 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
         cls: a dataclass whose annotations are made of int, float, str, bool, None, Literal, unions, `tuple[X, ...]`,
             `dict[str, X]` and further dataclasses. If it has a class method `class_for(raw)`, that method chooses the
             subclass to build.
-        raw: the mapping for it.
-        path: where it lies in the whole configuration (`model`), put before the keys in messages.
+        raw: the mapping from the names of the fields to their values.
+        path: the key of the section in the whole configuration, e.g. `model`. Messages put it before the keys.
         keys: the valid keys to suggest from; by default those of `cls`.
 
     Raises:
@@ -67,19 +67,19 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as plain dicts, lists and scalars; `from_dict` turns it back into an equal one."""
+    """Return the dataclass as plain dicts, lists and scalars. `from_dict` builds an equal dataclass from them."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def unknown_key(key: str, value: Any, keys: list[str]) -> ConfigError:
-    """The error for `key`, which is none of `keys`, with the one that looks most like it."""
+    """Return the error for `key`, which is not one of `keys`. It names the most similar one."""
     shown = "" if isinstance(value, dict) else f"={_show(value)}"
     candidates = keys if "." in key else sorted({valid.split(".")[0] for valid in keys})
     return ConfigError(f"{key}{shown}: unknown key; the nearest valid key is {nearest(key, candidates)}")
 
 
 def leaf_keys(cls: type, path: str = "") -> Iterator[str]:
-    """Dotted names of every value in the dataclass `cls` and in the dataclasses inside it."""
+    """Yield the dotted name of every value in the dataclass `cls` and in the dataclasses inside it."""
     hints = typing.get_type_hints(cls)
     for name in (field.name for field in dataclasses.fields(cls)):
         inner = [branch for branch in _branches(hints[name]) if dataclasses.is_dataclass(branch)]
@@ -134,7 +134,7 @@ def _to_float(value: Any) -> float:
 
 
 def _branches(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, with floats last so that an exact int or literal wins over a number."""
+    """Return the members of a union. Floats are last, because an integer also fits them."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(sorted(members, key=lambda member: member is float))
 
@@ -158,7 +158,8 @@ def _describe(hint: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """The value as a user writes it in YAML, on one line; quoted where it holds white space or nothing."""
+    """Return the value as a user writes it in YAML, on one line. It is quoted if it is empty or would need several
+    lines or spaces in a row."""
     text = show_value(value)
     return text if text and text == one_line(text) else repr(value)
 

@@ -1,15 +1,12 @@
 """The complete examples in docs/extending.md and docs/data.md are plugins: they load, and a run can use all of them."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.commands import ROOT, run_python
 
 
 @pytest.fixture
@@ -21,18 +18,6 @@ def plugins(tmp_path: Path) -> list[str]:
     for path, block in zip(paths, blocks, strict=True):
         path.write_text(block, encoding="utf-8")
     return [str(path) for path in paths]
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 def test_every_example_registers_its_name(plugins: list[str]):
@@ -49,7 +34,7 @@ from training.schedule import SCHEDULES
 last = [list(registry)[-1] for registry in (ROUTERS, ACTIVATIONS, OPTIMIZERS, SCHEDULES, TRACKERS)]
 print(*last, *list(CORPORA)[-2:])
 """
-    done = python("-c", program, *plugins)
+    done = run_python("-c", program, *plugins)
     assert done.stdout == "my_router relu2 sgd inverse_sqrt loss_file poems verses\n", done.stderr
 
 
@@ -57,7 +42,7 @@ print(*last, *list(CORPORA)[-2:])
 def test_a_run_uses_every_example(tmp_path: Path, plugins: list[str]):
     poems = tmp_path / "poems.txt"
     poems.write_text("\n\n".join(f"Poem {i}: the wind blows {i * i} leaves over hill {i}." for i in range(900)))
-    done = python(
+    done = run_python(
         "train.py", f"plugins=[{','.join(plugins)}]", "model=mixtral_tiny", "model.num_layers=1", "train.seq_len=32",
         "train.global_batch=4", "train.steps=3", "train.log_every=1", "tracking=disabled", "run.sample_tokens=0",
         f"run.root={tmp_path}", "run.name=examples", f"data.cache={tmp_path / 'cache'}", "data.vocab_size=310",

@@ -1,10 +1,7 @@
 """The example router as a user runs it: training, resumption, a tool, and the message without the plugin."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,28 +13,16 @@ from common.plugins import changed_plugins, load_plugins, loaded_plugins, missin
 from common.strict import from_dict
 from data.config import DataConfig
 from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
-from scripts.cli.command_line import CONF, user_message
+from scripts.cli.command_line import user_message
+from tests.commands import ROOT, run_python
 from training.agree import checked_state
 
-ROOT = CONF.parent
 EXAMPLE = ROOT / "examples" / "noisy_topk"
 SMALL = [
     "model=mixtral_tiny", "model.num_layers=1", "train.seq_len=32", "train.global_batch=4", "train.log_every=1",
     "data.code_bytes=0", "data.prose_bytes=0", "data.arithmetic_bytes=60000", "data.vocab_size=400",
     "optim.schedule=constant", "optim.warmup_steps=0", "tracking=disabled", "run.sample_tokens=4",
 ]  # fmt: skip
-
-
-def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, program, *arguments],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 def rows_of(directory: Path) -> list[dict]:
@@ -49,10 +34,10 @@ def rows_of(directory: Path) -> list[dict]:
 def test_the_example_trains_resumes_bit_for_bit_and_is_asked_for_by_name(tmp_path: Path):
     preset = ["--config-dir", str(EXAMPLE), "router=noisy_topk"]
     where = [f"run.root={tmp_path}", f"data.cache={tmp_path / 'cache'}", "launch.nproc=2", *SMALL]
-    whole = run("train.py", *preset, *where, "run.name=whole", "train.steps=4")
+    whole = run_python("train.py", *preset, *where, "run.name=whole", "train.steps=4")
     assert whole.returncode == 0, whole.stderr
     for steps in (2, 4):
-        part = run("train.py", *preset, *where, "run.name=parts", f"train.steps={steps}")
+        part = run_python("train.py", *preset, *where, "run.name=parts", f"train.steps={steps}")
         assert part.returncode == 0, part.stderr
         assert f"train.py --config-dir {EXAMPLE} " in part.stdout.replace("--config-dir=", "--config-dir ")
     rows = rows_of(tmp_path / "whole")
@@ -63,17 +48,17 @@ def test_the_example_trains_resumes_bit_for_bit_and_is_asked_for_by_name(tmp_pat
     assert list(state["plugins"]) == ["noisy_topk.py"] and state["router"]["noise_floor"] == 0.01
 
     asks = "plugins=[noisy_topk.py]"
-    without = run("train.py", *where, "run.name=parts", "train.steps=6")
+    without = run_python("train.py", *where, "run.name=parts", "train.steps=6")
     assert (without.returncode, without.stderr.count("\n")) == (2, 1) and asks in without.stderr
     generate = ["scripts/generate.py", f"checkpoint={tmp_path / 'parts'}", "prompt=1 + 1 =", "max_tokens=4"]
-    without = run(*generate)
+    without = run_python(*generate)
     assert (without.returncode, without.stderr.count("\n")) == (2, 1) and asks in without.stderr
-    assert run(*generate, f"plugins=[{EXAMPLE / 'noisy_topk.py'}]").returncode == 0
+    assert run_python(*generate, f"plugins=[{EXAMPLE / 'noisy_topk.py'}]").returncode == 0
 
     changed = tmp_path / "noisy_topk.py"
     shutil.copyfile(EXAMPLE / "noisy_topk.py", changed)
     changed.write_text(changed.read_text() + "# changed\n")
-    other = run("train.py", *preset, f"plugins=[{changed}]", *where, "run.name=parts", "train.steps=5")
+    other = run_python("train.py", *preset, f"plugins=[{changed}]", *where, "run.name=parts", "train.steps=5")
     assert other.returncode == 0, other.stderr
     assert "warning: plugin noisy_topk.py has changed since the checkpoint" in other.stdout
 

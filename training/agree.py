@@ -31,6 +31,7 @@ from training.device import Process, check_memory, memory_of_a_rank
 from training.formats.reader import open_model
 from training.initial import FREE_MODEL_KEYS
 from training.layout import build_workload, resolve_layout
+from training.optimizer import check_same_optimizer
 from training.report.terminal import show_line
 from training.run import finished_result, lock_run, prepare_directory, torchrun_name
 from training.trainable import check_same_choice, choose_trainable, trained_elements
@@ -113,13 +114,7 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
     if checkpoint is not None:
         state = checked_state(checkpoint, model, config.router, config.train.steps)
         check_same_choice(config.optim.train, state.get("train", "all"), checkpoint)
-        saved_kind = state.get("optimizer", "adamw")
-        require(
-            config.optim.kind == saved_kind,
-            ConfigError,
-            f"optim.kind={config.optim.kind}: expected {saved_kind} as in the checkpoint {checkpoint}, or another "
-            "run.name",
-        )
+        check_same_optimizer(config.optim.kind, state.get("optimizer", "adamw"), checkpoint)
         for plugin in changed_plugins(state.get("plugins", {})) if process.is_main else ():
             show_line(f"warning: plugin {plugin} has changed since the checkpoint {checkpoint} was written")
     init_from = config.run.init_from if checkpoint is None else None

@@ -202,7 +202,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The configuration of a run: everything that `python train.py` can be told."""
+    """The configuration of a run: every key of `python train.py`."""
 
     run: RunConfig
     model: ModelConfig

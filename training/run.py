@@ -146,9 +146,7 @@ def save_config(directory: Path, config: Mapping[str, Any]) -> Path:
 
 def save_tokenizer(directory: Path, file: Path) -> None:
     """Copy the tokenizer `file` into `directory` atomically, so that the run can be used without its token store."""
-    partial = directory / f".{TOKENIZER_FILE}.{os.getpid()}"
-    shutil.copyfile(file, partial)
-    partial.replace(directory / TOKENIZER_FILE)
+    write_atomically(directory / TOKENIZER_FILE, file.read_bytes())
 
 
 def save_result(directory: Path, result: Mapping[str, Any]) -> Path:

@@ -169,7 +169,7 @@ def test_mask_of_the_gpu_kernel_is_made_once_for_all_layers():
     assert block_mask(context, 5, 150, 150, device) is first
     assert block_mask(context, None, 150, 150, device) is not first
     assert block_mask(context, 5, 140, 150, device) is not first
-    # The next forward pass has a context of its own, also if it reuses the tensor with other values.
+    # Every forward pass makes a new context. The mask is made again, even if the tensor is the same object.
     documents[0, 70:] = 1
     assert block_mask(TokenContext(documents_BS=documents), 5, 150, 150, device) is not first
     freed = weakref.ref(first)

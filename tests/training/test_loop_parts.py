@@ -13,7 +13,7 @@ from training.agree import checked_state
 from training.config import OptimConfig
 from training.device import check_memory
 from training.loop import Throughput, is_due, speed_row
-from training.optimizer import build_optimizer
+from training.optimizer import build_optimizer, check_same_optimizer
 from training.schedule import SCHEDULES, learning_rate
 
 
@@ -68,6 +68,14 @@ def test_a_checkpoint_of_another_model_names_the_key(tmp_path):
         checked_state(saved, model, dataclasses.replace(router, normalize=False), 3)
     with pytest.raises(CheckpointError, match=r"^train\.steps=2: expected at least 3"):
         checked_state(saved, model, router, 2)
+
+
+def test_a_checkpoint_continues_with_its_optimizer_only():
+    check_same_optimizer("adamw", "adamw", "c/step-1")
+    with pytest.raises(ConfigError) as refused:
+        check_same_optimizer("adamw", "sgd", "c/step-1")
+    line = "optim.kind=adamw: expected sgd as in the checkpoint c/step-1, or another run.name"
+    assert str(refused.value) == line
 
 
 def test_a_checkpoint_that_needs_a_plugin_names_it(tmp_path):

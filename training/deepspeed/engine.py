@@ -220,9 +220,9 @@ def _optimizer_groups(
 ) -> list[dict[str, Any]]:
     """Return AdamW's parameter groups, after telling DeepSpeed which parameters are experts.
 
-    DeepSpeed recognises experts only in modules of its own classes. It partitions all other parameters over all ranks,
-    as if every rank stored the same values. The model therefore gets a submodule of such a class, which has no
-    parameters and is never called.
+    DeepSpeed finds experts only in modules of a class that DeepSpeed defines. It partitions all other parameters over
+    all ranks, as if every rank stored the same values. The model therefore gets a submodule of such a class, which has
+    no parameters and is never called.
     """
     expert_names: set[str] = set()
     if mesh.expert.size() > 1:
