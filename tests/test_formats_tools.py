@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from data.config import DataConfig
-from data.corpora import chat
+from data.corpora.chat import encode_conversation
 from data.corpora.corpus import open_corpus
+from data.corpora.messages import read_messages
 from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from scripts import export_hf, import_hf
 from scripts.cli.command_line import CONF
@@ -110,7 +111,7 @@ def test_the_chat_template_is_that_of_training(model, tmp_path, monkeypatch):
     for messages in (turns, turns[:1], [("system", "Be brief."), *turns]):
         messages = [{"role": role, "content": content} for role, content in messages]
         ids = hf_tokenizer.apply_chat_template(messages, return_dict=False)
-        assert ids == chat.encode(chat.prompt_segments(messages), tokenizer)[0]
+        assert ids == encode_conversation(read_messages(messages, last="user"), tokenizer)[0]
 
 
 def test_a_tokenizer_that_adds_a_space_before_a_text_still_does_after_export(model, tmp_path, monkeypatch, documents):

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from common.plugins import loaded_plugins
 from common.strict import to_dict
-from data.corpora.chat import instruction
+from data.corpora.chat import encode_conversation
+from data.corpora.messages import Message
 from data.loader import Loader, evaluation_batches
 from data.tokens.tokenizer import Tokenizer
 from moe.accounting.flops import count_parameters, meta_model
@@ -304,8 +305,10 @@ def sample_text(config: Config, tokenizer: Tokenizer, engine: Engine, directory:
     """
     if not config.run.sample_tokens:
         return None
-    prompt = instruction(config.run.prompt) if config.data.kind == "sft" else config.run.prompt
-    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    if config.data.kind == "sft":
+        tokens, _ = encode_conversation([Message("user", config.run.prompt)], tokenizer)
+    else:
+        tokens = [tokenizer.bos_id, *tokenizer.encode(config.run.prompt)]
     sampling = Sampling(temperature=TEMPERATURE, seed=config.run.seed)
     continue_text = partial(
         generate, prompts=[tokens], max_tokens=config.run.sample_tokens, sampling=sampling, stop=[tokenizer.eos_id]

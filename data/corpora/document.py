@@ -3,16 +3,18 @@
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+from data.corpora.messages import Message
+
 
 class Document(NamedTuple):
     """A text and the domain that its tokens are counted under."""
 
     text: str
+    """For a conversation, `data.corpora.chat.conversation_text` of its messages. The choice of the held-out documents
+    and the training of a tokenizer use it."""
     domain: str
-    turns: tuple[int, ...] = ()
-    """For a conversation: the lengths in characters of its segments (`data.corpora.chat`), which together are `text`.
-    Segments that the model only reads and segments that it learns to produce alternate, and the first is only read.
-    `()`: a plain text, of which every token is a label."""
+    messages: tuple[Message, ...] = ()
+    """The messages of a conversation. `()`: a plain text, of which every token is a label."""
 
 
 class Corpus(Protocol):

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import DataError
-from data.corpora.chat import TEMPLATE, conversation_segments
+from data.corpora.chat import TEMPLATE, conversation_text
 from data.corpora.document import Document
 from data.corpora.files import fingerprint_of, folder_name, is_jsonl, json_lines, matching_files, open_text
+from data.corpora.messages import read_messages
 
 
 class SftCorpus:
@@ -55,11 +56,10 @@ class SftCorpus:
                     keys = ", ".join(line) or "none"
                     raise DataError(f"{where}: expected data.messages_key={self.messages_key} in it, found {keys}")
                 try:
-                    segments = conversation_segments(line[self.messages_key])
+                    messages = tuple(read_messages(line[self.messages_key]))
                 except DataError as error:
                     raise DataError(f"{where}: {error}") from error
                 domain = folder_name(path) if self.domain_key is None else line.get(self.domain_key)
                 if domain in (None, ""):
                     raise DataError(f"{where}: expected a value of data.domain_key={self.domain_key}, found none")
-                turns = tuple(len(segment.text) for segment in segments)
-                yield Document("".join(segment.text for segment in segments), str(domain), turns)
+                yield Document(conversation_text(messages), str(domain), messages)

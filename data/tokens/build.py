@@ -19,7 +19,7 @@ from common.errors import DataError
 from common.files import fsync, sha256_of
 from common.text import show_value
 from data.config import DataConfig
-from data.corpora.chat import Segment, encode, split_segments
+from data.corpora.chat import encode_conversation, label_text
 from data.corpora.document import Corpus
 from data.tokens.spool import CorpusSpool, SpooledDocument
 from data.tokens.tokenizer import Tokenizer, sentences, train_tokenizer, without_normalization
@@ -117,7 +117,11 @@ class _Encoder:
         Raises:
             DataError: the ids do not represent the text.
         """
-        ids, supervised = encode(_segments(document), self.tokenizer)
+        if document.messages:
+            ids, is_label = encode_conversation(document.messages, self.tokenizer)
+        else:
+            ids = [self.tokenizer.bos_id, *self.tokenizer.encode(document.text), self.tokenizer.eos_id]
+            is_label = [False] + [True] * (len(ids) - 1)
         ids_T = np.array(ids, dtype=self.dtype)
         same_size = int(self._bytes_V[ids_T].sum()) == document.size
         if not same_size or (round_trip and self.tokenizer.decode(ids) != document.text):
@@ -126,7 +130,7 @@ class _Encoder:
                 f"data.tokenizer={self.shown_tokenizer}: expected a model that keeps text as it is (identity "
                 f"normalization, byte_fallback), found a change in the document that starts with '{start}'"
             )
-        return ids_T, np.array(supervised)
+        return ids_T, np.array(is_label)
 
 
 def _write_split(
@@ -148,9 +152,9 @@ def _write_split(
     starts, domain_ids, answers = array("q"), bytearray(), array("q")
     totals = [_DomainTotals() for _ in domains]
     for document in documents:
-        ids_T, supervised_T = encoder(document, round_trip=keep_text)
-        if document.turns:
-            answers.extend((_runs(supervised_T) + writer.tokens).flatten().tolist())
+        ids_T, is_label_T = encoder(document, round_trip=keep_text)
+        if document.messages:
+            answers.extend((_runs(is_label_T) + writer.tokens).flatten().tolist())
         starts.append(writer.tokens)
         domain_ids.append(document.domain_id)
         writer.write(ids_T)
@@ -169,16 +173,9 @@ def _write_split(
     return {"tokens": writer.tokens, "max_token": writer.max_token, "shards": writer.shards, "domains": per_domain}
 
 
-def _runs(supervised_T: np.ndarray) -> np.ndarray:
+def _runs(is_label_T: np.ndarray) -> np.ndarray:
     """Return the start and the end (exclusive) of each run of true values, int64 [n, 2]."""
-    return np.flatnonzero(np.diff(supervised_T.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-
-
-def _segments(document: SpooledDocument) -> list[Segment]:
-    """Return the segments of a conversation. A plain text is one segment, of which every token is a label."""
-    if not document.turns:
-        return [Segment(document.text, supervised=True)]
-    return split_segments(document.text, document.turns)
+    return np.flatnonzero(np.diff(is_label_T.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
 
 
 class _DomainTotals:
@@ -197,7 +194,7 @@ class _DomainTotals:
         self.counts.update(documents=1, bytes=document.size, tokens=num_tokens)
         self.digest.update(document.text.encode())
         if keep_text:
-            self.evaluated_text += "".join(text for text, is_label in _segments(document) if is_label).encode()
+            self.evaluated_text += (label_text(document.messages) if document.messages else document.text).encode()
 
 
 class _ShardWriter:

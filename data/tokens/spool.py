@@ -1,24 +1,24 @@
 """A corpus in a temporary local file, so that a source that can be slow (a network) is read only once."""
 
 import hashlib
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from common.errors import DataError
 from common.text import show_value
 from data.config import DataConfig
 from data.corpora.corpus import CORPORA
 from data.corpora.document import Corpus
+from data.corpora.messages import Message
 from data.tokens.heldout import HeldoutChoice
 
 HEADER = struct.Struct("<32sBQQ")
-"""The header of a document in the spool file: SHA-256 of its text, domain id, UTF-8 bytes, number of turns. The turns
-and the text follow. (pickle would need no format, but no code of this project unpickles a file.)"""
-TURN = np.dtype("<u8")
+"""The header of a document in the spool file: SHA-256 of its text, domain id, UTF-8 bytes of the text, bytes of the
+messages. The text and the messages as JSON follow. (pickle would need no format, but no code of this project unpickles
+a file.)"""
 MAX_DOMAINS = 255
 """A domain id is stored in one byte."""
 
@@ -33,7 +33,7 @@ class SpooledDocument(NamedTuple):
     text: str
     size: int
     """UTF-8 bytes."""
-    turns: tuple[int, ...]
+    messages: tuple[Message, ...]
     """As in `Document`."""
 
 
@@ -59,7 +59,7 @@ class CorpusSpool:
         choice = HeldoutChoice(config.heldout_fraction, config.heldout_max_bytes)
         num_documents = 0
         with path.open("wb") as file:
-            for number, (text, domain, turns) in enumerate(corpus.documents(), start=1):
+            for number, (text, domain, messages) in enumerate(corpus.documents(), start=1):
                 if not text or text.isspace():
                     continue
                 try:
@@ -70,8 +70,9 @@ class CorpusSpool:
                     ) from error
                 digest = hashlib.sha256(content).digest()
                 choice.add_document(digest, domain, len(content))
-                file.write(HEADER.pack(digest, self._domain_id(domain, config), len(content), len(turns)))
-                file.write(np.array(turns, dtype=TURN).tobytes() + content)
+                messages_json = json.dumps(messages).encode()
+                file.write(HEADER.pack(digest, self._domain_id(domain, config), len(content), len(messages_json)))
+                file.write(content + messages_json)
                 num_documents += 1
         self._heldout = choice.choose()
         if not num_documents:
@@ -98,9 +99,10 @@ class CorpusSpool:
     def _documents(self) -> Iterator[SpooledDocument]:
         with self.path.open("rb") as file:
             while header := file.read(HEADER.size):
-                digest, domain_id, size, num_turns = HEADER.unpack(header)
-                turns = tuple(np.frombuffer(file.read(num_turns * TURN.itemsize), dtype=TURN).tolist())
-                yield SpooledDocument(digest, domain_id, file.read(size).decode(), size, turns)
+                digest, domain_id, size, messages_size = HEADER.unpack(header)
+                text = file.read(size).decode()
+                messages = tuple(Message(*fields) for fields in json.loads(file.read(messages_size)))
+                yield SpooledDocument(digest, domain_id, text, size, messages)
 
     def train(self) -> Iterator[SpooledDocument]:
         """Yield the training documents in the order of the corpus."""

@@ -1,7 +1,10 @@
+"""Conversations: reading their messages, and the [INST] format."""
+
 import pytest
 
 from common.errors import DataError
-from data.corpora.chat import Segment, conversation_segments, encode, prompt_segments
+from data.corpora.chat import conversation_text, encode_conversation, label_text
+from data.corpora.messages import read_messages
 from data.tokens.store import Store
 
 
@@ -12,27 +15,24 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 
 
 def test_a_conversation_as_text() -> None:
-    assert conversation_segments(turns("Hi", "Hello.", "2 + 2?", "4", system="Be brief.")) == [
-        Segment("[INST] Be brief.\n\nHi [/INST]", False),
-        Segment(" Hello.", True),
-        Segment("[INST] 2 + 2? [/INST]", False),
-        Segment(" 4", True),
-    ]
-    assert prompt_segments(turns("Hi")) == [Segment("[INST] Hi [/INST]", False)]
+    messages = read_messages(turns("Hi", "Hello.", "2 + 2?", "4", system="Be brief."))
+    assert conversation_text(messages) == "[INST] Be brief.\n\nHi [/INST] Hello.[INST] 2 + 2? [/INST] 4"
+    assert label_text(messages) == " Hello. 4"
+    assert conversation_text(read_messages(turns("Hi"), last="user")) == "[INST] Hi [/INST]"
 
 
 def test_ids_have_marks_and_a_prompt_begins_every_answer_to_it(store: Store) -> None:
     tokenizer = store.tokenizer
-    ids, supervised = encode(conversation_segments(turns("Hi", "Hello </s> you", "2?", "4")), tokenizer)
+    ids, is_label = encode_conversation(read_messages(turns("Hi", "Hello </s> you", "2?", "4")), tokenizer)
     assert ids.count(tokenizer.bos_id) == 1 and ids[0] == tokenizer.bos_id
     assert ids.count(tokenizer.eos_id) == 2 and ids[-1] == tokenizer.eos_id
     assert tokenizer.decode(ids) == "[INST] Hi [/INST] Hello </s> you[INST] 2? [/INST] 4"
-    answers = [i for i, is_answer in zip(ids, supervised, strict=True) if is_answer]
-    assert answers == [
+    labels = [i for i, learn in zip(ids, is_label, strict=True) if learn]
+    assert labels == [
         *tokenizer.encode(" Hello </s> you"), tokenizer.eos_id, *tokenizer.encode(" 4"), tokenizer.eos_id
     ]  # fmt: skip
-    history, _ = encode(prompt_segments(turns("Hi", "Hello </s> you", "2?")), tokenizer)
-    assert ids[: len(history)] == history and not any(supervised[: supervised.index(True)])
+    history, _ = encode_conversation(read_messages(turns("Hi", "Hello </s> you", "2?"), last="user"), tokenizer)
+    assert ids[: len(history)] == history and not any(is_label[: is_label.index(True)])
 
 
 @pytest.mark.parametrize(
@@ -57,9 +57,9 @@ def test_ids_have_marks_and_a_prompt_begins_every_answer_to_it(store: Store) -> 
 )  # fmt: skip
 def test_what_is_no_conversation_is_told_in_one_line(messages: object, complaint: str) -> None:
     with pytest.raises(DataError, match=f"^{complaint}$"):
-        conversation_segments(messages)
+        read_messages(messages)
 
 
 def test_a_prompt_ends_with_the_user() -> None:
     with pytest.raises(DataError, match=r"^message 2: expected the last message to be the user's, found role assist"):
-        prompt_segments(turns("a", "b"))
+        read_messages(turns("a", "b"), last="user")

@@ -12,7 +12,8 @@ import pytest
 
 from common.errors import ConfigError, DataError
 from data.config import DataConfig
-from data.corpora.chat import conversation_segments, encode
+from data.corpora.chat import conversation_text, encode_conversation, label_text
+from data.corpora.messages import read_messages
 from data.loader import Loader
 from data.packing import IGNORE, pack_row, whole_document_rows
 from data.tokens import build
@@ -59,7 +60,7 @@ def test_rows_hold_whole_conversations_whose_answers_are_the_labels(chats: Store
     split, tokenizer = getattr(chats, side), chats.tokenizer
     written = {}
     for number in range(200):
-        ids, supervised = encode(conversation_segments(conversation(number)), tokenizer)
+        ids, supervised = encode_conversation(read_messages(conversation(number)), tokenizer)
         labels = [i if is_answer else IGNORE for i, is_answer in zip(ids[1:], supervised[1:], strict=True)]
         written[tuple(ids)] = [*labels, IGNORE]
     found = []
@@ -85,15 +86,12 @@ def test_bits_per_byte_and_baselines_are_of_the_answers(chats: Store) -> None:
     labels = np.concatenate([row.labels_S for row in rows])
     [row] = chats.summary()
     starts = np.load(chats.directory / "heldout-starts.npy").tolist()
-    segments = [conversation_segments(conversation(number)) for number in range(200)]
-    conversations = {"".join(segment.text for segment in each): each for each in segments}
+    conversations = {conversation_text(each): each for each in map(read_messages, map(conversation, range(200)))}
     size = chats.tokenizer.token_bytes()[labels[labels != IGNORE]].sum()
     assert 0 < size == row["heldout_bytes"] < chats.manifest["splits"]["heldout"]["domains"][row["domain"]]["bytes"]
     answers = (
-        segment.text
+        label_text(conversations[chats.tokenizer.decode(chats.heldout.tokens(start, stop))])
         for start, stop in zip(starts, [*starts[1:], chats.heldout.num_tokens], strict=True)
-        for segment in conversations[chats.tokenizer.decode(chats.heldout.tokens(start, stop))]
-        if segment.supervised
     )
     assert row["gzip_bits_per_byte"] == baselines("".join(answers).encode())["gzip_bits_per_byte"]
 

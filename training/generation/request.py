@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from common.errors import ConfigError, DataError, ModelError, require
 from common.text import one_line
-from data.corpora import chat
+from data.corpora.chat import encode_conversation
+from data.corpora.messages import Message, read_messages
 from data.tokens.tokenizer import Tokenizer
 from training.formats.foreign_tensors import read_json
 from training.formats.reader import ModelReader, open_model_for_key
@@ -40,12 +41,12 @@ def read_request(config: GenerateConfig) -> Request:
     tokenizer = open_tokenizer(source)
     path, end_ids = str(source.path), end_token_ids(source, tokenizer)
     if config.messages is not None:
-        messages = _read_messages(config.messages)
         try:
-            ids = encode_chat(tokenizer, messages)
+            messages = read_messages(_read_json(config.messages), last="user")
         except DataError as error:
             raise DataError(f"messages={config.messages}: {error}") from error
-        return Request(path, end_ids, titles=[messages[-1]["content"]], prompts=[ids])
+        prompt, _ = encode_conversation(messages, tokenizer)
+        return Request(path, end_ids, titles=[messages[-1].content], prompts=[prompt])
     titles = list(config.prompts)
     if config.prompt == STDIN:
         titles += [line.rstrip("\r\n") for line in sys.stdin]
@@ -57,13 +58,13 @@ def read_request(config: GenerateConfig) -> Request:
         empty is None, ConfigError, f"prompt='': expected at least one token; prompt {empty} of {len(titles)} is empty"
     )
     if config.chat:
-        prompts = [encode_chat(tokenizer, [{"role": "user", "content": title}]) for title in titles]
+        prompts = [encode_conversation([Message("user", title)], tokenizer)[0] for title in titles]
     else:
         prompts = [[tokenizer.bos_id, *tokenizer.encode(title)] for title in titles]
     return Request(path, end_ids, titles, prompts)
 
 
-def _read_messages(file: str) -> Any:
+def _read_json(file: str) -> Any:
     try:
         return json.loads(sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -167,12 +168,3 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def encode_chat(tokenizer: TextTokenizer, messages: Any) -> list[int]:
-    """Return the token ids of a conversation that ends with the user, in the [INST] format of data/corpora/chat.py.
-
-    Raises:
-        DataError: `messages` is not such a conversation.
-    """
-    return chat.encode(chat.prompt_segments(messages), tokenizer)[0]
