@@ -61,7 +61,10 @@ class DataConfig:
     max_documents: int | None = None
     """`files`, `hub`, `sft`: maximum number of documents to read."""
     messages_key: str = "messages"
-    """`sft`: the key of a line's messages (`data.corpora.chat`)."""
+    """`sft`: the key of a line's messages. With `messages`, lines in the formats of ShareGPT, Alpaca, and prompt and
+    completion are recognised too (`data.corpora.messages`)."""
+    ignore_keys: tuple[str, ...] = ()
+    """`sft`: keys of lines and of their messages to ignore. Other keys that can change the meaning are refused."""
 
     def __post_init__(self) -> None:
         CORPUS_CONFIGS.check(self.kind)

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 
 from data.corpora.messages import Message
 
-TEMPLATE = 1
-"""Part of a token store's key. Raise it when a change gives the same messages other tokens or labels."""
+TEMPLATE = 2
+"""Part of a token store's key. Raise it when a change gives the same conversations other tokens or labels."""
 
 
 class _Segment(NamedTuple):

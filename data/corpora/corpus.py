@@ -57,7 +57,7 @@ def _open_hub(config: DataConfig) -> Corpus:
 
 
 def _open_sft(config: DataConfig) -> Corpus:
-    return SftCorpus(config.paths, config.messages_key, config.domain_key, config.max_documents)
+    return SftCorpus(config.paths, config.messages_key, config.domain_key, config.max_documents, config.ignore_keys)
 
 
 CORPORA.add("embedded", CorpusKind(_open_embedded, source_key="code_bytes"))

@@ -8,24 +8,30 @@ from common.errors import DataError
 from data.corpora.chat import TEMPLATE, conversation_text
 from data.corpora.document import Document
 from data.corpora.files import fingerprint_of, folder_name, is_jsonl, json_lines, matching_files, open_text
-from data.corpora.messages import read_messages
+from data.corpora.messages import read_conversation
 
 
 class SftCorpus:
-    """Conversations, one per line: `{"messages": [{"role": "user", "content": "..."}, ...]}`.
+    """Conversations, one per line, as `data.corpora.messages.read_conversation` reads them.
 
     Args:
         paths: files or globs, `.jsonl` or `.jsonl.gz`.
         messages_key: the key of a line's messages.
         domain_key: the key of a line's domain. None: the domain is the name of the file's folder.
         max_documents: the maximum number of conversations to read.
+        ignore_keys: keys of lines and messages to ignore.
 
     Raises:
         DataError: a file does not exist, is empty, or has another suffix.
     """
 
     def __init__(
-        self, paths: tuple[str, ...], messages_key: str, domain_key: str | None, max_documents: int | None
+        self,
+        paths: tuple[str, ...],
+        messages_key: str,
+        domain_key: str | None,
+        max_documents: int | None,
+        ignore_keys: tuple[str, ...],
     ) -> None:
         self.files = matching_files(paths)
         for path in self.files:
@@ -34,10 +40,12 @@ class SftCorpus:
         self.messages_key = messages_key
         self.domain_key = domain_key
         self.max_documents = max_documents
+        self.ignore_keys = ignore_keys
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the files, of the keys that choose what is read, and of the chat template's version."""
-        return fingerprint_of(self.files, ("sft", TEMPLATE, self.messages_key, self.domain_key, self.max_documents))
+        keys = (self.messages_key, self.domain_key, self.max_documents, self.ignore_keys)
+        return fingerprint_of(self.files, ("sft", TEMPLATE, *keys))
 
     def documents(self) -> Iterator[Document]:
         """Yield one document per line that is not blank. No invalid line is skipped.
@@ -52,14 +60,11 @@ class SftCorpus:
         with open_text(path) as file:
             for number, line in json_lines(file, path):
                 where = f"data.paths={path}: line {number}"
-                if self.messages_key not in line:
-                    keys = ", ".join(line) or "none"
-                    raise DataError(f"{where}: expected data.messages_key={self.messages_key} in it, found {keys}")
+                domain = folder_name(path) if self.domain_key is None else line.pop(self.domain_key, None)
                 try:
-                    messages = tuple(read_messages(line[self.messages_key]))
+                    messages = tuple(read_conversation(line, self.messages_key, self.ignore_keys))
                 except DataError as error:
                     raise DataError(f"{where}: {error}") from error
-                domain = folder_name(path) if self.domain_key is None else line.get(self.domain_key)
                 if domain in (None, ""):
                     raise DataError(f"{where}: expected a value of data.domain_key={self.domain_key}, found none")
                 yield Document(conversation_text(messages), str(domain), messages)

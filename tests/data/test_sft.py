@@ -23,15 +23,20 @@ from data.tokens.store import Store, prepare
 SEQ_LEN = 256
 
 
-def conversation(number: int) -> list[dict[str, str]]:
-    """Return one to three questions with answers of different lengths. Every seventh has a system message."""
-    messages = [{"role": "system", "content": "Answer in words."}] if number % 7 == 0 else []
+def conversation(number: int) -> list[dict[str, Any]]:
+    """Return one to three questions with answers of different lengths.
+
+    Every seventh has a system message. In every fifth, only the last answer is learned.
+    """
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Answer in words."}] if number % 7 == 0 else []
     for turn in range(number % 3 + 1):
         question = f"What is {number} plus {turn}" + " and no less" * (number % 4) + "?"
         messages.append({"role": "user", "content": question})
         messages.append(
             {"role": "assistant", "content": f"It is {number + turn}, or ▁{number}\n" + "so " * (number % 5)}
         )
+        if number % 5 == 0 and turn < number % 3:
+            messages[-1]["weight"] = 0
     return messages
 
 
@@ -172,11 +177,12 @@ GOOD = json.dumps({"messages": conversation(1)})
     [
         ("{", "expected JSON in line 2"),
         ("[]", "expected an object in line 2, found list"),
-        ('{"text": "a"}', "line 2: expected data.messages_key=messages in it, found text"),
+        ('{"text": "a"}', "line 2: expected one of: messages; conversations; instruction and output; prompt"),
         ('{"messages": []}', "line 2: expected a list of messages, found none"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: message 1: expected the last message to be"),
         ('{"messages": [{"role": "tool", "content": "a"}]}', "line 2: message 1: expected role to be one of "),
-        ('{"messages": [{"role": "user", "content": ""}]}', "line 2: message 1: expected content to be text"),
+        (GOOD.replace('"}]', '", "tool_calls": [{"id": "x"}]}]'), "line 2: message 4: tool_calls=[{'id': 'x'}]: "),
+        ('{"messages": [{"role": "user", "content": ""}]}', "line 2: message 1: content: expected text, found none"),
     ],
 )  # fmt: skip
 def test_a_bad_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:

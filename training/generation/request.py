@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from common.errors import ConfigError, DataError, ModelError, require
 from common.text import one_line
 from data.corpora.chat import encode_conversation
-from data.corpora.messages import Message, read_messages
+from data.corpora.messages import Message, read_conversation, read_messages
 from data.tokens.tokenizer import Tokenizer
 from training.formats.foreign_tensors import read_json
 from training.formats.reader import ModelReader, open_model_for_key
@@ -42,7 +42,9 @@ def read_request(config: GenerateConfig) -> Request:
     path, end_ids = str(source.path), end_token_ids(source, tokenizer)
     if config.messages is not None:
         try:
-            messages = read_messages(_read_json(config.messages), last="user")
+            given = _read_json(config.messages)
+            is_row = isinstance(given, dict)
+            messages = read_conversation(given, last="user") if is_row else read_messages(given, last="user")
         except DataError as error:
             raise DataError(f"messages={config.messages}: {error}") from error
         prompt, _ = encode_conversation(messages, tokenizer)
