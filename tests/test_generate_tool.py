@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -142,10 +143,11 @@ def test_a_missing_tokenizer_and_one_larger_than_the_vocabulary_are_refused(run,
     assert code == 2 and "expected a tokenizer of at most 300 tokens, the model's vocab_size; found 320" in err
 
 
-def test_without_a_sentencepiece_model_transformers_reads_the_tokenizer(tokenizer, tmp_path):
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory) -> HuggingFaceTokenizer:
+    """A tokenizer whose tokens are bytes, as GPT-2's and Llama 3's are."""
     from tokenizers import Tokenizer as Fast
     from tokenizers import decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -154,10 +156,33 @@ def test_without_a_sentencepiece_model_transformers_reads_the_tokenizer(tokenize
     fast.train_from_iterator(
         TEXTS, trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
     )
+    return huggingface_tokenizer(fast, tmp_path_factory.mktemp("byte_level"))
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory) -> HuggingFaceTokenizer:
+    """A tokenizer with byte tokens beside its pieces, as Llama 2's and Mixtral's tokenizer.json are."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abdef", "▁ab"]
+    fast = Fast(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    fast.decoder = decoders.Sequence(steps)
+    return huggingface_tokenizer(fast, tmp_path_factory.mktemp("byte_fallback"))
+
+
+def huggingface_tokenizer(fast, path) -> HuggingFaceTokenizer:
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    return HuggingFaceTokenizer(path)
+
+
+def test_without_a_sentencepiece_model_transformers_reads_the_tokenizer(byte_level, tmp_path):
     with pytest.raises(ModelError, match="expected a tokenizer that transformers can read"):
         HuggingFaceTokenizer(tmp_path)
-    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
-    text = HuggingFaceTokenizer(tmp_path)
+    text = byte_level
     assert (text.vocab_size, text.bos_id, text.eos_id) == (320, 0, 1)
     sample = "def f(a):  é 你好\n"
     assert text.decode([0, *text.encode(sample), 1]) == sample
@@ -183,6 +208,74 @@ def test_text_is_released_in_whole_characters(tokenizer, sample):
     cut = StreamedText(tokenizer.decode, [], [])
     assert [cut.add(token) for token in tokenizer.encode("é")[:1]] == [""]
     assert cut.end() == "\ufffd"  # Only half of the character was added.
+
+
+def byte_ids(name, text) -> list[int]:
+    """Return the token id of each of the 256 bytes."""
+    if name == "byte_level":
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        return [text._tokenizer.convert_tokens_to_ids(bytes_to_unicode()[byte]) for byte in range(256)]
+    piece_to_id = text._model.piece_to_id if name == "tokenizer" else text._tokenizer.convert_tokens_to_ids
+    return [piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+
+
+def random_ids(rng, text, bytes_256, length) -> list[int]:
+    """Return ids of stray bytes, cut and whole characters, other tokens, and tokens without text."""
+    ids: list[int] = []
+    while len(ids) < length:
+        stray = bytes(rng.choice(b"\x80\xbf\xe2\xf0\xed\xc0\xf4\xffa") for _ in range(rng.randrange(1, 5)))
+        character = rng.choice("é€😀\u0301\u200d\ufffd▁ a").encode()
+        raw = rng.choice([stray, character, character[: rng.randrange(1, 4)], bytes([rng.randrange(256)])])
+        other = rng.choice([rng.randrange(text.vocab_size), text.bos_id, text.vocab_size - 1])
+        ids += rng.choice([[bytes_256[byte] for byte in raw], [other] * rng.randrange(1, 3)])
+    return ids
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "byte_level", "byte_fallback"])
+def test_released_parts_are_the_text_of_all_tokens_for_any_tokens(request, name):
+    text = request.getfixturevalue(name)
+    bytes_256, rng = byte_ids(name, text), random.Random(0)
+    for case in range(250):
+        prompt = rng.choice([[], [text.bos_id], [text.bos_id, *text.encode(rng.choice(["ab", "de " * 40, " é"]))]])
+        ids = random_ids(rng, text, bytes_256, rng.choice([1, 4, 20, 120]))
+        ids = ids[:1] * len(ids) if case % 20 == 0 else ids
+        growing = StreamedText(text.decode, prompt, [], text.byte_run_ids)
+        shown = "".join(map(growing.add, ids)) + growing.end()
+        assert shown == growing.text == text.decode(prompt + ids)[len(text.decode(prompt)) :], (case, prompt, ids)
+
+
+def test_a_long_text_is_decoded_in_short_pieces(tokenizer):
+    bytes_256 = byte_ids("tokenizer", tokenizer)
+    decoded = 0
+
+    def decode(ids):
+        nonlocal decoded
+        decoded += len(ids)
+        return tokenizer.decode(ids)
+
+    for repeated in (tokenizer.encode("def é "), [bytes_256[0x80]], [bytes_256[0xF0]], [tokenizer.bos_id]):
+        ids = repeated * (2000 // len(repeated))
+        growing = StreamedText(decode, tokenizer.encode("def"), [])
+        decoded = 0
+        assert "".join(map(growing.add, ids)) + growing.end() == tokenizer.decode(ids)
+        assert decoded < 50 * len(ids)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "byte_level", "byte_fallback"])
+def test_the_stop_string_that_is_complete_first_ends_the_text_however_it_is_divided(request, name):
+    text = request.getfixturevalue(name)
+    bytes_256, rng = byte_ids(name, text), random.Random(1)
+    for _ in range(200):
+        ids = random_ids(rng, text, bytes_256, 30)
+        stops = ["".join(rng.choices("a😀\ufffd é", k=rng.randrange(1, 4))) for _ in range(rng.randrange(1, 4))]
+        growing = StreamedText(text.decode, text.encode("ab"), stops, text.byte_run_ids)
+        shown = "".join(map(growing.add, ids)) + growing.end()
+        whole = text.decode([*text.encode("ab"), *ids])[len(text.decode(text.encode("ab"))) :]
+        ends = [end for end in range(len(whole) + 1) if whole[:end].endswith(tuple(stops))]
+        longest = max((len(stop) for stop in stops if ends and whole[: ends[0]].endswith(stop)), default=0)
+        assert shown == growing.text == (whole[: ends[0] - longest] if ends else whole)
+        assert growing.stopped == bool(ends)
 
 
 def test_stop_strings_end_a_text_anywhere_in_its_tokens(tokenizer):

@@ -26,10 +26,13 @@ class Tokenizer:
     Attributes:
         bos_id: token id of <s>.
         eos_id: token id of </s>.
+        byte_run_ids: empty: `decode` decodes byte tokens character by character.
 
     Raises:
         DataError: the file is not a sentencepiece model, or the model has no byte tokens, no <s> or no </s>.
     """
+
+    byte_run_ids: frozenset[int] = frozenset()
 
     def __init__(self, path: str | Path) -> None:
         import sentencepiece

@@ -81,6 +81,9 @@ class TextTokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    byte_run_ids: frozenset[int]
+    """Ids of bytes that `decode` decodes run by run: one invalid byte turns the whole run into replacement characters.
+    Empty if `decode` decodes bytes character by character."""
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without begin and end marks."""
@@ -164,6 +167,10 @@ class HuggingFaceTokenizer:
         require(
             None not in (self.bos_id, self.eos_id), ModelError, f"{path}: expected a tokenizer with begin and end marks"
         )
+        byte_ids: list[Any] = [self._tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256)]
+        has_bytes = None not in byte_ids and len(set(byte_ids)) == len(byte_ids)
+        decodes_runs = has_bytes and self.decode([byte_ids[ord("a")], byte_ids[0x80]]) == "\ufffd\ufffd"
+        self.byte_run_ids = frozenset(byte_ids if decodes_runs else ())
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from moe.generation.generate import generate
 from parallel.apply import build_model
@@ -14,42 +14,55 @@ from parallel.startup.rendezvous import choose_on_rank0, open_store
 from training.device import compute_dtype, pick_device
 from training.formats.reader import open_model
 from training.generation.config import GenerateConfig
-from training.generation.request import Request, open_tokenizer, read_request
+from training.generation.request import Request, TextTokenizer, open_tokenizer, read_request
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not a whole character, or not yet."""
-LONGEST_CHARACTER = 4
-"""Bytes of the longest UTF-8 character, and so the most tokens that one character takes."""
+INCOMPLETE_BYTES = 3
+"""The most bytes of a UTF-8 character that is not complete. A decoder writes at most one `REPLACEMENT` for each."""
+KEPT_TOKENS = 24
+"""The number of tokens that are decoded again with the next one. Four characters have at most 16 byte tokens."""
 START_TIMEOUT_S = 300.0
 
 
 class StreamedText:
     """Decodes one row token by token, and ends its text at the first stop string.
 
-    It releases whole characters only, and holds back text that may be the start of a stop string.
+    The parts that it releases together are the text that `decode` returns for all tokens, after the text of the prompt,
+    for any sequence of tokens. It therefore releases only text that no later token can change, and holds back text that
+    may be the start of a stop string.
 
     Args:
         decode: turns token ids into text.
         prompt: the token ids before the generated ones.
-        stops: strings that end the text and are not part of it.
+        stops: strings that end the text and are not part of it. The one that is complete first ends it.
+        byte_run_ids: as in `TextTokenizer`.
 
     Attributes:
         text: the text released so far.
         stopped: whether a stop string was found. Text after it is ignored.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        byte_run_ids: Collection[int] = (),
+    ) -> None:
         self.text, self.stopped = "", False
-        self._decode, self._stops = decode, stops
-        # Some tokenizers drop the space at the beginning of what they decode, so new ids are decoded together with the
-        # ids before them: `_ids[_start:]`. Of these, the text of `_ids[_start:_decoded]` is known already.
-        self._ids = list(prompt)
-        self._start, self._decoded = 0, len(self._ids)
-        self._pending = ""  # Decoded text that is not released yet.
+        self._decode, self._stops, self._byte_run_ids = decode, stops, byte_run_ids
+        # Ids are decoded together with the ids before them, because some tokenizers drop the space at the beginning of
+        # what they decode. The first `_known` characters of the window's text are released or belong to the prompt.
+        self._window, self._window_text = list(prompt), decode(prompt)
+        self._known = len(self._window_text)
+        self._pending = ""  # Text that no later token can change, but that may be the start of a stop string.
 
     def add(self, token: int) -> str:
         """Add a token. Return the text that can be released now; it continues what earlier calls returned."""
-        self._ids.append(token)
+        self._window.append(token)
+        if self._byte_run_ids and (token in self._byte_run_ids or not self._decode([token])):
+            return ""  # A later byte can still change the text of the whole run. A token without text does not end it.
         return self._release(self._decode_new(final=False), final=False)
 
     def end(self) -> str:
@@ -57,23 +70,38 @@ class StreamedText:
         return self._release(self._decode_new(final=True), final=True)
 
     def _decode_new(self, final: bool) -> str:
-        known = self._decode(self._ids[self._start : self._decoded])
-        new = self._decode(self._ids[self._start :])[len(known) :]
-        if not final and new.endswith(REPLACEMENT) and len(self._ids) - self._decoded < LONGEST_CHARACTER:
-            return ""  # The last character is not complete.
-        if new:
-            self._start = self._decoded
-        self._decoded = len(self._ids)
+        text, text_before = self._decode(self._window), self._window_text
+        incomplete = 0 if final else min(len(text) - len(text.rstrip(REPLACEMENT)), INCOMPLETE_BYTES)
+        new = text[self._known : len(text) - incomplete]
+        self._known, self._window_text = max(self._known, len(text) - incomplete), text
+        if text == text_before and text and not incomplete and not final:
+            self._window.pop()  # The token has no text, such as <s>. Without this, many of them make a long window.
+        elif len(self._window) > 2 * KEPT_TOKENS:
+            self._shorten_window()
         return new
+
+    def _shorten_window(self) -> None:
+        """Keep the last tokens of the window only, unless the cut would change the text.
+
+        The two parts have the same text as the whole, except for a space at the beginning of the second part. If the
+        cut were within a character or within a run of bytes, they would have more replacement characters. The second
+        part has more bytes than a character, so that later tokens cannot change the decision.
+        """
+        kept = self._window[-KEPT_TOKENS:]
+        text, before, after = self._window_text, self._decode(self._window[:-KEPT_TOKENS]), self._decode(kept)
+        is_exact = text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text)
+        if is_exact and len(after) > INCOMPLETE_BYTES:
+            self._window, self._window_text = kept, after
+            self._known -= len(text) - len(after)
 
     def _release(self, new: str, final: bool) -> str:
         if self.stopped:
             return ""
         self._pending += new
-        stop_places = [place for stop in self._stops if (place := self._pending.find(stop)) >= 0]
-        if stop_places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := self._pending.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            released, self._pending = self._pending[: min(stop_places)], ""
+            released, self._pending = self._pending[: min(found)[1]], ""
         else:
             keep = 0 if final else max((_overlap(self._pending, stop) for stop in self._stops), default=0)
             released = self._pending[: len(self._pending) - keep]
@@ -131,15 +159,16 @@ class Report:
     Every rank has a report, because every rank must end a row at the same token. Only one rank prints.
 
     Args:
-        decode: turns token ids into text.
+        tokenizer: turns token ids into text.
         prints: whether this rank prints.
     """
 
-    def __init__(
-        self, config: GenerateConfig, request: Request, decode: Callable[[Sequence[int]], str], *, prints: bool
-    ) -> None:
+    def __init__(self, config: GenerateConfig, request: Request, tokenizer: TextTokenizer, *, prints: bool) -> None:
         self.config, self.request, self.prints = config, request, prints
-        self.rows = [StreamedText(decode, prompt, config.all_stops) for prompt in request.prompts]
+        self.rows = [
+            StreamedText(tokenizer.decode, prompt, config.all_stops, tokenizer.byte_run_ids)
+            for prompt in request.prompts
+        ]
         self.printer = TextPrinter(request.titles) if prints and config.format == "text" else None
         self.start_time, self.first_token_time = time.monotonic(), 0.0
 
@@ -210,7 +239,7 @@ def generate_on_rank(config: GenerateConfig, request: Request | None = None) -> 
     model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, inference_weights=True)
     source.fill(model)
 
-    report = Report(config, request, tokenizer.decode, prints=world.rank == 0)
+    report = Report(config, request, tokenizer, prints=world.rank == 0)
     tokens = generate(
         model,
         request.prompts,
