@@ -84,7 +84,8 @@ def read_conversation(
         # In data of preferences (KTO), `"label": false` marks a completion that is not wanted.
         if is_refused or (key == "label" and value is False):
             raise _unsupported("", key, value, ignore_keys)
-    messages = read_messages(_messages_of(kept, messages_key), last, ignore_keys)
+    listed, num_context = _messages_of(kept, messages_key)
+    messages = read_messages(listed, last, ignore_keys, num_context)
     for key in SYSTEM_KEYS:
         if _is_empty(kept.get(key)):
             continue
@@ -96,7 +97,9 @@ def read_conversation(
     return messages
 
 
-def read_messages(messages: Any, last: str = "assistant", ignore_keys: Collection[str] | None = None) -> list[Message]:
+def read_messages(
+    messages: Any, last: str = "assistant", ignore_keys: Collection[str] | None = None, num_context: int = 0
+) -> list[Message]:
     """Check a list of messages as JSON gives it, and return it as `Message`s.
 
     Args:
@@ -105,6 +108,7 @@ def read_messages(messages: Any, last: str = "assistant", ignore_keys: Collectio
         last: the role of the last message: `assistant` for a conversation to learn from, `user` for one that the
             assistant is to answer.
         ignore_keys: as in `read_conversation`.
+        num_context: the number of first messages whose answers are read but not learned.
 
     Raises:
         DataError: as `read_conversation`.
@@ -114,8 +118,8 @@ def read_messages(messages: Any, last: str = "assistant", ignore_keys: Collectio
     read: list[Message] = []
     next_roles: tuple[str, ...] = ("system", "user")
     for number, message in enumerate(messages, start=1):
-        read.append(_read_message(message, f"message {number}: ", ignore_keys))
-        role = read[-1].role
+        role, content, learn = _read_message(message, f"message {number}: ", ignore_keys)
+        read.append(Message(role, content, learn and number > num_context))
         if role not in next_roles:
             raise DataError(f"message {number}: expected role {' or '.join(next_roles)}, found {role}")
         next_roles = ("assistant",) if role == "user" else ("user",)
@@ -126,8 +130,8 @@ def read_messages(messages: Any, last: str = "assistant", ignore_keys: Collectio
     return read
 
 
-def _messages_of(row: Mapping[str, Any], messages_key: str) -> Any:
-    """Return the messages of a row in the form that `read_messages` takes."""
+def _messages_of(row: Mapping[str, Any], messages_key: str) -> tuple[Any, int]:
+    """Return the arguments `messages` and `num_context` of `read_messages` for a row."""
     formats = FORMATS if messages_key == MESSAGES_KEY else ((messages_key,),)
     found = [keys for keys in formats if all(row.get(key) is not None for key in keys)]
     if len(found) != 1:
@@ -136,23 +140,19 @@ def _messages_of(row: Mapping[str, Any], messages_key: str) -> Any:
         raise DataError(f"expected {expected}; found {printable(shorten(', '.join(row), 200)) or 'none'}")
     first, *rest = (row[key] for key in found[0])
     if not rest:
-        return first
+        return first, 0
     if isinstance(first, list) and isinstance(rest[0], list) and "prompt" in found[0]:
-        # The answers in a prompt are context. Only the completion is learned, as in TRL.
-        return [{**message, "weight": 0} if _is_answer(message) else message for message in first] + rest[0]
+        return first + rest[0], len(first)  # Only the completion is learned, as in TRL.
     if "instruction" in found[0] and row.get("input") not in (None, ""):
         first = f"{_text(first, 'instruction: ')}\n{_text(row['input'], 'input: ')}"
-    return [{"role": "user", "content": first}, {"role": "assistant", "content": rest[0]}]
-
-
-def _is_answer(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") == "assistant"
+    return [{"role": "user", "content": first}, {"role": "assistant", "content": rest[0]}], 0
 
 
 def _read_message(message: Any, where: str, ignore_keys: Collection[str] | None) -> Message:
     if not isinstance(message, dict):
         raise DataError(f"{where}expected an object with role and content, found {_show(message)}")
-    role_key, content_key = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
+    is_sharegpt = message.get("from") is not None and message.get("role") is None
+    role_key, content_key = ("from", "value") if is_sharegpt else ("role", "content")
     name = message.get(role_key)
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:

@@ -81,7 +81,7 @@ TEXT_PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "\n", "ima
         ({"messages": [A, {**B, "tool_calls": [], "refusal": None, "prefix": False}]}, [USER, ANSWER]),
         ({"system": "s", "messages": [A, B]}, [Message("system", "s"), USER, ANSWER]),
         ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "a"},
-                            {"from": "gpt", "value": "b", "weight": None}], "system_prompt": "s"},
+                            {"from": "gpt", "value": "b", "role": None, "weight": None}], "system_prompt": "s"},
          [Message("system", "s"), USER, ANSWER]),
         ({"conversations": [A, B]}, [USER, ANSWER]),
         ({"instruction": "a", "input": "", "output": "b", "text": "### Instruction: a"}, [USER, ANSWER]),
