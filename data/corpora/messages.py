@@ -25,27 +25,13 @@ ROLES = {
 """The names of roles in files, and the roles of `Message`."""
 SYSTEM_KEYS = ("system", "system_prompt")
 """Keys of a row whose value is the system message."""
-METADATA_KEYS = frozenset(
-    ("id", "uuid", "message_id", "timestamp", "created_at", "date", "model", "language", "lang", "source")
-)
+METADATA_KEYS = frozenset("id uuid message_id timestamp created_at date model language lang source".split())
 """Keys of a message that do not change its meaning."""
-REFUSED_ROW_KEYS = frozenset(
-    (
-        *("tools", "functions", "function_call", "tool_choice", "parallel_tool_calls", "chosen", "rejected", "history"),
-        *(
-            "image",
-            "images",
-            "audio",
-            "audios",
-            "video",
-            "videos",
-            "documents",
-            "chat_template",
-            "chat_template_kwargs",
-        ),
-        *("weight", "loss", "train", "trainable"),
-    )
-)
+_REFUSED = """
+tools functions function_call tool_choice parallel_tool_calls chosen rejected history image images audio audios video
+videos documents chat_template chat_template_kwargs weight loss train trainable
+"""
+REFUSED_ROW_KEYS = frozenset(_REFUSED.split())
 """Keys of a row that change its meaning and that are not supported. All other keys of a row are metadata."""
 
 
