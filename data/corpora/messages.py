@@ -25,7 +25,10 @@ ROLES = {
 """The names of roles in files, and the roles of `Message`."""
 SYSTEM_KEYS = ("system", "system_prompt")
 """Keys of a row whose value is the system message."""
-METADATA_KEYS = frozenset("id uuid message_id timestamp created_at date model language lang source".split())
+_METADATA = """
+id uuid message_id timestamp created_at date model language lang source
+"""
+METADATA_KEYS = frozenset(_METADATA.split())
 """Keys of a message that do not change its meaning."""
 _REFUSED = """
 tools functions function_call tool_choice parallel_tool_calls chosen rejected history image images audio audios video
