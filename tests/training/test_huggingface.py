@@ -111,11 +111,32 @@ def test_missing_keys_have_the_defaults_of_transformers(family):
     assert (model.tie_embeddings, model.head_dim) == (config.tie_word_embeddings, 4)
 
 
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_a_null_number_of_key_value_heads_is_that_of_the_query_heads(family):
+    raw = (SPARSE if hf.FAMILIES[family].moe else DENSE) | {"model_type": family, "num_attention_heads": 4}
+    assert hf.read_config(raw | {"num_key_value_heads": None}, "c")[0].num_kv_heads == 4
+    assert hf.read_config(raw | {"num_key_value_heads": 2}, "c")[0].num_kv_heads == 2
+
+
+def test_missing_numbers_of_experts_have_the_defaults_of_transformers_and_its_alias():
+    import transformers
+
+    missing = {key: value for key, value in SPARSE.items() if not key.startswith("num_experts_per")}
+    del missing["num_local_experts"]
+    for change in ({}, {"num_experts": 6}):
+        model, config = hf.read_config(missing | change, "c")[0], transformers.MixtralConfig(**change)
+        assert (model.num_experts, model.top_k) == (config.num_local_experts, config.num_experts_per_tok)
+
+
 def test_old_and_new_spellings_of_a_configuration_are_equal():
     new = SPARSE | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "dtype": "bfloat16", "architectures": ["MixtralForCausalLM"]}  # fmt: skip  # noqa: E501
     old = SPARSE | {"rope_theta": 7.0, "rope_scaling": None, "torch_dtype": "bfloat16", "use_cache": True}
     assert hf.read_config(new, "c") == hf.read_config(old, "c")
     assert hf.read_config(new, "c")[0].rope_theta == 7
+    # transformers takes an object in rope_scaling in place of rope_parameters.
+    scaling = new | {"rope_scaling": {"rope_theta": 8.0}}
+    assert hf.read_config(scaling, "c")[0].rope_theta == 8
+    assert hf.read_config(scaling | {"rope_scaling": {}}, "c") == hf.read_config(new, "c")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +149,17 @@ def test_old_and_new_spellings_of_a_configuration_are_equal():
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "c: rope_scaling="),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}}, "c: rope_parameters="),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "c: rope_theta=-1: expected a number > 0"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "c: rope_scaling="),
+        ({"rope_parameters": {"rope_theta": None}}, "c: rope_theta=null: expected a number > 0"),
+        ({"rope_scaling": {"rope_theta": 5.0, "mrope_section": [1, 1]}}, "c: rope_scaling="),
+        ({"is_causal": False}, "c: is_causal=false: expected true"),
+        ({"is_causal": None}, "c: is_causal=null: expected true"),
+        ({"norm_topk_prob": False}, "c: norm_topk_prob=false: expected a known key"),
+        ({"per_layer_config": {}}, "c: per_layer_config={}: expected a known key"),
+        ({"sliding_window": 4}, "c: sliding_window=4: expected null in a LlamaForCausalLM"),
+        (SPARSE | {"sliding_window": 4, "use_sliding_window": False}, "c: use_sliding_window=false: expected true"),
+        (SPARSE | {"num_experts": 5}, "c: num_experts=5: expected 4, as num_local_experts"),
+        ({"rms_norm_eps": None}, "c: rms_norm_eps=null: expected a number > 0"),
         ({"attention_bias": True}, "c: attention_bias=true: expected false"),
         ({"quantization_config": {"bits": 4}}, "c: quantization_config="),
         ({"qk_norm": True}, "c: qk_norm=true: expected a known key; this one can change what the model computes"),

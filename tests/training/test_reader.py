@@ -402,6 +402,117 @@ def test_pickles_are_never_opened_and_kinds_of_directories_are_distinguished(tmp
         open_model(tmp_path)
 
 
+def copy_files(source, out, pattern="*"):
+    for file in source.glob(pattern):
+        shutil.copy(file, out)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with the same model in several formats."""
+    root = tmp_path_factory.mktemp("saved")
+    save_reference("mixtral", root / "single")
+    reader = open_model(root / "single")
+    export(reader, root / "sharded", shard_bytes=20_000)
+    export(reader, root / "mistral", "mistral", shard_bytes=20_000)
+    export(reader, root / "mistral-bf16", "mistral", dtype="bf16")
+    import_model(reader, root / "run", "fp32", 10**9)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("directory", "added", "message"),
+    [
+        ("sharded", "model.safetensors", "found model.safetensors and model.safetensors.index.json: expected one"),
+        ("single", "model.fp16.safetensors", "found model.fp16.safetensors beside model.safetensors: expected no weig"),
+        ("single", "Model.SAFETENSORS", "found Model.SAFETENSORS beside model.safetensors"),
+        ("single", "other.safetensors.index.json", "found other.safetensors.index.json beside model.safetensors"),
+        ("single", "adapter_model.safetensors", "found adapter_model.safetensors: expected weights that an adapter"),
+        ("single", "adapter_config.json", "found adapter_config.json: expected weights that an adapter"),
+        ("single", "consolidated-00001-of-00002.safetensors", "found consolidated-00001-of-00002.safetensors beside"),
+        ("sharded", "model-00009-of-00009.safetensors", "found model-00009-of-00009.safetensors beside model-00001"),
+        ("mistral", "lora.safetensors", "found lora.safetensors beside consolidated-00001-of-"),
+        ("run", "model.safetensors", "found model.safetensors beside checkpoints: expected no weights that are not"),
+        ("run", "checkpoints/step-0/model.safetensors", "step-0: found model.safetensors beside manifest.json"),
+    ],
+)
+def test_weights_that_are_not_read_are_an_error_that_names_the_file(directory, added, message, saved, tmp_path):
+    shutil.copytree(saved / directory, tmp_path / "model")
+    shutil.copy(saved / "single" / "model.safetensors", tmp_path / "model" / added)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_model(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError):
+        open_model(tmp_path / "model", check=False)
+
+
+def test_files_that_transformers_does_not_read_either_are_named_and_others_are_no_weights(saved, tmp_path):
+    shutil.copytree(saved / "single", tmp_path / "model")
+    for name in ("pytorch_model.bin", "consolidated.00.pth", "q4.gguf", "optimizer.pt", "training_args.bin", "._x.safetensors"):  # fmt: skip  # noqa: E501
+        (tmp_path / "model" / name).touch()
+    (tmp_path / "model" / "original").mkdir()
+    (tmp_path / "model" / "original" / "consolidated.00.safetensors").touch()
+    lines = []
+    open_model(tmp_path / "model", warn=lines.append)
+    names = "consolidated.00.pth, pytorch_model.bin, q4.gguf"
+    assert lines == [f"{tmp_path / 'model'}: reading model.safetensors, and not {names}"]
+
+
+def test_a_second_set_of_weights_must_be_the_same(saved, tmp_path):
+    """transformers reads the single file of two sets, so reading the shards would be another model."""
+    from tests.foreign import load_reference
+
+    both = tmp_path / "both"
+    shutil.copytree(saved / "sharded", both)
+    save_file({name: x + 1 for name, x in load_all(saved / "single").items()}, both / "model.safetensors", {"format": "pt"})  # fmt: skip  # noqa: E501
+    embedding = load_reference(both).model.embed_tokens.weight
+    assert torch.equal(embedding, load_file(both / "model.safetensors")["model.embed_tokens.weight"])
+    with pytest.raises(ModelError, match="expected one of them"):
+        open_model(both)
+
+    for second in ("mistral", "mistral-bf16"):
+        shutil.copytree(saved / "single", tmp_path / second)
+        copy_files(saved / second, tmp_path / second)
+        lines = []
+        assert open_model(tmp_path / second, warn=lines.append).kind == "hf"
+        assert len(lines) == 1 and "reading model.safetensors, and not consolidated" in lines[0]
+    for name in ("layers.1.attention.wk.weight", "layers.0.feed_forward.experts.3.w2.weight", "norm.weight"):
+        changed = load_file(saved / "mistral-bf16" / "consolidated.safetensors")
+        changed[name] *= 2
+        save_file(changed, tmp_path / "mistral-bf16" / "consolidated.safetensors")
+        with pytest.raises(ModelError, match=f"{name}: expected the same values as in model.safetensors"):
+            open_model(tmp_path / "mistral-bf16")
+
+    index = {"weight_map": dict.fromkeys(load_file(saved / "single" / "model.safetensors"), "model.safetensors")}
+    (tmp_path / "mistral" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_model(tmp_path / "mistral").files.files == ["model.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda path: (path / "model.safetensors.index.json").unlink(),
+            "expected model.safetensors or .*; found model-0",
+        ),
+        (
+            lambda path: (path / "model-00002-of-00004.safetensors").unlink(),
+            "00002-of-00004.safetensors: cannot be read",
+        ),
+        (
+            lambda path: (path / "model-00002-of-00004.safetensors").write_bytes(b""),
+            "00002-of-00004.safetensors: damaged",
+        ),
+        (lambda path: (path / "model.safetensors.index.json").write_bytes(b""), "index.json: damaged: not JSON"),
+    ],
+)
+def test_an_incomplete_set_of_shards_is_an_error_that_names_a_file(change, message, saved, tmp_path):
+    shutil.copytree(saved / "sharded", tmp_path / "model")
+    change(tmp_path / "model")
+    with pytest.raises(ModelError, match=message):
+        open_model(tmp_path / "model")
+
+
 def test_filling_another_model_is_an_error(tmp_path):
     save_reference("mixtral", tmp_path)
     reader = open_model(tmp_path)

@@ -32,6 +32,10 @@ MAX_HEADER = 32 << 20
 MAX_JSON = 64 << 20
 """The most bytes that a JSON file can have."""
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+WEIGHTS = re.compile(r"(?i)[^.].*\.(safetensors(\.index\.json)?|bin|pth?|ckpt|gguf|h5|msgpack|npz|onnx)")
+"""Names of files that can have weights. `NO_WEIGHTS` has the exceptions."""
+NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*\.(bin|pth?)")
+"""Names of the state that transformers' Trainer saves beside the weights."""
 MAPPED_BYTES = 256 << 20
 """Bytes that are read from one memory mapping of a file. Then the file is mapped again, because all pages that were
 read through a mapping count as this process's memory."""
@@ -54,7 +58,11 @@ class TensorDirectory:
         single: name of the only safetensors file, for a directory without an index file.
 
     Raises:
-        ModelError: a header or the index file is damaged, they do not agree, or a tensor is in two files.
+        ModelError: a header or the index file is damaged, they do not agree, a tensor is in two files, or the directory
+            has both the index file and the single file, with different tensors.
+
+    Attributes:
+        files: names of the files with the tensors, and of the index file if there is one.
     """
 
     def __init__(self, directory: Path, index: str, single: str) -> None:
@@ -63,6 +71,12 @@ class TensorDirectory:
         self._bytes_read = 0
         file_of = _read_index(directory / index) if (directory / index).exists() else None
         files = [single] if file_of is None else sorted(set(file_of.values()))
+        require(
+            single in files or not (directory / single).exists(),
+            ModelError,
+            f"{directory}: found {single} and {index}: expected one of them; the tensors can differ",
+        )
+        self.files = files if file_of is None else [*files, index]
         for name in files:
             for tensor, stored in read_header(directory / name).items():
                 if tensor in self.tensors:
@@ -107,6 +121,15 @@ class TensorDirectory:
             self._mapped = (path, safe_open(path, framework="pt"))
             self._bytes_read = size
         return self._mapped[1]
+
+
+def weight_files(directory: Path) -> list[str]:
+    """Return the names of the files in `directory` that can have weights, in any format, in alphabetical order.
+
+    Hidden files and subdirectories are not listed.
+    """
+    names = (path.name for path in directory.iterdir() if not path.is_dir())
+    return sorted(name for name in names if WEIGHTS.fullmatch(name) and not NO_WEIGHTS.fullmatch(name))
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:

@@ -17,21 +17,25 @@ from training.formats.foreign_tensors import Format
 
 _READ = """
 vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-hidden_act rms_norm_eps tie_word_embeddings sliding_window rope_theta rope_parameters num_local_experts
-num_experts_per_tok
+hidden_act rms_norm_eps tie_word_embeddings sliding_window rope_theta rope_parameters rope_scaling num_local_experts
+num_experts num_experts_per_tok
 """
 _IGNORED = """
-architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _attn_implementation
-_attn_implementation_autoset attn_implementation auto_map use_cache cache_implementation initializer_range
-max_position_embeddings pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id
-decoder_start_token_id unk_token_id output_router_logits router_aux_loss_coef router_jitter_noise attention_dropout
-output_attentions output_hidden_states return_dict return_dict_in_generate torchscript use_bfloat16
-chunk_size_feed_forward is_decoder id2label label2id problem_type task_specific_params tokenizer_class prefix
-finetuning_task pruned_heads tie_encoder_decoder cross_attention_hidden_size max_length min_length do_sample
-early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty
-length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
-forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
-begin_suppress_tokens tf_legacy_loss _experts_implementation experts_implementation
+architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash
+_attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled auto_map use_cache
+cache_implementation initializer_range max_position_embeddings max_sequence_length pretraining_tp bos_token_id
+eos_token_id pad_token_id sep_token_id cls_token_id decoder_start_token_id unk_token_id output_router_logits
+router_aux_loss_coef router_jitter_noise attention_dropout output_attentions output_hidden_states
+tie_last_hidden_states return_dict use_return_dict return_dict_in_generate torchscript use_bfloat16
+gradient_checkpointing neftune_noise_alpha chunk_size_feed_forward is_decoder id2label label2id num_labels
+problem_type task_specific_params tokenizer_class prefix unsloth_version unsloth_fixed is_llama_config
+transformers.js_config max_window_layers finetuning_task pruned_heads tie_encoder_decoder cross_attention_hidden_size
+max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+num_return_sequences output_scores forced_bos_token_id forced_eos_token_id remove_invalid_values
+exponential_decay_length_penalty suppress_tokens begin_suppress_tokens encoder_repetition_penalty epsilon_cutoff
+eta_cutoff assistant_confidence_threshold assistant_lookbehind num_assistant_tokens num_assistant_tokens_schedule
+target_lookbehind tf_legacy_loss _experts_implementation experts_implementation
 """
 READ_KEYS = frozenset(_READ.split())
 """Keys that `read_config` reads."""
@@ -40,10 +44,11 @@ IGNORED_KEYS = frozenset(_IGNORED.split())
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "rope_scaling": (None,),
     "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
     "layer_types": (None,),
+    "is_causal": (True,),
+    "rope_interleaved": (False, None),
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
@@ -109,7 +114,7 @@ class Family:
     rope_theta: float
     norm_eps: float
     num_kv_heads: int | None
-    """None: the number of query heads."""
+    """None: the number of query heads. A file whose value is null means that number in every family."""
     window: int | None
     windowed: bool
     """Whether the architecture has the key `sliding_window`."""
@@ -135,40 +140,29 @@ def read_config(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
     """
     model_type = raw.get("model_type")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    architectures = raw.get("architectures") or []
-    if family is None or (architectures and architectures != [family.architecture]):
+    architectures = raw.get("architectures")
+    if family is None or architectures not in (None, [], [family.architecture]):
         wrong = f"model_type={_shown(model_type)}" if family is None else f"architectures={_shown(architectures)}"
         raise ModelError(f"{file}: {wrong}: expected one of {', '.join(f.architecture for f in FAMILIES.values())}")
     fields = Fields(raw, file)
-    for key, value in raw.items():
-        if key == "rope_scaling" and isinstance(value, Mapping) and "rope_theta" in value:
-            continue  # transformers uses the new spelling under the old name, too. `_rope_theta` checks it.
-        neutral = NEUTRAL_VALUES.get(key, (value,))
-        fields.expect(value in neutral, key, value, _shown(neutral[0]))
-        known = not value or key in READ_KEYS | IGNORED_KEYS | NEUTRAL_VALUES.keys()
-        fields.expect(known, key, value, "a known key; this one can change what the model computes")
+    _check_keys(fields, family)
     activation = raw.get("hidden_act", "silu")
     known = isinstance(activation, str) and activation in ACTIVATIONS
     fields.expect(known, "hidden_act", activation, f"one of {', '.join(ACTIVATIONS)}")
     heads = fields.integer("num_attention_heads")
     dim = fields.integer("hidden_size")
-    head_dim = fields.integer("head_dim", dim // max(heads, 1))
-    experts: dict[str, Any] = {}
-    if family.moe:
-        experts = {"num_experts": fields.integer("num_local_experts"), "top_k": fields.integer("num_experts_per_tok")}
-        top_k = experts["top_k"]
-        fields.expect(top_k > 1, "num_experts_per_tok", top_k, "at least 2 (weights are renormalised to sum 1)")
+    experts: dict[str, Any] = _read_experts(fields) if family.moe else {}
     try:
         model = ModelConfig(
             dim=dim,
             num_layers=fields.integer("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=fields.integer("num_key_value_heads", family.num_kv_heads or heads),
-            head_dim=head_dim,
+            num_kv_heads=fields.integer_or_null("num_key_value_heads", family.num_kv_heads) or heads,
+            head_dim=fields.integer_or_null("head_dim") or dim // heads,
             hidden_dim=fields.integer("intermediate_size"),
             ffn=ACTIVATIONS[activation],
             vocab_size=fields.integer("vocab_size"),
-            sliding_window=fields.window(family.window) if family.windowed else None,
+            sliding_window=fields.integer_or_null("sliding_window", family.window),
             rope_theta=_rope_theta(fields, family),
             norm_eps=fields.number("rms_norm_eps", family.norm_eps),
             tie_embeddings=fields.flag("tie_word_embeddings", False),
@@ -275,22 +269,24 @@ class Fields:
         self.raw, self.file = raw, file
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Return the positive integer at `key`, or `default` if the key is missing or null.
+        """Return the positive integer at `key`, or `default` if the key is missing. Null is an error.
 
         Without a default, a missing key is an error.
         """
-        value = self.raw.get(key)
-        value = default if value is None else value
-        self.expect(type(value) is int and 1 <= value < 2**48, key, self.raw.get(key), "an integer >= 1")
-        return value  # type: ignore[return-value]
+        value = self.raw.get(key, default)
+        self.expect(type(value) is int and 1 <= value < 2**48, key, value, "an integer >= 1")
+        return value
+
+    def integer_or_null(self, key: str, default: int | None = None) -> int | None:
+        """Return the positive integer at `key`, None if it is null, or `default` if the key is missing."""
+        return None if self.raw.get(key, default) is None else self.integer(key, default)
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return the positive number at `key`. The default is used as in `integer`."""
-        value = self.raw.get(key)
-        value = default if value is None else value
-        holds = type(value) in (int, float) and 0 < value < float("inf")  # type: ignore[operator]
-        self.expect(holds, key, self.raw.get(key), "a number > 0")
-        return float(value)  # type: ignore[arg-type]
+        value = self.raw.get(key, default)
+        holds = type(value) in (int, float) and 0 < value < float("inf")
+        self.expect(holds, key, value, "a number > 0")
+        return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """Return the boolean at `key`, or `default` if the key is missing. Null is an error."""
@@ -298,29 +294,57 @@ class Fields:
         self.expect(isinstance(value, bool), key, value, "true or false")
         return bool(value)
 
-    def window(self, default: int | None) -> int | None:
-        """Return `sliding_window`: None if it is null, and `default` if the key is missing."""
-        return None if self.raw.get("sliding_window", default) is None else self.integer("sliding_window", default)
-
     def expect(self, holds: object, key: str, value: Any, expected: str) -> None:
         """Raise ModelError for the key, unless `holds`."""
         require(holds, ModelError, f"{self.file}: {key}={_shown(value)}: expected {expected}")
 
 
+def _check_keys(fields: Fields, family: Family) -> None:
+    """Check that the family's network, with the keys that `read_config` reads, computes what the file describes."""
+    raw = fields.raw
+    for key, value in raw.items():
+        neutral = NEUTRAL_VALUES.get(key, (value,))
+        fields.expect(value in neutral, key, value, _shown(neutral[0]))
+        # False and empty values can turn off what is on by default. Only null says that a key is not given.
+        known = value is None or key in READ_KEYS | IGNORED_KEYS | NEUTRAL_VALUES.keys() | {"use_sliding_window"}
+        fields.expect(known, key, value, "a known key; this one can change what the model computes")
+    window = raw.get("sliding_window", family.window)
+    fields.expect(family.windowed or window is None, "sliding_window", window, f"null in a {family.architecture}")
+    # transformers ignores this key in these families, and vLLM does not.
+    used = raw.get("use_sliding_window")
+    fields.expect(used in (None, True) or (used is False and window is None), "use_sliding_window", used, "true")
+
+
+def _read_experts(fields: Fields) -> dict[str, int]:
+    """Return `num_experts` and `top_k`. transformers takes `num_experts` in place of `num_local_experts`."""
+    experts = fields.integer("num_local_experts", 8)
+    alias = fields.integer("num_experts", experts)
+    same = alias == experts or "num_local_experts" not in fields.raw
+    fields.expect(same, "num_experts", alias, f"{experts}, as num_local_experts")
+    top_k = fields.integer("num_experts_per_tok", 2)
+    fields.expect(top_k > 1, "num_experts_per_tok", top_k, "at least 2 (weights are renormalised to sum 1)")
+    return {"num_experts": alias, "top_k": top_k}
+
+
 def _rope_theta(fields: Fields, family: Family) -> float:
-    """Return theta, from `rope_parameters` (transformers 5) or `rope_theta` (earlier versions)."""
+    """Return theta, from `rope_parameters` (transformers 5) or `rope_theta` (earlier versions).
+
+    As in transformers, `rope_scaling` can have the content of `rope_parameters`, and is then used in its place.
+    """
+    nested: Mapping[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
-        nested = fields.raw.get(key)
-        if nested is None:
+        value = fields.raw.get(key)
+        if value is None:
             continue
-        fields.expect(isinstance(nested, Mapping), key, nested, "an object")
-        kind = nested.get("rope_type", nested.get("type", "default"))
-        unscaled = kind == "default" and nested.keys() <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        fields.expect(unscaled, key, dict(nested), "rope_type default, without scaling")
-        fields.expect(nested.get("partial_rotary_factor") in (None, 1), key, dict(nested), "partial_rotary_factor 1")
-        if nested.get("rope_theta") is not None:
-            return Fields(nested, fields.file).number("rope_theta")
-    return fields.number("rope_theta", family.rope_theta)
+        fields.expect(isinstance(value, Mapping), key, value, "an object")
+        kind = value.get("rope_type", value.get("type", "default"))
+        given = {name for name, entry in value.items() if entry is not None}
+        unscaled = kind == "default" and given <= {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+        fields.expect(unscaled, key, dict(value), "rope_type default, without scaling")
+        fields.expect(value.get("partial_rotary_factor") in (None, 1), key, dict(value), "partial_rotary_factor 1")
+        nested = value or nested
+    where = Fields(nested, fields.file) if "rope_theta" in nested else fields
+    return where.number("rope_theta", family.rope_theta)
 
 
 def _expect(holds: bool, key: str, expected: str, value: object) -> None:

@@ -20,8 +20,10 @@ SINGLE = "consolidated.safetensors"
 _READ = """
 dim n_layers head_dim hidden_dim n_heads n_kv_heads norm_eps vocab_size rope_theta sliding_window moe tied_embeddings
 """
-_IGNORED = "max_batch_size max_seq_len max_position_embeddings model_type"
+_IGNORED = "max_batch_size max_seq_len max_position_embeddings dtype"
 KNOWN_KEYS = frozenset(f"{_READ} {_IGNORED}".split())
+NEUTRAL_VALUES = {"model_type": "transformer", "activation": "silu"}
+"""Keys that can change what is computed -> the value with which they do not."""
 
 FORMAT = Format(
     {
@@ -57,19 +59,21 @@ def read_params(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
     Raises:
         ModelError: Mixwright cannot compute the model.
     """
+    raw = {key: value for key, value in raw.items() if value is not None}  # Null says that a key is not given.
     fields = Fields(raw, file)
     for key, value in raw.items():
-        fields.expect(not value or key in KNOWN_KEYS, key, value, "a key of Mistral's or Mixtral's params.json")
-    model_type = raw.get("model_type", "transformer")
-    fields.expect(model_type == "transformer", "model_type", model_type, "transformer")
-    window = fields.window(None)
+        neutral = NEUTRAL_VALUES.get(key, value)
+        fields.expect(value == neutral, key, value, neutral)
+        known = key in KNOWN_KEYS | NEUTRAL_VALUES.keys()
+        fields.expect(known, key, value, "a key of Mistral's or Mixtral's params.json")
+    window = fields.integer_or_null("sliding_window")
     moe: dict[str, Any] = {}
-    if raw.get("moe") is not None:
+    if "moe" in raw:
         fields.expect(isinstance(raw["moe"], Mapping), "moe", raw["moe"], "an object")
-        inner = Fields(raw["moe"], file)
-        moe = {"num_experts": inner.integer("num_experts"), "top_k": inner.integer("num_experts_per_tok")}
-        for key in raw["moe"].keys() - {"num_experts", "num_experts_per_tok"}:
-            inner.expect(False, f"moe.{key}", raw["moe"][key], "num_experts and num_experts_per_tok only")
+        inner = Fields({f"moe.{key}": value for key, value in raw["moe"].items()}, file)
+        moe = {"num_experts": inner.integer("moe.num_experts"), "top_k": inner.integer("moe.num_experts_per_tok")}
+        for key in inner.raw.keys() - {"moe.num_experts", "moe.num_experts_per_tok"}:
+            inner.expect(False, key, inner.raw[key], "num_experts and num_experts_per_tok only")
         top_k = moe["top_k"]
         inner.expect(top_k > 1, "moe.num_experts_per_tok", top_k, "at least 2 (weights are renormalised to sum 1)")
     try:

@@ -4,8 +4,9 @@ Shapes: E experts, F expert hidden, D model.
 
 A model directory is a run's directory, one of its checkpoints, a Hugging Face model, or a model in Mistral's format.
 Opening reads the configuration and the headers, and checks every tensor's name and shape against the model's. A
-directory that lacks a tensor, or that has a tensor which the model does not use, cannot be opened. Filling reads the
-tensors slice by slice. Each rank reads only its own shards, and does not wait for other ranks.
+directory that lacks a tensor, or that has a tensor which the model does not use, or weights in a file that is not read,
+cannot be opened. Filling reads the tensors slice by slice. Each rank reads only its own shards, and does not wait for
+other ranks.
 """
 
 import sys
@@ -26,7 +27,15 @@ from common.text import one_line, printable, shorten, show_value
 from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
 from moe.model import Transformer
 from moe.region import Region
-from training.checkpoint.manifest import CHECKPOINTS, MANIFEST, committed, newest_verified, read_manifest, verify
+from training.checkpoint.manifest import (
+    CHECKPOINTS,
+    MANIFEST,
+    SHARD_FILE,
+    committed,
+    newest_verified,
+    read_manifest,
+    verify,
+)
 from training.checkpoint.shards import DTYPES, SliceRead, find_slices, read_shard
 from training.formats import huggingface as hf
 from training.formats import mistral
@@ -41,6 +50,7 @@ from training.formats.foreign_tensors import (
     read_json,
     split_halves,
     tensor_shapes,
+    weight_files,
 )
 from training.run import CONFIG_FILE, TOKENIZER_FILE
 
@@ -137,12 +147,14 @@ def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], No
 
     Args:
         check: for a run or a checkpoint: verify the hashes of all files of the checkpoint, and not only the manifest's.
-            It is enough that one rank does this.
-        warn: called with one line for each damaged checkpoint of a run that is skipped. By default the line is printed
-            to stderr.
+            For other formats: compare a second set of weights with the one that is read. It is enough that one rank
+            does this.
+        warn: called with one line for each damaged checkpoint of a run that is skipped, and with one for files of
+            weights that are not read. By default the line is printed to stderr.
 
     Raises:
-        ModelError: `path` is not a model directory, or the directory is damaged or of an unknown kind.
+        ModelError: `path` is not a model directory, or the directory is damaged, of an unknown kind, or has other
+            weights beside those that are read.
     """
     path = Path(path)
     require(
@@ -150,17 +162,27 @@ def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], No
         ModelError,
         f"{path}: expected a model directory; {'not a directory' if path.exists() else 'none found'}",
     )
+    warn = warn or _print_to_stderr
     if (path / MANIFEST).exists():
         return RunReader(path.parent.parent, path, check)
     if (path / CONFIG_FILE).exists():
-        return RunReader(path, _newest_checkpoint(path / CHECKPOINTS, check, warn or _print_to_stderr), check=False)
-    if (path / hf.INDEX).exists() or (path / hf.SINGLE).exists():
-        return ForeignReader("hf", path)
-    if (path / mistral.CONFIG).exists() and ((path / mistral.INDEX).exists() or (path / mistral.SINGLE).exists()):
-        return ForeignReader("mistral", path)
+        _expect_no_other_weights(path, CHECKPOINTS, weight_files(path))
+        return RunReader(path, _newest_checkpoint(path / CHECKPOINTS, check, warn), check=False)
+    adapters = sorted(file.name for file in path.glob("adapter_[cm]o*"))  # adapter_config.json, adapter_model.*
+    require(
+        not adapters,
+        ModelError,
+        f"{path}: found {', '.join(adapters)}: expected weights that an adapter is merged into",
+    )
+    kinds: tuple[tuple[Literal["hf", "mistral"], Any], ...] = (("hf", hf), ("mistral", mistral))
+    for kind, module in kinds:
+        if (path / module.INDEX).exists() or (path / module.SINGLE).exists():
+            return ForeignReader(kind, path, warn if check else None)
     if (path / hf.CONFIG).exists() or (path / mistral.CONFIG).exists():
-        pickles = sorted(file.name for end in ("*.bin", "*.pth", "*.pt") for file in path.glob(end))
-        reason = f"found {pickles[0]}: pickle, which runs code when it is loaded" if pickles else "found neither"
+        found = weight_files(path)
+        pickles = [name for name in found if name.endswith((".bin", ".pth", ".pt"))]
+        pickle = f"found {pickles[0]}: pickle, which runs code when it is loaded" if pickles else None
+        reason = pickle or f"found {_list_files(found) or 'neither'}"
         raise ModelError(f"{path}: expected {hf.SINGLE} or {mistral.SINGLE}, or their index; {reason}")
     raise ModelError(
         f"{path}: expected a run ({CONFIG_FILE}), a checkpoint of one ({MANIFEST}), a Hugging Face model "
@@ -198,6 +220,9 @@ class RunReader(ModelReader):
             if check:
                 verify(checkpoint)
             records = read_manifest(checkpoint)["tensors"]
+        # Shards that the manifest does not name can remain after the same step was saved again.
+        others = [name for name in weight_files(checkpoint) if not SHARD_FILE.fullmatch(name)]
+        _expect_no_other_weights(checkpoint, MANIFEST, others)
         self._records = {name.removeprefix(PREFIX): r for name, r in records.items() if name.startswith(PREFIX)}
         _check_layer_count(self.model, len(self._records), root / CONFIG_FILE)
         self.shapes = _shapes_of(self.model, self.router, root / CONFIG_FILE)
@@ -222,9 +247,14 @@ class RunReader(ModelReader):
 
 
 class ForeignReader(ModelReader):
-    """Reads a model in Hugging Face's or Mistral's format."""
+    """Reads a model in Hugging Face's or Mistral's format.
 
-    def __init__(self, kind: Literal["hf", "mistral"], path: Path) -> None:
+    Args:
+        warn: called with one line if there are files of weights that are not read. None: a second set of weights, in
+            Mistral's format, is not compared with the one that is read.
+    """
+
+    def __init__(self, kind: Literal["hf", "mistral"], path: Path, warn: Callable[[str], None] | None) -> None:
         self.kind, self.path = kind, path
         module = hf if kind == "hf" else mistral
         config = path / module.CONFIG
@@ -247,6 +277,7 @@ class ForeignReader(ModelReader):
         self.tokenizer = next(filter(Path.is_file, tokenizers), None)
         if self.model.tie_embeddings and self.format.tied_head in stored:
             self._check_tied_head()
+        self._check_other_files(warn)
 
     def dtype(self, name: str) -> torch.dtype:
         dtypes = {self.files.tensors[piece.foreign_name].dtype for piece in self.pieces[name]}
@@ -283,6 +314,56 @@ class ForeignReader(ModelReader):
             ModelError,
             f"{self.path}: {head}: expected the same values as {embedding}, because the configuration ties them",
         )
+
+    def _check_other_files(self, warn: Callable[[str], None] | None) -> None:
+        """Check that no file beside those that are read can have other weights of the model.
+
+        Files that transformers does not read either, because it prefers safetensors, are named to `warn`. So are the
+        files in Mistral's format beside Hugging Face's, if they have the same weights.
+        """
+        read = self.files.files
+        second = None
+        if self.kind == "hf" and any((self.path / name).exists() for name in (mistral.SINGLE, mistral.INDEX)):
+            second = TensorDirectory(self.path, mistral.INDEX, mistral.SINGLE)
+        others = set(weight_files(self.path)) - set(read)
+        ignored = {name for name in others if ".safetensors" not in name.lower()} | set(second.files if second else ())
+        _expect_no_other_weights(self.path, read[0], others - ignored)
+        if warn is not None and second is not None:
+            self._compare_first_rows(second)
+        if warn is not None and ignored:
+            warn(f"{self.path}: reading {read[0]}, and not {_list_files(ignored)}")
+
+    def _compare_first_rows(self, second: TensorDirectory) -> None:
+        """Check that `second`, in Mistral's format, has the same tensors, by their shapes and their first rows.
+
+        Values are compared in bf16, because the two formats can be stored in different dtypes. The formats have other
+        orders of the rows of `wq` and `wk`, but the same first row.
+        """
+        pieces = list_pieces(self.shapes, mistral.FORMAT, self.model.head_dim)
+        check_tensors(self.path, second.tensors, pieces, mistral.FORMAT)
+        for piece in pieces:
+            row = (*(1 for _ in piece.shape[:-1]), piece.shape[-1])
+            foreign_row = row[len(piece.shape) - len(piece.foreign_shape) :]
+            theirs = second.read(piece.foreign_name, piece.foreign_offset, foreign_row).bfloat16()
+            ours = self.read(piece.name, Region(piece.offset, row), torch.bfloat16)
+            where = f"{self.path}: {second.files[0]}: {piece.foreign_name}"
+            require(
+                torch.equal(ours.reshape(foreign_row), theirs),
+                ModelError,
+                f"{where}: expected the same values as in {self.files.files[0]}",
+            )
+
+
+def _expect_no_other_weights(directory: Path, read: str, others: Iterable[str]) -> None:
+    """Raise ModelError if there are `others`: names of files of weights in `directory` beside `read`."""
+    found = _list_files(others)
+    require(not found, ModelError, f"{directory}: found {found} beside {read}: expected no weights that are not read")
+
+
+def _list_files(names: Iterable[str]) -> str:
+    """Return the first five of the names, in alphabetical order, and the number of the others."""
+    names = [shorten(printable(name), 120) for name in sorted(names)]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
