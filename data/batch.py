@@ -101,3 +101,12 @@ class Batch:
     def num_valid(self) -> int:
         """The number of tokens that are not padding."""
         return int((self.documents_BS >= 0).sum())
+
+    def attended_pairs(self, window: int | None) -> int:
+        """Return the number of query-key pairs of one layer: within documents, under a causal mask and a window.
+
+        Args:
+            window: the number of keys that a query attends to, its own position included. None: all earlier ones.
+        """
+        keys_BS = self.positions_BS + 1
+        return int((keys_BS if window is None else keys_BS.clamp(max=window))[self.documents_BS >= 0].sum())

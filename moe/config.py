@@ -168,6 +168,19 @@ class RouterConfig:
         """Return the number of columns that this kind adds to its statistics (`moe.router.Router.compute_extra`)."""
         return 0
 
+    def experts_per_token(self, num_experts: int, top_k: int) -> float:
+        """Return the number of routed experts that compute a token in training, in the mean over the tokens.
+
+        Without a capacity this is `top_k`. With a capacity, the experts compute at most capacity_factor * k * S
+        assignments of a sequence. Experts that choose their tokens always compute all of these. If tokens choose, the
+        number is `top_k` or that maximum, whichever is smaller, which is exact if the load is balanced. Imbalance drops
+        more, which is known only when the model runs (`router/drop_rate`).
+        """
+        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+        if self.kind == "expert_choice":
+            return min(num_experts, top_k * factor)
+        return top_k * min(1.0, factor)
+
     def normalizes(self, top_k: int) -> bool:
         """Return whether the `top_k` selected weights are divided by their sum."""
         return top_k > 1 if self.normalize == "auto" else self.normalize

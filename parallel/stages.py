@@ -40,7 +40,7 @@ def _layer_costs(model: ModelConfig, router: RouterConfig) -> tuple[int, ...]:
         if weight.kind != "experts":
             return weight.numel
         assert model.num_experts is not None and model.top_k is not None
-        return weight.numel // model.num_experts * model.top_k
+        return round(weight.numel // model.num_experts * router.experts_per_token(model.num_experts, model.top_k))
 
     moe_layers = [model.is_moe_layer(layer) for layer in range(model.num_layers)]
     cost = {

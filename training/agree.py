@@ -19,7 +19,7 @@ from common.plugins import changed_plugins, loaded_plugins, missing_plugins
 from common.strict import from_dict, to_dict
 from common.text import printable
 from data.tokens.store import Store, prepare
-from moe.accounting.flops import ParameterCounts, count_parameters, meta_model, training_flops_per_token
+from moe.accounting.flops import MatmulCosts, ParameterCounts, count_parameters, matmul_costs, meta_model
 from moe.config import ModelConfig, RouterConfig
 from parallel.planning.plan import Plan
 from parallel.startup.launch import World
@@ -55,8 +55,8 @@ class AgreedRun:
     """Numbers of parameters of the whole model."""
     trained_parameters: int
     """Number of parameters that `optim.train` chooses."""
-    flops_per_token: float
-    """FLOPs of forward and backward for one token."""
+    costs: MatmulCosts
+    """What a token, an assignment to an expert and a query-key pair cost."""
     plan: Plan
     """The layout, and the estimate of its memory."""
     warning: str | None
@@ -127,7 +127,7 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
         model=model,
         counts=counts,
         trained_parameters=trained_parameters,
-        flops_per_token=training_flops_per_token(whole, config.train.seq_len),
+        costs=matmul_costs(whole),
         plan=plan,
         warning=warning,
         checkpoint=checkpoint,

@@ -21,7 +21,7 @@ from data.corpora.chat import encode_conversation
 from data.corpora.messages import Message
 from data.loader import Loader, evaluation_batches
 from data.tokens.tokenizer import Tokenizer
-from moe.accounting.flops import count_parameters, meta_model
+from moe.accounting.flops import MatmulCosts, count_parameters, meta_model
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
 from parallel.apply import build_whole_model
@@ -134,7 +134,7 @@ def train(config: Config) -> dict[str, Any]:
             result = train_step(engine, batches, config.router, lr, config.run.seed)
             # -----------------------------------------------------------------------------------------
 
-            throughput.add(result.tokens, time.monotonic() - step_start)
+            throughput.add(result.tokens, step_flops(result, run.costs), time.monotonic() - step_start)
             nonfinite_steps = 0 if math.isfinite(result.grad_norm) else nonfinite_steps + 1
             if nonfinite_steps == MAX_NONFINITE_STEPS:
                 raise RuntimeError(
@@ -142,7 +142,7 @@ def train(config: Config) -> dict[str, Any]:
                     f"{nonfinite_steps} steps in a row"
                 )
 
-            row = step_row(result, lr) | speed_row(throughput, run.flops_per_token, peak)
+            row = step_row(result, lr) | speed_row(throughput, peak)
             write = done == 1 or is_due(done, config.train.log_every, steps)
             if write:
                 throughput.start_interval()
@@ -222,50 +222,60 @@ def step_row(result: StepResult, lr: float) -> dict[str, Any]:
     return row | {"optim/lr": lr, "optim/grad_norm": result.grad_norm}
 
 
-def speed_row(throughput: "Throughput", flops_per_token: float, peak: float | None) -> dict[str, Any]:
+def step_flops(result: StepResult, costs: MatmulCosts) -> int:
+    """Return the FLOPs of the model in one optimizer step: of the tokens, assignments and pairs that are computed."""
+    assignments = 0 if result.counts_LE is None else int(result.counts_LE.sum()) - result.dropped
+    return costs.training_flops(result.tokens, assignments, result.pairs)
+
+
+def speed_row(throughput: "Throughput", peak: float | None) -> dict[str, Any]:
     """Return the speed of the current interval, under its names in `metrics.jsonl`.
 
     Args:
         peak: FLOP/s of all devices together. None: the model FLOPs utilisation is unknown.
     """
-    speed = throughput.of_interval()
-    row = {"speed/tokens_per_s": speed}
-    return row if peak is None else row | {"speed/mfu": speed * flops_per_token / peak}
+    tokens_per_s, flops_per_s = throughput.of_interval()
+    row = {"speed/tokens_per_s": tokens_per_s}
+    return row if peak is None else row | {"speed/mfu": flops_per_s / peak}
 
 
 def peak_of_all_ranks(run: AgreedRun, process: Process) -> float | None:
     """Return the peak of all devices together in FLOP/s, or None if no utilisation can be computed from it.
 
-    That is so if the peak is unknown, or if some parameters do not train: `run.flops_per_token` counts the gradients
-    of all parameters.
+    That is so if the peak is unknown, or if some parameters do not train: `MatmulCosts.training_flops` counts the
+    gradients of all parameters.
     """
     peak = peak_flops(process.device, process.dtype, run.config.train.peak_tflops)
     return peak * process.world.world_size if peak is not None and run.trained_parameters == run.counts.total else None
 
 
 class Throughput:
-    """Tokens per second of all ranks together. Only the time of optimizer steps counts."""
+    """Tokens and FLOPs per second of all ranks together. Only the time of optimizer steps counts."""
 
     def __init__(self) -> None:
-        self.tokens, self.seconds = 0, 0.0
-        self._interval_start = (0, 0.0)
+        self.tokens, self.flops, self.seconds = 0, 0, 0.0
+        self._interval_start = (0, 0, 0.0)
 
-    def add(self, tokens: int, seconds: float) -> None:
+    def add(self, tokens: int, flops: int, seconds: float) -> None:
         """Count one optimizer step."""
         self.tokens += tokens
+        self.flops += flops
         self.seconds += seconds
 
     def start_interval(self) -> None:
         """Begin a new interval with the next step."""
-        self._interval_start = self.tokens, self.seconds
+        self._interval_start = self.tokens, self.flops, self.seconds
 
-    def of_interval(self) -> float:
-        """Return the mean since the last `start_interval`. At least one step must have been counted since."""
-        tokens, seconds = self._interval_start
-        return (self.tokens - tokens) / (self.seconds - seconds)
+    def of_interval(self) -> tuple[float, float]:
+        """Return the tokens and the FLOPs per second since the last `start_interval`.
+
+        At least one step must have been counted since.
+        """
+        tokens, flops, seconds = self._interval_start
+        return (self.tokens - tokens) / (self.seconds - seconds), (self.flops - flops) / (self.seconds - seconds)
 
     def of_all_steps(self) -> float | None:
-        """Return the mean over all steps of this process, or None if there was none."""
+        """Return the tokens per second over all steps of this process, or None if there was none."""
         return self.tokens / self.seconds if self.seconds else None
 
 

@@ -12,6 +12,7 @@ X columns of a router's own sums.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,6 +46,8 @@ class StepResult(NamedTuple):
     """Before clipping."""
     tokens: int
     """Non-padding tokens."""
+    pairs: int
+    """Query-key pairs, summed over the layers, that the causal mask, the windows and the documents leave."""
     counts_LE: Tensor | None
     """Assignments to each expert, before any drop."""
     dropped: int
@@ -165,7 +168,7 @@ def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: f
     mesh, config = engine.mesh, engine.parts[0].config
     noise_seed = seed if router.draws_noise else None
     prepared = [move_to_device(batch, mesh, noise_seed) for batch in batches]
-    labels, tokens = _count(batches, mesh)
+    labels, tokens, pairs = _count(batches, config, mesh)
     loss = StepLoss([batch for _, batch in prepared], router, config, mesh, (labels, tokens))
     engine.run([inputs for inputs, _ in prepared], loss)
     grad_norm = engine.step(lr)
@@ -177,10 +180,10 @@ def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: f
     sums = _all_reduce(loss.sums, mesh.world).tolist()
     ce = sums[0] / loss.labels
     if not config.is_moe:
-        return StepResult(ce, ce, None, None, grad_norm, tokens, None, 0)
+        return StepResult(ce, ce, None, None, grad_norm, tokens, pairs, None, 0)
     balance, z, *extra = (total / loss.tokens for total in sums[1:])
     total = ce + router.balance_coef * balance + router.z_coef * z + sum(extra)
-    result = StepResult(total, ce, balance, z, grad_norm, tokens, loss.counts_LE.cpu(), int(loss.dropped))
+    result = StepResult(total, ce, balance, z, grad_norm, tokens, pairs, loss.counts_LE.cpu(), int(loss.dropped))
     return result._replace(router=extra[0], telemetry=_telemetry(loss)) if extra else result
 
 
@@ -196,12 +199,15 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return tensor
 
 
-def _count(batches: list[Batch], mesh: Mesh) -> tuple[int, int]:
-    """Labels and tokens of the whole step. The ranks that share a data rank's rows count them once."""
-    once = mesh.sequence.rank() == 0 and mesh.pipeline.rank() == 0
-    local = [sum(b.num_labels for b in batches), sum(b.num_valid for b in batches)] if once else [0, 0]
-    labels, tokens = _all_reduce(torch.tensor(local, device=mesh.device), mesh.world).tolist()
-    return labels, tokens
+def _count(batches: list[Batch], config: ModelConfig, mesh: Mesh) -> tuple[int, int, int]:
+    """Labels, tokens and query-key pairs of the whole step. The ranks that share a data rank's rows count them once."""
+    local = [0, 0, 0]
+    if mesh.sequence.rank() == 0 and mesh.pipeline.rank() == 0:
+        layers = Counter(map(config.window, range(config.num_layers)))
+        pairs = sum(number * b.attended_pairs(window) for b in batches for window, number in layers.items())
+        local = [sum(b.num_labels for b in batches), sum(b.num_valid for b in batches), pairs]
+    labels, tokens, pairs = _all_reduce(torch.tensor(local, device=mesh.device), mesh.world).tolist()
+    return labels, tokens, pairs
 
 
 class Evaluation(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import nn
 
-from moe.accounting.flops import attended_pairs
-from moe.config import ModelConfig
+from moe.accounting.flops import active_expert_parameters, attended_pairs
+from moe.config import ModelConfig, RouterConfig
 from moe.layer import Block, MoELayer
 from moe.model import Transformer
 
@@ -95,11 +95,12 @@ def count_parts(model: Transformer) -> Parts:
     return parts
 
 
-def active_parts(parts: Parts, config: ModelConfig) -> Parts:
-    """Return the numbers of parameters that one token uses: those of k of E routed experts, and all of the others."""
-    if config.num_experts is None or config.top_k is None:
-        return parts
-    return replace(parts, routed_experts=parts.routed_experts // config.num_experts * config.top_k)
+def active_parts(parts: Parts, config: ModelConfig, router: RouterConfig) -> Parts:
+    """Return the numbers of parameters that one token uses, in the mean over the tokens.
+
+    These are those of `RouterConfig.experts_per_token` of the routed experts, and all of the others.
+    """
+    return replace(parts, routed_experts=active_expert_parameters(parts.routed_experts, config, router))
 
 
 def training_bytes(parameters: int, dtype: DType | None = None) -> TrainingBytes:

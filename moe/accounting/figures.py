@@ -31,7 +31,7 @@ def model_figures(
 
     Args:
         model: with a vocabulary size.
-        context: tokens of a row, for FLOPs, the key/value cache and attention.
+        context: tokens of a row, for FLOPs, the key/value cache and attention. The row is one document.
         batch: rows of the key/value cache.
         dtype: of weights, gradients and the key/value cache.
         window: the window that full attention is compared with if no layer of the model has one.
@@ -41,7 +41,7 @@ def model_figures(
     """
     built = meta_model(model, router)
     parts = count_parts(built)
-    active = active_parts(parts, model)
+    active = active_parts(parts, model, router)
     windows = sorted({size for layer in range(model.num_layers) if (size := model.window(layer)) is not None})
     return {
         "total_params": parts.total,

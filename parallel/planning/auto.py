@@ -219,8 +219,8 @@ class _Search:
 
     @cached_property
     def _active_parameters(self) -> float:
-        """Parameters that one token uses, including the embedding."""
+        """Parameters that one token uses, in the mean over the tokens, including the embedding."""
         experts, top_k = self.workload.model.num_experts or 1, self.workload.model.top_k or 1
-        share = {"experts": top_k / experts}
+        share = {"experts": self.workload.router.experts_per_token(experts, top_k) / experts}
         weights = self.workload.weights.items()
         return sum(weight.numel * number * share.get(weight.kind, 1) for weight, number in weights)

@@ -36,13 +36,10 @@ def routed_rows(workload: Workload, layout: Layout) -> float:
     """Return the rows that a rank sends to the experts of a MoE layer: k per token, or as many as capacities allow."""
     model, router = workload.model, workload.router
     assert model.num_experts is not None and model.top_k is not None
-    wanted = model.top_k * workload.tokens(layout)
     factor = router.capacity_factor
-    if factor is None and router.kind != "expert_choice":
-        return wanted
-    if layout.sequence > 1:
+    if layout.sequence > 1 or (factor is None and router.kind != "expert_choice"):
         # Capacities are those of whole sequences. The ranks exchange counts and send only the rows that are kept.
-        return wanted * (factor or 1.0) if router.kind == "expert_choice" else wanted * min(1.0, factor or 1.0)
+        return router.experts_per_token(model.num_experts, model.top_k) * workload.tokens(layout)
     from moe.selection import expert_capacity  # Imported here, because it needs torch and this module does not.
 
     # Each expert gets its capacity in rows, empty ones included, so that no rank has to know how many rows are used.
@@ -162,7 +159,7 @@ def bookkeeping_bytes(workload: Workload, layout: Layout, parallel: ParallelConf
     micro += passes * moe_layers * per_layer
     positions = fetched_positions(None, workload.seq_len // layout.context, layout.context)
     micro += 2 * 4 * rows * positions  # int32 document numbers, once per pass; twice if layers have different windows
-    scalars = all_reduce_bytes(layout.world, 8 * (2 + 1 + 3))
+    scalars = all_reduce_bytes(layout.world, 8 * (3 + 1 + 3))
     figures = all_reduce_bytes(layout.pipeline, 8 * (model.num_moe_layers * experts + 1))
     return workload.accumulation * micro + scalars + figures
 

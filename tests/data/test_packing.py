@@ -46,6 +46,7 @@ def test_a_batch_counts_and_checks_itself() -> None:
     row = pack_row(STREAM[:7], STARTS[:1], DOMAINS[:2], seq_len=9, cross_documents=False)
     batch = Batch.stack([row, padding_row(9)])
     assert (batch.num_valid, batch.num_labels) == (7, 5)
+    assert (batch.attended_pairs(None), batch.attended_pairs(2)) == (10 + 6, 7 + 5)  # Documents of 4 and 3 tokens.
     assert batch.to("meta").tokens_BS.device.type == "meta"
     with pytest.raises(DataError, match="labels_BS: expected -100 on padding"):
         Batch(batch.tokens_BS, batch.tokens_BS, batch.positions_BS, batch.documents_BS, batch.domains_BS)

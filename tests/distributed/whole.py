@@ -33,4 +33,8 @@ def assert_same_history(history: Sequence[StepResult], expected: Sequence[StepRe
         for field in ("loss", "ce", "balance", "z", "grad_norm"):
             assert getattr(step, field) == pytest.approx(getattr(expected_step, field), rel=tolerance), field
         assert torch.equal(step.counts_LE, expected_step.counts_LE)
-        assert (step.dropped, step.tokens) == (expected_step.dropped, expected_step.tokens)
+        assert (step.dropped, step.tokens, step.pairs) == (
+            expected_step.dropped,
+            expected_step.tokens,
+            expected_step.pairs,
+        )

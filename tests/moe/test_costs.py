@@ -62,15 +62,37 @@ def test_parts_and_active_parts_sum_to_the_counts_of_the_model(top_k: int) -> No
     config = dataclasses.replace(MIXED, top_k=top_k)
     model = meta_model(config, RouterConfig())
     counts, parts = count_parameters(model), count_parts(model)
-    active = active_parts(parts, config)
+    active = active_parts(parts, config, RouterConfig())
     assert (parts.total, active.total, parts.routed_experts) == counts
     assert dataclasses.replace(active, routed_experts=0) == dataclasses.replace(parts, routed_experts=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "experts"),
+    [
+        ("softmax_topk", None, 2),
+        ("softmax_topk", 1.25, 2),
+        ("sigmoid_topk", 0.5, 1),
+        ("expert_choice", None, 2),
+        ("expert_choice", 0.5, 1),
+        ("expert_choice", 2.0, 4),
+        ("expert_choice", 9.0, 6),
+    ],
+)
+def test_active_experts_are_those_that_compute_a_token(kind: str, factor: float | None, experts: int) -> None:
+    router = RouterConfig(kind=kind, capacity_factor=factor, allow_noncausal=True, balance_coef=0.0)
+    model = meta_model(MIXED, router)
+    counts, expert = count_parameters(model), 2 * 24 * 10
+    assert counts.active == counts.total - 2 * (6 - experts) * expert
+    assert active_parts(count_parts(model), MIXED, router).total == counts.active
+    dropless = forward_flops_per_token(meta_model(MIXED, RouterConfig()), 16)
+    assert forward_flops_per_token(model, 16) == dropless + 2 * 2 * (experts - 2) * expert
 
 
 def test_a_dense_model_is_active_as_a_whole() -> None:
     dense = ModelConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4, hidden_dim=12, vocab_size=9)
     parts = count_parts(meta_model(dense, RouterConfig()))
-    assert active_parts(parts, dense) == parts and parts.dense_ffn == 2 * 3 * 8 * 12
+    assert active_parts(parts, dense, RouterConfig()) == parts and parts.dense_ffn == 2 * 3 * 8 * 12
     assert parts.router == parts.routed_experts == parts.shared_experts == 0
 
 

@@ -274,6 +274,8 @@ def test_rows_and_gradients_by_hand() -> None:
     # ceil(1.25 · 2 · 32 / 8) = 10 rows for each expert of each sequence, filled or not
     assert routed_rows(workload(replicas, router=RouterConfig(capacity_factor=1.25)), replicas) == 8 * 2 * 10
     assert routed_rows(workload(contexts, router=RouterConfig(capacity_factor=0.5)), contexts) == 2 * 2 * 8 / 2
+    choice = RouterConfig(kind="expert_choice", allow_noncausal=True, balance_coef=0.0, capacity_factor=1.5)
+    assert routed_rows(workload(contexts, router=choice), contexts) == 2 * 2 * 8 * 1.5
     # Dense layers on two replicas of two shards: half of them is all-reduced over two ranks, 4 bytes per element.
     weights = dict.fromkeys(named_weights(DENSE, ROUTER).values(), 1)
     elements = sum(weight.numel for weight in weights)

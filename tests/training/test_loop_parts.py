@@ -3,18 +3,25 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import CheckpointError, ConfigError
 from common.strict import to_dict
+from data.batch import Batch
+from data.packing import pack_row
+from moe.accounting.flops import attended_pairs, matmul_costs, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
+from moe.model import ModelInputs, Transformer
 from training.agree import checked_state
 from training.config import OptimConfig
 from training.device import check_memory
-from training.loop import Throughput, is_due, speed_row
+from training.loop import Throughput, is_due, speed_row, step_flops
 from training.optimizer import build_optimizer, check_same_optimizer
 from training.schedule import SCHEDULES, learning_rate
+from training.step import StepResult
 
 
 def test_a_model_beyond_the_memory_of_the_host_is_refused(monkeypatch):
@@ -93,13 +100,60 @@ def test_a_checkpoint_that_needs_a_plugin_names_it(tmp_path):
 def test_throughput_of_an_interval_and_of_all_steps():
     throughput = Throughput()
     assert throughput.of_all_steps() is None
-    throughput.add(10, 2.0)
-    assert throughput.of_interval() == throughput.of_all_steps() == 5.0
+    throughput.add(10, 70, 2.0)
+    assert throughput.of_interval() == (5.0, 35.0) and throughput.of_all_steps() == 5.0
     throughput.start_interval()
-    throughput.add(20, 1.0)
-    assert (throughput.of_interval(), throughput.of_all_steps()) == (20.0, 10.0)
-    assert speed_row(throughput, 3.0, None) == {"speed/tokens_per_s": 20.0}
-    assert speed_row(throughput, 3.0, 240.0) == {"speed/tokens_per_s": 20.0, "speed/mfu": 0.25}
+    throughput.add(20, 60, 1.0)
+    assert (throughput.of_interval(), throughput.of_all_steps()) == ((20.0, 60.0), 10.0)
+    assert speed_row(throughput, None) == {"speed/tokens_per_s": 20.0}
+    assert speed_row(throughput, 240.0) == {"speed/tokens_per_s": 20.0, "speed/mfu": 0.25}
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterConfig(capacity_factor=0.5),
+        RouterConfig(kind="expert_choice", allow_noncausal=True, balance_coef=0.0, capacity_factor=1.5),
+    ],
+    ids=lambda router: router.kind,
+)
+def test_the_flops_of_a_step_are_those_that_torch_counts(router):
+    """torch counts the matmuls that run, forward and backward. Attention is counted pair by pair, with the mask."""
+    config = ModelConfig(
+        dim=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=8, hidden_dim=24, vocab_size=31, num_experts=4,
+        top_k=2, num_shared_experts=1, first_k_dense=1, sliding_window=(3, None, 5), expert_kernel="loop",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Transformer(config, router, torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = np.random.default_rng(0).integers(31, size=(2, 13))
+    rows = [pack_row(tokens[0], np.array([4, 9]), np.zeros(3, int), 12, cross_documents=False)]
+    rows.append(pack_row(tokens[1], np.array([10]), np.zeros(2, int), 12, cross_documents=False))
+    batch = Batch.stack(rows)
+    with FlopCounterMode(display=False) as counter:
+        output = model(ModelInputs(batch.tokens_BS, batch.positions_BS, batch.documents_BS))
+        output.logits_BSV.sum().backward()
+    matmuls = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if str(op) == "aten.mm")
+
+    visible = 0
+    for document in batch.documents_BS.tolist():
+        for window in (3, 12, 5):
+            visible += sum(document[q] == document[k] and q - k < window for q in range(12) for k in range(q + 1))
+    pairs = sum(map(batch.attended_pairs, (3, None, 5)))
+    assert pairs == visible < sum(attended_pairs(window, 12) for window in (3, None, 5)) * 2
+
+    stats = output.stats
+    dropped = int(stats.dropped_B.sum())
+    assert (dropped > 0) == (router.kind == "softmax_topk")
+    result = StepResult(0, 0, None, None, 0, batch.num_valid, pairs, stats.counts_BE.sum(1), dropped)
+    flops = step_flops(result, matmul_costs(model))
+    assert flops == matmuls + 3 * 4 * 2 * 8 * visible
+    # `describe` assumes full rows of one document. With a balanced load it has the same number of experts per token.
+    one_document = training_flops_per_token(model, 12) * 24 - 3 * 4 * 2 * 8 * 2 * sum(
+        attended_pairs(window, 12) for window in (3, None, 5)
+    )
+    assert one_document == pytest.approx(matmuls, rel=0.1 if dropped else 1e-12)
 
 
 def test_what_is_due_every_few_steps_and_at_the_end():

@@ -72,7 +72,8 @@ class Differences(NamedTuple):
     same_initial_weights: bool
     """Whether the initial weights are equal bit for bit."""
     same_counts: bool
-    """Whether tokens, dropped assignments, and assignments to every expert of every layer are equal in every step."""
+    """Whether tokens, query-key pairs, dropped assignments, and assignments to every expert of every layer are equal in
+    every step."""
     share: float
     """The largest part of the weights that one rank stores. It shows that the layout was in effect."""
 
@@ -125,7 +126,7 @@ def _tensor_differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
 
 
 def _counts(step: StepResult) -> tuple[Any, ...]:
-    return step.tokens, step.dropped, (None if step.counts_LE is None else step.counts_LE.tolist())
+    return step.tokens, step.pairs, step.dropped, (None if step.counts_LE is None else step.counts_LE.tolist())
 
 
 class JobResult(NamedTuple):
