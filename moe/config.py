@@ -181,6 +181,21 @@ class RouterConfig:
             return min(num_experts, top_k * factor)
         return top_k * min(1.0, factor)
 
+    def generation_note(self, top_k: int) -> str | None:
+        """Return one line that says how the experts of a token are chosen in generation, if training chose otherwise.
+
+        `moe.generation` applies neither capacities nor the choice of tokens by experts.
+        """
+        if self.kind == "expert_choice":
+            choice = f"each token takes its top-{top_k} experts, and none is full"
+            return (
+                f"router.kind=expert_choice: experts chose their tokens in training; generation is dropless: {choice}"
+            )
+        if self.capacity_factor is not None:
+            factor = f"router.capacity_factor={self.capacity_factor:g}"
+            return f"{factor}: it applied in training; generation is dropless: no expert is full"
+        return None
+
     def normalizes(self, top_k: int) -> bool:
         """Return whether the `top_k` selected weights are divided by their sum."""
         return top_k > 1 if self.normalize == "auto" else self.normalize

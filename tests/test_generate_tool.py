@@ -1,5 +1,6 @@
 """`scripts/generate.py` as a user runs it, and the text of a row while it is generated."""
 
+import dataclasses
 import io
 import json
 import os
@@ -31,15 +32,17 @@ CONFIG = ModelConfig(
     vocab_size=320, init_std=0.5, sliding_window=5,
 )  # fmt: skip
 
+ROUTER = RouterConfig()
 
-def write(path, config=CONFIG, tokenizer=None):
-    model = Transformer(config, RouterConfig(), torch.float32)
+
+def write(path, config=CONFIG, tokenizer=None, router=ROUTER):
+    model = Transformer(config, router, torch.float32)
     init_parameters(model, 0)
     blocks = [
         Block(name, tuple(x.shape), Region((0,) * x.dim(), tuple(x.shape)), x.dtype, lambda x=x: x.detach())
         for name, x in model.state_dict().items()
     ]
-    write_model(path, config, RouterConfig(), blocks, tokenizer)
+    write_model(path, config, router, blocks, tokenizer)
     return model
 
 
@@ -96,6 +99,23 @@ def test_text_stops_before_a_stop_string_and_the_speed_goes_to_stderr(run, direc
     assert out == texts[0][: texts[0].index(stop)] + "\n"
     _, out, _ = run(*arguments, "format=json", f"stop={stop}", stdin="def\n")
     assert json.loads(out)["results"][0]["finish"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("router", "model", "key"),
+    [
+        (RouterConfig(capacity_factor=0.5), CONFIG, "router.capacity_factor=0.5: "),
+        (RouterConfig(kind="expert_choice", allow_noncausal=True, balance_coef=0.0), CONFIG, "router.kind=expert_choi"),
+        (ROUTER, CONFIG, None),
+        (RouterConfig(capacity_factor=0.5), dataclasses.replace(CONFIG, num_experts=None, top_k=None), None),
+    ],
+)
+def test_generation_says_once_that_it_is_dropless(router, model, key, run, tokenizer, tmp_path):
+    write(tmp_path / "m", model, tokenizer.path, router)
+    code, out, err = run(f"checkpoint={tmp_path / 'm'}", "prompts=[x,y]", "max_tokens=2", "format=json")
+    assert code == 0 and len(json.loads(out)["results"]) == 2
+    lines = [line for line in err.splitlines() if "dropless" in line]
+    assert [line.startswith(str(key)) for line in lines] == ([] if key is None else [True])
 
 
 def test_chat_turns(run, directory, tokenizer, tmp_path):

@@ -239,6 +239,9 @@ def generate_on_rank(config: GenerateConfig, request: Request | None = None) -> 
     model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, inference_weights=True)
     source.fill(model)
 
+    note = source.router.generation_note(source.model.top_k) if source.model.top_k is not None else None
+    if world.rank == 0 and note is not None:
+        print(note, file=sys.stderr)
     report = Report(config, request, tokenizer, prints=world.rank == 0)
     tokens = generate(
         model,

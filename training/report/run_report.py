@@ -112,7 +112,9 @@ def finish_run(
     plot_curves(rows, run.directory / "curves")
     plot_overview(rows, run.directory / "overview")
     if sample is not None:
-        show_sample(run.config.run.prompt, sample)
+        top_k = run.model.top_k
+        note = None if top_k is None else run.config.router.generation_note(top_k)
+        show_sample(run.config.run.prompt, sample, note)
     result = {
         "status": "finished",
         "name": run.name,

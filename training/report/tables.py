@@ -222,15 +222,18 @@ def show_evaluation(
         )
 
 
-def show_sample(prompt: str, text: str) -> None:
+def show_sample(prompt: str, text: str, note: str | None = None) -> None:
     """Print a prompt in brackets and the text generated from it. Control characters are printed as escapes.
 
     Args:
         prompt: the prompt.
         text: the generated text, without the prompt.
+        note: a line about how the text was generated.
     """
     show_line()
     show_line("Sample (the prompt in brackets)", style="bold")
+    if note is not None:
+        show_line(note)
     for line in f"[{prompt}]{text}".split("\n"):
         show_line(f"  {line}")
 
