@@ -12,10 +12,10 @@ from common.errors import CheckpointError, ConfigError
 from common.plugins import changed_plugins, load_plugins, loaded_plugins, missing_plugins
 from common.strict import from_dict
 from data.config import DataConfig
-from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
+from moe.config import ROUTER_CONFIGS, RouterConfig
 from scripts.cli.command_line import user_message
 from tests.commands import ROOT, run_python
-from training.agree import checked_state
+from training.resume import resumable_state
 
 EXAMPLE = ROOT / "examples" / "noisy_topk"
 SMALL = [
@@ -171,7 +171,7 @@ def test_a_key_of_a_plugin_that_no_preset_has_needs_a_plus():
 
 
 def test_a_checkpoint_cannot_write_to_the_terminal_with_the_name_of_a_plugin(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("training.agree.read_state", lambda path: {"plugins": {"\x1b[2Jmine.py": ""}})
+    monkeypatch.setattr("training.resume.read_state", lambda path: {"plugins": {"\x1b[2Jmine.py": ""}})
     with pytest.raises(CheckpointError, match=r"step-1: 'it was written with plugins=\[\\x1b\[2Jmine.py\]") as caught:
-        checked_state("step-1", ModelConfig(8, 1, 1, 1, 8, 8), RouterConfig(), 1)
+        resumable_state("step-1", 1)
     assert str(caught.value).isprintable()

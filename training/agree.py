@@ -4,9 +4,8 @@ Rank 0 chooses and sends its choice to the other ranks through the launcher's ke
 reported before any process group exists, and no rank waits in a collective for a rank that has ended.
 """
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,32 @@ from typing import Any
 import torch.distributed as dist
 from filelock import BaseFileLock
 
-from common.errors import CheckpointError, ConfigError, DataError, RunError, require
-from common.plugins import changed_plugins, loaded_plugins, missing_plugins
-from common.strict import from_dict, to_dict
-from common.text import printable
+from common.errors import CheckpointError, DataError, RunError, require
+from common.plugins import changed_plugins, loaded_plugins
+from common.strict import to_dict
 from data.tokens.store import Store, prepare
 from moe.accounting.flops import MatmulCosts, ParameterCounts, count_parameters, matmul_costs, meta_model
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ModelConfig
 from parallel.planning.plan import Plan
 from parallel.startup.launch import World
 from parallel.startup.preflight import check_ranks_agree, collect_properties, flatten
 from parallel.startup.rendezvous import choose_on_rank0, wait_for_all
-from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified, read_state
+from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified
 from training.config import Config, with_vocabulary
 from training.device import Process, check_memory, memory_of_a_rank
 from training.formats.reader import open_model
-from training.initial import FREE_MODEL_KEYS
 from training.layout import build_workload, resolve_layout
-from training.optimizer import check_same_optimizer
 from training.report.terminal import show_line
+from training.resume import (
+    changed_keys,
+    recorded_values,
+    resolve_schedule,
+    resumable_state,
+    saved_values,
+    schedule_lines,
+)
 from training.run import finished_result, lock_run, prepare_directory, torchrun_name
-from training.trainable import check_same_choice, choose_trainable, trained_elements
+from training.trainable import choose_trainable, trained_elements
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class AgreedRun:
     """The run as all ranks know it before any of them computes."""
 
     config: Config
-    """The configuration, with the sizes of the parallel axes that were `auto`."""
+    """The configuration, with the sizes of the parallel axes that were `auto`, and the length of the schedule."""
     name: str
     directory: Path
     lock: BaseFileLock | None
@@ -59,8 +63,10 @@ class AgreedRun:
     """What a token, an assignment to an expert and a query-key pair cost."""
     plan: Plan
     """The layout, and the estimate of its memory."""
-    warning: str | None
-    """A warning about the layout, for the user."""
+    recorded: dict[str, Any]
+    """The configuration as checkpoints record it (`training.resume.recorded_values`)."""
+    notes: list[str]
+    """Lines for the user: warnings, keys that have changed since the checkpoint, the end of the schedule."""
     checkpoint: str | None
     """The checkpoint that the run continues from; None for a run that starts at step 0."""
     state: dict[str, Any] | None
@@ -110,13 +116,19 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
     checkpoint = from_rank_0(
         "checkpoint", lambda: find_checkpoint(config, directory, restarted=world.restart_count > 0, warn=show_line)
     )
-    state = None
-    if checkpoint is not None:
-        state = checked_state(checkpoint, model, config.router, config.train.steps)
-        check_same_choice(config.optim.train, state.get("train", "all"), checkpoint)
-        check_same_optimizer(config.optim.kind, state.get("optimizer", "adamw"), checkpoint)
-        for plugin in changed_plugins(state.get("plugins", {})) if process.is_main else ():
-            show_line(f"warning: plugin {plugin} has changed since the checkpoint {checkpoint} was written")
+    state = None if checkpoint is None else resumable_state(checkpoint, config.train.steps)
+    saved = {} if checkpoint is None or state is None else saved_values(state, directory, checkpoint)
+    done = 0 if state is None else state["step"]
+    resolved = replace(resolved, optim=resolve_schedule(config, saved, done))
+    recorded = recorded_values(resolved, model, plan.layout, process)
+    notes = [] if warning is None else [warning]
+    if checkpoint is not None and state is not None:
+        same_tokens = state["loader"]["corpus"] == tokens.train.key
+        changes = changed_keys(recorded, saved, config.router, checkpoint, same_tokens=same_tokens)
+        notes += [f"changed since the checkpoint: {', '.join(changes)}"] if changes else []
+        for plugin in changed_plugins(state.get("plugins", {})):
+            notes.append(f"warning: plugin {plugin} has changed since the checkpoint {checkpoint} was written")
+    notes += schedule_lines(resolved.optim, config.train.steps, saved, done)
     init_from = config.run.init_from if checkpoint is None else None
     return AgreedRun(
         config=resolved,
@@ -129,7 +141,8 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
         trained_parameters=trained_parameters,
         costs=matmul_costs(whole),
         plan=plan,
-        warning=warning,
+        recorded=recorded,
+        notes=notes,
         checkpoint=checkpoint,
         state=state,
         initial_directory=from_rank_0("initial", lambda: find_initial(init_from, warn=show_line)),
@@ -209,50 +222,3 @@ def find_initial(directory: str | None, warn: Callable[[str], None]) -> str | No
         ModelError: there is no model directory or no undamaged checkpoint.
     """
     return None if directory is None else str(open_model(directory, warn=warn).path)
-
-
-def checked_state(path: str, model: ModelConfig, router: RouterConfig, steps: int) -> dict[str, Any]:
-    """Return the state in the checkpoint `path`, after a check that a run of this model and router can continue it.
-
-    Args:
-        model: the run's model, with its vocabulary.
-        steps: the run's `train.steps`.
-
-    Raises:
-        CheckpointError: the checkpoint needs a plugin that is not loaded; or the weights have another meaning there
-            (names the first key that differs and both values); or it is of a later step than the run's last.
-    """
-    state = read_state(Path(path))
-    missing = missing_plugins(state.get("plugins", {}))
-    require(not missing, CheckpointError, f"{path}: {printable(missing)}")
-    try:
-        saved: dict[str, ModelConfig | RouterConfig] = {"model": from_dict(ModelConfig, state["model"], "model")}
-        if model.is_moe:
-            saved["router"] = from_dict(RouterConfig, state["router"], "router")
-    except (KeyError, ConfigError) as error:
-        raise CheckpointError(f"{path}: expected the state of a run ({error})") from error
-    for section, saved_config in saved.items():
-        config = model if section == "model" else router
-        values, saved_values = (_meaning(part, model.top_k or 1) for part in (config, saved_config))
-        for key, value in values.items():
-            saved_value = saved_values.get(key)
-            require(
-                value == saved_value,
-                CheckpointError,
-                f"{section}.{key}={json.dumps(value)}: expected {json.dumps(saved_value)} as in the checkpoint "
-                f"{path}, or another run.name",
-            )
-    require(
-        state["step"] <= steps,
-        CheckpointError,
-        f"train.steps={steps}: expected at least {state['step']}, the step of the checkpoint {path}",
-    )
-    return state
-
-
-def _meaning(config: ModelConfig | RouterConfig, top_k: int) -> dict[str, Any]:
-    """The keys that decide what the weights mean. `auto` is replaced by the value that it stands for."""
-    values = to_dict(config)
-    if isinstance(config, RouterConfig):
-        return {key: values[key] for key in type(config).MEANING} | {"normalize": config.normalizes(top_k)}
-    return {key: value for key, value in values.items() if key not in FREE_MODEL_KEYS}

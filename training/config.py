@@ -100,10 +100,16 @@ class OptimConfig:
     """Clip the global gradient norm to this; `null`: no clipping."""
     schedule: str = "cosine"
     """`cosine`, `wsd` (warm-up, stable, decay), `constant`, or a schedule that a plugin registers."""
+    schedule_steps: int | None = None
+    """Length of the schedule with its warm-up. Later steps train with the rate of its last step. `null`: the
+    `train.steps` of the first launch, which a resumed run keeps."""
+    schedule_start: int | None = None
+    """The step after which the schedule begins. A resumed run can begin a new schedule here, with a new warm-up.
+    `null`: 0, or what the resumed run had."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; `null`: a twentieth of the run."""
+    """Steps of linear warm-up; `null`: a twentieth of the schedule."""
     decay_steps: int | None = None
-    """`wsd` only: steps of the final linear decay; `null`: a tenth of the run."""
+    """`wsd` only: steps of the final linear decay; `null`: a tenth of the schedule."""
     min_lr_ratio: float = 0.1
     """The schedule ends at this share of `lr`."""
 
@@ -121,6 +127,8 @@ class OptimConfig:
             eps=(self.eps > 0, "a number > 0"),
             weight_decay=(self.weight_decay >= 0, "a number >= 0"),
             max_grad_norm=(self.max_grad_norm is None or self.max_grad_norm > 0, "a number > 0, or null"),
+            schedule_steps=(self.schedule_steps is None or self.schedule_steps >= 1, "an integer >= 1, or null"),
+            schedule_start=(self.schedule_start is None or self.schedule_start >= 0, "an integer >= 0, or null"),
             warmup_steps=(self.warmup_steps is None or self.warmup_steps >= 0, "an integer >= 0, or null"),
             decay_steps=(self.decay_steps is None or self.decay_steps >= 0, "an integer >= 0, or null"),
             min_lr_ratio=(0 <= self.min_lr_ratio <= 1, "a number in [0, 1]"),
@@ -236,11 +244,13 @@ class Config:
             self.optim.kind,
             "adamw with engine=deepspeed",
         )
+        length = "train.steps" if self.optim.schedule_steps is None else "optim.schedule_steps"
+        steps = self.optim.schedule_steps or self.train.steps
         expect(
-            (self.optim.warmup_steps or 0) <= self.train.steps,
+            (self.optim.warmup_steps or 0) <= steps,
             "optim.warmup_steps",
             self.optim.warmup_steps,
-            f"at most train.steps={self.train.steps}",
+            f"at most {length}={steps}",
         )
 
 

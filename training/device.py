@@ -10,6 +10,8 @@ from common.errors import ConfigError, require
 from parallel.startup.launch import World, world_from_env
 from training.config import Config
 
+DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+"""Data type -> its name in `train.precision`."""
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "L40S": 362.0}
 """Part of a GPU's name -> its dense bf16 tensor-core peak, from NVIDIA's data sheets (SXM versions)."""
 

@@ -126,7 +126,7 @@ def train(config: Config) -> dict[str, Any]:
     with Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder:
         for step in range(first_step, steps):
             done = step + 1
-            lr = learning_rate(step, steps, config.optim)
+            lr = learning_rate(step, steps, run.config.optim)
             step_start = time.monotonic()
 
             # ---------------------------------- one optimizer step ----------------------------------
@@ -184,7 +184,7 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, step: int) -> dict[str, Any]:
-    """Return what a checkpoint contains besides tensors. `training.agree.checked_state` reads it.
+    """Return what a checkpoint contains besides tensors. `training.agree` and `training.resume` read it.
 
     Args:
         step: the number of optimizer steps done.
@@ -195,8 +195,7 @@ def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, step: int) 
         "loader": loader.state_dict(),
         "model": to_dict(run.model),
         "router": to_dict(run.config.router),
-        "train": run.config.optim.train,
-        "optimizer": run.config.optim.kind,
+        "config": run.recorded,
         "plugins": loaded_plugins(),
     }
 

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from common.errors import expect
 from common.registry import Registry
 
 if TYPE_CHECKING:  # the command line checks `optim.kind` without importing torch
@@ -55,12 +54,3 @@ def build_optimizer(parameters: "Sequence[torch.nn.Parameter]", config: Any) -> 
             **{name: torch.zeros_like(parameter) for name in spec.moments},
         }
     return optimizer
-
-
-def check_same_optimizer(kind: str, saved: str, checkpoint: str) -> None:
-    """Check that `optim.kind` is the optimizer that a checkpoint was saved with: another one has other state.
-
-    Raises:
-        ConfigError: the kinds differ.
-    """
-    expect(kind == saved, "optim.kind", kind, f"{saved} as in the checkpoint {checkpoint}, or another run.name")

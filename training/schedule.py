@@ -1,4 +1,15 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate as a pure function of the step.
+
+A schedule has its own length, which is not that of the run. With the keys of the section `optim`, let `n` be
+`schedule_steps`, `s` be `schedule_start`, `w` be `warmup_steps` (null: `n // 20`), and let `factor` be the function
+that `schedule` names. The learning rate of the optimizer step with index i, from 0, is
+
+    t = min(i - s, n - 1)
+    rate(i) = lr * (t + 1) / w     if t < w
+              lr * factor(t)       otherwise
+
+So the steps after the end of the schedule train with the rate of its last step.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,11 +20,12 @@ from common.registry import Registry
 
 
 class Position(NamedTuple):
-    """A step of the run after the warm-up, and the keys of the section `optim` that schedules read."""
+    """A step of the schedule after the warm-up, and the keys of the section `optim` that schedules read."""
 
     step: int
-    """From 0 to `steps - 1`, at least `warmup`."""
+    """Counted from the start of the schedule: from `warmup` to `steps - 1`."""
     steps: int
+    """The length of the schedule."""
     warmup: int
     decay_steps: int | None
     min_lr_ratio: float
@@ -50,11 +62,11 @@ def constant(at: Position) -> float:
 
 
 def learning_rate(step: int, steps: int, config: Any) -> float:
-    """The learning rate of one step: a linear warm-up, then the schedule that `config.schedule` names.
+    """The learning rate of one step: a linear warm-up, then the schedule that `config.schedule` names, then its end.
 
     Args:
-        step: from 0 to `steps - 1`.
-        steps: optimizer steps of the run.
+        step: the index of the step in the run, from 0; at least `config.schedule_start`.
+        steps: the length of the schedule, unless `config.schedule_steps` is set.
         config: the section `optim`, a `training.config.OptimConfig`.
 
     Raises:
@@ -62,17 +74,19 @@ def learning_rate(step: int, steps: int, config: Any) -> float:
 
     >>> from training.config import OptimConfig
     >>> config = OptimConfig(lr=1.0, warmup_steps=2, min_lr_ratio=0.1)
-    >>> [round(learning_rate(step, 6, config), 3) for step in range(6)]
-    [0.5, 1.0, 1.0, 0.775, 0.325, 0.1]
+    >>> [round(learning_rate(step, 6, config), 3) for step in range(8)]
+    [0.5, 1.0, 1.0, 0.775, 0.325, 0.1, 0.1, 0.1]
     """
+    steps = steps if config.schedule_steps is None else config.schedule_steps
     warmup = steps // 20 if config.warmup_steps is None else config.warmup_steps
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    position = Position(step, steps, warmup, config.decay_steps, config.min_lr_ratio)
+    at = min(step - (config.schedule_start or 0), steps - 1)
+    if at < warmup:
+        return config.lr * (at + 1) / warmup
+    position = Position(at, steps, warmup, config.decay_steps, config.min_lr_ratio)
     factor = SCHEDULES[config.schedule](position)
     if not (isinstance(factor, int | float) and 0 <= factor < math.inf):
         raise ConfigError(
             f"optim.schedule={config.schedule}: expected a schedule that returns a number >= 0, found {factor!r} at "
-            f"step {step}"
+            f"step {at}"
         )
     return config.lr * factor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from common.errors import ConfigError, ModelError, require
+from common.errors import ConfigError, ModelError
 from common.text import nearest
 from moe.accounting.flops import meta_model
 from moe.model import Transformer
@@ -168,20 +168,6 @@ def patterns(train: str | Iterable[str]) -> tuple[str, ...]:
 def format_patterns(train: str | Iterable[str]) -> str:
     """`optim.train` as a user writes it on the command line."""
     return train if isinstance(train, str) else f"[{','.join(train)}]"
-
-
-def check_same_choice(train: str | tuple[str, ...], saved: str | Iterable[str], checkpoint: str) -> None:
-    """Check that `optim.train` is the choice that a checkpoint was saved with: it has optimizer state for that choice.
-
-    Raises:
-        ConfigError: the choices differ.
-    """
-    require(
-        patterns(train) == patterns(saved),
-        ConfigError,
-        f"optim.train={format_patterns(train)}: expected {format_patterns(saved)} as in the checkpoint "
-        f"{checkpoint}, or another run.name (its optimizer state is of the weights that train)",
-    )
 
 
 def trained_elements(model: Transformer, choice: Choice) -> int:

@@ -1,6 +1,5 @@
-"""Parts of the training loop: schedules, optimizer groups, throughput, and the check of a checkpoint's state."""
+"""Parts of the training loop: schedules, optimizer groups, throughput."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -8,18 +7,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.errors import CheckpointError, ConfigError
-from common.strict import to_dict
+from common.errors import ConfigError
 from data.batch import Batch
 from data.packing import pack_row
 from moe.accounting.flops import attended_pairs, matmul_costs, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
 from moe.model import ModelInputs, Transformer
-from training.agree import checked_state
 from training.config import OptimConfig
 from training.device import check_memory
 from training.loop import Throughput, is_due, speed_row, step_flops
-from training.optimizer import build_optimizer, check_same_optimizer
+from training.optimizer import build_optimizer
 from training.schedule import SCHEDULES, learning_rate
 from training.step import StepResult
 
@@ -55,46 +52,6 @@ def test_only_matrices_decay():
     decayed, plain = build_optimizer(list(module.parameters()), OptimConfig(lr=1.0, weight_decay=0.3)).param_groups
     assert decayed["params"] == [module[1].weight] and decayed["weight_decay"] == 0.3
     assert plain["params"] == [module[0].weight] and plain["weight_decay"] == 0.0
-
-
-def test_a_checkpoint_of_another_model_names_the_key(tmp_path):
-    from training.checkpoint import checkpoint
-
-    model = ModelConfig(
-        dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8, num_experts=4, top_k=2,
-        vocab_size=9, sliding_window=(4, None),
-    )  # fmt: skip
-    router = RouterConfig()
-    state = {"step": 3, "model": to_dict(model), "router": to_dict(router)}
-    saved = str(checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, state, keep=2))
-    same = dataclasses.replace(router, normalize=True, jitter=0.1, capacity_factor=2.0)
-    assert checked_state(saved, dataclasses.replace(model, expert_kernel="loop"), same, 3)["step"] == 3
-    with pytest.raises(CheckpointError, match=r"^model\.num_experts=8: expected 4 as in the checkpoint .*step-3"):
-        checked_state(saved, dataclasses.replace(model, num_experts=8), router, 3)
-    with pytest.raises(CheckpointError, match=r"^router\.normalize=false: expected true as in the checkpoint"):
-        checked_state(saved, model, dataclasses.replace(router, normalize=False), 3)
-    with pytest.raises(CheckpointError, match=r"^train\.steps=2: expected at least 3"):
-        checked_state(saved, model, router, 2)
-
-
-def test_a_checkpoint_continues_with_its_optimizer_only():
-    check_same_optimizer("adamw", "adamw", "c/step-1")
-    with pytest.raises(ConfigError) as refused:
-        check_same_optimizer("adamw", "sgd", "c/step-1")
-    line = "optim.kind=adamw: expected sgd as in the checkpoint c/step-1, or another run.name"
-    assert str(refused.value) == line
-
-
-def test_a_checkpoint_that_needs_a_plugin_names_it(tmp_path):
-    from training.checkpoint import checkpoint
-
-    state = {"step": 3, "plugins": {"mine.py": "0" * 64}, "model": {}, "router": {"kind": "mine"}}
-    saved = str(checkpoint.save(tmp_path, 3, {"w": torch.ones(2)}, state, keep=2))
-    model = ModelConfig(dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8)
-    with pytest.raises(CheckpointError) as refused:
-        checked_state(saved, model, RouterConfig(), 3)
-    line = "it was written with plugins=[mine.py]: name them again on the command line"
-    assert str(refused.value) == f"{saved}: {line}"
 
 
 def test_throughput_of_an_interval_and_of_all_steps():

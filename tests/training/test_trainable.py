@@ -21,7 +21,7 @@ from tests.distributed.harness import run_ranks
 from training.config import OptimConfig
 from training.engine import NativeEngine
 from training.step import train_step
-from training.trainable import check_same_choice, choose_trainable, trained_elements
+from training.trainable import choose_trainable, trained_elements
 
 MODEL = ModelConfig(
     dim=8, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=12, num_experts=4, top_k=2, vocab_size=20,
@@ -89,15 +89,6 @@ def test_a_dense_model_has_no_router():
     for train in ("router", "experts", "expert:0"):
         with pytest.raises(ConfigError, match=f"^optim.train={train}: expected "):
             choose_trainable(meta_model(dense, RouterConfig()), train)
-
-
-def test_a_checkpoint_goes_on_with_its_own_choice():
-    check_same_choice(("expert:3", "router"), ["router", "expert:3"], "x")
-    check_same_choice("all", "all", "x")
-    with pytest.raises(
-        ConfigError, match=r"^optim.train=router: expected \[router,expert:3\] as in the checkpoint c/s"
-    ):
-        check_same_choice("router", ["router", "expert:3"], "c/step-1")
 
 
 @pytest.mark.parametrize("value", ["", (), ("router", "")])

@@ -17,6 +17,7 @@ from parallel.mesh import Mesh
 from parallel.weight_specs import kind
 from training.agree import AgreedRun
 from training.config import Config
+from training.device import DTYPE_NAMES
 from training.report.heatmap import show_load
 from training.report.metrics import read_metrics
 from training.report.plots import plot_curves, plot_load, plot_overview
@@ -32,10 +33,9 @@ from training.report.tables import (
 )
 from training.report.terminal import show_line
 from training.run import save_result
+from training.schedule import learning_rate
 from training.step import Evaluation
 from training.trainable import format_patterns
-
-DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def show_start(summary: RunSummary) -> None:
         show_plan(run.plan)
     continued = f", continued from {Path(run.checkpoint).name}" if run.checkpoint else ""
     show_line(f"run directory {run.directory}{continued}")
-    if run.warning:
-        show_line(run.warning)
+    for note in run.notes:
+        show_line(note)
     if run.trained_parameters < run.counts.total:
         patterns = format_patterns(run.config.optim.train)
         show_line(f"optim.train={patterns}: {run.trained_parameters:,} of {run.counts.total:,} parameters train")
@@ -139,7 +139,8 @@ def finish_run(
     show_end(
         run.directory,
         None if checkpoint is None else Path(checkpoint),
-        resume_command(run.config, run.name, len(summary.ranks)),
+        resume_command(run.config, run.name, len(summary.ranks), 2 * run.config.train.steps),
+        learning_rate(2 * run.config.train.steps - 1, run.config.train.steps, run.config.optim),
         open_command(run.config, run.directory),
         wall_s,
         tokens_per_s or 0.0,
@@ -147,16 +148,17 @@ def finish_run(
     return result
 
 
-def resume_command(config: Config, name: str, world_size: int) -> str:
-    """Return the command line that continues this run to twice its length, with the launcher that started it."""
+def resume_command(config: Config, name: str, world_size: int, steps: int) -> str:
+    """Return the command line that continues this run up to step `steps`, with the launcher that started it."""
+    replaced = ("run.name", "run.resume", "train.steps")
     overrides = [
         argument
         for argument in sys.argv[1:]
-        if "=" in argument and not argument.startswith(("run.name=", "run.resume=", "train.steps="))
+        if "=" in argument and argument.partition("=")[0].lstrip("+") not in replaced
     ]
     torchrun = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
     launcher = [_tool("python")] if world_size == config.launch.nproc else torchrun
-    return shlex.join([*launcher, "train.py", *overrides, f"run.name={name}", f"train.steps={2 * config.train.steps}"])
+    return shlex.join([*launcher, "train.py", *overrides, f"run.name={name}", f"train.steps={steps}"])
 
 
 def open_command(config: Config, directory: Path) -> str:

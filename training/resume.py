@@ -1,0 +1,280 @@
+"""What a resumed run keeps, may change, and must not change: a rule for every key of the configuration.
+
+A checkpoint records the configuration that it was written with, and the values that `auto` and null stood for. A run
+that continues from it is compared with this record, key by key.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import CheckpointError, ConfigError, DataError, expect, require
+from common.plugins import missing_plugins
+from common.strict import from_dict, to_dict
+from common.text import printable, show_value
+from moe.config import ModelConfig, RouterConfig
+from parallel.layout import Layout
+from parallel.startup.preflight import flatten
+from training.checkpoint.manifest import read_state
+from training.config import Config, OptimConfig
+from training.device import DTYPE_NAMES, Process
+from training.initial import FREE_MODEL_KEYS
+from training.run import CONFIG_FILE
+from training.schedule import learning_rate
+from training.trainable import patterns
+
+FIXED = "fixed"
+"""The value must be that of the checkpoint: the weights, the optimizer state or the order of the data depend on it."""
+LISTED = "listed"
+"""The value may change. A change is printed, because it changes what the run computes."""
+CONTENT = "content"
+"""The value may change if the tokens stay the same, e.g. because the files were moved. A hash of the tokens decides."""
+FREE = "free"
+"""The value may change, and is not printed: it does not change what the remaining steps compute."""
+
+RULES: dict[str, dict[str, str]] = {
+    "run": {
+        FIXED: "seed init_from",
+        LISTED: "deterministic",
+        FREE: "experiment name root resume prompt sample_tokens",
+    },
+    "model": {
+        FIXED: "dim num_layers num_heads num_kv_heads head_dim hidden_dim ffn num_experts top_k expert_hidden_dim "
+        "expert_ffn num_shared_experts first_k_dense moe_every vocab_size sliding_window rope_theta norm_eps "
+        "tie_embeddings",
+        FREE: " ".join(FREE_MODEL_KEYS),
+    },
+    "router": {
+        FIXED: " ".join(RouterConfig.MEANING),
+        LISTED: "jitter capacity_factor drop_policy allow_noncausal balance_coef balance_scope z_coef layer_reduction "
+        "bias_update_rate",
+    },
+    "data": {
+        CONTENT: "kind vocab_size tokenizer heldout_fraction heldout_max_bytes code_bytes prose_bytes "
+        "arithmetic_bytes paths text_key domain_key hub_path hub_name hub_split hub_revision max_documents "
+        "messages_key",
+        LISTED: "cross_documents",
+        FREE: "cache",
+    },
+    "train": {
+        FIXED: "seq_len",
+        LISTED: "steps global_batch accumulation precision device",
+        FREE: "log_every eval_every peak_tflops",
+    },
+    "optim": {
+        FIXED: "kind train",
+        LISTED: "lr beta1 beta2 eps weight_decay max_grad_norm schedule schedule_steps schedule_start warmup_steps "
+        "decay_steps min_lr_ratio",
+    },
+    "parallel": {
+        LISTED: "expert tensor pipeline context shard replicate expert_tensor schedule stage_layers recompute offload",
+        FREE: "start_timeout_s timeout_s",
+    },
+    "checkpoint": {FREE: "every keep"},
+    "tracking": {FREE: "wandb project entity trackers"},
+    "launch": {FREE: "nproc max_restarts threads"},
+    "engine": {LISTED: "kind zero_stage ds_config"},
+    "": {FREE: "plugins"},  # Their names and hashes are compared (common/plugins.py).
+}
+"""Section -> rule -> keys. The keys that plugins add have a rule too: see `rule_of`."""
+RULE_OF = {
+    f"{section}.{key}" if section else key: rule
+    for section, rules in RULES.items()
+    for rule, keys in rules.items()
+    for key in keys.split()
+}
+
+
+def rule_of(key: str, router: RouterConfig) -> str:
+    """Return the rule of a configuration key, e.g. `optim.lr`.
+
+    A key that a plugin adds to `router` is fixed if it is in the `MEANING` of the plugin's configuration, and listed
+    otherwise. A key that a plugin adds to `data` is compared by content.
+    """
+    section, _, name = key.partition(".")
+    added = CONTENT if section == "data" else FIXED if name in type(router).MEANING else LISTED
+    return RULE_OF.get(key, added)
+
+
+def recorded_values(config: Config, model: ModelConfig, layout: Layout, process: Process) -> dict[str, Any]:
+    """Return the configuration as a checkpoint records it: plain containers, with the values that `auto` stood for.
+
+    Args:
+        config: with the schedule that `resolve_schedule` returned.
+        model: `config.model` with its vocabulary.
+        process: its device and data type replace `auto`.
+    """
+    values = to_dict(replace(config, model=model))
+    axes = {key: getattr(layout, key) for key in values["parallel"] if hasattr(layout, key)}
+    return values | {
+        "parallel": values["parallel"] | axes,
+        "train": values["train"] | {"device": process.device.type, "precision": DTYPE_NAMES[process.dtype]},
+        "router": values["router"] | {"normalize": config.router.normalizes(model.top_k or 1)},
+    }
+
+
+def saved_values(state: Mapping[str, Any], directory: Path, checkpoint: str) -> dict[str, Any]:
+    """Return the configuration that the checkpoint was written with, by dotted keys.
+
+    A checkpoint of version 0.1.0 does not record all of it. What it lacks is read from the run's `config.yaml`, which
+    the last launch wrote; keys that this file lacks, too, are left out.
+
+    Args:
+        state: the checkpoint's state.
+        directory: the run's directory.
+
+    Raises:
+        CheckpointError: the state is not that of a run.
+    """
+    try:
+        model = from_dict(ModelConfig, state["model"], "model")
+        router = from_dict(RouterConfig, state["router"], "router") if model.is_moe else None
+        loader = {"run.seed": state["loader"]["seed"], "train.seq_len": state["loader"]["seq_len"]}
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{checkpoint}: expected the state of a run ({error})") from error
+    optimizer = {"optim.train": state.get("train", "all"), "optim.kind": state.get("optimizer", "adamw")}
+    recorded = flatten(state["config"]) if "config" in state else flatten(_read_config(directory)) | optimizer | loader
+    meaning = flatten({"model": to_dict(model)} | ({} if router is None else {"router": to_dict(router)}))
+    # The router of a dense model has no effect.
+    values = {key: value for key, value in recorded.items() if router is not None or not key.startswith("router.")}
+    values |= meaning
+    if router is not None:
+        values["router.normalize"] = router.normalizes(model.top_k or 1)
+    return values
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        return to_dict(from_dict(Config, yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def resumable_state(path: str, steps: int) -> dict[str, Any]:
+    """Return the state in the checkpoint `path`, which a run of `steps` steps can continue with the loaded plugins.
+
+    Raises:
+        CheckpointError: the checkpoint needs a plugin that is not loaded, or is of a later step than the run's last.
+    """
+    state = read_state(Path(path))
+    missing = missing_plugins(state.get("plugins", {}))
+    require(not missing, CheckpointError, f"{path}: {printable(missing)}")
+    require(isinstance(state.get("step"), int), CheckpointError, f"{path}: expected the state of a run ('step')")
+    require(
+        state["step"] <= steps,
+        CheckpointError,
+        f"train.steps={steps}: expected at least {state['step']}, the step of the checkpoint {path}",
+    )
+    return state
+
+
+def changed_keys(
+    recorded: Mapping[str, Any], saved: Mapping[str, Any], router: RouterConfig, checkpoint: str, *, same_tokens: bool
+) -> list[str]:
+    """Compare a run with the checkpoint that it continues from.
+
+    Args:
+        recorded: what `recorded_values` returned.
+        saved: what `saved_values` returned. Keys that it lacks are not compared.
+        same_tokens: whether the training tokens are those of the checkpoint.
+
+    Returns:
+        `<key>: <old value> -> <new value>` for every change that is to be printed.
+
+    Raises:
+        CheckpointError: a key has changed that must not change.
+        DataError: the tokens have changed. The message names the first key of `data` that has changed, if one has.
+    """
+    changes = []
+    rules = {key: rule_of(key, router) for key in flatten(recorded)}
+    # `data` comes first, because other tokens can change `model.vocab_size`, too.
+    for key, value in sorted(flatten(recorded).items(), key=lambda item: rules[item[0]] != CONTENT):
+        rule = rules[key]
+        before = saved.get(key, value)
+        if rule == FREE or before == "auto" or _same(key, value, before) or (rule == CONTENT and same_tokens):
+            continue
+        if rule == LISTED:
+            changes.append(f"{key}: {show_value(before)} -> {show_value(value)}")
+            continue
+        raise (DataError if rule == CONTENT else CheckpointError)(
+            f"{key}={show_value(value)}: expected {show_value(before)} as in the checkpoint {checkpoint}, or another "
+            "run.name"
+        )
+    require(same_tokens, DataError, f"data: expected the text of the checkpoint {checkpoint}, or another run.name")
+    return changes
+
+
+def _same(key: str, value: Any, before: Any) -> bool:
+    if key == "run.init_from":  # A resumed run does not read it again.
+        return value is None or (before is not None and os.path.abspath(value) == os.path.abspath(before))
+    if key == "optim.train":
+        return patterns(value) == patterns(before)
+    return json.dumps(value) == json.dumps(before)
+
+
+def resolve_schedule(config: Config, saved: Mapping[str, Any], done: int) -> OptimConfig:
+    """Return the section `optim` with the length and the start of the schedule.
+
+    A resumed run keeps the schedule of its checkpoint. `optim.schedule_steps` gives this schedule another length.
+    Another `optim.schedule_start` begins a new one.
+
+    Args:
+        saved: what `saved_values` returned; empty for a new run.
+        done: the optimizer steps that the run has done.
+
+    Raises:
+        ConfigError: the schedule begins after `done` or ends before it begins, or its warm-up is longer than itself.
+    """
+    optim, steps = config.optim, config.train.steps
+    kept_start = saved.get("optim.schedule_start") or 0
+    start = kept_start if optim.schedule_start is None else optim.schedule_start
+    expect(start <= done, "optim.schedule_start", start, f"at most {done}, the steps that the run has done")
+    # Version 0.1.0 had no length of its own: it was `train.steps`.
+    kept = saved.get("optim.schedule_steps") or saved.get("train.steps")
+    length = optim.schedule_steps or (kept if kept is not None and start == kept_start else steps - start)
+    expect(length >= 1, "optim.schedule_start", start, f"less than train.steps={steps}, or optim.schedule_steps")
+    expect(
+        (optim.warmup_steps or 0) <= length,
+        "optim.warmup_steps",
+        optim.warmup_steps,
+        f"at most {length}, the steps of the schedule",
+    )
+    return replace(optim, schedule_steps=length, schedule_start=start)
+
+
+def schedule_lines(optim: OptimConfig, steps: int, saved: Mapping[str, Any], done: int) -> list[str]:
+    """Return what a run says at its start about its learning rate, if there is something that a user may not expect.
+
+    Args:
+        optim: with the schedule that `resolve_schedule` returned.
+        steps: `train.steps`.
+        saved, done: as in `resolve_schedule`.
+    """
+    lines, end = [], (optim.schedule_start or 0) + (optim.schedule_steps or steps)
+    if done and "train.steps" not in saved:
+        lines.append(
+            f"the checkpoint does not record the length of its schedule; {optim.schedule_steps} steps are assumed "
+            "(optim.schedule_steps)"
+        )
+    if 0 < done < steps and "optim.lr" in saved:
+        names = [key for key in saved if key.startswith("optim.")]
+        before = from_dict(OptimConfig, {key.removeprefix("optim."): saved[key] for key in names}, "optim")
+        length = saved.get("train.steps", steps)
+        expected, now = learning_rate(done, length, before), learning_rate(done, steps, optim)
+        if now != expected:
+            last = learning_rate(done - 1, length, before)
+            lines.append(
+                f"the learning rate goes from {last:.2e} at step {done} to {now:.2e} at step {done + 1} (the schedule "
+                f"of the checkpoint: {expected:.2e})"
+            )
+    if max(end, done) < steps:
+        lines.append(
+            f"the schedule ends at step {end}; steps {max(end, done) + 1} to {steps} train with the constant rate "
+            f"{learning_rate(steps - 1, steps, optim):.2e}"
+        )
+    return lines
