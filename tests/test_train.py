@@ -51,6 +51,17 @@ def numbers(directory: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith("speed/")} for row in rows]
 
 
+def wandb_steps(directory: Path) -> list[int]:
+    """The steps of the rows in all offline W&B files of a run, in the order in which the files were written."""
+    steps = []
+    for path in sorted(directory.glob("wandb/offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        records = [json.loads(line) for line in lines]
+        steps += [record["history"]["item"]["_step"] for record in records if record["type"] == "history"]
+    return steps
+
+
 def test_one_process_writes_everything_and_continues_only_when_asked(tmp_path, cache):
     out = run(tmp_path, cache, "train.steps=3", "run.experiment=demo")
     directory = tmp_path / "demo-1"
@@ -115,6 +126,7 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, cache):
     out = run(tmp_path, cache, "run.name=killed", *arguments)
     assert "continued from step-" in out
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
+    assert wandb_steps(tmp_path / "killed") == [row["step"] for row in numbers(tmp_path / "whole")]
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Trackers: the content of an offline W&B run, trackers of plugins, and failures that must not end a run."""
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from training.report.trackers import (
     load_histogram,
     start_tracking,
 )
+from training.report.wandb_files import logged_steps, read_records
 
 
 def row_of(step: int) -> Row:
@@ -33,7 +36,11 @@ def row_of(step: int) -> Row:
 
 
 def start(
-    directory: Path, resumed_step: int | None, warnings: list[str], config: TrackingConfig | None = None
+    directory: Path,
+    resumed_step: int | None,
+    warnings: list[str],
+    config: TrackingConfig | None = None,
+    rows: Sequence[Row] = (),
 ) -> Trackers:
     return start_tracking(
         config or TrackingConfig(),
@@ -41,8 +48,16 @@ def start(
         directory=directory,
         resolved_config={"model": {"top_k": 2}},
         resumed_step=resumed_step,
+        rows=rows,
         warn=warnings.append,
     )
+
+
+def save_picture(path: Path) -> None:
+    """Write a small PNG file."""
+    from PIL import Image
+
+    Image.new("RGB", (2, 2)).save(path)
 
 
 def latest_run(directory: Path) -> Path:
@@ -65,21 +80,18 @@ def history(records: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     ]
 
 
-def test_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_offline_files_together_have_every_row_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     warnings: list[str] = []
+    save_picture(tmp_path / "a.png")
     tracker = start(tmp_path, None, warnings)
     for step in (1, 2, 3):
         tracker.log(row_of(step), step)
+    for name in ("a", "b"):
+        tracker.image(name, tmp_path / "a.png")
     tracker.summary({"eval/loss": 0.5})
     tracker.finish()
     first_files = latest_run(tmp_path)
     first = inspect(first_files)
-
-    resumed = start(tmp_path, 2, warnings)
-    resumed.log(row_of(3), 3)
-    resumed.finish()
-    second_files = latest_run(tmp_path)
-    second = inspect(second_files)
 
     rows = history(first)
     assert [step for step, _ in rows] == [1, 2, 3]
@@ -89,16 +101,32 @@ def test_offline_run_reads_back(tmp_path: Path, capfd: pytest.CaptureFixture[str
         assert item["router/load/layer_00/expert_03"] == 0.125
         assert item["router/load/layer_00._type"] == "histogram"
         assert item["router/load/layer_00.values"] == [0.125, 0.5, 0.25, 0.125]
+        assert [item.get(f"{name}._type") for name in ("a", "b")] == ["image-file" if step == 3 else None] * 2
     assert any(record.get("summary", {}).get("update", {}).get("eval/loss") == 0.5 for record in first)
+
+    # A kill while row 3 was being written: the run has it in metrics.jsonl, and W&B has a part of it.
+    (file,) = first_files.glob("*.wandb")
+    run_id = file.stem.removeprefix("run-")
+    assert logged_steps(tmp_path / "wandb", run_id) == {1, 2, 3}
+    last = next(content for content in read_records(file) if b"0.3333" in content)
+    cut = file.read_bytes().index(last[:64])
+    os.truncate(file, cut + 32)
+    resumed = start(tmp_path, 3, warnings, rows=[row_of(step) for step in (1, 2, 3)])
+    resumed.log(row_of(4), 4)
+    resumed.finish()
+    second_files = latest_run(tmp_path)
+    second = inspect(second_files)
+    first_cut = inspect(first_files)
+    assert [step for step, _ in history(first_cut)] == [1, 2]
+    assert [step for step, _ in history(second)] == [3, 4] and first_files != second_files
 
     run, again = (next(record["run"] for record in records if record["type"] == "run") for records in (first, second))
     assert run["config"]["update"]["model"] == {"top_k": 2}
     assert again["run_id"] == run["run_id"] and again["display_name"] == "tiny-1"
-    assert [step for step, _ in history(second)] == [3]
-    assert first_files != second_files
+    assert logged_steps(tmp_path / "wandb", run_id) == {1, 2, 3, 4}
     assert not warnings
     assert capfd.readouterr() == ("", "")
-    assert {path.name for path in tmp_path.iterdir()} == {"wandb"}
+    assert {path.name for path in tmp_path.iterdir()} == {"wandb", "a.png"}
 
 
 class FakeRun:
@@ -188,6 +216,13 @@ class ListTracker(Tracker):
         self.calls.append(("finish",))
 
 
+class CarefulTracker(ListTracker):
+    """A tracker that knows which rows it has from an earlier launch."""
+
+    def seen(self) -> Collection[int]:
+        return {1, 2, 4}
+
+
 class FailingTracker(Tracker):
     def log(self, row: Row, step: int) -> None:
         if step == 2:
@@ -241,6 +276,17 @@ def test_registered_trackers_work_without_wandb(tmp_path: Path) -> None:
     assert list(tracker.running) == ["tracker list"] and not warnings
     assert ListTracker.calls == [("tiny-1", tmp_path, {"model": {"top_k": 2}}, None), ("finish",)]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_tracker_gets_the_rows_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row_of(step) for step in (1, 2, 3)]
+    monkeypatch.setattr(TRACKERS, "_entries", {"list": ListTracker, "careful": CarefulTracker})
+    for name, expected in (("list", [4, 5]), ("careful", [3, 5])):
+        config = TrackingConfig(wandb="disabled", trackers=(name,))
+        trackers = start(tmp_path, 3, [], config, rows)
+        for step in (4, 5):
+            trackers.log({"train/loss": 1 / step}, step)
+        assert ListTracker.calls[1:] == [(step, 1 / step) for step in expected]
 
 
 def test_an_unknown_tracker_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -39,8 +39,9 @@ from common.registry import Registry
 from common.strict import to_dict
 from common.text import first_line
 from training.config import Config, TrackingConfig
-from training.report.metrics import MetricsWriter, Row
+from training.report.metrics import MetricsWriter, Row, read_metrics
 from training.report.terminal import Progress
+from training.report.wandb_files import logged_steps
 
 MAX_BINS = 512
 """The most bins that W&B accepts in a histogram."""
@@ -53,6 +54,14 @@ class Tracker(Protocol):
 
     The methods are called between optimizer steps, so the whole run waits for them. They can raise any exception.
     """
+
+    def seen(self) -> Collection[int] | None:
+        """Return the steps whose rows the tracker has already, when a run is resumed. None: all up to the checkpoint.
+
+        It is called once, after the start. The tracker gets the rows of `metrics.jsonl` up to the checkpoint that it
+        lacks, in order, and later no row of a step that it has.
+        """
+        return None
 
     def log(self, row: Row, step: int) -> None:
         """Receive the metrics of optimizer step `step`, under their names in `metrics.jsonl`. Must not change `row`."""
@@ -78,7 +87,7 @@ class TrackedRun:
     """The resolved configuration as plain containers. It contains no secrets."""
     resumed_step: int | None
     """The step of the checkpoint that the run continues from, or None for a new run. Rows of later steps that were
-    logged before are logged again."""
+    logged before are logged again, unless the tracker has `seen` them."""
 
 
 TRACKERS: Registry[Callable[[TrackedRun], Tracker]] = Registry("tracking.trackers")
@@ -90,22 +99,29 @@ class Trackers(Tracker):
 
     Args:
         warn: receives one line for each tracker that fails, when it fails.
+        rows: the rows of `metrics.jsonl` up to the checkpoint that the run continues from.
     """
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        self._warn = warn
+    def __init__(self, warn: Callable[[str], None], rows: Sequence[Row] = ()) -> None:
+        self._warn, self._rows = warn, rows
         self.running: dict[str, Tracker] = {}
         """The trackers that have not failed, by their names in warnings."""
+        self._seen: dict[str, Collection[int]] = {}
 
     def start(self, name: str, factory: Callable[[], Tracker]) -> None:
-        """Add the tracker that `factory` returns, or warn if it raises."""
+        """Add the tracker that `factory` returns, and send it the rows that it lacks. Warn if it raises."""
         try:
-            self.running[name] = factory()
+            tracker = factory()
+            seen = tracker.seen()
+            missing = [] if seen is None else [row for row in self._rows if row["step"] not in seen]
+            for row in missing:
+                tracker.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))  # type: ignore[arg-type]
+            self.running[name], self._seen[name] = tracker, seen or ()
         except (Exception, SystemExit) as error:  # A tracker can fail in any way: no network, a full disk, a plugin.
             self._warn(f"{name} did not start ({first_line(error)}); training continues, metrics.jsonl has every row")
 
     def log(self, row: Row, step: int) -> None:
-        self._forward(lambda tracker: tracker.log(row, step))
+        self._forward(lambda tracker: tracker.log(row, step), step)
 
     def summary(self, values: dict[str, Any]) -> None:
         self._forward(lambda tracker: tracker.summary(values))
@@ -116,8 +132,11 @@ class Trackers(Tracker):
     def finish(self) -> None:
         self._forward(lambda tracker: tracker.finish())
 
-    def _forward(self, call: Callable[[Tracker], None]) -> None:
+    def _forward(self, call: Callable[[Tracker], None], step: int | None = None) -> None:
+        """Call the trackers, without those that have the row of `step` already."""
         for name, tracker in list(self.running.items()):
+            if step in self._seen[name]:
+                continue
             try:
                 call(tracker)
             except (Exception, SystemExit) as error:
@@ -126,14 +145,26 @@ class Trackers(Tracker):
 
 
 class WandbTracker(Tracker):
-    """A W&B run. A list (the load of E experts) becomes E scalars, `<name>/expert_XX`, and one histogram."""
+    """A W&B run. A list (the load of E experts) becomes E scalars, `<name>/expert_XX`, and one histogram.
 
-    def __init__(self, wandb: Any, run: Any, warn: Callable[[str], None]) -> None:
-        self._wandb, self._run, self._warn = wandb, run, warn
+    Args:
+        seen: the steps whose rows W&B has from earlier launches of this run.
+        step: the last step of the run that has a row.
+    """
+
+    def __init__(
+        self, wandb: Any, run: Any, warn: Callable[[str], None], seen: Collection[int] = (), step: int | None = None
+    ) -> None:
+        self._wandb, self._run, self._warn, self._seen, self._step = wandb, run, warn, seen, step
         self._images = find_spec("PIL") is not None
 
+    def seen(self) -> Collection[int]:
+        return self._seen
+
     def log(self, row: Row, step: int) -> None:
+        self._step = step
         with self._connection():
+            # W&B writes the row when it gets one of a later step. Until then, `image` adds to it.
             self._run.log(self._expand(row), step=step)
 
     def summary(self, values: dict[str, Any]) -> None:
@@ -141,13 +172,12 @@ class WandbTracker(Tracker):
             self._run.summary.update(values)
 
     def image(self, name: str, path: Path) -> None:
-        """Log a PNG file. Without the package pillow, warn and leave the image out."""
+        """Add a PNG file to the row of the last step. Without the package pillow, warn and leave the image out."""
         if not self._images:
             self._warn(f"W&B does not get the image {name} ({path}): the package pillow is not installed")
             return
         with self._connection():
-            # Without a step, W&B adds the image to the row that was logged last.
-            self._run.log({name: self._wandb.Image(str(path))})
+            self._run.log({name: self._wandb.Image(str(path))}, step=self._step)
 
     def finish(self) -> None:
         with self._connection():
@@ -224,6 +254,7 @@ def start_tracking(
     directory: Path,
     resolved_config: dict[str, Any],
     resumed_step: int | None,
+    rows: Sequence[Row] = (),
     warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Trackers:
     """Start W&B, unless `tracking.wandb` is `disabled`, and each tracker in `tracking.trackers`. Call it on one rank.
@@ -237,13 +268,14 @@ def start_tracking(
         resolved_config: the run's configuration without secrets, because trackers publish it.
         resumed_step: the checkpoint's step if the run is resumed, else None. A resumed run keeps its W&B id, which is
             in `wandb/run_id.txt`, and the step numbers of its rows. Offline, each resumption has its own directory.
+        rows: the rows of `metrics.jsonl` up to `resumed_step`. A tracker gets those that it lacks.
         warn: receives one line for each tracker that fails, at its start or later.
 
     Returns:
         One tracker that forwards to all of them, and that never raises.
     """
     run = TrackedRun(name, directory, resolved_config, resumed_step)
-    trackers = Trackers(warn)
+    trackers = Trackers(warn, rows)
     if config.wandb != "disabled":
         trackers.start("W&B", lambda: _start_wandb(config, run, warn))
     for registered in dict.fromkeys(config.trackers):
@@ -254,6 +286,7 @@ def start_tracking(
 def _start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], None]) -> WandbTracker:
     import wandb
 
+    run_id = _run_id(run.directory / "wandb" / "run_id.txt", run.resumed_step)
     settings = wandb.Settings(
         mode=config.wandb,
         silent=True,
@@ -270,14 +303,19 @@ def _start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], 
         project=config.project,
         entity=config.entity,
         name=run.name,
-        id=_run_id(run.directory / "wandb" / "run_id.txt", run.resumed_step),
-        # An offline run cannot ask the service what it has already, so it relies on the step numbers of the rows.
-        resume="allow" if config.wandb == "online" and run.resumed_step is not None else None,
+        id=run_id,
+        # `wandb sync` appends the rows of an offline run to those of earlier launches if the run says so.
+        resume=None if run.resumed_step is None else "allow",
         dir=str(run.directory),
         config=run.config,
         settings=settings,
     )
-    return WandbTracker(wandb, wandb_run, warn)
+    if run.resumed_step is None:
+        return WandbTracker(wandb, wandb_run, warn)
+    # The service has all rows before the step that it expects next. It refuses earlier steps.
+    online = config.wandb == "online"
+    seen = range(wandb_run.starting_step) if online else logged_steps(run.directory / "wandb", run_id)
+    return WandbTracker(wandb, wandb_run, warn, seen, run.resumed_step)
 
 
 def _run_id(file: Path, resumed_step: int | None) -> str:
@@ -313,7 +351,8 @@ class Recorder(ExitStack):
         if not active:
             return
         self.progress = self.enter_context(Progress(config.train.steps, resumed_step or 0))
-        self.metrics = MetricsWriter(directory / "metrics.jsonl", resumed_step)
+        path = directory / "metrics.jsonl"
+        self.metrics = MetricsWriter(path, resumed_step)
         self.callback(self.metrics.close)
         self.tracker = start_tracking(
             config.tracking,
@@ -321,6 +360,7 @@ class Recorder(ExitStack):
             directory=directory,
             resolved_config=to_dict(config),
             resumed_step=resumed_step,
+            rows=[] if resumed_step is None else read_metrics(path),
         )
         self.callback(self.tracker.finish)
 
