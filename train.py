@@ -8,6 +8,11 @@
 torch before the configuration is valid, so that `--help` and refusals take less than a second.
 """
 
+from parallel.startup.launch import interrupts_end_imports, interrupts_raise
+
+if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
+    interrupts_end_imports()
+
 import math
 import os
 import sys
@@ -64,16 +69,21 @@ def job(cfg: DictConfig) -> float:
 
 
 def main() -> None:
-    """Exit with status 0, or 2 after one line about a mistake that the user can correct, or 1 after any other error."""
+    """Exit with status 0, or 2 after one line about a mistake that the user can correct, or 1 after any other error.
+
+    `scripts.cli.command_line.end` has the others.
+    """
     sys.argv[1:] = without_local_rank(sys.argv[1:])
     # With this variable Hydra lets exceptions through. Without it, it prints a report and exits with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    interrupts_raise()
     try:
         sweep_dir = sweep_directory(sys.argv[1:])
         if sweep_dir is not None:
             sys.argv.append(f"hydra.sweep.dir={quote(str(sweep_dir))}")
         job()
-    except Exception as error:
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
         end(error, sys.argv[1:])
     if sweep_dir is not None:
         from training.report.sweep import sweep_table

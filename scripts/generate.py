@@ -5,9 +5,13 @@
 `--help` prints more examples and all keys; they are in training/generation/config.py and conf/generate.yaml.
 """
 
+from parallel.startup.launch import die_with_parent, interrupts_end_imports
+
+if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
+    interrupts_end_imports()
+
 import os
 
-from parallel.startup.launch import die_with_parent
 from scripts.cli.command_line import run_tool
 from scripts.cli.workers import in_processes
 from training.generation.config import GenerateConfig

@@ -6,9 +6,13 @@
 `--help` prints more examples and all keys; they are in training/parity/config.py and conf/parity.yaml.
 """
 
+from parallel.startup.launch import die_with_parent, interrupts_end_imports
+
+if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
+    interrupts_end_imports()
+
 import os
 
-from parallel.startup.launch import die_with_parent
 from scripts.cli.command_line import run_tool
 from scripts.cli.workers import in_processes
 from training.parity.config import ParityConfig

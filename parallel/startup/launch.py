@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -91,6 +92,21 @@ def die_with_parent(parent_pid: int | None = None) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
+def interrupts_end_imports() -> None:
+    """Let Ctrl-C end this process at once and silently, until `interrupts_raise` is called.
+
+    For a main module, before its slow imports: an import that is interrupted prints a traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # A background process can ignore the signal.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def interrupts_raise() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, after `interrupts_end_imports`."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def launch_workers(
     entry: Callable[..., Any], args: tuple[Any, ...], *, nproc: int, max_restarts: int = 0, threads: int | None = None
 ) -> dict[int, Any]:
@@ -108,7 +124,8 @@ def launch_workers(
 
     Raises:
         WorkerFailure: a worker failed, and no restart was left.
-        SystemExit: with status 128 + n, this process got signal n. The workers have ended.
+        KeyboardInterrupt: this process got SIGINT. The workers have ended.
+        SystemExit: with status 128 + n, this process got another signal n. The workers have ended.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -138,12 +155,16 @@ def launch_workers(
         except ChildFailedError as error:
             raise _to_failure(error, list(Path(reports).glob(f"{max_restarts}-*.json"))) from None
         except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
             raise SystemExit(128 + int(error.sigval)) from None
 
 
 def _run_worker(entry: Callable[..., Any], args: tuple[Any, ...], launcher_pid: int, reports: str) -> Any:
     """Run a worker process. If `entry` fails, write the reason to a file that the launcher reads."""
     die_with_parent(launcher_pid)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _raise_once)
     world = world_from_env()
     report = Path(reports) / f"{world.restart_count}-{world.rank}.json"
     try:
@@ -153,9 +174,17 @@ def _run_worker(entry: Callable[..., Any], args: tuple[Any, ...], launcher_pid: 
         if code:
             report.write_text(json.dumps({"exitcode": code, "message": str(stop.__cause__ or stop.code)}))
         raise
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception:
         report.write_text(json.dumps({"exitcode": 1, "message": traceback.format_exc()}))
         raise SystemExit(1) from None
+
+
+def _raise_once(number: int, frame: FrameType | None) -> None:
+    """Handle SIGINT. A worker gets it twice: from the terminal, and from the launcher."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _to_failure(error: Any, reports: list[Path]) -> WorkerFailure:

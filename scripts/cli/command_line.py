@@ -6,6 +6,8 @@ one line, and any other error a traceback. `run_tool` is the `main` of every too
 
 import os
 import re
+import select
+import signal
 import sys
 import time
 import traceback
@@ -28,11 +30,14 @@ from common.errors import ConfigError, RunError, UserError, require
 from common.plugins import load_plugins
 from common.strict import from_dict, leaf_keys, unknown_key
 from common.text import nearest, one_line
-from parallel.startup.launch import WorkerFailure
+from parallel.startup.launch import WorkerFailure, interrupts_raise
 from training.config import Config, RunConfig
 from training.run import choose_name, prepare_directory, save_config, save_result
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
+INTERRUPTED, UNREAD = 130, 141
+"""Exit statuses as a shell gives them: after Ctrl-C (128 + SIGINT), and if the reader of stdout has ended
+(128 + SIGPIPE), as in `| head`."""
 PATIENCE_S = 3.0
 """Seconds that other ranks wait before they exit, so that local rank 0 can print the mistake that all of them make."""
 T = TypeVar("T")
@@ -186,11 +191,19 @@ def record_failure(
     save_result(directory, {"status": "failed", "error": message})
 
 
-def end(error: Exception, arguments: Sequence[str], cls: type = Config) -> NoReturn:
+def end(error: BaseException, arguments: Sequence[str], cls: type = Config) -> NoReturn:
     """End the process: with status 2 and one line if the user can correct the mistake, else with 1 and a traceback.
+
+    After Ctrl-C the status is 130, and if the reader of stdout has ended it is 141. Nothing is printed then.
 
     Under a launcher only local rank 0 prints the line, because every rank makes the same mistake.
     """
+    unread = discard_unread_output()
+    if isinstance(error, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # A second Ctrl-C would print a traceback of Python's exit.
+        raise SystemExit(INTERRUPTED)
+    if (unread and isinstance(error, BrokenPipeError)) or getattr(error, "exitcode", None) == UNREAD:
+        raise SystemExit(UNREAD)
     message = user_message(error, arguments, cls)
     if message is None:
         print(details(error), file=sys.stderr)
@@ -203,7 +216,17 @@ def end(error: Exception, arguments: Sequence[str], cls: type = Config) -> NoRet
     raise SystemExit(2)
 
 
-def user_message(error: Exception, arguments: Sequence[str], cls: type = Config) -> str | None:
+def discard_unread_output() -> bool:
+    """Return whether the reader of stdout has ended, as in `| head`. What is printed from then on is discarded."""
+    poll = select.poll()
+    poll.register(sys.__stdout__ or sys.stderr, 0)
+    unread = any(event & select.POLLERR for _, event in poll.poll(0))
+    if unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return unread
+
+
+def user_message(error: BaseException, arguments: Sequence[str], cls: type = Config) -> str | None:
     """Return the line that tells the user what to change, or None if the user cannot correct the error.
 
     Args:
@@ -227,7 +250,7 @@ def user_message(error: Exception, arguments: Sequence[str], cls: type = Config)
     return None
 
 
-def details(error: Exception) -> str:
+def details(error: BaseException) -> str:
     """Return the traceback. That of a worker's failure comes from the worker process."""
     return error.message if isinstance(error, WorkerFailure) else "".join(traceback.format_exception(error))
 
@@ -249,7 +272,8 @@ def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text
     """Run a tool from its command line and end the process.
 
     The arguments override `conf/<name>.yaml`, the result is converted to `cls`, and `function` is called with it. The
-    exit status is 0, or 2 after one line about a mistake that the user can correct, or 1 after any other error.
+    exit status is 0, or 2 after one line about a mistake that the user can correct, or 1 after any other error; `end`
+    has the others.
 
     Every tool also takes `plugins=[...]` and `--config-dir DIR` (`COMMON_HELP`).
 
@@ -258,6 +282,7 @@ def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text
         free_text: keys whose values are used exactly as they were typed. A prompt, for example, is not an expression
             of Hydra's grammar.
     """
+    interrupts_raise()
     arguments = without_local_rank(sys.argv[1:])
     try:
         if {"-h", "--help"} & set(arguments):
@@ -273,7 +298,8 @@ def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text
             raw[override.key_or_group] = override.value()
         load_named_plugins(raw)
         function(from_dict(cls, {key: value for key, value in raw.items() if key != "plugins"}))
-    except Exception as error:
+        sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
         end(error, arguments, cls)
     raise SystemExit(0)
 

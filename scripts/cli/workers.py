@@ -10,6 +10,7 @@ from common.errors import UserError, located
 from common.plugins import given_plugins, load_plugins
 from common.strict import from_dict, to_dict
 from parallel.startup.launch import World, die_with_parent, launch_workers, world_from_env
+from scripts.cli.command_line import UNREAD, discard_unread_output
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
 from training.run import choose_name, discard_unstarted, launched_directory, prepare_directory
@@ -32,6 +33,7 @@ def execute(
     Raises:
         UserError: the configuration does not fit the number of processes, or cannot be used for another reason.
         WorkerFailure: a worker process failed.
+        KeyboardInterrupt: Ctrl-C. The command that resumes the run has been printed.
     """
     from training.report.trackers import check_tracking
 
@@ -46,17 +48,27 @@ def execute(
         die_with_parent()
         try:
             return train(config)
-        except UserError:
+        except (UserError, KeyboardInterrupt) as error:
             started = launched_directory(config.run) if os.environ["RANK"] == "0" else None
             if started is not None:
-                discard_unstarted(started)
+                _leave(started, error, config, world)
             raise
     named, directory = prepare_for_workers(config)
     try:
         return in_processes(launch, train, named, fresh=fresh_processes)
-    except Exception:
-        discard_unstarted(directory)
+    except (Exception, KeyboardInterrupt) as error:
+        _leave(directory, error, named, world)
         raise
+
+
+def _leave(directory: Path, error: BaseException, config: Config, world: World) -> None:
+    """Remove the directory of a run that has not started. After Ctrl-C, print how to resume one that has."""
+    discard_unstarted(directory)
+    if isinstance(error, KeyboardInterrupt) and directory.is_dir():
+        from training.report.run_report import show_interrupted
+
+        discard_unread_output()  # Ctrl-C also ends the `tee` of a pipeline.
+        show_interrupted(config, directory, world.world_size)
 
 
 def in_processes(
@@ -122,3 +134,7 @@ def _in_worker(
         return function(from_dict(cls, raw), *arguments)
     except UserError as error:
         raise SystemExit(2) from error
+    except BrokenPipeError:
+        if discard_unread_output():
+            raise SystemExit(UNREAD) from None
+        raise

@@ -16,6 +16,7 @@ from moe.model import Transformer
 from parallel.mesh import Mesh
 from parallel.weight_specs import kind
 from training.agree import AgreedRun
+from training.checkpoint.manifest import CHECKPOINTS, committed
 from training.config import Config
 from training.device import DTYPE_NAMES
 from training.report.heatmap import show_load
@@ -31,7 +32,7 @@ from training.report.tables import (
     show_plan,
     show_sample,
 )
-from training.report.terminal import show_line
+from training.report.terminal import show_fields, show_line
 from training.run import save_result
 from training.schedule import learning_rate
 from training.step import Evaluation
@@ -146,6 +147,20 @@ def finish_run(
         tokens_per_s or 0.0,
     )
     return result
+
+
+def show_interrupted(config: Config, directory: Path, world_size: int) -> None:
+    """Print the newest checkpoint of a run that was interrupted, and the command that continues it."""
+    newest = next(iter(committed(directory / CHECKPOINTS)), None)
+    name = str(directory.relative_to(config.run.root))
+    show_fields(
+        "Interrupted",
+        {
+            "run": str(directory),
+            "checkpoint": "none, so the run starts again" if newest is None else str(newest),
+            "resume": resume_command(config, name, world_size, config.train.steps),
+        },
+    )
 
 
 def resume_command(config: Config, name: str, world_size: int, steps: int) -> str:
