@@ -84,8 +84,11 @@ def test_one_process_writes_everything_and_continues_only_when_asked(tmp_path, c
 
     again = run(tmp_path, cache, "train.steps=3", "run.experiment=demo", "run.name=demo-1")
     assert "is finished at step 3" in again
-    run(tmp_path, cache, "train.steps=4", "run.name=demo-1")
-    assert [row["step"] for row in numbers(directory)] == [1, 2, 3, 4]
+    longer = run(tmp_path, cache, "train.steps=4", "run.experiment=demo", "run.name=demo-1")
+    assert "changed since the checkpoint: train.steps: 3 -> 4\n" in longer
+    assert "the schedule ends at step 3; steps 4 to 4 train with the constant rate 1.00e-04\n" in longer
+    rows = numbers(directory)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["optim/lr"] == rows[2]["optim/lr"]
     refused = start(tmp_path, cache, "train.steps=5", "run.name=demo-1", "model.num_experts=8")
     _, err = refused.communicate(timeout=120)
     assert refused.returncode == 2

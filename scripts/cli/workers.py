@@ -65,10 +65,12 @@ def _leave(directory: Path, error: BaseException, config: Config, world: World) 
     """Remove the directory of a run that has not started. After Ctrl-C, print how to resume one that has."""
     discard_unstarted(directory)
     if isinstance(error, KeyboardInterrupt) and directory.is_dir():
+        from training.checkpoint.manifest import CHECKPOINTS, committed
         from training.report.run_report import show_interrupted
 
         discard_unread_output()  # Ctrl-C also ends the `tee` of a pipeline.
-        show_interrupted(config, directory, world.world_size)
+        newest = next(iter(committed(directory / CHECKPOINTS)), None)
+        show_interrupted(config, directory, newest, world.world_size)
 
 
 def in_processes(

@@ -16,7 +16,6 @@ from moe.model import Transformer
 from parallel.mesh import Mesh
 from parallel.weight_specs import kind
 from training.agree import AgreedRun
-from training.checkpoint.manifest import CHECKPOINTS, committed
 from training.config import Config
 from training.device import DTYPE_NAMES
 from training.report.heatmap import show_load
@@ -149,15 +148,14 @@ def finish_run(
     return result
 
 
-def show_interrupted(config: Config, directory: Path, world_size: int) -> None:
+def show_interrupted(config: Config, directory: Path, checkpoint: Path | None, world_size: int) -> None:
     """Print the newest checkpoint of a run that was interrupted, and the command that continues it."""
-    newest = next(iter(committed(directory / CHECKPOINTS)), None)
     name = str(directory.relative_to(config.run.root))
     show_fields(
         "Interrupted",
         {
             "run": str(directory),
-            "checkpoint": "none, so the run starts again" if newest is None else str(newest),
+            "checkpoint": "none, so the run starts again" if checkpoint is None else str(checkpoint),
             "resume": resume_command(config, name, world_size, config.train.steps),
         },
     )

@@ -205,6 +205,17 @@ METRICS = (
 """Metrics that a row lacks are left out: a dense model has none of the router's."""
 
 
+def evaluation_line(row: Mapping[str, Any]) -> str:
+    """Return the evaluation in a row of `metrics.jsonl` as one line.
+
+    >>> evaluation_line({"train/loss": 2.5, "eval/loss": 2.25, "eval/bits_per_byte/code": 1.5})
+    'held-out loss 2.2500; bits per byte: code 1.500'
+    """
+    prefix = "eval/bits_per_byte/"
+    bits = [f"{key.removeprefix(prefix)} {value:.3f}" for key, value in row.items() if key.startswith(prefix)]
+    return "; bits per byte: ".join([f"held-out loss {row['eval/loss']:.4f}", *([", ".join(bits)] if bits else [])])
+
+
 class Progress:
     """A context manager that shows the progress of the training loop on stdout.
 
@@ -221,7 +232,6 @@ class Progress:
         self._legend_shown = False
 
     def __enter__(self) -> Self:
-        self._updates.append((self.step, self._clock()))
         if on_terminal():
             self._bar = _Bar(
                 progress.TextColumn("step {task.completed}/{task.total}", markup=False),
@@ -281,9 +291,12 @@ class Progress:
             show_line(text)
 
     def eta(self) -> float | None:
-        """Return the seconds to the end of the run at the speed of the last updates, or None before the first."""
+        """Return the seconds to the end of the run at the speed of the last updates, or None before the second."""
+        if len(self._updates) < 2:
+            return None
+        # The time before the first update is not counted: that step also compiles, and trackers start before it.
         (first, then), (last, now) = self._updates[0], self._updates[-1]
-        return None if last <= first else (self.total_steps - last) * (now - then) / (last - first)
+        return (self.total_steps - last) * (now - then) / (last - first)
 
     def _speed(self, row: Mapping[str, Any]) -> list[str]:
         rate, eta = row.get("speed/tokens_per_s"), self.eta()

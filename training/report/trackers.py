@@ -40,7 +40,7 @@ from common.strict import to_dict
 from common.text import first_line
 from training.config import Config, TrackingConfig
 from training.report.metrics import MetricsWriter, Row, read_metrics
-from training.report.terminal import Progress
+from training.report.terminal import Progress, evaluation_line
 from training.report.wandb_files import logged_steps
 
 MAX_BINS = 512
@@ -365,13 +365,15 @@ class Recorder(ExitStack):
         self.callback(self.tracker.finish)
 
     def step(self, row: dict[str, Any], step: int, *, write: bool) -> None:
-        """Show the metrics of a step, and write them if `write`."""
+        """Show the metrics of a step and its evaluation, and write them if `write`."""
         if not self.active:
             return
         self.progress.update(row, step, log=write)
         if write:
             self.metrics.write({"step": step} | row)
             self.tracker.log(row, step)
+        if "eval/loss" in row and step < self.progress.total_steps:  # A table shows the last evaluation.
+            self.progress.print(evaluation_line(row))
 
     def saved(self, checkpoint: str) -> None:
         """Print that a checkpoint has been written."""

@@ -31,7 +31,7 @@ def logged_steps(directory: Path, run_id: str) -> set[int]:
     steps = set()
     for path in directory.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
         for content in read_records(path):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(content)
             names = (item.key or item.nested_key[0] for item in record.history.item)
             # A row with pictures only is not a row of metrics.jsonl.
