@@ -149,9 +149,16 @@ def saved_values(state: Mapping[str, Any], directory: Path, checkpoint: str) -> 
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
+    """The valid `config.yaml` of a run, without keys that this version does not have; empty if there is none."""
     try:
-        return to_dict(from_dict(Config, yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))))
-    except (OSError, ValueError, yaml.YAMLError):
+        values = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        known = {
+            section: {key: value for key, value in keys.items() if f"{section}.{key}" in RULE_OF}
+            for section, keys in values.items()
+            if section in RULES
+        }
+        return to_dict(from_dict(Config, known))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return {}
 
 

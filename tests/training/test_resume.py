@@ -163,6 +163,7 @@ def test_a_checkpoint_that_records_no_configuration_is_read_with_the_runs_config
     old = to_dict(replace(config, model=MODEL))
     for key in ("schedule_steps", "schedule_start", "kind", "train"):  # keys that version 0.1.0 did not have
         del old["optim"][key]
+    old["data"]["removed"] = 1  # and one that this version does not have
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
     saved = saved_values(state, tmp_path, "c/step-20")
     assert saved["train.steps"] == 20 and saved["optim.kind"] == "sgd"
