@@ -57,7 +57,7 @@ RULES: dict[str, dict[str, str]] = {
     "data": {
         CONTENT: "kind vocab_size tokenizer heldout_fraction heldout_max_bytes code_bytes prose_bytes "
         "arithmetic_bytes paths text_key domain_key hub_path hub_name hub_split hub_revision max_documents "
-        "messages_key",
+        "messages_key ignore_keys",
         LISTED: "cross_documents",
         FREE: "cache",
     },
@@ -145,6 +145,9 @@ def saved_values(state: Mapping[str, Any], directory: Path, checkpoint: str) -> 
     values |= meaning
     if router is not None:
         values["router.normalize"] = router.normalizes(model.top_k or 1)
+    if "train.steps" in values and not values.get("optim.schedule_steps"):
+        # In version 0.1.0 a schedule had the length of the run.
+        values |= {"optim.schedule_steps": values["train.steps"], "optim.schedule_start": 0}
     return values
 
 
@@ -241,8 +244,7 @@ def resolve_schedule(config: Config, saved: Mapping[str, Any], done: int) -> Opt
     kept_start = saved.get("optim.schedule_start") or 0
     start = kept_start if optim.schedule_start is None else optim.schedule_start
     expect(start <= done, "optim.schedule_start", start, f"at most {done}, the steps that the run has done")
-    # Version 0.1.0 had no length of its own: it was `train.steps`.
-    kept = saved.get("optim.schedule_steps") or saved.get("train.steps")
+    kept = saved.get("optim.schedule_steps")
     length = optim.schedule_steps or (kept if kept is not None and start == kept_start else steps - start)
     expect(length >= 1, "optim.schedule_start", start, f"less than train.steps={steps}, or optim.schedule_steps")
     expect(

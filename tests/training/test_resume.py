@@ -167,6 +167,7 @@ def test_a_checkpoint_that_records_no_configuration_is_read_with_the_runs_config
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
     saved = saved_values(state, tmp_path, "c/step-20")
     assert saved["train.steps"] == 20 and saved["optim.kind"] == "sgd"
+    assert changed(config, saved | {"optim.kind": "adamw"}) == []
     assert resolve_schedule(config_of(steps=40), saved, 20).schedule_steps == 20
     with pytest.raises(CheckpointError, match=r"^optim.kind=adamw: expected sgd as in the checkpoint"):
         changed(config_of(steps=40), saved)
