@@ -229,7 +229,7 @@ class Router(nn.Module):
         if first_E is None:
             return logits_BSE
         # The values are those of the first of equal rows. The gradient stays that of each row.
-        return logits_BSE + (logits_BSE.index_select(-1, first_E) - logits_BSE).detach()
+        return logits_BSE.detach().index_select(-1, first_E) + (logits_BSE - logits_BSE.detach())
 
     def compute_scores(self, logits_BSE: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores [B, S, E] and the probabilities [B, S, E].
