@@ -100,7 +100,8 @@ class LocalDispatcher(nn.Module):
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: LocalPlan) -> Tensor:
         """Return the weighted sum of the outputs `y_RD` for each token, [T, D]."""
-        y_TD: Tensor = _Combine.apply(y_RD, routing.weights_TK, plan)
+        wide = torch.promote_types(routing.weights_TK.dtype, y_RD.dtype)
+        y_TD: Tensor = _Combine.apply(y_RD, routing.weights_TK.to(wide), plan)
         return y_TD
 
     def extra_repr(self) -> str:
