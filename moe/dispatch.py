@@ -100,7 +100,8 @@ class LocalDispatcher(nn.Module):
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: LocalPlan) -> Tensor:
         """Return the weighted sum of the outputs `y_RD` for each token, [T, D]."""
-        y_TD: Tensor = _Combine.apply(y_RD, routing.weights_TK.to(y_RD.dtype), plan)
+        wide = torch.promote_types(routing.weights_TK.dtype, y_RD.dtype)
+        y_TD: Tensor = _Combine.apply(y_RD, routing.weights_TK.to(wide), plan)
         return y_TD
 
     def extra_repr(self) -> str:
@@ -133,17 +134,33 @@ class _Scatter(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
+    """Multiplies bf16 rows by fp32 weights, and rounds each product or sum. The weights of a token, such as 1/3, can be
+    the same for all tokens. If they were rounded to bf16, outputs and gradients would all be wrong by the same factor.
+    """
+
     @staticmethod
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, plan: LocalPlan) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(y_RD, weights_TK)
-        return torch.bmm(weights_TK.unsqueeze(1), _rows_of_assignments(y_RD, plan)).squeeze(1)
+        y_TKD = _rows_of_assignments(y_RD, plan)
+        if y_RD.device.type == "cpu":  # where a small matmul is faster in fp32 than in bf16
+            return torch.bmm(weights_TK.unsqueeze(1), y_TKD.to(weights_TK.dtype)).squeeze(1).to(y_RD.dtype)
+        return torch.bmm(torch.stack(_in_parts(weights_TK, y_RD.dtype), dim=1), y_TKD).sum(dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, weights_TK = ctx.saved_tensors
         plan: LocalPlan = ctx.plan
         weight_R1 = _with_zero(weights_TK.flatten(), plan).index_select(0, plan.assignments_R).unsqueeze(1)
-        grad_y_RD = _with_zero(grad_TD, plan).index_select(0, plan.tokens_R) * weight_R1
+        grad_RD = _with_zero(grad_TD, plan).index_select(0, plan.tokens_R)
+        weight_R1, *rest = _in_parts(weight_R1, grad_RD.dtype)
+        grad_y_RD = torch.addcmul(grad_RD * rest[0], grad_RD, weight_R1) if rest else grad_RD * weight_R1
         grad_weights_TK = torch.bmm(_rows_of_assignments(y_RD, plan), grad_TD.unsqueeze(2)).squeeze(2)
-        return grad_y_RD, grad_weights_TK, None
+        return grad_y_RD, grad_weights_TK.to(weights_TK.dtype), None
+
+
+def _in_parts(weights: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return tensors of `dtype` whose sum is `weights`: one, or if `dtype` is narrower, the rounded weights and the
+    rounding errors."""
+    rounded = weights.to(dtype)
+    return [rounded] if dtype == weights.dtype else [rounded, (weights - rounded).to(dtype)]

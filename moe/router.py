@@ -23,8 +23,10 @@ from moe.noise import fill_rows, uniform
 from moe.selection import (
     count,
     expert_capacity,
+    first_equal_rows,
     limit_to_groups,
     most_probable,
+    tie_tolerance,
     top_k_stable,
     within_capacity,
 )
@@ -112,8 +114,9 @@ class Router(nn.Module):
     `update_after_step`. Its parameters are those that its configuration names (`RouterConfig.weight_shapes`).
 
     Logits, scores and losses are computed in at least fp32, whatever the model's dtype. Equal scores go to the expert
-    with the lower index. Capacity is decided over whole sequences, which `rows` fetches where this rank stores parts
-    of them. The statistics cover the tokens of this rank.
+    with the lower index, and where tokens compete, to the earlier token, also if they are equal up to rounding only
+    (`moe.selection.best_of_sequence`). Capacity is decided over whole sequences, which `rows` fetches where this rank
+    stores parts of them. The statistics cover the tokens of this rank.
 
     Attributes:
         rows: seam: access to whole sequences (context and tensor parallelism install another).
@@ -168,19 +171,23 @@ class Router(nn.Module):
             ValueError: jitter in training without `noise_keys_BS`.
         """
         num_experts = self.num_experts
-        x_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
+        compute_dtype, wide = x_BSD.dtype, torch.promote_types(x_BSD.dtype, torch.float32)
+        x_BSD, tolerance = x_BSD.to(wide), tie_tolerance(compute_dtype, wide)
         logits_BSE = self.compute_logits(x_BSD, noise_keys_BS)
         scores_BSE, probs_BSE = self.compute_scores(logits_BSE)
         mask_BS = torch.ones_like(x_BSD[..., 0], dtype=torch.bool) if valid_BS is None else valid_BS
         mask_BS1 = mask_BS.unsqueeze(-1).long()
 
-        experts_BSK, taken_BSK = self.choose_experts(logits_BSE.detach(), scores_BSE.detach(), mask_BS)
+        if self.tokens_choose:
+            experts_BSK, taken_BSK = self.choose_experts(logits_BSE.detach(), scores_BSE.detach(), mask_BS)
+        else:
+            experts_BSK, taken_BSK = self.choose_tokens(scores_BSE.detach(), mask_BS, tolerance)
         weights_BSK = self.compute_weights(scores_BSE, experts_BSK)
         decision = Decision(x_BSD, logits_BSE, scores_BSE, experts_BSK, weights_BSK, mask_BS)
         extra_BX = self.compute_extra(decision)
         self._check_shapes(experts_BSK, taken_BSK, weights_BSK, extra_BX)
         counts_BE = count(experts_BSK, taken_BSK, num_experts)
-        kept_BSK = self._keep_within_capacity(scores_BSE.detach(), experts_BSK, taken_BSK, counts_BE)
+        kept_BSK = self._keep_within_capacity(scores_BSE.detach(), experts_BSK, taken_BSK, counts_BE, tolerance)
 
         stats = RouterStats(
             counts_BE=counts_BE,
@@ -205,7 +212,8 @@ class Router(nn.Module):
     def compute_logits(self, x_BSD: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
         """Return the logits [B, S, E] of the input.
 
-        In training the input is multiplied by jitter (Switch, arXiv 2101.03961).
+        In training the input is multiplied by jitter (Switch, arXiv 2101.03961). Experts with equal rows of the weight
+        get equal logits. The kernel of a matmul can round them differently.
 
         Raises:
             ValueError: jitter in training without `noise_keys_BS`.
@@ -216,7 +224,12 @@ class Router(nn.Module):
                 raise ValueError(f"router.jitter={jitter}: expected noise keys of the tokens in training")
             draws_BSD = uniform(noise_keys_BS, self.layer, x_BSD.shape[-1], x_BSD.dtype)
             x_BSD = x_BSD * (1 - jitter + 2 * jitter * draws_BSD)
-        return F.linear(x_BSD, self.weight.to(x_BSD.dtype))
+        logits_BSE = F.linear(x_BSD, self.weight.to(x_BSD.dtype))
+        first_E = first_equal_rows(self.weight.detach())
+        if first_E is None:
+            return logits_BSE
+        # The values are those of the first of equal rows. The gradient stays that of each row.
+        return logits_BSE.detach().index_select(-1, first_E) + (logits_BSE - logits_BSE.detach())
 
     def compute_scores(self, logits_BSE: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores [B, S, E] and the probabilities [B, S, E].
@@ -246,6 +259,17 @@ class Router(nn.Module):
             ranked_BSE = limit_to_groups(ranked_BSE, self.config.num_groups, self.config.topk_groups, self.GROUP_TOP)
         experts_BSK = top_k_stable(ranked_BSE, self.top_k)
         return experts_BSK, mask_BS.unsqueeze(-1).long().expand_as(experts_BSK)
+
+    def choose_tokens(self, scores_BSE: Tensor, mask_BS: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+        """Let the experts choose tokens, where `tokens_choose` is False. No gradient.
+
+        Args:
+            tolerance: scores whose log-odds differ by at most this are equal up to rounding.
+
+        Returns:
+            As `choose_experts`. K can be larger than `top_k`.
+        """
+        raise NotImplementedError(f"router.kind={self.config.kind} has no choose_tokens")
 
     def compute_weights(self, scores_BSE: Tensor, experts_BSK: Tensor) -> Tensor:
         """Return the combine weights [B, S, K]: the chosen experts' scores, renormalised and scaled as configured."""
@@ -317,7 +341,7 @@ class Router(nn.Module):
         return batch * expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, self.num_experts)
 
     def _keep_within_capacity(
-        self, scores_BSE: Tensor, experts_BSK: Tensor, taken_BSK: Tensor, counts_BE: Tensor
+        self, scores_BSE: Tensor, experts_BSK: Tensor, taken_BSK: Tensor, counts_BE: Tensor, tolerance: float
     ) -> Tensor:
         """Return 1 where an assignment counts and fits into its expert's capacity, else 0, int64 [B, S, K]."""
         if self.capacity_factor is None or not self.tokens_choose:
@@ -327,7 +351,7 @@ class Router(nn.Module):
             scores_BSK = scores_BSE.gather(-1, experts_BSK).masked_fill(taken_BSK == 0, -torch.inf)
             whole_scores_BSK, whole_experts_BSK = self.rows.gather(scores_BSK), self.rows.gather(experts_BSK)
             capacity = expert_capacity(self.capacity_factor, self.top_k, whole_scores_BSK.shape[1], num_experts)
-            kept_BSK = most_probable(whole_scores_BSK, whole_experts_BSK, num_experts, capacity)
+            kept_BSK = most_probable(whole_scores_BSK, whole_experts_BSK, num_experts, capacity, tolerance)
             return taken_BSK * self.rows.slice_local(kept_BSK)
         # By position, only the number of assignments in the earlier pieces P of the sequence matters.
         batch, pieces = counts_BE.shape[0], self.rows.pieces

@@ -1,6 +1,6 @@
 """Selection of experts by score: top-k, group limits, expert choice, capacity. No gradient passes through.
 
-Shapes: B batch (sequences), S sequence, E experts, K top-k, G groups, C capacity.
+Shapes: B batch (sequences), S sequence, D model, E experts, K top-k, G groups, C capacity, U unique rows.
 """
 
 import math
@@ -14,6 +14,21 @@ def top_k_stable(scores: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest scores of the last dimension, best first. Of equal scores, the one with the
     lower index comes first."""
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def first_equal_rows(weight_ED: Tensor) -> Tensor | None:
+    """Return for each row of a matrix the index of the first row that is equal to it, int64 [E].
+
+    Returns:
+        None if all rows differ, and on devices other than CPUs: there, a matmul rounds all columns of its result in
+        the same way.
+    """
+    if weight_ED.device.type != "cpu" or len(weight_ED[:, 0].unique()) == len(weight_ED):
+        return None
+    unique_UD, unique_of_row_E = weight_ED.unique(dim=0, return_inverse=True)
+    rows_E = torch.arange(len(weight_ED))
+    first_U = rows_E.new_full((len(unique_UD),), len(weight_ED)).scatter_reduce_(0, unique_of_row_E, rows_E, "amin")
+    return first_U[unique_of_row_E]
 
 
 def limit_to_groups(scores_BSE: Tensor, num_groups: int, topk_groups: int, best_of_group: int) -> Tensor:
@@ -32,21 +47,59 @@ def limit_to_groups(scores_BSE: Tensor, num_groups: int, topk_groups: int, best_
     return grouped_BSGe.masked_fill(outside_BSG.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
-def choose_tokens(scores_BSE: Tensor, mask_BS: Tensor, capacity: int) -> Tensor:
+def tie_tolerance(compute_dtype: torch.dtype, score_dtype: torch.dtype) -> float:
+    """Return by how much the log-odds ln(p / (1 - p)) of two scores that are equal by construction can differ after
+    rounding.
+
+    Hidden states are rounded to `compute_dtype`. Everything else accumulates the rounding errors of `score_dtype`,
+    which were between 1 and 1,000 times its epsilon in models of up to eight layers (docs/losses.md).
+    """
+    return max(torch.finfo(score_dtype).eps ** 0.5, 2 * torch.finfo(compute_dtype).eps)
+
+
+def best_of_sequence(scores_BSE: Tensor, capacity: int, tolerance: float) -> Tensor:
+    """Return True where a score is among the `capacity` highest ones of its expert in the sequence, [B, S, E].
+
+    Scores that are equal up to rounding to the lowest of these compete by position: the earlier ones are taken. Tokens
+    with equal prefixes in a packed row have equal scores by construction, but kernels round them differently, depending
+    on the layout. The set therefore depends on rounding only if a score lies at the edge of the tolerance.
+
+    Args:
+        scores_BSE: -inf where there is nothing to take.
+        tolerance: the result of `tie_tolerance`.
+    """
+    sorted_BSE, order_BSE = scores_BSE.sort(dim=1, descending=True, stable=True)
+    lowest_B1E = sorted_BSE[:, :capacity][:, -1:]
+    # If the log-odds differ by d, probabilities differ by p (1 - p) d. Scores above 1 are not probabilities.
+    spread_B1E = lowest_B1E.abs() * (1 - lowest_B1E).abs().clamp(max=1) * tolerance
+    # The probabilities themselves are rounded, and numbers below the smallest normal one have few digits.
+    limits = torch.finfo(scores_BSE.dtype)
+    spread_B1E = (spread_B1E + 4 * limits.eps * lowest_B1E.abs() + limits.tiny).nan_to_num(posinf=0)
+    higher_BSE = sorted_BSE > lowest_B1E + spread_B1E
+    equal_BSE = (sorted_BSE >= lowest_B1E - spread_B1E) & ~higher_BSE
+    # Only results of `sort` decide, which the recomputation of activations does not repeat (`moe.recompute`).
+    level_BSE = torch.zeros_like(order_BSE, dtype=torch.int8)
+    level_BSE.scatter_(1, order_BSE, 2 * higher_BSE.to(torch.int8) + equal_BSE.to(torch.int8))
+    equal_BSE = level_BSE == 1
+    places_B1E = capacity - higher_BSE.sum(dim=1, keepdim=True)
+    return (level_BSE == 2) | (equal_BSE & (equal_BSE.cumsum(dim=1) <= places_B1E))
+
+
+def choose_tokens(scores_BSE: Tensor, mask_BS: Tensor, capacity: int, tolerance: float) -> Tensor:
     """Let each expert take the `capacity` highest-scored tokens of the sequence (expert choice, arXiv 2202.09368).
 
-    Of tokens with equal scores, the earlier one is taken. An expert takes fewer tokens if the sequence has fewer.
+    Of tokens whose scores are equal up to rounding, the earlier one is taken. An expert takes fewer tokens if the
+    sequence has fewer.
 
     Args:
         mask_BS: False on padding, which no expert takes.
+        tolerance: the result of `tie_tolerance`.
 
     Returns:
         True where the expert takes the token, [B, S, E].
     """
-    scores_BSE = scores_BSE.masked_fill(~mask_BS.unsqueeze(-1), -torch.inf)
-    best_BCE = scores_BSE.sort(dim=1, descending=True, stable=True).indices[:, :capacity]
-    taken_BSE = torch.zeros_like(scores_BSE, dtype=torch.bool).scatter_(1, best_BCE, True)
-    return taken_BSE & mask_BS.unsqueeze(-1)
+    mask_BS1 = mask_BS.unsqueeze(-1)
+    return best_of_sequence(scores_BSE.masked_fill(~mask_BS1, -torch.inf), capacity, tolerance) & mask_BS1
 
 
 def expert_capacity(capacity_factor: float, top_k: int, seq_len: int, num_experts: int) -> int:
@@ -80,25 +133,25 @@ def within_capacity(experts_BSK: Tensor, taken_BSK: Tensor, before_BE: Tensor, c
     return (rank_BSK <= capacity).long()
 
 
-def most_probable(scores_BSK: Tensor, experts_BSK: Tensor, num_experts: int, capacity: int) -> Tensor:
+def most_probable(
+    scores_BSK: Tensor, experts_BSK: Tensor, num_experts: int, capacity: int, tolerance: float
+) -> Tensor:
     """Return 1 where an assignment is among the `capacity` highest-scored ones of its expert in the sequence, else 0.
 
-    Of equal scores, that of the earlier token ranks higher. A later token can displace an earlier one, so this policy
-    leaks the future.
+    Of scores that are equal up to rounding, that of the earlier token ranks higher. A later token can displace an
+    earlier one, so this policy leaks the future.
 
     Args:
         scores_BSK: score of each assignment; -inf where the assignment does not count (padding).
         experts_BSK: expert of each assignment.
+        tolerance: the result of `tie_tolerance`.
 
     Returns:
         int64 [B, S, K].
     """
     scores_BSE = scores_BSK.new_full((*experts_BSK.shape[:2], num_experts), -torch.inf)
     scores_BSE.scatter_(-1, experts_BSK, scores_BSK)
-    order_BSE = scores_BSE.sort(dim=1, descending=True, stable=True).indices
-    ranks = torch.arange(scores_BSE.shape[1], device=scores_BSE.device).view(1, -1, 1).expand_as(order_BSE)
-    rank_BSE = torch.empty_like(order_BSE).scatter_(1, order_BSE, ranks)
-    return (rank_BSE.gather(-1, experts_BSK) < capacity).long()
+    return best_of_sequence(scores_BSE, capacity, tolerance).gather(-1, experts_BSK).long()
 
 
 def count(experts_BSK: Tensor, taken_BSK: Tensor, num_experts: int) -> Tensor:

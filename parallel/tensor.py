@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moe.attention.attention import Attention
 from moe.feedforward import FeedForward
-from moe.losses import IGNORE, TokenNats
+from moe.losses import IGNORE, TokenNats, scaled_gradient
 from moe.model import Lookup, Transformer
 from parallel.collectives import GatherSequence, ScatterSequence, SliceSequence
 from parallel.mesh import Mesh
@@ -91,12 +91,15 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         dist.all_reduce(sums, group=group)
         counted_BS = labels_BS != IGNORE
         nats_BS = (sums[0].log() + largest_BS - sums[1]) * counted_BS
-        p_BSv.div_(sums[0].unsqueeze(-1)).scatter_add_(-1, target_BS1, -on_rank_BS.to(wide).unsqueeze(-1))
-        ctx.save_for_backward(p_BSv.mul_(counted_BS.unsqueeze(-1)).to(logits_BSv.dtype))
+        p_BSv.div_(sums[0].unsqueeze(-1)).mul_(counted_BS.unsqueeze(-1))
+        # Where the label is in the shard of another rank, this is the number at index 0, which stays as it is.
+        label_grad_BS1 = p_BSv.gather(-1, target_BS1) - on_rank_BS.to(wide).unsqueeze(-1)
+        ctx.save_for_backward(p_BSv.to(logits_BSv.dtype), label_grad_BS1, target_BS1)
         ctx.mark_non_differentiable(nats_BS)
         return nats_BS.sum(), nats_BS
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None]:
-        (grad_BSv,) = ctx.saved_tensors
-        return grad_BSv * grad.to(grad_BSv.dtype), None, None
+        p_BSv, label_grad_BS1, target_BS1 = ctx.saved_tensors
+        grad_Tv = scaled_gradient(p_BSv.flatten(0, 1), label_grad_BS1.flatten(), target_BS1.flatten(), grad)
+        return grad_Tv.view_as(p_BSv), None, None

@@ -74,8 +74,9 @@ def pick(logits_BV: Tensor, sampling: Sampling, draws_B: Tensor) -> Tensor:
     sorted_BV, order_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
     probs_BV = sorted_BV[:, : sampling.top_k].softmax(dim=-1)
     before_BV = probs_BV.cumsum(dim=-1) - probs_BV
-    # The most probable token always remains: the probability before it is 0.
-    probs_BV = probs_BV.masked_fill(before_BV >= sampling.top_p, 0)
+    # The most probable token always remains: the probability before it is 0. Sums of equal probabilities, such as 0.1
+    # three times, equal top_p only up to rounding.
+    probs_BV = probs_BV.masked_fill(before_BV >= sampling.top_p * (1 - 1e-12), 0)
     reached_BV = probs_BV.cumsum(dim=-1)
     index_B = (reached_BV <= draws_B.unsqueeze(1) * reached_BV[:, -1:]).sum(dim=-1)
     last_B = (probs_BV > 0).sum(dim=-1) - 1

@@ -29,13 +29,12 @@ class ExpertChoiceRouter(Router):
         """Whether each token takes exactly `top_k` experts. It does so only while text is generated."""
         return self.generating
 
-    def choose_experts(self, logits_BSE: Tensor, scores_BSE: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def choose_tokens(self, scores_BSE: Tensor, mask_BS: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
         """Return all experts of every token, K = E. The experts that take the token come first."""
-        if self.tokens_choose:
-            return super().choose_experts(logits_BSE, scores_BSE, mask_BS)
         whole_BSE = self.rows.gather(scores_BSE)
         seq_len, num_experts = whole_BSE.shape[1:]
         capacity = expert_capacity(self.capacity_factor or 1.0, self.top_k, seq_len, num_experts)
-        chosen_BSE = self.rows.slice_local(choose_tokens(whole_BSE, self.rows.gather(mask_BS), capacity))
+        whole_chosen_BSE = choose_tokens(whole_BSE, self.rows.gather(mask_BS), capacity, tolerance)
+        chosen_BSE = self.rows.slice_local(whole_chosen_BSE)
         experts_BSE = top_k_stable(scores_BSE.masked_fill(~chosen_BSE, -torch.inf), num_experts)
         return experts_BSE, chosen_BSE.gather(-1, experts_BSE).long()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe.config import RouterConfig
 from moe.router import ROUTERS, Router, positive
+from moe.selection import first_equal_rows
 
 
 @ROUTERS.register("sigmoid_topk")
@@ -32,8 +33,13 @@ class SigmoidTopKRouter(Router):
         return scores_BSE, scores_BSE / positive(scores_BSE.sum(dim=-1, keepdim=True))
 
     def rank_experts(self, logits_BSE: Tensor, scores_BSE: Tensor) -> Tensor:
-        """Return the scores plus the bias."""
-        return scores_BSE + self.bias
+        """Return the scores plus the bias. Experts with equal rows of the weight have equal scores here.
+
+        Kernels compute the sigmoid of the last numbers of a tensor in another way than that of the others, and can
+        round equal logits differently.
+        """
+        first_E = first_equal_rows(self.weight.detach())
+        return (scores_BSE if first_E is None else scores_BSE.index_select(-1, first_E)) + self.bias
 
     @torch.no_grad()
     def update_after_step(self, counts_E: Tensor) -> None:

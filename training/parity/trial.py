@@ -28,27 +28,33 @@ from training.step import StepResult, train_step
 
 LENGTHS = (16, 9, 16, 0, 13, 16, 3, 16)
 """Tokens of the rows, in turn. The rest of each row is padding."""
+STARTS = 0.3
+"""Probability that a document starts at a token."""
 
 
 def rows_of_step(step: int, rows: int) -> dict[str, Tensor]:
     """Return the rows of one optimizer step, [B, S] with B = `rows`, as the fields of `data.batch.Batch`.
 
-    Each row has one or two documents.
+    The documents of a row are short and begin with the same tokens, the first four of which are equal. They have
+    equal scores by construction, so that routers in which tokens compete have to break many ties.
     """
     generator = torch.Generator().manual_seed(step)
-    # The tokens of a row are all different. Where tokens compete for experts, equal tokens can tie exactly, and the
-    # rounding of a layout would decide.
-    tokens = torch.rand(rows, VOCABULARY, generator=generator).argsort(dim=1)[:, :LENGTH]
-    second_start = torch.randint(1, LENGTH, (rows, 1), generator=generator)
     place = torch.arange(LENGTH).expand(rows, -1)
+    starts = torch.rand(rows, LENGTH, generator=generator) < STARTS
+    starts[:, 0] = True
+    first = place.where(starts, 0).cummax(dim=1).values
+    text = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
+    text[:, 1:4] = text[:, :1]
+    positions = place - first
     lengths = torch.tensor([LENGTHS[row % len(LENGTHS)] for row in range(rows)]).unsqueeze(1)
     padding = place >= lengths
     labels = torch.randint(0, VOCABULARY, (rows, LENGTH), generator=generator)
+    last = torch.cat((starts[:, 1:], starts.new_zeros(rows, 1)), dim=1)
     return {
-        "tokens_BS": tokens.masked_fill(padding, 0),
-        "labels_BS": labels.masked_fill(padding | (place == second_start - 1), IGNORE),
-        "positions_BS": torch.where(place >= second_start, place - second_start, place).masked_fill(padding, 0),
-        "documents_BS": (place >= second_start).int().masked_fill(padding, -1),
+        "tokens_BS": text.gather(1, positions).masked_fill(padding, 0),
+        "labels_BS": labels.masked_fill(padding | last, IGNORE),
+        "positions_BS": positions.masked_fill(padding, 0),
+        "documents_BS": (starts.cumsum(dim=1) - 1).int().masked_fill(padding, -1),
         "domains_BS": torch.zeros(rows, LENGTH, dtype=torch.uint8),
         "numbers_BS": (torch.arange(rows * LENGTH) + step * rows * LENGTH).view(rows, LENGTH),
     }

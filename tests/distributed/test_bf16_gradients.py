@@ -1,0 +1,80 @@
+"""Projections of bf16 gradients, as in tests/moe/test_bf16_gradients.py, for the functions of several ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from moe.attention.attention import AttentionCore
+from moe.losses import IGNORE
+from moe.token_context import TokenContext
+from parallel.collectives import all_gather_rows, all_to_all_rows, gather_dim, reduce_scatter_rows, scatter_dim
+from parallel.context import ContextCore
+from parallel.expert import _Permute
+from parallel.pipeline import _CarryLoss
+from parallel.tensor import sharded_token_nats
+from tests.distributed.harness import run_ranks
+from tests.moe.test_bf16_gradients import LABELS, assert_projects_to_one
+
+
+def cross_entropy(rank, world, group):
+    labels = torch.randint(0, 100, (2, 8192))
+    labels[:, ::9] = IGNORE
+    for skill in (0.0, 8.0):
+        logits = 0.02 * torch.randn(2, 8192, 100)
+        logits.scatter_add_(2, labels.clamp(min=0).unsqueeze(2), skill * torch.rand(2, 8192, 1))
+        shard = logits.bfloat16().chunk(world, 2)[rank].clone().requires_grad_()
+        exact = logits.bfloat16().double().requires_grad_()
+        F.cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum").backward()
+        for count in LABELS:
+            (gradient,) = torch.autograd.grad(sharded_token_nats(shard, labels, group).sum / count, shard)
+            assert_projects_to_one(gradient, exact.grad.chunk(world, 2)[rank] / count, 2e-4)
+
+
+def fetched_keys(rank, world, group):
+    q, k, v, grad = (torch.randn(1, 2, 256, 16).bfloat16() for _ in range(4))
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    reference = F.scaled_dot_product_attention(*exact, is_causal=True)
+    expected = torch.autograd.grad(reference, exact, grad.double())
+    local = [x.chunk(world, 2)[rank].clone().requires_grad_() for x in (q, k, v)]
+    out = ContextCore(AttentionCore(None), group)(*local, TokenContext())
+    for mine, whole in zip(torch.autograd.grad(out, local, grad.chunk(world, 2)[rank]), expected, strict=True):
+        assert_projects_to_one(mine, whole.chunk(world, 2)[rank], 5e-4)
+
+
+def collectives(rank, world, group):
+    """Sums and exchanges of gradients that all ranks draw: the exact sum is known."""
+    whole = torch.randn(world, 64, 128).bfloat16()
+    grads = torch.randn(world, 64, 128).bfloat16()
+    order = torch.randperm(64)
+    half = [32] * world
+    cases = {
+        "gather": (lambda x: gather_dim(x.chunk(world)[rank], 0, group), lambda g: g.sum(0).chunk(world)[rank], 32),
+        "scatter": (lambda x: scatter_dim(x, 0, group), lambda g: torch.cat([g[p, :32] for p in range(world)]), 64),
+        "rows": (lambda x: all_to_all_rows(x, half, half, group),
+                 lambda g: torch.cat([g[p].chunk(world)[rank] for p in range(world)]), 64),
+        "gather rows": (lambda x: all_gather_rows(x.chunk(world)[rank], half, group),
+                        lambda g: g.sum(0).chunk(world)[rank], 32),
+        "reduce rows": (lambda x: reduce_scatter_rows(x, half, group), lambda g: torch.cat(list(g[:, :32])), 64),
+        "permute": (lambda x: _Permute.apply(x, order, order.argsort()), lambda g: g[rank][order.argsort()], 64),
+        "carry": (lambda x: _CarryLoss.apply(x, x.float().sum() * 0), lambda g: g[rank], 64),
+    }  # fmt: skip
+    for name, (function, expected, rows) in cases.items():
+        x = whole[rank].clone().requires_grad_()
+        y = function(x)
+        (gradient,) = torch.autograd.grad(y, x, grads[rank][: len(y)])
+        gradient = gradient.chunk(world)[rank] if rows == 32 else gradient
+        assert_projects_to_one(gradient, expected(grads.double()), 2e-4), name
+
+
+def everything(rank, world):
+    torch.manual_seed(0)
+    group = dist.group.WORLD
+    cross_entropy(rank, world, group)
+    fetched_keys(rank, world, group)
+    collectives(rank, world, group)
+
+
+@pytest.mark.slow
+def test_bf16_gradients_of_two_ranks_have_no_systematic_error():
+    run_ranks(everything, 2)
