@@ -7,9 +7,8 @@
 
 import os
 
-from parallel.startup.launch import die_with_parent
 from scripts.cli.command_line import run_tool
-from scripts.cli.workers import in_processes
+from scripts.cli.workers import in_processes, prepare_launched
 from training.generation.config import GenerateConfig
 
 
@@ -19,7 +18,7 @@ def generate_text(config: GenerateConfig) -> None:
     from training.generation.worker import generate_on_rank
 
     if "RANK" in os.environ:
-        die_with_parent()
+        prepare_launched(config.launch)
         generate_on_rank(config)
     else:
         in_processes(config.launch, generate_on_rank, config, read_request(config))

@@ -8,9 +8,8 @@
 
 import os
 
-from parallel.startup.launch import die_with_parent
 from scripts.cli.command_line import run_tool
-from scripts.cli.workers import in_processes
+from scripts.cli.workers import in_processes, prepare_launched
 from training.parity.config import ParityConfig
 
 
@@ -20,7 +19,7 @@ def check_parity(config: ParityConfig) -> None:
     from training.parity.jobs import select_jobs
 
     if "RANK" in os.environ:
-        die_with_parent()
+        prepare_launched(config.launch)
         equal = check_on_rank(config)
     else:
         select_jobs(config, config.launch.nproc)  # Report a mistake before any worker starts.
