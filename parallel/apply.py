@@ -19,7 +19,7 @@ from parallel.fsdp import shard_weights
 from parallel.mesh import Mesh
 from parallel.tensor import shard_tensors
 from parallel.weight_shards import shard_locator
-from parallel.weight_specs import check_weights
+from parallel.weight_specs import check_weights, named_weights
 
 
 def build_model(
@@ -57,7 +57,7 @@ def build_model(
     if mesh.sequence.size() > 1:
         install_rows(model, mesh.sequence, mesh.layout)
     set_recompute(model, recompute)
-    model.local_shard = shard_locator(mesh)
+    model.local_shard = shard_locator(mesh, named_weights(config, router))
     if mesh.layout.shard > 1:
         shard_weights(model, mesh, offload=offload, keep_gathered=layers is not None)
     model.to_empty(device="cpu" if offload else mesh.device)
