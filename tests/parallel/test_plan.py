@@ -21,6 +21,7 @@ from parallel.context import rows_to_each
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.planning.auto import Choice, resolve
+from parallel.planning.check import check_layout
 from parallel.planning.plan import (
     HEADER,
     Plan,
@@ -54,6 +55,8 @@ MODEL = ModelConfig(
     dim=16, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=4, hidden_dim=24, num_experts=8, top_k=2,
     expert_hidden_dim=12, num_shared_experts=1, first_k_dense=1, vocab_size=40,
 )  # fmt: skip
+UNEVEN = replace(MODEL, num_kv_heads=1, hidden_dim=23, expert_hidden_dim=13, vocab_size=41)
+"""Tensor parallelism divides none of its dims but the query heads."""
 DENSE = replace(MODEL, num_experts=None, top_k=None, expert_hidden_dim=None, num_shared_experts=0, first_k_dense=0)
 ODD = replace(MODEL, dim=18, num_experts=6, expert_hidden_dim=10, num_shared_experts=0, tie_embeddings=True)
 """FSDP shards its norms, embedding and experts into shards of unequal size."""
@@ -81,7 +84,7 @@ def test_specs_are_those_of_the_built_model(name: str) -> None:
     check_weights(built, config.model, config.router)
     for key, weight in listed.items():
         leaf = key.removesuffix(".weight").rpartition(".")[2]
-        dims = {"tensor": TENSOR_DIMS, "experts": EXPERT_TENSOR_DIMS}.get(weight.kind, {})
+        dims = {"tensor": TENSOR_DIMS, "kv_heads": TENSOR_DIMS, "experts": EXPERT_TENSOR_DIMS}.get(weight.kind, {})
         assert (weight.kind, weight.tensor_dim) == (kind(key), dims.get(leaf)), key
 
 
@@ -189,7 +192,7 @@ def planned(
     return plan(layout, parallel, workload(layout, model, router, **options))
 
 
-@pytest.mark.parametrize("model", [MODEL, ODD], ids=["model", "odd"])
+@pytest.mark.parametrize("model", [MODEL, ODD, UNEVEN], ids=["model", "odd", "uneven"])
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -200,6 +203,7 @@ def planned(
         ParallelConfig(pipeline=2, shard=4, expert=2),
         ParallelConfig(pipeline=2, schedule="interleaved", tensor=2, expert=2),
         ParallelConfig(pipeline=2, stage_layers=(1, 5)),
+        ParallelConfig(tensor=4, expert=2, expert_tensor=2),
     ],
     ids=lambda parallel: " ".join(f"{k}={v}" for k, v in vars(parallel).items() if v != getattr(ParallelConfig(), k)),
 )
@@ -280,6 +284,10 @@ def test_rows_and_gradients_by_hand() -> None:
     layout = Layout(replicate=2, shard=2)
     assert gradient_bytes(weights, layout, workload(layout)) == elements / 2 * 4
     assert gradient_bytes(weights, Layout(shard=2), workload(Layout(shard=2))) == 0
+    # Two ranks store each of the two key/value heads [4, 16], and four all norms [16]: 6 layers, and the last norm.
+    layout = ParallelConfig(tensor=4).layout(4, DENSE)
+    weights = count_weights(DENSE, ROUTER, range(6))
+    assert gradient_bytes(weights, layout, workload(layout)) == 4 * (6 * 2 * 4 * 16 + 13 * 16 * 2 * 3 / 4)
 
 
 def test_a_layout_that_sends_nothing_and_one_that_sends_everything() -> None:
@@ -397,3 +405,29 @@ def test_too_large_for_all_ranks_together() -> None:
 def test_an_impossible_layout_is_refused(world: int, batch: tuple[int, int, int], given: dict, line: str) -> None:
     with pytest.raises(ValueError, match=f"^{line}"):
         choice("mixtral_tiny", world, world, None, batch, given)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tensor", "line"),
+    [
+        (
+            {"num_heads": 12, "num_kv_heads": 6},
+            4,
+            r"tensor=4: expected a divisor or a multiple of model.num_kv_heads=6$",
+        ),
+        ({"num_heads": 6, "num_kv_heads": 2}, 4, r"tensor=4: expected a divisor of model.num_heads=6$"),
+        ({"num_heads": 6, "num_kv_heads": 1}, 3, r"tensor=3: expected a divisor of train.seq_len=32$"),
+    ],
+)
+def test_tensor_parallelism_divides_heads_and_rows(sizes: dict[str, int], tensor: int, line: str) -> None:
+    model, parallel = replace(MODEL, **sizes), ParallelConfig(tensor=tensor)
+    layout = parallel.layout(tensor, model)
+    with pytest.raises(ValueError, match=f"^{line}"):
+        check_layout(layout, parallel, workload(layout, model))
+
+
+def test_parts_for_the_grouped_kernel_are_multiples_of_eight() -> None:
+    model, parallel = replace(MODEL, expert_hidden_dim=24, expert_kernel="grouped"), ParallelConfig(expert_tensor=2)
+    layout = parallel.layout(2, model)
+    with pytest.raises(ValueError, match="^expert_tensor=2: expected parts of the experts' hidden width 24 that are"):
+        check_layout(layout, parallel, workload(layout, model))

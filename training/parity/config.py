@@ -97,8 +97,8 @@ CASES: Mapping[str, Case] = {
     ),
     "partly_frozen": replace(MIXTRAL, train=("router", "expert:3")),
 }  # fmt: skip
-"""The built-in models by name. Tensor parallelism divides no width of `uneven` and `multi_query` but the query heads. In
-`partly_frozen`, most ranks store no expert that trains if the experts are spread."""
+"""The built-in models by name. Tensor parallelism does not divide the vocabulary of `uneven` and `multi_query`, nor the
+hidden widths of `uneven`. In `partly_frozen`, most ranks store no expert that trains if the experts are spread."""
 
 
 def rows_for(world_size: int) -> int:
