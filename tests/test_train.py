@@ -129,11 +129,10 @@ def check_exported(run_directory: Path, step: int) -> None:
     assert tensors["model.layers.0.self_attn.k_proj.weight"].shape == (16, 64)  # the width of one head
     rows = []
     for source in (run_directory, out):
-        done = run_python(
-            "scripts/generate.py", f"checkpoint={source}", "prompt=1 + 1 =", "max_tokens=8", "format=json"
-        )
+        arguments = (f"checkpoint={source}", "prompt=1 + 1 =", "max_tokens=8", "format=json")
+        done = run_python("scripts/generate.py", *arguments)
         assert done.returncode == 0, done.stderr
-        rows.append(json.loads(done.stdout)["rows"])
+        rows.append(json.loads(done.stdout)["results"])
     assert rows[0] == rows[1]
 
 

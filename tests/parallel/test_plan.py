@@ -1,5 +1,6 @@
 """Plans against what is really built, formulas against hand-computed cases, and the choices of `auto`."""
 
+import itertools
 import re
 from dataclasses import dataclass, field, replace
 
@@ -192,10 +193,8 @@ def planned(
     return plan(layout, parallel, workload(layout, model, router, **options))
 
 
-@pytest.mark.parametrize("model", [MODEL, ODD, UNEVEN], ids=["model", "odd", "uneven"])
-@pytest.mark.parametrize(
-    "parallel",
-    [
+BUILT = [
+    *itertools.product((MODEL, ODD), (
         ParallelConfig(expert=2),
         ParallelConfig(shard=4, tensor=2, expert=2),
         ParallelConfig(shard=8, expert=1),
@@ -203,9 +202,20 @@ def planned(
         ParallelConfig(pipeline=2, shard=4, expert=2),
         ParallelConfig(pipeline=2, schedule="interleaved", tensor=2, expert=2),
         ParallelConfig(pipeline=2, stage_layers=(1, 5)),
-        ParallelConfig(tensor=4, expert=2, expert_tensor=2),
+    )),
+    (UNEVEN, ParallelConfig(tensor=4, expert=2, expert_tensor=2)),
+    (UNEVEN, ParallelConfig(pipeline=2, shard=2, tensor=2, expert=2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    BUILT,
+    ids=[
+        " ".join(f"{key}={value}" for key, value in vars(parallel).items() if value != getattr(ParallelConfig(), key))
+        + {MODEL: "", ODD: " odd", UNEVEN: " uneven"}[model]
+        for model, parallel in BUILT
     ],
-    ids=lambda parallel: " ".join(f"{k}={v}" for k, v in vars(parallel).items() if v != getattr(ParallelConfig(), k)),
 )
 def test_a_plan_has_the_memory_of_what_is_built(model: ModelConfig, parallel: ParallelConfig) -> None:
     """On every rank of eight, none of which is a process."""
@@ -408,19 +418,15 @@ def test_an_impossible_layout_is_refused(world: int, batch: tuple[int, int, int]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "tensor", "line"),
+    ("heads", "tensor", "line"),
     [
-        (
-            {"num_heads": 12, "num_kv_heads": 6},
-            4,
-            r"tensor=4: expected a divisor or a multiple of model.num_kv_heads=6$",
-        ),
-        ({"num_heads": 6, "num_kv_heads": 2}, 4, r"tensor=4: expected a divisor of model.num_heads=6$"),
-        ({"num_heads": 6, "num_kv_heads": 1}, 3, r"tensor=3: expected a divisor of train.seq_len=32$"),
+        ((12, 6), 4, r"tensor=4: expected a divisor or a multiple of model.num_kv_heads=6$"),
+        ((6, 2), 4, r"tensor=4: expected a divisor of model.num_heads=6$"),
+        ((6, 1), 3, r"tensor=3: expected a divisor of train.seq_len=32$"),
     ],
 )
-def test_tensor_parallelism_divides_heads_and_rows(sizes: dict[str, int], tensor: int, line: str) -> None:
-    model, parallel = replace(MODEL, **sizes), ParallelConfig(tensor=tensor)
+def test_tensor_parallelism_divides_heads_and_rows(heads: tuple[int, int], tensor: int, line: str) -> None:
+    model, parallel = replace(MODEL, num_heads=heads[0], num_kv_heads=heads[1]), ParallelConfig(tensor=tensor)
     layout = parallel.layout(tensor, model)
     with pytest.raises(ValueError, match=f"^{line}"):
         check_layout(layout, parallel, workload(layout, model))
@@ -429,5 +435,5 @@ def test_tensor_parallelism_divides_heads_and_rows(sizes: dict[str, int], tensor
 def test_parts_for_the_grouped_kernel_are_multiples_of_eight() -> None:
     model, parallel = replace(MODEL, expert_hidden_dim=24, expert_kernel="grouped"), ParallelConfig(expert_tensor=2)
     layout = parallel.layout(2, model)
-    with pytest.raises(ValueError, match="^expert_tensor=2: expected parts of the experts' hidden width 24 that are"):
+    with pytest.raises(ValueError, match=r"^expert_tensor=2: expected parts of the experts' hidden width 24 that are"):
         check_layout(layout, parallel, workload(layout, model))
