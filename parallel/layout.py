@@ -48,7 +48,8 @@ class Layout:
     do the same amount of causal attention. Otherwise a rank has one piece, so that a window reaches few neighbours."""
 
     def __post_init__(self) -> None:
-        assert self.stage % (self.expert * self.expert_tensor) == self.tensor % self.kv_copies == 0, self
+        assert self.stage % (self.expert * self.expert_tensor) == 0, self
+        assert self.tensor % self.kv_copies == 0, self
 
     @property
     def world(self) -> int:

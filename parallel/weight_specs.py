@@ -82,7 +82,8 @@ def kind(name: str) -> Kind:
 
 def tensor_dim(name: str) -> int | None:
     """Return the dim that tensor parallelism shards (for experts: `parallel.expert_tensor`), or None without one."""
-    dims = EXPERT_TENSOR_DIMS if kind(name) == "experts" else TENSOR_DIMS
+    of = kind(name)
+    dims = {"experts": EXPERT_TENSOR_DIMS, "tensor": TENSOR_DIMS, "kv_heads": TENSOR_DIMS}.get(of, {})
     return dims.get(_leaf(name))
 
 

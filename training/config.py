@@ -189,8 +189,8 @@ class LaunchConfig:
     nproc: int = 1
     max_restarts: int = 0
     threads: int | None = None
-    """CPU threads per process, under every launcher. `null`: the number in the environment (OMP_NUM_THREADS or
-    MKL_NUM_THREADS), or without one the usable cores divided by the processes of this machine."""
+    """CPU threads per process, under every launcher. `null`: the number in the environment (MKL_NUM_THREADS or
+    OMP_NUM_THREADS), or without one the usable cores divided by the processes of this machine."""
 
     def __post_init__(self) -> None:
         expect_fields(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Environment variables that torch reads when it starts its threads."""
+VARIABLES = (*(["MKL_NUM_THREADS"] if torch.backends.mkl.is_available() else []), "OMP_NUM_THREADS")
+"""Environment variables that torch reads when it starts its threads. The first that is set counts."""
 
 
 def set_threads(asked: int | None, local_ranks: int) -> None:

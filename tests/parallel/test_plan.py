@@ -48,7 +48,15 @@ from parallel.planning.traffic import (
 from parallel.planning.workload import Workload
 from parallel.stages import stage_layers, stages_of
 from parallel.startup.launch import World
-from parallel.weight_specs import EXPERT_TENSOR_DIMS, TENSOR_DIMS, check_weights, count_weights, kind, named_weights
+from parallel.weight_specs import (
+    EXPERT_TENSOR_DIMS,
+    TENSOR_DIMS,
+    check_weights,
+    count_weights,
+    kind,
+    named_weights,
+    tensor_dim,
+)
 from tests.test_conf import composed
 from training.config import with_vocabulary
 
@@ -121,21 +129,24 @@ def test_a_plan_includes_the_parameters_of_a_plugins_router() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "expected", "dim"),
     [
-        ("embedding", "tensor"),
-        ("norm.weight", "replicated"),
-        ("layers.0.ffn_norm.weight", "replicated"),
-        ("layers.0.ffn.w_down.weight", "tensor"),
-        ("layers.0.ffn.shared.w_down.weight", "tensor"),
-        ("layers.0.ffn.router.low_rank.weight", "router"),
-        ("layers.0.ffn.router.experts.w_up", "router"),
-        ("layers.0.ffn.experts.w_down", "experts"),
-        ("layers.0.ffn.experts.w_down.13", "experts"),
+        ("embedding", "tensor", 0),
+        ("norm.weight", "replicated", None),
+        ("layers.0.ffn_norm.weight", "replicated", None),
+        ("layers.0.ffn.w_down.weight", "tensor", 1),
+        ("layers.0.ffn.shared.w_down.weight", "tensor", 1),
+        ("layers.0.attention.wq.weight", "tensor", 0),
+        ("layers.0.attention.wv.weight", "kv_heads", 0),
+        ("layers.0.ffn.router.low_rank.weight", "router", None),
+        ("layers.0.ffn.router.wq.weight", "router", None),
+        ("layers.0.ffn.router.experts.w_up", "router", None),
+        ("layers.0.ffn.experts.w_down", "experts", 2),
+        ("layers.0.ffn.experts.w_down.13", "experts", None),
     ],
 )
-def test_kinds(name: str, expected: str) -> None:
-    assert kind(name) == expected
+def test_kinds(name: str, expected: str, dim: int | None) -> None:
+    assert (kind(name), tensor_dim(name)) == (expected, dim)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +215,7 @@ BUILT = [
         ParallelConfig(pipeline=2, stage_layers=(1, 5)),
     )),
     (UNEVEN, ParallelConfig(tensor=4, expert=2, expert_tensor=2)),
-    (UNEVEN, ParallelConfig(pipeline=2, shard=2, tensor=2, expert=2)),
+    (UNEVEN, ParallelConfig(shard=4, tensor=2, expert=2)),
 ]  # fmt: skip
 
 
