@@ -47,7 +47,7 @@ def auto_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor
     fused = (
         rows_RI.is_cuda
         and rows_RI.dtype == torch.bfloat16
-        and all(width % GROUPED_WIDTH == 0 for width in weight_eOI.shape[1:])
+        and all(width > 0 and width % GROUPED_WIDTH == 0 for width in weight_eOI.shape[1:])
         and torch.cuda.get_device_capability(rows_RI.device)[0] in (8, 9)
     )
     return (grouped_kernel if fused else loop_kernel)(rows_RI, weight_eOI, counts_e)

@@ -133,9 +133,7 @@ def within_capacity(experts_BSK: Tensor, taken_BSK: Tensor, before_BE: Tensor, c
     return (rank_BSK <= capacity).long()
 
 
-def most_probable(
-    scores_BSK: Tensor, experts_BSK: Tensor, num_experts: int, capacity: int, tolerance: float
-) -> Tensor:
+def most_probable(scores_BSK: Tensor, experts_BSK: Tensor, num_experts: int, capacity: int, tolerance: float) -> Tensor:
     """Return 1 where an assignment is among the `capacity` highest-scored ones of its expert in the sequence, else 0.
 
     Of scores that are equal up to rounding, that of the earlier token ranks higher. A later token can displace an

@@ -15,11 +15,11 @@ from moe.recompute import Recompute, set_recompute
 from moe.router import Router
 from parallel.context import install_rows, shard_attention
 from parallel.expert import shard_experts
-from parallel.fsdp import shard_weights
+from parallel.fsdp import shard_weights, unsharded_weights
 from parallel.mesh import Mesh
 from parallel.tensor import shard_tensors
 from parallel.weight_shards import shard_locator
-from parallel.weight_specs import check_weights
+from parallel.weight_specs import check_weights, named_weights
 
 
 def build_model(
@@ -57,11 +57,13 @@ def build_model(
     if mesh.sequence.size() > 1:
         install_rows(model, mesh.sequence, mesh.layout)
     set_recompute(model, recompute)
-    model.local_shard = shard_locator(mesh)
+    model.local_shard = shard_locator(mesh, named_weights(config, router))
     if mesh.layout.shard > 1:
         shard_weights(model, mesh, offload=offload, keep_gathered=layers is not None)
     model.to_empty(device="cpu" if offload else mesh.device)
-    if offload:  # FSDP moves the parameters that it shards between devices; routers are not among them
+    if offload:  # FSDP moves the parameters that it shards between devices, and no others.
+        for weight in unsharded_weights(model):
+            weight.data = weight.data.to(mesh.device)
         for module in model.modules():
             if isinstance(module, Router):
                 module.to(mesh.device)

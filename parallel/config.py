@@ -19,7 +19,8 @@ class ParallelConfig:
     """Ranks that one set of experts is distributed over. They can be data-, context- and tensor-parallel ranks.
     `auto`: the largest size that the ranks of a stage and num_experts allow."""
     tensor: Size = 1
-    """Ranks that the heads, the hidden widths and the vocabulary are sharded over, and the sequence between layers."""
+    """Ranks that the heads, the hidden widths and the vocabulary are sharded over, and the sequence between layers.
+    With more ranks than key/value heads, several ranks store the same head."""
     pipeline: Size = 1
     """Pipeline ranks. Each computes one stage or two (`schedule`), and the micro-batches (`train.accumulation`) pass
     through all stages."""
@@ -100,7 +101,14 @@ class ParallelConfig:
         )
         expert = self._expert_size(ranks // self.expert_tensor, model)
         zigzag = seq_len is not None and self._uses_zigzag(model, layout, seq_len)
-        return replace(layout, expert=expert, expert_tensor=self.expert_tensor, zigzag=zigzag)
+        several = layout.tensor % model.num_kv_heads == 0
+        return replace(
+            layout,
+            expert=expert,
+            expert_tensor=self.expert_tensor,
+            kv_copies=layout.tensor // model.num_kv_heads if several else 1,
+            zigzag=zigzag,
+        )
 
     def _uses_zigzag(self, model: ModelConfig, layout: Layout, seq_len: int) -> bool:
         """Return whether two pieces per context rank are useful (full attention in every layer) and possible."""

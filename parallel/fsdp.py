@@ -39,7 +39,7 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
     offloading: OffloadPolicy = CPUOffloadPolicy(pin_memory=mesh.device.type == "cuda") if offload else OffloadPolicy()
     dense = DeviceMesh.from_group(mesh.shard, mesh.device.type, mesh_dim_names=("shard",))
     experts = DeviceMesh.from_group(mesh.expert_shard, mesh.device.type, mesh_dim_names=("expert_shard",))
-    routers = {weight for module in model.modules() if isinstance(module, Router) for weight in module.parameters()}
+    unsharded = unsharded_weights(model)
 
     def shard(module: nn.Module, device_mesh: DeviceMesh, reshard: bool) -> None:
         fully_shard(
@@ -49,7 +49,7 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
             shard_placement_fn=lambda parameter: Shard(shard_dim(parameter.shape, device_mesh.size())),
             mp_policy=policy,
             offload_policy=offloading,
-            ignored_params=routers,
+            ignored_params=unsharded,
         )
         assert isinstance(module, FSDPModule)
         # Gradients are summed. torch's default is the mean over ranks, and needs an operation that gloo lacks.
@@ -63,6 +63,15 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
         shard(block, dense, not keep_gathered)
     shard(model, dense, False)
     _set_prefetch(blocks)
+
+
+def unsharded_weights(model: Transformer) -> set[nn.Parameter]:
+    """Return the parameters that FSDP leaves as they are: those of routers, and those of which this rank has no part.
+
+    If a rank has no row of the vocabulary or no hidden unit, its parameter is empty, and FSDP does not take it.
+    """
+    routers = {weight for module in model.modules() if isinstance(module, Router) for weight in module.parameters()}
+    return routers | {weight for weight in model.parameters() if not weight.numel()}
 
 
 def free_gathered_weights(model: nn.Module) -> None:

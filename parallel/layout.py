@@ -41,12 +41,15 @@ class Layout:
     tensor: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    kv_copies: int = 1
+    """Neighbouring tensor-parallel ranks that store the same key/value heads, if a model has fewer heads than ranks."""
     zigzag: bool = False
     """Each context rank has two pieces of a row, one counted from the start and one from the end, so that all ranks
     do the same amount of causal attention. Otherwise a rank has one piece, so that a window reaches few neighbours."""
 
     def __post_init__(self) -> None:
         assert self.stage % (self.expert * self.expert_tensor) == 0, self
+        assert self.tensor % self.kv_copies == 0, self
 
     @property
     def world(self) -> int:

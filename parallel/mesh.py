@@ -45,6 +45,9 @@ class Mesh:
     """Ranks of the stage that store the same shards of `replicated` parameters (`parallel.weight_specs.Kind`)."""
     same_tensor: dist.ProcessGroup
     """Ranks of the stage that store the same shards of `tensor` parameters."""
+    same_kv_heads: dist.ProcessGroup
+    """Ranks of the stage that store the same shards of `kv_heads` parameters: those of `same_tensor`, unless several
+    tensor-parallel ranks store the same heads (`Layout.kv_copies`)."""
     same_experts: dist.ProcessGroup
     """Ranks of the stage that store the same shards of the same experts."""
 
@@ -105,6 +108,7 @@ def build_mesh(device: torch.device, layout: Layout, groups: Groups | None = Non
         ends=ends,
         same_replicated=group("replicate", "context", "tensor"),
         same_tensor=group("replicate", "context"),
+        same_kv_heads=group("replicate", "context", "kv_copies"),
         same_experts=group("expert_replicate"),
     )
 
@@ -112,13 +116,19 @@ def build_mesh(device: torch.device, layout: Layout, groups: Groups | None = Non
 def rank_lists(layout: Layout, *axes: str) -> list[list[int]]:
     """Return the ranks of every group along some axes, all of `AXES` or all of `EXPERT_AXES`.
 
+    `kv_copies` can be named beside `AXES`: the tensor-parallel ranks that store the same key/value heads.
+
     >>> rank_lists(Layout(context=2, tensor=2), "context")
     [[0, 2], [1, 3]]
+    >>> rank_lists(Layout(tensor=4, kv_copies=2), "kv_copies")
+    [[0, 1], [2, 3]]
     >>> rank_lists(Layout(context=2, tensor=2, expert=4), "expert")
     [[0, 1, 2, 3]]
     """
     sizes = {axis: getattr(layout, axis) for axis in AXES}
-    if not set(axes) <= set(AXES):
+    if "kv_copies" in axes:
+        sizes |= {"tensor": layout.tensor // layout.kv_copies, "kv_copies": layout.kv_copies}
+    elif not set(axes) <= set(AXES):
         replicas = layout.expert_data // layout.expert_shard
         expert_sizes = (layout.pipeline, replicas, layout.expert_shard, layout.expert, layout.expert_tensor)
         sizes = dict(zip(EXPERT_AXES, expert_sizes, strict=True))

@@ -4,7 +4,7 @@ Tensor and expert parallelism shard a parameter along the dims that `parallel/we
 (`parallel.shard`) shards the result once more.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch.distributed as dist
 from torch import Tensor
@@ -12,34 +12,43 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moe.region import LocalShard, Region
 from parallel.mesh import Mesh
-from parallel.weight_specs import kind, tensor_dim
+from parallel.weight_specs import WeightSpec, kind, part_of, tensor_dim
 
 
-def group_by_dim(name: str, mesh: Mesh) -> dict[int, dist.ProcessGroup]:
-    """Return dim -> process group whose ranks each store one of its equal, contiguous parts, without FSDP."""
+def part_by_dim(name: str, mesh: Mesh) -> dict[int, tuple[int, int]]:
+    """Return dim -> (number of parts, index of this rank's part) for a parameter, without FSDP."""
     dim = tensor_dim(name)
     if dim is None:
         return {}
-    return {0: mesh.expert, dim: mesh.expert_tensor} if kind(name) == "experts" else {dim: mesh.tensor}
+    if kind(name) == "experts":
+        return {dim: (group.size(), group.rank()) for dim, group in ((0, mesh.expert), (dim, mesh.expert_tensor))}
+    copies = mesh.layout.kv_copies if kind(name) == "kv_heads" else 1
+    return {dim: (mesh.tensor.size() // copies, mesh.tensor.rank() // copies)}
 
 
 def local_slice(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:
     """Return a copy of this rank's part of a whole parameter, without FSDP. On the meta device it costs nothing."""
     part = tensor.detach()
-    for dim, group in group_by_dim(name, mesh).items():
-        part = part.chunk(group.size(), dim)[group.rank()]
+    for dim, (parts, index) in part_by_dim(name, mesh).items():
+        part = part.narrow(dim, *part_of(part.shape[dim], parts, index))
     return part.clone()
 
 
-def shard_locator(mesh: Mesh) -> Callable[[str, Tensor], LocalShard]:
-    """Return the seam `Transformer.local_shard` for a model that is sharded over `mesh`."""
+def shard_locator(mesh: Mesh, weights: Mapping[str, WeightSpec]) -> Callable[[str, Tensor], LocalShard]:
+    """Return the seam `Transformer.local_shard` for a model that is sharded over `mesh`.
+
+    Args:
+        weights: the result of `parallel.weight_specs.named_weights`, for the shapes of the whole parameters.
+    """
 
     def locate_shard(name: str, tensor: Tensor) -> LocalShard:
         local, region = local_of(tensor)
         shape, offset = list(tensor.shape), list(region.offset)
-        for dim, group in group_by_dim(name, mesh).items():
-            offset[dim] += group.rank() * shape[dim]
-            shape[dim] *= group.size()
+        for dim, (parts, index) in part_by_dim(name, mesh).items():
+            shape[dim] = weights[name].shape[dim]
+            first, length = part_of(shape[dim], parts, index)
+            assert tensor.shape[dim] == length, (name, dim, tensor.shape, length)
+            offset[dim] += first
         return LocalShard(local, tuple(shape), Region(tuple(offset), region.shape))
 
     return locate_shard
@@ -68,5 +77,6 @@ def replica_group(name: str, mesh: Mesh) -> dist.ProcessGroup:
         "router": mesh.stage,
         "replicated": mesh.same_replicated,
         "tensor": mesh.same_tensor,
+        "kv_heads": mesh.same_kv_heads,
         "experts": mesh.same_experts,
     }[kind(name)]

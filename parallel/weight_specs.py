@@ -20,14 +20,17 @@ from common.text import show_value
 from moe.config import ModelConfig, RouterConfig, is_gated
 from parallel.layout import Layout
 
-Kind = Literal["router", "replicated", "tensor", "experts"]
+Kind = Literal["router", "replicated", "tensor", "kv_heads", "experts"]
 """Which parallel axes shard a parameter:
 
 - `router`: none. Every rank of the pipeline stage stores the whole parameter.
 - `replicated`: FSDP (`parallel.shard`). Tensor-parallel ranks store the same values.
 - `tensor`: tensor parallelism, along the dim in `TENSOR_DIMS`, and FSDP.
+- `kv_heads`: as `tensor`, but `Layout.kv_copies` neighbouring tensor-parallel ranks store the same part.
 - `experts`: expert parallelism along dim 0, `parallel.expert_tensor` along the dim in `EXPERT_TENSOR_DIMS`, and FSDP
   over the ranks that store the same experts (`Layout.expert_shard`).
+
+Tensor parallelism divides a dim as `part_of` does: the last parts can be smaller, or empty.
 """
 REPLICATED = ("norm", "attention_norm", "ffn_norm")
 """Parameters of the kind `replicated`."""
@@ -42,7 +45,10 @@ TENSOR_DIMS = {
     "w_up": 0,
     "w_down": 1,
 }
-"""Parameters [out, in] of the kind `tensor` -> the dim that is sharded: heads, hidden units or the vocabulary."""
+"""Parameters [out, in] of the kinds `tensor` and `kv_heads` -> the dim that is sharded: heads, hidden units or the
+vocabulary."""
+KV_HEADS = ("wk", "wv")
+"""Parameters of the kind `kv_heads`."""
 EXPERT_TENSOR_DIMS = {"w_gate": 1, "w_up": 1, "w_down": 2}
 """Parameters of the kind `experts`, stacked over the experts -> the dim of the hidden units."""
 
@@ -62,6 +68,8 @@ def kind(name: str) -> Kind:
     if ".experts." in name:
         if _leaf(re.sub(r"\.\d+$", "", name)) in EXPERT_TENSOR_DIMS:
             return "experts"
+    elif _leaf(name) in KV_HEADS:
+        return "kv_heads"
     elif _leaf(name) in TENSOR_DIMS:
         return "tensor"
     elif _leaf(name) in REPLICATED:
@@ -74,8 +82,20 @@ def kind(name: str) -> Kind:
 
 def tensor_dim(name: str) -> int | None:
     """Return the dim that tensor parallelism shards (for experts: `parallel.expert_tensor`), or None without one."""
-    dims = {"experts": EXPERT_TENSOR_DIMS, "tensor": TENSOR_DIMS}.get(kind(name), {})
+    of = kind(name)
+    dims = {"experts": EXPERT_TENSOR_DIMS, "tensor": TENSOR_DIMS, "kv_heads": TENSOR_DIMS}.get(of, {})
     return dims.get(_leaf(name))
+
+
+def part_of(size: int, parts: int, index: int) -> tuple[int, int]:
+    """Return the offset and the length of one of the contiguous parts of a dim, all as long as possible but the last.
+
+    >>> [part_of(5, 4, index) for index in range(4)]
+    [(0, 2), (2, 2), (4, 1), (5, 0)]
+    """
+    length = -(-size // parts)
+    offset = min(index * length, size)
+    return offset, min(length, size - offset)
 
 
 def shard_dim(shape: Sequence[int], parts: int) -> int:
@@ -109,14 +129,22 @@ class WeightSpec:
         """Elements of the whole parameter."""
         return math.prod(self.shape)
 
-    def local_shape(self, layout: Layout) -> tuple[int, ...]:
-        """Return the shape on one rank after tensor and expert parallelism, before FSDP."""
-        shape = list(self.shape)
+    def parts_by_dim(self, layout: Layout) -> dict[int, int]:
+        """Return dim -> number of different parts that expert and tensor parallelism divide it into."""
+        if self.tensor_dim is None:
+            return {}
         if self.kind == "experts":
-            shape[0] //= layout.expert
-        if self.tensor_dim is not None:
-            shape[self.tensor_dim] //= layout.expert_tensor if self.kind == "experts" else layout.tensor
-        return tuple(shape)
+            return {0: layout.expert, self.tensor_dim: layout.expert_tensor}
+        return {self.tensor_dim: layout.tensor // (layout.kv_copies if self.kind == "kv_heads" else 1)}
+
+    def local_shape(self, layout: Layout) -> tuple[int, ...]:
+        """Return the largest shape on a rank after tensor and expert parallelism, before FSDP."""
+        parts = self.parts_by_dim(layout)
+        return tuple(part_of(size, parts.get(dim, 1), 0)[1] for dim, size in enumerate(self.shape))
+
+    def mean_elements(self, layout: Layout) -> float:
+        """Return the mean number of elements on a rank after tensor and expert parallelism, before FSDP."""
+        return self.numel / math.prod(self.parts_by_dim(layout).values())
 
     def largest_shard(self, layout: Layout, ranks: int) -> int:
         """Return the elements on the rank that stores most of them. FSDP's last shards can be smaller.
@@ -132,7 +160,8 @@ class WeightSpec:
 
 def ranks_per_shard_group(layout: Layout) -> dict[Kind, int]:
     """Return the number of ranks over which FSDP shards a parameter of each kind."""
-    return {"router": 1, "replicated": layout.shard, "tensor": layout.shard, "experts": layout.expert_shard}
+    dense: tuple[Kind, ...] = ("replicated", "tensor", "kv_heads")
+    return {"router": 1, **dict.fromkeys(dense, layout.shard), "experts": layout.expert_shard}
 
 
 def named_weights(model: ModelConfig, router: RouterConfig) -> dict[str, WeightSpec]:

@@ -5,7 +5,7 @@
 `--help` prints more examples and all keys; they are in training/generation/config.py and conf/generate.yaml.
 """
 
-from parallel.startup.launch import die_with_parent, interrupts_end_imports
+from parallel.startup.launch import interrupts_end_imports
 
 if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
     interrupts_end_imports()
@@ -13,7 +13,7 @@ if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it
 import os
 
 from scripts.cli.command_line import run_tool
-from scripts.cli.workers import in_processes
+from scripts.cli.workers import in_processes, prepare_launched
 from training.generation.config import GenerateConfig
 
 
@@ -23,7 +23,7 @@ def generate_text(config: GenerateConfig) -> None:
     from training.generation.worker import generate_on_rank
 
     if "RANK" in os.environ:
-        die_with_parent()
+        prepare_launched(config.launch)
         generate_on_rank(config)
     else:
         in_processes(config.launch, generate_on_rank, config, read_request(config))

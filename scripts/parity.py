@@ -6,7 +6,7 @@
 `--help` prints more examples and all keys; they are in training/parity/config.py and conf/parity.yaml.
 """
 
-from parallel.startup.launch import die_with_parent, interrupts_end_imports
+from parallel.startup.launch import interrupts_end_imports
 
 if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
     interrupts_end_imports()
@@ -14,7 +14,7 @@ if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it
 import os
 
 from scripts.cli.command_line import run_tool
-from scripts.cli.workers import in_processes
+from scripts.cli.workers import in_processes, prepare_launched
 from training.parity.config import ParityConfig
 
 
@@ -24,7 +24,7 @@ def check_parity(config: ParityConfig) -> None:
     from training.parity.jobs import select_jobs
 
     if "RANK" in os.environ:
-        die_with_parent()
+        prepare_launched(config.launch)
         equal = check_on_rank(config)
     else:
         select_jobs(config, config.launch.nproc)  # Report a mistake before any worker starts.

@@ -12,9 +12,17 @@ from common.errors import CheckpointError, ConfigError
 from common.plugins import changed_plugins, load_plugins, loaded_plugins, missing_plugins
 from common.strict import from_dict
 from data.config import DataConfig
-from moe.config import ROUTER_CONFIGS, RouterConfig
+from moe.config import FEED_FORWARDS, ROUTER_CONFIGS, FeedForwardSpec, ModelConfig, RouterConfig
+from moe.feedforward import ACTIVATIONS
+from moe.router import ROUTERS, Router
+from parallel.config import ParallelConfig
+from parallel.layout import Layout
+from parallel.planning.plan import plan
+from parallel.planning.workload import Workload
+from scripts import describe
 from scripts.cli.command_line import user_message
 from tests.commands import ROOT, run_python
+from training.report.tables import show_plan
 from training.resume import resumable_state
 
 EXAMPLE = ROOT / "examples" / "noisy_topk"
@@ -141,6 +149,31 @@ def test_a_router_that_cannot_work_is_refused_when_it_is_registered(
     with pytest.raises(ConfigError) as caught:
         load_plugins([str(path)])
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_plugins_activation_and_router_weight_are_in_every_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class TwoMatrices(RouterConfig):
+        def weight_shapes(self, dim: int, num_experts: int) -> dict[str, tuple[int, ...]]:
+            return {"weight": (num_experts, dim), "second": (3, dim)}
+
+    monkeypatch.setitem(FEED_FORWARDS._entries, "relu2", FeedForwardSpec(gated=False, label="squared ReLU"))
+    monkeypatch.setitem(ACTIVATIONS._entries, "relu2", lambda x: x.relu().square())
+    monkeypatch.setitem(ROUTER_CONFIGS._entries, "two_matrices", TwoMatrices)
+    monkeypatch.setitem(ROUTERS._entries, "two_matrices", Router)
+    router = TwoMatrices(kind="two_matrices")
+    model = ModelConfig(16, 4, 2, 2, 8, 12, ffn="relu2", num_experts=4, top_k=2, moe_every=2, vocab_size=10)
+    describe.describe(describe.DescribeConfig(model, router))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # Attention, norms, embedding and head; two networks of two matrices; per MoE layer four experts and the router.
+    total = 4 * 4 * 16 * 16 + 9 * 16 + 2 * 10 * 16 + 2 * 2 * 12 * 16 + 2 * (4 * 2 * 12 * 16 + (4 + 3) * 16)
+    active = total - 2 * 2 * 2 * 12 * 16
+    assert ["router", *2 * [str(2 * (4 + 3) * 16)]] in [row[:3] for row in rows]
+    assert ["total", f"{total:,}", f"{active:,}", "100.0%"] in rows
+    # The other tables of a run's start. tests/training/test_report.py has the activation in that of the model.
+    show_plan(plan(Layout(), ParallelConfig(), Workload(model, router, 4, 1, 8)))
+    assert f" {total:,} " in capsys.readouterr().out
 
 
 def test_a_misspelt_kind_is_named_before_the_keys_that_only_its_plugin_knows():

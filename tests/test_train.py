@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from scripts.cli.command_line import CONF
+from tests.commands import run_python
 from training.report.metrics import read_metrics
 
 TINY = [
@@ -132,18 +134,41 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, cache):
     assert wandb_steps(tmp_path / "killed") == [row["step"] for row in numbers(tmp_path / "whole")]
 
 
+def check_exported(run_directory: Path, step: int) -> None:
+    """Export a run and generate from both directories. The export has the rows of the vocabulary, and no others."""
+    out = run_directory / f"exported-{step}"
+    exported = run_python("scripts/export_hf.py", f"checkpoint={run_directory}", f"out={out}", "dtype=fp32")
+    assert exported.returncode == 0, exported.stderr
+    tensors = load_file(out / "model.safetensors")
+    assert {tensors[name].shape[0] for name in ("model.embed_tokens.weight", "lm_head.weight")} == {499}
+    assert tensors["model.layers.0.self_attn.k_proj.weight"].shape == (16, 64)  # the width of one head
+    rows = []
+    for source in (run_directory, out):
+        arguments = (f"checkpoint={source}", "prompt=1 + 1 =", "max_tokens=8", "format=json")
+        done = run_python("scripts/generate.py", *arguments)
+        assert done.returncode == 0, done.stderr
+        rows.append(json.loads(done.stdout)["results"])
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.slow
 def test_another_layout_gives_the_same_run_and_takes_over_its_checkpoint(tmp_path, cache):
     """fp64: one process, two with expert parallelism (torchrun), and a run that goes through every axis on its way."""
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     run(tmp_path, cache, "run.name=one", "train.steps=6", "train.precision=fp64")
     run(tmp_path, cache, "run.name=two", "train.steps=6", "train.precision=fp64", launcher=torchrun)
-    schedule = ("train.precision=fp64", "optim.schedule=constant", "optim.warmup_steps=0", "train.accumulation=2")
-    run(tmp_path, cache, "run.name=constant", "train.steps=6", *schedule)
-    axes = ("expert", "tensor", "pipeline", "context", "shard", "expert_tensor")
+    # Tensor parallelism divides neither the vocabulary nor the key/value head.
+    schedule = (
+        "train.precision=fp64", "optim.schedule=constant", "optim.warmup_steps=0", "train.accumulation=2",
+        "model.num_kv_heads=1", "data.vocab_size=499",
+    )  # fmt: skip
+    run(tmp_path, cache, "run.name=constant", "train.steps=8", *schedule)
+    axes = ("expert", "tensor", None, "tensor", "pipeline", "context", "shard", "expert_tensor")
     for step, axis in enumerate(axes, start=1):
-        layout = (f"parallel.{axis}=2", f"train.steps={step}", "launch.nproc=2")
-        run(tmp_path, cache, "run.name=changed", *schedule, *layout)
+        layout = ("launch.nproc=1",) if axis is None else (f"parallel.{axis}=2", "launch.nproc=2")
+        run(tmp_path, cache, "run.name=changed", *schedule, f"train.steps={step}", *layout)
+        if axis == "tensor":
+            check_exported(tmp_path / "changed", step)
     assert json.loads((tmp_path / "two" / "result.json").read_text())["ranks"][1]["experts"] == [2, 3]
     for left, right in (("one", "two"), ("constant", "changed")):
         for mine, other in zip(numbers(tmp_path / left), numbers(tmp_path / right), strict=True):

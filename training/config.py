@@ -192,12 +192,13 @@ NATIVE = EngineConfig()
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Used when `python train.py` starts the workers itself. torchrun and deepspeed start their own."""
+    """The processes. Without torchrun and deepspeed, which start their own, `python train.py` starts them."""
 
     nproc: int = 1
     max_restarts: int = 0
     threads: int | None = None
-    """CPU threads per process; `null`: the number of cores divided by the number of processes."""
+    """CPU threads per process, under every launcher. `null`: the number in the environment (MKL_NUM_THREADS or
+    OMP_NUM_THREADS), or without one the usable cores divided by the processes of this machine."""
 
     def __post_init__(self) -> None:
         expect_fields(

@@ -82,17 +82,18 @@ def move_to_device(batch: Batch, mesh: Mesh, seed: int | None = None) -> tuple[M
     return inputs, batch
 
 
-def token_nats(logits_BSV: Tensor, labels_BS: Tensor, group: dist.ProcessGroup) -> TokenNats:
+def token_nats(logits_BSV: Tensor, labels_BS: Tensor, group: dist.ProcessGroup, vocab_size: int) -> TokenNats:
     """The cross-entropy of every position, in training and in evaluation. Collective over `group`.
 
     Args:
         logits_BSV: [B, S, V], or, if `group` has several ranks, this rank's shard of the vocabulary.
         group: the tensor-parallel ranks.
+        vocab_size: V.
     """
     return (
         whole_token_nats(logits_BSV, labels_BS)
         if group.size() == 1
-        else sharded_token_nats(logits_BSV, labels_BS, group)
+        else sharded_token_nats(logits_BSV, labels_BS, group, vocab_size)
     )
 
 
@@ -112,7 +113,7 @@ class StepLoss:
         """
         self.batches, self.router, self.mesh = batches, router, mesh
         self.labels, self.tokens = (max(1, number) for number in counted)
-        self.layers = model.num_moe_layers
+        self.layers, self.vocab_size = model.num_moe_layers, model.vocab_size or 0
         experts = model.num_experts or 0
         columns = router.num_extra(experts) if model.is_moe else 0
         self.sums = torch.zeros(4 if columns else 3, dtype=torch.float64, device=mesh.device)
@@ -130,7 +131,7 @@ class StepLoss:
 
     def compute_prediction_loss(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
         """The cross-entropy of one micro-batch on this rank, divided by the labels of the step."""
-        ce_sum = token_nats(logits_BSV, self.batches[micro_batch].labels_BS, self.mesh.tensor).sum
+        ce_sum = token_nats(logits_BSV, self.batches[micro_batch].labels_BS, self.mesh.tensor, self.vocab_size).sum
         if self.mesh.tensor.rank() == 0:
             self.sums[0] += ce_sum.detach()
         return ce_sum / self.labels
@@ -242,7 +243,7 @@ def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...],
         for model, output in engine.forward(inputs):
             # Ranks of `mesh.tensor` have shards of the logits of the same tokens: one of them counts the tokens.
             if model.is_last:
-                nats_BS = token_nats(output.logits_BSV, batch.labels_BS, mesh.tensor).nats_BS
+                nats_BS = token_nats(output.logits_BSV, batch.labels_BS, mesh.tensor, config.vocab_size or 0).nats_BS
                 if mesh.tensor.rank() == 0:
                     predicted_BS = batch.labels_BS != IGNORE
                     domain_N = batch.domains_BS.flatten().long()

@@ -29,20 +29,19 @@ def check_layout(layout: Layout, parallel: ParallelConfig, workload: Workload) -
 
 
 def _check_widths(layout: Layout, workload: Workload) -> None:
-    """Check that the axes divide the dims of the parameters and of the sequence."""
+    """Check that the axes divide the heads and the sequence. Hidden widths and the vocabulary can have uneven parts."""
     model, tensor = workload.model, layout.tensor
-    widths = {"num_heads": model.num_heads, "num_kv_heads": model.num_kv_heads}
-    if model.num_moe_layers < model.num_layers:
-        widths["hidden_dim"] = model.hidden_dim
-    if model.num_shared_experts:
-        widths["num_shared_experts x expert_hidden_dim"] = model.num_shared_experts * model.expert_width
-    if model.vocab_size is not None:
-        widths["vocab_size"] = model.vocab_size
-    for name, size in widths.items():
-        expect(size % tensor == 0, "tensor", tensor, f"a divisor of model.{name}={size}")
-    if model.is_moe:
-        parts, hidden = layout.expert_tensor, model.expert_width
-        expect(hidden % parts == 0, "expert_tensor", parts, f"a divisor of the experts' hidden width {hidden}")
+    heads, kv_heads = model.num_heads, model.num_kv_heads
+    expect(heads % tensor == 0, "tensor", tensor, f"a divisor of model.num_heads={heads}")
+    fits = kv_heads % tensor == 0 or tensor % kv_heads == 0
+    expect(fits, "tensor", tensor, f"a divisor or a multiple of model.num_kv_heads={kv_heads}")
+    expect(
+        model.expert_kernel != "grouped" or model.expert_width % (8 * layout.expert_tensor) == 0,
+        "expert_tensor",
+        layout.expert_tensor,
+        f"parts of the experts' hidden width {model.expert_width} that are multiples of 8, with "
+        "model.expert_kernel=grouped",
+    )
     for axis, parts in (("context", layout.context), ("tensor", layout.sequence)):
         also = f" (times parallel.context={layout.context})" if axis == "tensor" and layout.context > 1 else ""
         expected = f"a divisor of train.seq_len={workload.seq_len}{also}"

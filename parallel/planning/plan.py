@@ -180,15 +180,15 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
     """
     model, tokens = workload.model, workload.tokens(layout)
     gathered_tokens = tokens * layout.tensor
-    dim, heads = model.dim, model.num_heads
+    dim, heads, kv_heads = model.dim, model.num_heads, model.num_kv_heads * layout.kv_copies
     rows = routed_rows(workload, layout) * layout.expert_tensor if model.is_moe else 0.0
     stored, largest = 0.0, 0.0
     for (is_moe, window), number in Counter(map(_layer_kinds(model).__getitem__, layers)).items():
         # The inputs and outputs of two norms; queries and mixed values, keys and values, and the fetched ones.
-        block = 4.0 * tokens * dim + 2 * gathered_tokens * model.head_dim * (heads + model.num_kv_heads) / layout.tensor
+        block = 4.0 * tokens * dim + 2 * gathered_tokens * model.head_dim * (heads + kv_heads) / layout.tensor
         length = workload.seq_len // layout.context
         positions = fetched_positions(window, length, layout.context) * workload.rows(layout)
-        block += 2 * positions * model.num_kv_heads * model.head_dim / layout.tensor
+        block += 2 * positions * kv_heads * model.head_dim / layout.tensor
         hidden = 0.0
         networks = [(model.hidden_dim, model.ffn)] if not is_moe else []
         if is_moe:

@@ -9,7 +9,6 @@ Letters: b rows of a micro-batch on a data-parallel rank, S sequence, T tokens t
 G key/value heads, C head dim, W window, k top-k, n ranks of an axis.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
@@ -127,12 +126,13 @@ def gradient_bytes(weights: Mapping[WeightSpec, int], layout: Layout, workload: 
         "router": layout.stage,
         "replicated": layout.replicate * layout.context * layout.tensor,
         "tensor": layout.replicate * layout.context,
+        "kv_heads": layout.replicate * layout.context * layout.kv_copies,
         "experts": layout.expert_data // layout.expert_shard,
     }
     total = 0.0
     shard_ranks = ranks_per_shard_group(layout)
     for weight, number in weights.items():
-        elements = math.prod(weight.local_shape(layout)) / shard_ranks[weight.kind] * number
+        elements = weight.mean_elements(layout) / shard_ranks[weight.kind] * number
         total += all_reduce_bytes(replicas[weight.kind], elements * workload.weight_itemsize * workload.trained)
     return total
 
@@ -186,7 +186,8 @@ def traffic(workload: Workload, layout: Layout, parallel: ParallelConfig) -> dic
     micro["tensor"] = tensor_bytes(tokens, dim, layout.tensor, size, transfers)
     micro["tensor"] += prediction_bytes(tokens, layout.tensor, size)
     micro["context"] = 0.0
-    kv_width, length = model.num_kv_heads * model.head_dim // layout.tensor, workload.seq_len // layout.context
+    kv_width = model.num_kv_heads * layout.kv_copies * model.head_dim // layout.tensor
+    length = workload.seq_len // layout.context
     for window, number in Counter(map(model.window, range(model.num_layers))).items():
         # Zigzag all-gathers the whole row.
         row = all_gather_bytes(layout.context, length)
@@ -200,7 +201,7 @@ def traffic(workload: Workload, layout: Layout, parallel: ParallelConfig) -> dic
     sent["shard"] = shard_bytes(weights, layout, workload) / layout.pipeline
     sent["gradients"] = gradient_bytes(weights, layout, workload) / layout.pipeline
     if at_both_ends:  # The two stages sum the gradients of the embedding.
-        embedding = model.dim * (model.vocab_size or 0) // (layout.tensor * layout.shard)
+        embedding = model.dim * (model.vocab_size or 0) / (layout.tensor * layout.shard)
         elements = embedding * workload.weight_itemsize * workload.trained
         sent["gradients"] += 2 * all_reduce_bytes(2, elements) / layout.pipeline
     sent["bookkeeping"] = bookkeeping_bytes(workload, layout, parallel)

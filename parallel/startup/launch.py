@@ -117,7 +117,7 @@ def launch_workers(
     Args:
         entry: a function of an importable module. It is pickled, and so is `args`.
         max_restarts: how often the whole group is restarted after a worker failed.
-        threads: CPU threads per worker; None: the number of cores of this process divided by `nproc`.
+        threads: CPU threads per worker; None: as `parallel.startup.threads.set_threads` chooses.
 
     Returns:
         The return value of each rank.
@@ -131,12 +131,15 @@ def launch_workers(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    threads = threads or max(1, _cores() // nproc)
+    from parallel.startup.threads import VARIABLES
+
     environment = {name: os.environ.get(name, value) for name, value in QUIET.items()} | {
-        "OMP_NUM_THREADS": str(threads),
         # Otherwise restarted workers read the addresses of dead workers from the agent's store.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
+    if threads is not None:
+        # Without this key, the variables of the user keep their values. Other libraries than torch read them, too.
+        environment |= dict.fromkeys(VARIABLES, str(threads))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -151,7 +154,7 @@ def launch_workers(
     with tempfile.TemporaryDirectory(prefix="workers-") as reports:
         try:
             with _environment(environment), _signal_handlers_restored(), _logging_disabled():
-                return elastic_launch(config, _run_worker)(entry, args, os.getpid(), reports)
+                return elastic_launch(config, _run_worker)(entry, args, os.getpid(), reports, threads)
         except ChildFailedError as error:
             raise _to_failure(error, list(Path(reports).glob(f"{max_restarts}-*.json"))) from None
         except SignalException as error:
@@ -160,12 +163,17 @@ def launch_workers(
             raise SystemExit(128 + int(error.sigval)) from None
 
 
-def _run_worker(entry: Callable[..., Any], args: tuple[Any, ...], launcher_pid: int, reports: str) -> Any:
+def _run_worker(
+    entry: Callable[..., Any], args: tuple[Any, ...], launcher_pid: int, reports: str, threads: int | None
+) -> Any:
     """Run a worker process. If `entry` fails, write the reason to a file that the launcher reads."""
+    from parallel.startup.threads import set_threads
+
     die_with_parent(launcher_pid)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _raise_once)
     world = world_from_env()
+    set_threads(threads, world.local_world_size)
     report = Path(reports) / f"{world.restart_count}-{world.rank}.json"
     try:
         return entry(*args)
@@ -245,7 +253,3 @@ def _env_int(name: str, low: int, high: int | None) -> int:
     if not (text.isascii() and text.isdigit() and low <= int(text) and (high is None or int(text) <= high)):
         raise ValueError(f"{name}={text}: expected an integer {bounds} in the environment (from torchrun or deepspeed)")
     return int(text)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -32,7 +32,7 @@ SOURCES = (
 LIBRARIES = ("torch", "numpy")
 """Libraries that must have the same version on all nodes: arithmetic and collectives, and the order of the data."""
 MAY_DIFFER = {
-    "launch": "read only where `python train.py` starts the workers itself, and those share one configuration",
+    "launch": "the number of processes and threads of one node; nodes can have different numbers of cores",
     "data.cache": "may be a disk of the node; a hash checks that the tokens in it are the same",
     "data.paths": "the text may be at another path on another node; the hash of the tokens covers it",
     "data.tokenizer": "may be at another path, like the text; its content is part of that hash",

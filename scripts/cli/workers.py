@@ -45,7 +45,7 @@ def execute(
     resolve_layout(config, build_workload(config, config.model), world)
     check_tracking(config.tracking)
     if launched:
-        die_with_parent()
+        prepare_launched(launch)
         try:
             return train(config)
         except (UserError, KeyboardInterrupt) as error:
@@ -89,6 +89,8 @@ def in_processes(
     Raises:
         WorkerFailure: a worker process failed. Its exit code is 2 if the user can correct the mistake.
     """
+    from parallel.startup.threads import set_threads
+
     if launch.nproc > 1 or launch.max_restarts > 0 or fresh:
         results: dict[int, R] = launch_workers(
             _in_worker,
@@ -98,11 +100,23 @@ def in_processes(
             threads=launch.threads,
         )
         return results[0]
-    if launch.threads is not None:
-        import torch
-
-        torch.set_num_threads(launch.threads)
+    set_threads(launch.threads, local_ranks=1)
     return function(config, *arguments)
+
+
+def prepare_launched(launch: LaunchConfig) -> None:
+    """Prepare a process that torchrun or deepspeed has started: it ends with its launcher, and has its CPU threads.
+
+    Raises:
+        ConfigError: the environment does not describe a world.
+    """
+    from parallel.startup.threads import set_threads
+
+    die_with_parent()
+    try:
+        set_threads(launch.threads, world_from_env().local_world_size)
+    except ValueError as error:
+        raise located(error, "") from error
 
 
 def prepare_for_workers(config: Config) -> tuple[Config, Path]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.batch import Batch
+from data.batch import IGNORE, Batch
 from moe.model import Transformer
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh, build_mesh, mesh_of_one
@@ -27,7 +27,7 @@ from training.parity import trial as trial_module
 from training.parity.config import CASES, MODEL, OPTIM, configuration, rows_for
 from training.parity.driver import TOLERANCES, Differences, JobResult, compare, run_jobs
 from training.parity.jobs import Job, assign_models, layout_groups, parse_layout, select_layouts
-from training.parity.trial import Trial, assemble, run_case
+from training.parity.trial import Trial, assemble, rows_of_step, run_case
 from training.step import train_step
 
 CPU = torch.device("cpu")
@@ -56,21 +56,46 @@ QUICK = {
         "tensor=2+context=2",
     ),
 }
-LAYOUT_CHANGES = (("expert=2", "tensor=2"), ("shard=2", "context=2"), ("pipeline=2", "expert=2"))
-"""The layout that saves a checkpoint, and the layout that continues from it."""
+CHOSEN = {
+    # Under expert parallelism most ranks store no expert that trains.
+    2: (("partly_frozen", "expert=2"), ("partly_frozen", "shard=2"),
+        ("uneven", "tensor=2"), ("multi_query", "tensor=2")),
+    4: (("uneven", "tensor=4"), ("uneven", "shard=2+tensor=2"), ("uneven", "expert=2+expert_tensor=2"),
+        ("multi_query", "tensor=4"), ("multi_query", "tensor=2+context=2"), ("multi_query", "shard=2+tensor=2"),
+        ("multi_query", "pipeline=2+tensor=2")),
+}  # fmt: skip
+"""Models and layouts beside those of `QUICK`."""
+LAYOUT_CHANGES = (
+    ("mixtral", "expert=2", "tensor=2"),
+    ("mixtral", "shard=2", "context=2"),
+    ("mixtral", "pipeline=2", "expert=2"),
+    ("multi_query", "tensor=2", "replicate=2"),
+)
+"""The model, the layout that saves a checkpoint, and the layout that continues from it."""
+FEW = replace(CASES["uneven"], model=replace(CASES["uneven"].model, vocab_size=5, hidden_dim=1))
+"""With `tensor=4`, the last rank stores no row of the embedding and of the head, and three ranks no hidden unit."""
 
 
 def jobs_for(layouts: tuple[str, ...], world_size: int) -> list[Job]:
     models = assign_models(layouts, CASES, world_size)
-    jobs = [Job(model, layout, parse_layout(layout)) for layout, model in zip(layouts, models, strict=True)]
-    # Under expert parallelism most ranks store no expert that trains.
-    frozen = [Job("partly_frozen", layout, parse_layout(layout)) for layout in ("expert=2", "shard=2")]
-    return jobs + (frozen if world_size == 2 else [])
+    pairs = (*zip(models, layouts, strict=True), *CHOSEN[world_size])
+    return [Job(model, layout, parse_layout(layout)) for model, layout in pairs]
+
+
+def rows_of_five_tokens(step: int, rows: int) -> dict[str, torch.Tensor]:
+    made = rows_of_step(step, rows)
+    labels_BS = made["labels_BS"]
+    few_BS = torch.where(labels_BS == IGNORE, labels_BS, labels_BS % 5)
+    return made | {"tokens_BS": made["tokens_BS"] % 5, "labels_BS": few_BS}
 
 
 def quick(rank: int, world: int, jobs: list[Job], directory: Path) -> dict:
     """All checks in one world, because starting processes costs more than most jobs."""
     results = {"fp64": list(run_jobs(jobs, CPU, steps=STEPS)), "one token": one_token_per_rank(rank, world)}
+    if world == 4:
+        few = [Job("few", layout, parse_layout(layout)) for layout in ("tensor=4", "shard=2+tensor=2")]
+        with mock.patch.object(trial_module, "rows_of_step", rows_of_five_tokens):
+            results["few"] = list(run_jobs(few, CPU, cases={"few": FEW}, steps=STEPS))
     if world == 2:
         single = [Job("mixtral", layout, parse_layout(layout)) for layout in ("expert=2", "tensor=2", "context=2")]
         results["fp32"] = list(run_jobs(single, CPU, precision="fp32", steps=STEPS))
@@ -78,8 +103,10 @@ def quick(rank: int, world: int, jobs: list[Job], directory: Path) -> dict:
             continued(directory / str(number), *change) for number, change in enumerate(LAYOUT_CHANGES)
         ]
         results["tampered"] = {name: tampered(name) for name in TAMPERED}
-        case = CASES["mixtral"]
-        results["one process"] = run_case(case, config_of("expert=1", 1), mesh_of_one(CPU))
+        results["one process"] = {
+            model: run_case(CASES[model], config_of("expert=1", 1, model), mesh_of_one(CPU))
+            for model in ("mixtral", "multi_query")
+        }
     return results
 
 
@@ -107,26 +134,32 @@ def test_every_layout_equals_one_process(world):
         assert_within_tolerance(first[precision], precision)
 
 
-def config_of(layout: str, world_size: int):
-    """The configuration of `mixtral`, with the rows of a world of 2."""
-    case = CASES["mixtral"]
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [4], indirect=True)
+def test_ranks_without_token_ids_or_hidden_units_take_part(world):
+    assert_within_tolerance(world[0]["few"], "fp64")
+
+
+def config_of(layout: str, world_size: int, model: str = "mixtral"):
+    """The configuration of a model, with the rows of a world of 2."""
+    case = CASES[model]
     config = configuration(case, parse_layout(layout), rows=rows_for(2), steps=2 * STEPS)
     return resolve_layout(config, build_workload(config, case.model), World(world_size=world_size)).config
 
 
-def trial(layout: str) -> Trial:
-    config = config_of(layout, dist.get_world_size())
+def trial(model: str, layout: str) -> Trial:
+    config = config_of(layout, dist.get_world_size(), model)
     world = World(world_size=dist.get_world_size())
     sizes = resolve_layout(config, build_workload(config, config.model), world).plan.layout
-    return Trial(CASES["mixtral"], config, build_mesh(CPU, sizes))
+    return Trial(CASES[model], config, build_mesh(CPU, sizes))
 
 
-def continued(root: Path, before: str, after: str) -> tuple[list, dict]:
+def continued(root: Path, model: str, before: str, after: str) -> tuple[list, dict]:
     """Run half of the steps under one layout, save a checkpoint, and run the other half under another layout."""
-    first = trial(before)
+    first = trial(model, before)
     history = first.train(0, STEPS)
     path = checkpoint.save(root, STEPS, first.engine.tensors(), {}, keep=2)
-    second = trial(after)
+    second = trial(model, after)
     with torch.no_grad():
         for part in second.engine.parts:
             for parameter in part.parameters():
@@ -139,8 +172,8 @@ def continued(root: Path, before: str, after: str) -> tuple[list, dict]:
 
 @of_two
 def test_a_checkpoint_continues_under_another_layout(world):
-    reference = world[0]["one process"]
     for change, (history, final) in zip(LAYOUT_CHANGES, world[0]["continued"], strict=True):
+        reference = world[0]["one process"][change[0]]
         differences = compare(reference._replace(history=history, final=final), reference)
         assert differences.within(TOLERANCES["fp64"]), (change, differences)
 
@@ -148,7 +181,7 @@ def test_a_checkpoint_continues_under_another_layout(world):
 @of_two
 def test_the_parity_run_is_not_trivial(world):
     """Clipping was active, weights changed, and the last expert got no token and no gradient."""
-    reference = world[0]["one process"]
+    reference = world[0]["one process"]["mixtral"]
     assert any(step.grad_norm > OPTIM.max_grad_norm for step in reference.history)
     change = reference.final["model.embedding"] - reference.initial["model.embedding"]
     assert change.abs().max() > 1e-2

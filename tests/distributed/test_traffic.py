@@ -14,6 +14,7 @@ JOBS = [
     Job("even load", "context=2"),
     Job("full attention", "context=2", zigzag=False),
     Job("dense, shared", "tensor=2"),
+    Job("multi-query", "tensor=2"),
     Job("even load", "shard=2+expert=2"),
     Job("even load", "pipeline=2"),
 ]

@@ -46,7 +46,9 @@ def test_saturated_missing_and_negative_scores():
     assert taken([1.0] * 5, 2) == taken([0.0] * 5, 2) == taken([math.nextafter(1, 0), 1, 1, 1], 2) == [0, 1]
     assert taken([5e-324, 1e-323, 0.0], 1) == [0]  # subnormal numbers have one or two digits
     assert taken([0.2, 0.2 * (1 + 1e-6), 0.1], 1) == [1]  # these are different
-    assert taken([-math.inf, 0.5, -math.inf, 0.25], 1) == [1] and {1, 3} <= set(taken([-math.inf, 0.5, -math.inf, 0.25], 3))
+    assert taken([-math.inf, 0.5, -math.inf, 0.25], 1) == [1] and {1, 3} <= set(
+        taken([-math.inf, 0.5, -math.inf, 0.25], 3)
+    )
     assert taken([-2.0, -1.0, -1.0 + 1e-15, 3.0], 2) == [1, 3] and taken([7.0, 7.0 + 1e-15, 8.0], 2) == [0, 2]
     assert len(taken([math.nan, 0.5, math.nan, 0.5], 2)) <= 2 and taken([], 2) == []
 
@@ -94,7 +96,9 @@ def test_bf16_inputs_have_a_wider_tolerance():
     x[:, 1::2] += 2**-7  # one bit of bf16
 
     def first_of_each(x):
-        return [(router(x, None)[0].experts_TK == expert).any(1).nonzero()[:2].flatten().tolist() for expert in range(3)]
+        return [
+            (router(x, None)[0].experts_TK == expert).any(1).nonzero()[:2].flatten().tolist() for expert in range(3)
+        ]
 
     assert first_of_each(x.bfloat16()) == [[0, 1]] * 3 and first_of_each(x) != [[0, 1]] * 3
 
@@ -144,14 +148,18 @@ def test_the_parity_data_has_ten_thousand_equal_pairs(name):
     init_parameters(model, SEED)
     results = []
     for layer in model.layers:
-        layer.ffn.router.register_forward_hook(lambda router, inputs, result: results.append((router, inputs[0], result)))
+        layer.ffn.router.register_forward_hook(
+            lambda router, inputs, result: results.append((router, inputs[0], result))
+        )
     for step in range(3):
         rows = rows_of_step(step, 16)
         valid = rows["documents_BS"] >= 0
         model(ModelInputs(rows["tokens_BS"], rows["positions_BS"], rows["documents_BS"], valid))
         for router, x, (_, stats) in itertools.islice(results, 4 * step, None):
             p = (x @ router.weight.T).softmax(-1).detach()
-            asked = torch.ones_like(p) if name == "expert_choice" else torch.zeros_like(p).scatter(-1, stats.experts_BSK, 1)
+            asked = (
+                torch.ones_like(p) if name == "expert_choice" else torch.zeros_like(p).scatter(-1, stats.experts_BSK, 1)
+            )
             asked = asked.bool() & valid.unsqueeze(-1)
             equal = (p.unsqueeze(1) - p.unsqueeze(2)).abs() <= 1e-11 * p.unsqueeze(1)
             pairs += int((equal & asked.unsqueeze(1) & asked.unsqueeze(2)).movedim(-1, 1).triu(1).sum())

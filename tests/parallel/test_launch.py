@@ -3,16 +3,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from parallel.startup.launch import WorkerFailure, World, launch_workers, world_from_env
+from parallel.startup.threads import describe_threads, set_threads, usable_cores
+from scripts.cli import workers
+from training.config import LaunchConfig
 
 
-def report_place(offset: int) -> tuple[int, str]:
-    return world_from_env().rank + offset, os.environ["OMP_NUM_THREADS"]
+def report_place(offset: int) -> tuple[int, str | None, int]:
+    return world_from_env().rank + offset, os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
 
 
 def rank_1_refuses() -> None:
@@ -49,10 +53,80 @@ def sleep_and_leave_pid(directory: str) -> None:
 
 def test_results_by_rank_and_threads() -> None:
     before = dict(os.environ)
-    assert launch_workers(report_place, (10,), nproc=2, threads=3) == {0: (10, "3"), 1: (11, "3")}
+    assert launch_workers(report_place, (10,), nproc=2, threads=3) == {0: (10, "3", 3), 1: (11, "3", 3)}
     assert {name: os.environ.get(name) for name in before} == before
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.slow
+def test_workers_keep_the_threads_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert launch_workers(report_place, (0,), nproc=1) == {0: (0, "1", 1)}
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    # The job before has left nothing behind.
+    cores = len(os.sched_getaffinity(0))
+    assert launch_workers(report_place, (0,), nproc=cores) == {rank: (rank, None, 1) for rank in range(cores)}
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No variable of the user's, six usable cores, and torch's number of threads restored at the end."""
+    before = torch.get_num_threads()
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("parallel.startup.threads.usable_cores", lambda: 6)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "variables", "ranks", "number", "source"),
+    [
+        (None, {}, 1, 6, "6 usable cores, 1 local process"),
+        (None, {}, 4, 1, "6 usable cores, 4 local processes"),
+        (None, {}, 9, 1, "6 usable cores, 9 local processes"),
+        (None, {"OMP_NUM_THREADS": "2,1"}, 3, 8, "OMP_NUM_THREADS=2,1"),  # torch has read it: nothing is set
+        (None, {"MKL_NUM_THREADS": "3"}, 3, 8, "MKL_NUM_THREADS=3"),
+        (None, {"OMP_NUM_THREADS": "none"}, 3, 2, "6 usable cores, 3 local processes"),
+        (None, {"OMP_NUM_THREADS": ""}, 3, 2, "6 usable cores, 3 local processes"),
+        (5, {"OMP_NUM_THREADS": "2"}, 3, 5, "launch.threads=5"),
+    ],
+)
+def test_the_key_comes_first_then_the_environment_then_the_cores(
+    threads: None, monkeypatch: pytest.MonkeyPatch, asked: int | None, variables: dict[str, str], ranks: int,
+    number: int, source: str,
+) -> None:  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    torch.set_num_threads(8)
+    set_threads(asked, ranks)
+    assert describe_threads(asked, ranks) == f"{number} per process ({source})"
+
+
+def test_launched_processes_share_the_cores_and_obey_the_key(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "die_with_parent", lambda: None)
+    for name, value in {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    torch.set_num_threads(8)
+    workers.prepare_launched(LaunchConfig())
+    assert torch.get_num_threads() == 3
+    workers.prepare_launched(LaunchConfig(threads=2))
+    assert torch.get_num_threads() == 2
+
+
+def test_the_limit_of_the_control_group_counts(tmp_path: Path) -> None:
+    membership, group = tmp_path / "cgroup", tmp_path / "user.slice" / "job"
+    group.mkdir(parents=True)
+    cores = len(os.sched_getaffinity(0))
+    assert usable_cores(tmp_path, membership) == cores  # no control groups
+    membership.write_text("1:name=systemd:/other\n0::/user.slice/job\n")
+    (group / "cpu.max").write_text("max 100000\n")
+    assert usable_cores(tmp_path, membership) == cores
+    (group.parent / "cpu.max").write_text("190000 100000\n")
+    assert usable_cores(tmp_path, membership) == 1
+    (group.parent / "cpu.max").write_text("50000 100000\n")
+    assert usable_cores(tmp_path, membership) == 1
 
 
 def test_a_refusal_carries_its_line() -> None:

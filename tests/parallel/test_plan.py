@@ -1,5 +1,6 @@
 """Plans against what is really built, formulas against hand-computed cases, and the choices of `auto`."""
 
+import itertools
 import re
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +22,7 @@ from parallel.context import rows_to_each
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.planning.auto import Choice, resolve
+from parallel.planning.check import check_layout
 from parallel.planning.plan import (
     HEADER,
     Plan,
@@ -46,7 +48,15 @@ from parallel.planning.traffic import (
 from parallel.planning.workload import Workload
 from parallel.stages import stage_layers, stages_of
 from parallel.startup.launch import World
-from parallel.weight_specs import EXPERT_TENSOR_DIMS, TENSOR_DIMS, check_weights, count_weights, kind, named_weights
+from parallel.weight_specs import (
+    EXPERT_TENSOR_DIMS,
+    TENSOR_DIMS,
+    check_weights,
+    count_weights,
+    kind,
+    named_weights,
+    tensor_dim,
+)
 from tests.test_conf import composed
 from training.config import with_vocabulary
 
@@ -54,6 +64,8 @@ MODEL = ModelConfig(
     dim=16, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=4, hidden_dim=24, num_experts=8, top_k=2,
     expert_hidden_dim=12, num_shared_experts=1, first_k_dense=1, vocab_size=40,
 )  # fmt: skip
+UNEVEN = replace(MODEL, num_kv_heads=1, hidden_dim=23, expert_hidden_dim=13, vocab_size=41)
+"""Tensor parallelism divides none of its dims but the query heads."""
 DENSE = replace(MODEL, num_experts=None, top_k=None, expert_hidden_dim=None, num_shared_experts=0, first_k_dense=0)
 ODD = replace(MODEL, dim=18, num_experts=6, expert_hidden_dim=10, num_shared_experts=0, tie_embeddings=True)
 """FSDP shards its norms, embedding and experts into shards of unequal size."""
@@ -81,7 +93,7 @@ def test_specs_are_those_of_the_built_model(name: str) -> None:
     check_weights(built, config.model, config.router)
     for key, weight in listed.items():
         leaf = key.removesuffix(".weight").rpartition(".")[2]
-        dims = {"tensor": TENSOR_DIMS, "experts": EXPERT_TENSOR_DIMS}.get(weight.kind, {})
+        dims = {"tensor": TENSOR_DIMS, "kv_heads": TENSOR_DIMS, "experts": EXPERT_TENSOR_DIMS}.get(weight.kind, {})
         assert (weight.kind, weight.tensor_dim) == (kind(key), dims.get(leaf)), key
 
 
@@ -117,21 +129,24 @@ def test_a_plan_includes_the_parameters_of_a_plugins_router() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "expected", "dim"),
     [
-        ("embedding", "tensor"),
-        ("norm.weight", "replicated"),
-        ("layers.0.ffn_norm.weight", "replicated"),
-        ("layers.0.ffn.w_down.weight", "tensor"),
-        ("layers.0.ffn.shared.w_down.weight", "tensor"),
-        ("layers.0.ffn.router.low_rank.weight", "router"),
-        ("layers.0.ffn.router.experts.w_up", "router"),
-        ("layers.0.ffn.experts.w_down", "experts"),
-        ("layers.0.ffn.experts.w_down.13", "experts"),
+        ("embedding", "tensor", 0),
+        ("norm.weight", "replicated", None),
+        ("layers.0.ffn_norm.weight", "replicated", None),
+        ("layers.0.ffn.w_down.weight", "tensor", 1),
+        ("layers.0.ffn.shared.w_down.weight", "tensor", 1),
+        ("layers.0.attention.wq.weight", "tensor", 0),
+        ("layers.0.attention.wv.weight", "kv_heads", 0),
+        ("layers.0.ffn.router.low_rank.weight", "router", None),
+        ("layers.0.ffn.router.wq.weight", "router", None),
+        ("layers.0.ffn.router.experts.w_up", "router", None),
+        ("layers.0.ffn.experts.w_down", "experts", 2),
+        ("layers.0.ffn.experts.w_down.13", "experts", None),
     ],
 )
-def test_kinds(name: str, expected: str) -> None:
-    assert kind(name) == expected
+def test_kinds(name: str, expected: str, dim: int | None) -> None:
+    assert (kind(name), tensor_dim(name)) == (expected, dim)
 
 
 @pytest.mark.parametrize(
@@ -189,10 +204,8 @@ def planned(
     return plan(layout, parallel, workload(layout, model, router, **options))
 
 
-@pytest.mark.parametrize("model", [MODEL, ODD], ids=["model", "odd"])
-@pytest.mark.parametrize(
-    "parallel",
-    [
+BUILT = [
+    *itertools.product((MODEL, ODD), (
         ParallelConfig(expert=2),
         ParallelConfig(shard=4, tensor=2, expert=2),
         ParallelConfig(shard=8, expert=1),
@@ -200,8 +213,20 @@ def planned(
         ParallelConfig(pipeline=2, shard=4, expert=2),
         ParallelConfig(pipeline=2, schedule="interleaved", tensor=2, expert=2),
         ParallelConfig(pipeline=2, stage_layers=(1, 5)),
+    )),
+    (UNEVEN, ParallelConfig(tensor=4, expert=2, expert_tensor=2)),
+    (UNEVEN, ParallelConfig(shard=4, tensor=2, expert=2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel"),
+    BUILT,
+    ids=[
+        " ".join(f"{key}={value}" for key, value in vars(parallel).items() if value != getattr(ParallelConfig(), key))
+        + {MODEL: "", ODD: " odd", UNEVEN: " uneven"}[model]
+        for model, parallel in BUILT
     ],
-    ids=lambda parallel: " ".join(f"{k}={v}" for k, v in vars(parallel).items() if v != getattr(ParallelConfig(), k)),
 )
 def test_a_plan_has_the_memory_of_what_is_built(model: ModelConfig, parallel: ParallelConfig) -> None:
     """On every rank of eight, none of which is a process."""
@@ -282,6 +307,10 @@ def test_rows_and_gradients_by_hand() -> None:
     layout = Layout(replicate=2, shard=2)
     assert gradient_bytes(weights, layout, workload(layout)) == elements / 2 * 4
     assert gradient_bytes(weights, Layout(shard=2), workload(Layout(shard=2))) == 0
+    # Two ranks store each of the two key/value heads [4, 16], and four all norms [16]: 6 layers, and the last norm.
+    layout = ParallelConfig(tensor=4).layout(4, DENSE)
+    weights = count_weights(DENSE, ROUTER, range(6))
+    assert gradient_bytes(weights, layout, workload(layout)) == 4 * (6 * 2 * 4 * 16 + 13 * 16 * 2 * 3 / 4)
 
 
 def test_a_layout_that_sends_nothing_and_one_that_sends_everything() -> None:
@@ -399,3 +428,25 @@ def test_too_large_for_all_ranks_together() -> None:
 def test_an_impossible_layout_is_refused(world: int, batch: tuple[int, int, int], given: dict, line: str) -> None:
     with pytest.raises(ValueError, match=f"^{line}"):
         choice("mixtral_tiny", world, world, None, batch, given)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tensor", "line"),
+    [
+        ((12, 6), 4, r"tensor=4: expected a divisor or a multiple of model.num_kv_heads=6$"),
+        ((6, 2), 4, r"tensor=4: expected a divisor of model.num_heads=6$"),
+        ((6, 1), 3, r"tensor=3: expected a divisor of train.seq_len=32$"),
+    ],
+)
+def test_tensor_parallelism_divides_heads_and_rows(heads: tuple[int, int], tensor: int, line: str) -> None:
+    model, parallel = replace(MODEL, num_heads=heads[0], num_kv_heads=heads[1]), ParallelConfig(tensor=tensor)
+    layout = parallel.layout(tensor, model)
+    with pytest.raises(ValueError, match=f"^{line}"):
+        check_layout(layout, parallel, workload(layout, model))
+
+
+def test_parts_for_the_grouped_kernel_are_multiples_of_eight() -> None:
+    model, parallel = replace(MODEL, expert_hidden_dim=24, expert_kernel="grouped"), ParallelConfig(expert_tensor=2)
+    layout = parallel.layout(2, model)
+    with pytest.raises(ValueError, match=r"^expert_tensor=2: expected parts of the experts' hidden width 24 that are"):
+        check_layout(layout, parallel, workload(layout, model))

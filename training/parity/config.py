@@ -86,9 +86,19 @@ CASES: Mapping[str, Case] = {
         RouterConfig(layer_reduction="hf_pooled", balance_coef=0.05, capacity_factor=0.75, drop_policy="prob",
                      allow_noncausal=True),
     ),
+    "uneven": Case(
+        replace(MODEL, num_kv_heads=2, hidden_dim=13, expert_hidden_dim=7, num_shared_experts=1, first_k_dense=1,
+                vocab_size=VOCABULARY + 1),
+        RouterConfig(balance_coef=0.05, z_coef=0.01),
+    ),
+    "multi_query": Case(
+        replace(MODEL, num_kv_heads=1, vocab_size=VOCABULARY + 3, tie_embeddings=True, sliding_window=None),
+        RouterConfig(balance_coef=0.05),
+    ),
     "partly_frozen": replace(MIXTRAL, train=("router", "expert:3")),
 }  # fmt: skip
-"""The built-in models by name. In `partly_frozen`, most ranks store no expert that trains if the experts are spread."""
+"""The built-in models by name. Tensor parallelism does not divide the vocabulary of `uneven` and `multi_query`, nor the
+hidden widths of `uneven`. In `partly_frozen`, most ranks store no expert that trains if the experts are spread."""
 
 
 def rows_for(world_size: int) -> int:

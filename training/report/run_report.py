@@ -14,6 +14,8 @@ import torch.distributed as dist
 from data.tokens.store import Store
 from moe.model import Transformer
 from parallel.mesh import Mesh
+from parallel.startup.launch import world_from_env
+from parallel.startup.threads import describe_threads
 from parallel.weight_specs import kind
 from training.agree import AgreedRun
 from training.config import Config
@@ -65,6 +67,8 @@ def show_start(summary: RunSummary) -> None:
     show_layout(ranks, str(run.plan.layout) if len(ranks) > 1 else "")
     if run.config.engine.kind == "native":  # DeepSpeed decides how it uses the memory.
         show_plan(run.plan)
+    threads = describe_threads(run.config.launch.threads, world_from_env().local_world_size)
+    show_line(f"CPU threads: {threads}")
     continued = f", continued from {Path(run.checkpoint).name}" if run.checkpoint else ""
     show_line(f"run directory {run.directory}{continued}")
     for note in run.notes:
