@@ -4,7 +4,6 @@ Rank 0 chooses and sends its choice to the other ranks through the launcher's ke
 reported before any process group exists, and no rank waits in a collective for a rank that has ended.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from filelock import BaseFileLock
 from common.errors import CheckpointError, ConfigError, DataError, RunError, require
 from common.plugins import changed_plugins, loaded_plugins, missing_plugins
 from common.strict import from_dict, to_dict
-from common.text import printable
+from common.text import printable, to_json
 from data.tokens.store import Store, prepare
 from moe.accounting.flops import ParameterCounts, count_parameters, meta_model, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
@@ -239,7 +238,7 @@ def checked_state(path: str, model: ModelConfig, router: RouterConfig, steps: in
             require(
                 value == saved_value,
                 CheckpointError,
-                f"{section}.{key}={json.dumps(value)}: expected {json.dumps(saved_value)} as in the checkpoint "
+                f"{section}.{key}={to_json(value)}: expected {to_json(saved_value)} as in the checkpoint "
                 f"{path}, or another run.name",
             )
     require(
