@@ -5,6 +5,7 @@ value can change what the model computes. The families have different defaults f
 gives both.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,7 +289,7 @@ class Fields:
         """Return the positive number at `key`. The default is used as in `integer`."""
         value = self.raw.get(key)
         value = default if value is None else value
-        holds = type(value) in (int, float) and 0 < value < float("inf")  # type: ignore[operator]
+        holds = type(value) in (int, float) and 0 < value <= sys.float_info.max  # type: ignore[operator]
         self.expect(holds, key, self.raw.get(key), "a number > 0")
         return float(value)  # type: ignore[arg-type]
 
@@ -304,7 +305,7 @@ class Fields:
 
     def expect(self, holds: object, key: str, value: Any, expected: str) -> None:
         """Raise ModelError for the key, unless `holds`."""
-        require(holds, ModelError, f"{self.file}: {key}={_shown(value)}: expected {expected}")
+        require(holds, ModelError, f"{self.file}: {_shown(key)}={_shown(value)}: expected {expected}")
 
 
 def _rope_theta(fields: Fields, family: Family) -> float:
