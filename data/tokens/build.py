@@ -5,7 +5,6 @@ Legend: T tokens of a document.
 
 import gzip
 import hashlib
-import json
 import math
 from array import array
 from collections import Counter
@@ -17,7 +16,7 @@ import numpy as np
 
 from common.errors import DataError
 from common.files import fsync, sha256_of
-from common.text import show_value
+from common.text import show_value, to_json
 from data.config import DataConfig
 from data.corpora.chat import encode_conversation, label_text
 from data.corpora.document import Corpus
@@ -71,8 +70,10 @@ def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, r
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(directory.iterdir())
         },
     }
+    if spool.num_skipped:
+        manifest["skipped"] = {"total": spool.num_skipped, "listed": [fault._asdict() for fault in spool.skipped]}
     manifest["sha256"] = manifest_sha256(manifest)
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (directory / "manifest.json").write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
     for path in [*directory.iterdir(), directory]:
         fsync(path)
 
@@ -80,7 +81,7 @@ def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, r
 def manifest_sha256(manifest: dict[str, Any]) -> str:
     """Return the SHA-256 of `manifest` without its entry `sha256`."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sample(spool: CorpusSpool) -> Iterator[str]:
@@ -150,10 +151,12 @@ def _write_split(
     """
     writer = _ShardWriter(directory, name)
     starts, domain_ids, answers = array("q"), bytearray(), array("q")
+    conversations = False
     totals = [_DomainTotals() for _ in domains]
     for document in documents:
         ids_T, is_label_T = encoder(document, round_trip=keep_text)
         if document.messages:
+            conversations = True
             answers.extend((_runs(is_label_T) + writer.tokens).flatten().tolist())
         starts.append(writer.tokens)
         domain_ids.append(document.domain_id)
@@ -162,14 +165,14 @@ def _write_split(
     writer.close()
     np.save(directory / f"{name}-starts.npy", np.frombuffer(starts, dtype=np.int64))
     np.save(directory / f"{name}-domains.npy", np.frombuffer(domain_ids, dtype=np.uint8))
-    if answers:
-        np.save(directory / f"{name}{ANSWERS_SUFFIX}", np.frombuffer(answers, dtype=np.int64).reshape(-1, 2))
+    if conversations:
+        np.save(directory / f"{name}{ANSWERS_SUFFIX}", np.array(answers, dtype=np.int64).reshape(-1, 2))
     per_domain: dict[str, dict[str, Any]] = {}
     for domain, total in zip(domains, totals, strict=True):
         per_domain[domain] = {**total.counts, "sha256": total.digest.hexdigest()}
         if keep_text:
             text = bytes(total.evaluated_text)
-            per_domain[domain] |= ({"label_bytes": len(text)} if answers else {}) | baselines(text)
+            per_domain[domain] |= ({"label_bytes": len(text)} if conversations else {}) | baselines(text)
     return {"tokens": writer.tokens, "max_token": writer.max_token, "shards": writer.shards, "domains": per_domain}
 
 

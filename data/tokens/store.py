@@ -1,7 +1,6 @@
 """Token stores: built once per configuration, then verified and memory-mapped by every process of a run."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,8 +9,10 @@ from typing import Any
 
 from common.errors import DataError
 from common.files import fsync, sha256_of
+from common.text import parse_json
 from data.config import DataConfig
 from data.corpora.corpus import open_corpus
+from data.corpora.document import Fault
 from data.tokens.build import FORMAT, TOKENIZER_FILE, build_store, manifest_sha256
 from data.tokens.split import TokenSplit
 from data.tokens.tokenizer import Tokenizer, without_normalization
@@ -111,7 +112,7 @@ class Store:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.directory / "manifest.json"
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = parse_json(path.read_bytes())
             found = manifest_sha256(manifest)
         except OSError as error:
             raise self._damaged(path, "a file that can be read", error.strerror or "none") from error
@@ -125,6 +126,18 @@ class Store:
 
     def _damaged(self, path: Path, expected: str, found: str) -> DataError:
         return DataError(f"{path}: expected {expected}, found {found}; delete {self.directory} to build it again")
+
+    def skipped(self, shown: int = 10) -> list[str]:
+        """Return lines about the places that `data.on_error=skip` left out: their number, and the first `shown`."""
+        skipped = self.manifest.get("skipped")
+        if skipped is None:
+            return []
+        total, listed = skipped["total"], [str(Fault(**fault)) for fault in skipped["listed"]]
+        more = [f"and {total - shown} more; manifest.json lists the first {len(listed)}"] if total > shown else []
+        return [
+            f"data.on_error=skip left out {total} place{'s' * (total > 1)}:",
+            *(f"  {line}" for line in [*listed[:shown], *more]),
+        ]
 
     def summary(self) -> list[dict[str, Any]]:
         """Return one row per domain: documents, bytes and tokens of both splits, a hash of the text, the baselines.
