@@ -56,8 +56,8 @@ RULES: dict[str, dict[str, str]] = {
     },
     "data": {
         CONTENT: "kind vocab_size tokenizer heldout_fraction heldout_max_bytes code_bytes prose_bytes "
-        "arithmetic_bytes paths format on_error text_key domain_key hub_path hub_name hub_split hub_revision max_documents "
-        "messages_key ignore_keys",
+        "arithmetic_bytes paths format on_error text_key domain_key hub_path hub_name hub_split hub_revision "
+        "max_documents messages_key ignore_keys",
         LISTED: "cross_documents",
         FREE: "cache",
     },
