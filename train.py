@@ -51,7 +51,8 @@ def job(cfg: DictConfig) -> float:
     """Run one run, or one job of a sweep.
 
     Returns:
-        The held-out loss, which a sweeper minimises. NaN for a job of a sweep that failed: the sweep continues.
+        The held-out loss, which a sweeper minimises. NaN if there is none, and for a job of a sweep that failed: the
+        sweep continues.
     """
     sweep_dir, number = current_job()
     # Worker processes see only these arguments, and the command that resumes the run is printed from them.
@@ -60,7 +61,8 @@ def job(cfg: DictConfig) -> float:
         raw = plain(cfg, sweep_dir, number)
         load_named_plugins(raw)
         config = from_dict(Config, start_from(raw, sys.argv[1:]))
-        return float(execute(config, train, fresh_processes=sweep_dir is not None).get("eval/loss", math.nan))
+        loss = execute(config, train, fresh_processes=sweep_dir is not None).get("eval/loss")
+        return math.nan if loss is None else float(loss)
     except Exception as error:
         if sweep_dir is None:
             end(error, sys.argv[1:])

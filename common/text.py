@@ -1,7 +1,8 @@
-"""Values, names and numbers as text, for messages and tables; and strict parsing of a JSON object."""
+"""Values, names and numbers as text, for messages and tables; and JSON and YAML, written and read strictly."""
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -68,19 +69,78 @@ def show_ranges(numbers: Iterable[int]) -> str:
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
+def finite(value: Any) -> Any:
+    """`value`, which consists of JSON values, with None in place of every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """`value` as strict JSON text, in which NaN and the infinities are `null`. All JSON of this project is written so.
+
+    Args:
+        value: dicts, lists, tuples and scalars.
+        options: keyword arguments of `json.dumps`.
+
+    Raises:
+        TypeError, ValueError: `value` has something that JSON cannot represent.
+
+    >>> to_json({"loss": float("nan"), "steps": (1, 2.5)})
+    '{"loss": null, "steps": [1, 2.5]}'
+    """
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """Parse a JSON value. A byte order mark of UTF-8 at the start is skipped.
+
+    Args:
+        text: the text, or its bytes in UTF-8.
+        options: keyword arguments of `json.loads`.
+
+    Raises:
+        ValueError: `text` is not UTF-8, not JSON, nested too deeply, or has an integer of too many digits. The message
+            is one line.
+    """
+    try:
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(decoded.removeprefix("\ufeff"), **options)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    except ValueError as error:
+        # Python refuses integers of more than 4,300 digits, and advises to call one of its functions.
+        raise ValueError(str(error).partition("; use sys.")[0]) from error
+
+
 def parse_json_object(text: str | bytes) -> dict[str, Any]:
     """Parse a JSON object. Every object in it must give each of its names once.
 
     Raises:
         ValueError: `text` is not JSON, is another JSON value than an object, or gives a name twice.
     """
-    try:
-        parsed = json.loads(text, object_pairs_hook=_without_duplicates)
-        if not isinstance(parsed, dict):
-            raise ValueError(f"expected a JSON object, found {shorten(json.dumps(parsed), 60)}")
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
+    parsed = parse_json(text, object_pairs_hook=_without_duplicates)
+    if not isinstance(parsed, dict):
+        raise ValueError(f"expected a JSON object, found {shorten(to_json(parsed), 60)}")
     return parsed
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML document without aliases, of which a few lines can expand to gigabytes.
+
+    Raises:
+        ValueError: `text` is not YAML, has an alias or is nested too deeply. The message is one line.
+    """
+    import yaml
+
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("expected YAML without aliases (a few lines of them can expand to gigabytes)")
+        return yaml.safe_load(text)
+    except Exception as error:  # Besides YAMLError, the constructors of dates, numbers and sets raise many types.
+        raise ValueError(shorten(one_line(str(error)) or type(error).__name__, 200)) from error
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

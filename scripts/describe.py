@@ -7,11 +7,11 @@
 docs/models.md lists the presets with their papers, and explains how each figure is counted.
 """
 
-import json
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from common.errors import expect, located
+from common.text import to_json
 from moe.config import ModelConfig, RouterConfig
 from scripts.cli.command_line import run_tool
 
@@ -62,7 +62,7 @@ def describe(config: DescribeConfig) -> None:
     from training.report.tables import show_figures
 
     if config.format == "json":
-        print(json.dumps(figures(config), indent=2))
+        print(to_json(figures(config), indent=2))
     else:
         show_figures(
             config.whole_model,

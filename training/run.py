@@ -5,7 +5,6 @@ This module does not import torch, so that the command line can use it.
 
 import contextlib
 import itertools
-import json
 import os
 import shutil
 import socket
@@ -16,6 +15,7 @@ from typing import Any
 
 from common.errors import RunError
 from common.files import write_atomically
+from common.text import finite, parse_json, to_json
 from training.config import RunConfig
 
 LAUNCH_FILE = "launch.json"
@@ -127,11 +127,13 @@ def finished_result(directory: Path, steps: int) -> dict[str, Any] | None:
     """Return the content of `result.json` if the run in `directory` has finished after at least `steps` steps, else
     None."""
     try:
-        result = json.loads((directory / RESULT_FILE).read_text())
+        result = parse_json((directory / RESULT_FILE).read_bytes())
     except (OSError, ValueError):
         return None
-    finished = isinstance(result, dict) and result.get("status") == "finished" and result.get("step", -1) >= steps
-    return result if finished else None
+    if not isinstance(result, dict) or result.get("status") != "finished":
+        return None
+    step = result.get("step")
+    return finite(result) if isinstance(step, int) and step >= steps else None
 
 
 def save_config(directory: Path, config: Mapping[str, Any]) -> Path:
@@ -151,7 +153,7 @@ def save_tokenizer(directory: Path, file: Path) -> None:
 
 def save_result(directory: Path, result: Mapping[str, Any]) -> Path:
     """Write a result of plain containers to `result.json` in `directory` atomically, and return the file."""
-    return write_atomically(directory / RESULT_FILE, json.dumps(dict(result), indent=2) + "\n")
+    return write_atomically(directory / RESULT_FILE, to_json(dict(result), indent=2) + "\n")
 
 
 def _find(run: RunConfig, identity: dict[str, Any]) -> str | None:
@@ -159,7 +161,7 @@ def _find(run: RunConfig, identity: dict[str, Any]) -> str | None:
     for path in sorted(Path(run.root).glob(f"*/{LAUNCH_FILE}")):
         if path.parent.name.startswith(f"{run.experiment}-"):
             with contextlib.suppress(OSError, ValueError):
-                if json.loads(path.read_text()) == identity:
+                if parse_json(path.read_bytes()) == identity:
                     return path.parent.name
     return None
 
@@ -175,7 +177,7 @@ def _find_or_choose(run: RunConfig, identity: dict[str, Any]) -> str:
         name = choose_name(run)
     with _as_run_error(run.root):
         (root / name).mkdir(parents=True, exist_ok=True)
-    write_atomically(root / name / LAUNCH_FILE, json.dumps(identity) + "\n")
+    write_atomically(root / name / LAUNCH_FILE, to_json(identity) + "\n")
     return name
 
 

@@ -214,11 +214,11 @@ def _count(batches: list[Batch], config: ModelConfig, mesh: Mesh) -> tuple[int, 
 class Evaluation(NamedTuple):
     """The result of one evaluation, the same on every rank."""
 
-    loss: float
-    """Nats per label token."""
+    loss: float | None
+    """Nats per label token; None if the held-out text has no label."""
     bits_per_byte: dict[str, float]
     """Domain -> nats of its tokens / ln 2 / the UTF-8 bytes that they stand for. The end of a document costs bits, but
-    stands for no bytes."""
+    stands for no bytes. A domain whose held-out text has no labels is left out."""
     load_GLE: Tensor | None
     """Assignments per domain, layer and expert; None in a dense model."""
 
@@ -260,10 +260,12 @@ def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...],
     for total in (nats, labels, size, load_GLE):
         dist.all_reduce(total, group=mesh.world)
     bits = {
-        name: value / math.log(2) / length if length else math.nan
+        name: value / math.log(2) / length
         for name, value, length in zip(domains, nats.tolist(), size.tolist(), strict=True)
+        if length
     }
-    return Evaluation((nats.sum() / labels.sum()).item(), bits, load_GLE.cpu() if config.is_moe else None)
+    loss = (nats.sum() / labels.sum()).item() if labels.any() else None
+    return Evaluation(loss, bits, load_GLE.cpu() if config.is_moe else None)
 
 
 def _load_by_domain(

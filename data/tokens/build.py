@@ -5,7 +5,6 @@ Legend: T tokens of a document.
 
 import gzip
 import hashlib
-import json
 import math
 from array import array
 from collections import Counter
@@ -17,7 +16,7 @@ import numpy as np
 
 from common.errors import DataError
 from common.files import fsync, sha256_of
-from common.text import show_value
+from common.text import show_value, to_json
 from data.config import DataConfig
 from data.corpora.chat import encode_conversation, label_text
 from data.corpora.document import Corpus
@@ -72,7 +71,7 @@ def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, r
         },
     }
     manifest["sha256"] = manifest_sha256(manifest)
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (directory / "manifest.json").write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
     for path in [*directory.iterdir(), directory]:
         fsync(path)
 
@@ -80,7 +79,7 @@ def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, r
 def manifest_sha256(manifest: dict[str, Any]) -> str:
     """Return the SHA-256 of `manifest` without its entry `sha256`."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sample(spool: CorpusSpool) -> Iterator[str]:

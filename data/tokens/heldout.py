@@ -10,7 +10,8 @@ class HeldoutChoice:
 
     A document is held out if its hash is in the first `fraction` of all possible hashes and the held-out text of its
     domain stays within `max_bytes`. In a small corpus, this can leave a domain without a held-out document. The
-    document of that domain with the smallest hash is then held out, unless the domain has only one document.
+    document of that domain with the smallest hash is then held out, unless all documents of the domain are equal. If no
+    domain has two different documents, the document with the smallest hash of all is held out, unless all are equal.
 
     Args:
         fraction: the fraction of the documents to hold out.
@@ -35,9 +36,12 @@ class HeldoutChoice:
             self._heldout_bytes[domain] += size if self._is_heldout[digest] else 0
 
     def choose(self) -> set[bytes]:
-        """Return the SHA-256 of every held-out document."""
+        """Return the SHA-256 of every held-out document. The set is empty only if all documents are equal."""
         chosen = {digest for digest, is_heldout in self._is_heldout.items() if is_heldout}
         smallest = {
             low for domain, (low, high) in self._extremes.items() if low != high and not self._heldout_bytes[domain]
         }
-        return chosen | smallest
+        chosen |= smallest
+        if not chosen and len(lows := {low for low, _ in self._extremes.values()}) > 1:
+            chosen = {min(lows)}
+        return chosen

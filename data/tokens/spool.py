@@ -78,8 +78,9 @@ class CorpusSpool:
         if not num_documents:
             raise DataError(f"{source}: expected text, found none")
         if not self._heldout:
+            found = f"{num_documents} equal ones" if num_documents > 1 else "1"
             raise DataError(
-                f"{source}: expected at least two documents in a domain, one to hold out, found {num_documents}"
+                f"{source}: expected at least two different documents, one of them to hold out, found {found}"
             )
         self.train_bytes = sum(document.size for document in self.train())
         if not self.train_bytes:

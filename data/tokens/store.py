@@ -1,7 +1,6 @@
 """Token stores: built once per configuration, then verified and memory-mapped by every process of a run."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 from common.errors import DataError
 from common.files import fsync, sha256_of
+from common.text import parse_json
 from data.config import DataConfig
 from data.corpora.corpus import open_corpus
 from data.tokens.build import FORMAT, TOKENIZER_FILE, build_store, manifest_sha256
@@ -111,7 +111,7 @@ class Store:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.directory / "manifest.json"
         try:
-            manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            manifest: dict[str, Any] = parse_json(path.read_bytes())
             found = manifest_sha256(manifest)
         except OSError as error:
             raise self._damaged(path, "a file that can be read", error.strerror or "none") from error

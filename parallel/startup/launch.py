@@ -7,7 +7,6 @@ the return values of the workers, or the message of the worker that failed. When
 
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from common.text import parse_json, to_json
 
 PR_SET_PDEATHSIG = 1
 """The option of Linux's `prctl` that chooses the signal a process gets when its parent dies."""
@@ -180,12 +181,12 @@ def _run_worker(
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
         if code:
-            report.write_text(json.dumps({"exitcode": code, "message": str(stop.__cause__ or stop.code)}))
+            report.write_text(to_json({"exitcode": code, "message": str(stop.__cause__ or stop.code)}))
         raise
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception:
-        report.write_text(json.dumps({"exitcode": 1, "message": traceback.format_exc()}))
+        report.write_text(to_json({"exitcode": 1, "message": traceback.format_exc()}))
         raise SystemExit(1) from None
 
 
@@ -199,7 +200,7 @@ def _to_failure(error: Any, reports: list[Path]) -> WorkerFailure:
     """Convert the agent's error. Prefer a message for the user, from any rank, to the report of the worker that failed
     first."""
     rank, first = error.get_first_failure()
-    by_rank = {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in sorted(reports)}
+    by_rank = {int(path.stem.split("-")[1]): parse_json(path.read_text()) for path in sorted(reports)}
     report = next((report for report in by_rank.values() if report["exitcode"] == 2), by_rank.get(rank))
     if report is not None:
         return WorkerFailure(**report)

@@ -8,7 +8,6 @@ one more per rank.
 
 import contextlib
 import hashlib
-import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from common.errors import PreflightError
-from common.text import show_ranges
+from common.text import parse_json, show_ranges, to_json
 from parallel.startup.launch import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,13 +130,13 @@ def _compare_ranks(store: dist.Store, world: World, properties: Mapping[str, Any
         digests = [digest.decode() for digest in store.multi_get([_key(rank) for rank in range(world.world_size)])]
         differing = next((rank for rank in others if digests[rank] != digests[0]), None)
         if differing is not None:
-            store.set("verdict", json.dumps({"show": differing}))
-            found = json.loads(_get(store, "properties", timeout_s))
+            store.set("verdict", to_json({"show": differing}))
+            found = parse_json(_get(store, "properties", timeout_s))
             ranks = [rank for rank in others if digests[rank] == digests[differing]]
             refusal = _describe_difference(dict(properties), found, ranks)
             store.set("refusal", refusal)
     if not store.check(["verdict"]):  # a verdict with "show" is already there, and "refusal" has its line
-        store.set("verdict", json.dumps({"refusal": refusal}))
+        store.set("verdict", to_json({"refusal": refusal}))
     _count_up_to(store, "informed", len(others) - len(absent), GRACE_S)
     store.set("end", "")
     return refusal
@@ -151,9 +150,9 @@ def _await_verdict(store: dist.Store, world: World, properties: Mapping[str, Any
         _get(store, _key(0), timeout_s)
     except dist.DistStoreError:
         return _describe_absent([0], timeout_s)
-    verdict = json.loads(_get(store, "verdict", timeout_s + GRACE_S))
+    verdict = parse_json(_get(store, "verdict", timeout_s + GRACE_S))
     if verdict.get("show") == world.rank:
-        store.set("properties", json.dumps(properties))
+        store.set("properties", to_json(properties))
     refusal = verdict["refusal"] if "refusal" in verdict else _get(store, "refusal", timeout_s + GRACE_S).decode()
     store.add("informed", 1)
     if refusal:
@@ -193,15 +192,15 @@ def _show_ranks(ranks: Sequence[int]) -> str:
 
 def _show(value: Any) -> str:
     """Return the value as a user writes it on the command line."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else to_json(value)
 
 
 def _json(properties: Mapping[str, Any], key: str) -> str:
-    return json.dumps(properties[key], sort_keys=True) if key in properties else ""
+    return to_json(properties[key], sort_keys=True) if key in properties else ""
 
 
 def _digest(properties: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(properties, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(to_json(properties, sort_keys=True).encode()).hexdigest()
 
 
 def _key(rank: int) -> str:

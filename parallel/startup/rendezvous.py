@@ -1,6 +1,5 @@
 """The key-value store that ranks share before a process group exists, at the address that the launcher sets."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from common.errors import PreflightError
+from common.text import parse_json, to_json
 from parallel.startup.launch import World
 
 PORT_TIMEOUT_S = 20.0
@@ -60,9 +60,9 @@ def choose_on_rank0(store: dist.Store, world: World, key: str, choose: Callable[
     """
     if world.rank == 0:
         value = choose()
-        store.set(key, json.dumps(value))
+        store.set(key, to_json(value))
         return value
-    return json.loads(store.get(key))
+    return parse_json(store.get(key))
 
 
 def wait_for_all(store: dist.Store, world: World, key: str) -> None:

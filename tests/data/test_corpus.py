@@ -178,7 +178,7 @@ def bad_bytes(name: str, content: bytes) -> Callable[[Path], str]:
         (lambda folder: str(folder), "data.paths=.*: expected a file, found a directory"),
         (bad_bytes("a.txt", b""), "data.paths=.*/a.txt: expected a file with text, found an empty one"),
         (bad_bytes("a.txt", b" \n \n"), r"data.paths=\[.*/a.txt\]: expected text, found none"),
-        (bad_bytes("a.txt", b"alone\n"), r"data.paths=\[.*\]: expected at least two documents .*, found 1"),
+        (bad_bytes("a.txt", b"alone\n"), r"data.paths=\[.*\]: expected at least two different documents, .*, found 1"),
         (bad_bytes("a.txt", b"\xff\xfe\0"), "data.paths=.*/a.txt: expected UTF-8 text"),
         (bad_bytes("a.txt.gz", b"plain"), "data.paths=.*/a.txt.gz: expected a file that can be read"),
         (bad_bytes("a.parquet", b"plain" * 9), "data.paths=.*/a.parquet: expected a parquet file"),

@@ -20,6 +20,7 @@ from typing import Any
 
 from common.errors import CheckpointError, require
 from common.files import fsync, sha256_of, write_atomically
+from common.text import parse_json
 
 FORMAT = 1
 """The version of the checkpoint format."""
@@ -41,7 +42,7 @@ def write_manifest(directory: Path, body: dict[str, Any]) -> None:
     """
     try:
         # Tuples become lists and integer keys become strings in JSON. The hash must be that of the values read back.
-        body = json.loads(_canonical(body))
+        body = parse_json(_canonical(body))
         text = _canonical(body | {"sha256": _digest(body)})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: state cannot be written as JSON: {error}") from error
@@ -62,7 +63,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     try:
-        body: dict[str, Any] = json.loads(raw)
+        body: dict[str, Any] = parse_json(raw)
         expected = body.pop("sha256")
         actual = _digest(body)
         intact = expected == actual and _canonical(body | {"sha256": expected}) == raw

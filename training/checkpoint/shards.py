@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import CheckpointError, require
+from common.text import to_json
 from moe.region import LocalShard, Region, whole_shard
 
 DTYPES = {
@@ -182,7 +182,7 @@ def write_safetensors(
     for lazy in tensors:
         start, end = end, end + lazy.nbytes
         header[lazy.key] = {"dtype": DTYPES[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
+    encoded = to_json(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     size = 8 + len(encoded) + end
 

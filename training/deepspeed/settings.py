@@ -5,14 +5,13 @@ decides everything else. Each key of the file is therefore passed on, must agree
 error that names it. No key is ignored.
 """
 
-import json
 from collections.abc import Collection, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import ConfigError, expect, require
-from common.text import nearest, parse_json_object, shorten
+from common.text import nearest, parse_json_object, shorten, to_json
 from parallel.config import ParallelConfig
 from training.config import EngineConfig, OptimConfig, TrainConfig
 
@@ -254,7 +253,7 @@ def deepspeed_settings(engine: EngineConfig, train: TrainConfig, optim: OptimCon
         expected = _find_expected(key, value, fixed_values)
         if expected is not None:
             raise ConfigError(
-                f"engine.ds_config={engine.ds_config}: {key}={shorten(json.dumps(value), 60)}: expected {expected}"
+                f"engine.ds_config={engine.ds_config}: {key}={shorten(to_json(value), 60)}: expected {expected}"
             )
         if key in USER_KEYS:
             passed[key] = int(value) if isinstance(value, float) else value  # Bucket sizes are often written as 5e8.
@@ -298,7 +297,7 @@ def _find_expected(key: str, value: Any, fixed_values: dict[str, tuple[Any, str]
         expected, reason = fixed_values[key]
         # In Python, True == 1. Here 1 equals 1.0, and true equals neither.
         same = isinstance(value, bool) == isinstance(expected, bool) and value == expected
-        return None if same or value == "auto" else f"{json.dumps(expected)} ({reason})"
+        return None if same or value == "auto" else f"{to_json(expected)} ({reason})"
     if key in MUST_BE_OFF:
         return None if is_off(key, value) else f"it to be off or left out ({MUST_BE_OFF[key]})"
     if key in MUST_BE_ABSENT:

@@ -3,7 +3,6 @@
 After an error, the output does not exist. The mathematics of upcycling is in `moe.upcycle`.
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from common.errors import ModelError
 from common.files import fsync, write_atomically
+from common.text import to_json
 from moe.config import ModelConfig
 from moe.region import Region
 from moe.upcycle import Upcycling, dense_name, expert_matrix, moe_config, router_config, router_matrix
@@ -169,7 +169,7 @@ def _assemble(reader: ModelReader, pieces: list[Piece], dtype: torch.dtype) -> T
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_atomically(path, to_json(content, indent=2) + "\n")
 
 
 def _special_token_ids(tokenizer: Path | None) -> dict[str, int | None]:

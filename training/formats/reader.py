@@ -23,7 +23,7 @@ from torch import Tensor
 from common.errors import CheckpointError, ConfigError, ModelError, expect_no_tensors, require
 from common.plugins import missing_plugins, plugin_name
 from common.strict import from_dict
-from common.text import one_line, printable, shorten, show_value
+from common.text import one_line, parse_yaml, printable, shorten, show_value
 from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
 from moe.model import Transformer
 from moe.region import Region
@@ -375,18 +375,10 @@ def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
     Raises:
         ModelError: the file cannot be read, does not have these sections, or has an invalid value.
     """
-    import yaml
-
     try:
-        text = file.read_text(encoding="utf-8")
-        require(
-            not any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)),
-            ModelError,
-            f"{file}: expected YAML without aliases (a few lines of them can expand to gigabytes)",
-        )
-        raw = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ModelError(f"{file}: cannot be read as YAML: {one_line(str(error))[:200]}") from error
+        raw = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read as YAML: {error}") from error
     require(
         isinstance(raw, dict) and {"model", "router"} <= raw.keys(),
         ModelError,

@@ -1,10 +1,10 @@
 """What one rank does to generate text, and what rank 0 prints: the text as it grows, or the results as JSON."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 
+from common.text import to_json
 from moe.generation.generate import generate
 from parallel.apply import build_model
 from parallel.config import ParallelConfig
@@ -215,7 +215,7 @@ class Report:
             for title, row, ids in zip(self.request.titles, self.rows, tokens, strict=True)
         ]
         figures = {"prompt_tokens": prompt_tokens, "tokens": generated, "prompt_s": prompt_s, "tokens_per_s": speed}
-        print(json.dumps({"results": results, **figures}, ensure_ascii=False, indent=2))
+        print(to_json({"results": results, **figures}, ensure_ascii=False, indent=2))
 
 
 def generate_on_rank(config: GenerateConfig, request: Request | None = None) -> None:

@@ -3,17 +3,18 @@
 Shape suffixes: L MoE layers, E experts.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from common.errors import RunError
 from common.files import write_atomically
+from common.text import parse_json, to_json
 
 Value: TypeAlias = float | int | list[float]
 Row: TypeAlias = dict[str, Value]
@@ -34,7 +35,7 @@ class MetricsWriter:
             file or the new one.
 
     Raises:
-        ValueError: a complete line of the existing file is not a row.
+        RunError: a complete line of the existing file is not a row.
         OSError: the file cannot be written.
     """
 
@@ -55,7 +56,7 @@ class MetricsWriter:
     def write(self, row: Row) -> None:
         """Append `row`, which must have an integer `step`, and flush it to the operating system."""
         assert isinstance(row.get("step"), int), row
-        self._file.write(json.dumps({name: _encode(value) for name, value in row.items()}, allow_nan=False) + "\n")
+        self._file.write(to_json({name: _encode(value) for name, value in row.items()}) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -71,7 +72,7 @@ def read_metrics(path: Path) -> list[Row]:
     """Return the rows of a `metrics.jsonl`, without a last line that is incomplete because the process was killed.
 
     Raises:
-        ValueError: a complete line is not a row.
+        RunError: a complete line is not a row.
         OSError: the file cannot be read.
     """
     complete = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
@@ -161,15 +162,15 @@ def _encode_number(number: float) -> float | str:
 
 def _decode_row(line: bytes, path: Path, number: int) -> Row:
     try:
-        row = json.loads(line)
-        if not isinstance(row["step"], int):
+        row = {name: _decode(value) for name, value in parse_json(line).items()}
+        if type(row["step"]) is not int:
             raise TypeError("step")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: line {number} is damaged: expected a JSON object with an integer step") from error
-    return {name: _decode(value) for name, value in row.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: line {number} is damaged: expected a JSON object with an integer step") from error
+    return row
 
 
-def _decode(value: Value | str | list[float | str]) -> Value:
+def _decode(value: Any) -> Value:
     if isinstance(value, list):
-        return [float(number) for number in value]
-    return float(value) if isinstance(value, str) else value
+        return [float(_decode(number)) for number in value]  # type: ignore[arg-type]
+    return math.nan if value is None else float(value) if isinstance(value, str) else value

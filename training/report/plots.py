@@ -24,6 +24,8 @@ BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#777777"
 
 MAX_VECTOR_CELLS = 4096
 """A heatmap with more cells is an image inside the SVG, because SVG viewers are slow with so many shapes."""
+MAX_DOMAINS = 24
+"""The most domains that the plot of the load shows. matplotlib cannot draw an image of more than 65,535 pixels."""
 MAX_OVERVIEW_LAYERS = 6
 """The most MoE layers that the overview shows."""
 
@@ -111,13 +113,16 @@ def plot_load(load_LE: Load, domains: Mapping[str, Load], path: Path) -> None:
 
     Args:
         load_LE: counts or shares of assignments over all domains.
-        domains: counts or shares of each domain alone. A domain without assignments gets no heatmap.
+        domains: counts or shares of each domain alone. A domain without assignments gets no heatmap. If there are more
+            than `MAX_DOMAINS`, only those with the most assignments get one.
         path: the file to write; its suffix is replaced by .svg and .png.
     """
     from matplotlib.colors import LogNorm
 
     whole_LE = relative_load(load_LE)
-    panels = {name: relative_load(domain_LE) for name, domain_LE in routed(domains).items()}
+    known = routed(domains)
+    largest = sorted(known, key=lambda name: -sum(map(sum, known[name])))[:MAX_DOMAINS]
+    panels = {name: relative_load(load) for name, load in known.items() if name in largest}
     layers, experts = len(whole_LE), len(whole_LE[0])
     limit = max(scale_limit(panel_LE) for panel_LE in (whole_LE, *panels.values()))
     norm = LogNorm(1 / limit, limit)
@@ -132,7 +137,7 @@ def plot_load(load_LE: Load, domains: Mapping[str, Load], path: Path) -> None:
         for index, (name, panel_LE) in enumerate(panels.items()):
             axes = canvas.add_subplot(grid[1 + index // across, index % across])
             _heatmap(axes, panel_LE, norm, annotate=False)
-            axes.set_title(name, loc="left")
+            axes.set_title(name, loc="left", parse_math=False)  # A `$` in a name is no formula.
             if index % across:
                 axes.set_ylabel("")
         bar = canvas.colorbar(mesh, cax=canvas.add_subplot(grid[-1, :]), orientation="horizontal", extend="both")

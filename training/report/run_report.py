@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.text import finite
 from data.tokens.store import Store
 from moe.model import Transformer
 from parallel.mesh import Mesh
@@ -79,9 +80,9 @@ def show_start(summary: RunSummary) -> None:
 
 
 def evaluation_row(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the evaluation under its names in `metrics.jsonl`."""
+    """Return the evaluation under its names in `metrics.jsonl`. Figures that do not exist are left out."""
     bits = {f"eval/bits_per_byte/{domain}": value for domain, value in evaluation.bits_per_byte.items()}
-    return {"eval/loss": evaluation.loss} | bits
+    return bits if evaluation.loss is None else {"eval/loss": evaluation.loss} | bits
 
 
 def finish_run(
@@ -104,8 +105,7 @@ def finish_run(
     """
     run = summary.run
     baselines = _baselines(run.tokens)
-    bits = {domain: value for domain, value in evaluation.bits_per_byte.items() if domain in baselines}
-    show_evaluation(bits, evaluation.loss, baselines)
+    show_evaluation(evaluation.bits_per_byte, evaluation.loss, baselines)
     if evaluation.load_GLE is not None:
         load_LE = evaluation.load_GLE.sum(dim=0).tolist()
         load_by_domain = dict(zip(run.tokens.domains, evaluation.load_GLE.tolist(), strict=True))
@@ -119,11 +119,11 @@ def finish_run(
         top_k = run.model.top_k
         note = None if top_k is None else run.config.router.generation_note(top_k)
         show_sample(run.config.run.prompt, sample, note)
-    result = {
+    result: dict[str, Any] = {
         "status": "finished",
         "name": run.name,
         "step": run.config.train.steps,
-        **evaluation_row(evaluation),
+        **{"eval/loss": None, **evaluation_row(evaluation)},
         "train/loss": last_row.get("train/loss"),
         "router/max_vio": last_row.get("router/max_vio"),
         "speed/tokens_per_s": tokens_per_s,
@@ -139,6 +139,7 @@ def finish_run(
         "sample": sample,
         "torch": torch.__version__,
     }
+    result = finite(result)  # So that trackers and the caller get what the file has.
     save_result(run.directory, result)
     show_end(
         run.directory,
@@ -186,8 +187,10 @@ def open_command(config: Config, directory: Path) -> str:
 
 def show_finished(directory: Path, result: dict[str, Any]) -> None:
     """Print that the run has no steps left to do."""
+    loss = result.get("eval/loss")
+    shown = "-" if loss is None else f"{loss:.4f}"
     show_line(
-        f"run {directory} is finished at step {result['step']} (held-out loss {result['eval/loss']:.4f}); "
+        f"run {directory} is finished at step {result['step']} (held-out loss {shown}); "
         "raise train.steps to continue it, or choose another run.name"
     )
 

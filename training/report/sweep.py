@@ -1,13 +1,12 @@
 """The results of a sweep: a table, a CSV file and a plot, made from the `result.json` of each job."""
 
 import csv
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.text import shorten
+from common.text import parse_json, parse_yaml, shorten
 from parallel.planning.auto import AUTO_AXES
 from training.report.plots import plot_sweep
 from training.report.terminal import human_count, show_line, show_table
@@ -75,19 +74,17 @@ def _result(job_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"status": "missing", "error": f"no {path.name}"}
     try:
-        result = json.loads(path.read_text())
-    except ValueError as error:
+        result = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         return {"status": "unreadable", "error": f"{path.name}: {error}"}
     return result if isinstance(result, dict) else {"status": "unreadable", "error": f"{path.name}: no JSON object"}
 
 
 def _config(job_dir: Path) -> dict[str, Any]:
     """Return the job's resolved configuration by dotted key, or an empty dict if it is missing or not readable."""
-    import yaml
-
     try:
-        config = yaml.safe_load((job_dir / "config.yaml").read_text())
-    except (OSError, yaml.YAMLError):
+        config = parse_yaml((job_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return dict(_flat(config, "")) if isinstance(config, dict) else {}
 

@@ -56,7 +56,7 @@ def show_corpus(summary: Sequence[Mapping[str, Any]], key: str, directory: Path)
     Args:
         summary: for each domain, a dict with the keys `domain`, `documents`, `bytes`, `tokens`, `sha256`,
             `heldout_bytes`, `gzip_bits_per_byte` and `unigram_bits_per_byte`. The last two are measured on the held-out
-            text.
+            text. They are None for a domain without held-out text.
         key: the content hash of the whole corpus.
         directory: the directory of the token store.
     """
@@ -67,8 +67,10 @@ def show_corpus(summary: Sequence[Mapping[str, Any]], key: str, directory: Path)
             human_bytes(row["bytes"]),
             human_count(row["tokens"]),
             human_bytes(row["heldout_bytes"]),
-            f"{row['gzip_bits_per_byte']:.3f}",
-            f"{row['unigram_bits_per_byte']:.3f}",
+            *(
+                "-" if bits is None else f"{bits:.3f}"
+                for bits in (row["gzip_bits_per_byte"], row["unigram_bits_per_byte"])
+            ),
             row["sha256"][:8],
         ]
         for row in summary
@@ -196,13 +198,13 @@ def _show_span(values: Sequence[int]) -> str:
 
 
 def show_evaluation(
-    bits_per_byte: Mapping[str, float], loss: float, baselines: Mapping[str, tuple[float, float]]
+    bits_per_byte: Mapping[str, float], loss: float | None, baselines: Mapping[str, tuple[float, float]]
 ) -> None:
     """Print the bits per byte of the held-out text in each domain, beside two baselines that need no training.
 
     Args:
-        bits_per_byte: the model's bits per byte by domain.
-        loss: the cross-entropy of all held-out text, in nats per token.
+        bits_per_byte: the model's bits per byte by domain, without the domains that have no held-out text.
+        loss: the cross-entropy of all held-out text, in nats per token. None: that text has no label.
         baselines: by domain, the bits per byte of `gzip -9` and of a byte unigram on the same text.
     """
     compared = {
@@ -212,7 +214,7 @@ def show_evaluation(
     }
     rows = [[domain, f"{bits:.3f}", *compared.get(domain, ["-", "-", "-"])] for domain, bits in bits_per_byte.items()]
     show_table(
-        f"Held-out text: loss {loss:.4f} nats per token; bits per byte by domain",
+        f"Held-out text: loss {'-' if loss is None else f'{loss:.4f}'} nats per token; bits per byte by domain",
         ["domain", "model", "gzip -9", "byte unigram", "below gzip -9"],
         rows,
     )
