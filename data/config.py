@@ -6,10 +6,13 @@ configuration puts the section's name before it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from common.errors import expect
 from common.registry import Registry
+
+FileFormat: TypeAlias = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
+"""The formats of local files. `json` is an array of objects, one object, or several; `jsonl` has one in each line."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,14 @@ class DataConfig:
     """`embedded`: maximum bytes of generated exercises."""
 
     paths: tuple[str, ...] = ()
-    """`files`: files or globs. `.jsonl` (also `.jsonl.gz`) and `.parquet` contain one document per row; every other
-    file is text. `sft`: `.jsonl` or `.jsonl.gz`, one conversation per line."""
+    """`files`, `sft`: files, globs, or folders with all files below them. `.jsonl`, `.json`, `.csv`, `.tsv` and
+    `.parquet` contain one document (`sft`: one conversation) per row; every other file is text. Each can be compressed
+    (`.gz`, `.zst`, `.bz2`, `.xz`)."""
+    format: FileFormat | None = None
+    """`files`, `sft`: the format of all files; `null`: that of each file's name, compared with its content."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """`files`, `hub`, `sft`: what happens where a file or a row cannot be read. `skip` leaves it out, counts it, and
+    lists it at the start of the run."""
     text_key: str = "text"
     """`files`, `hub`: column of the text."""
     domain_key: str | None = None
@@ -79,7 +88,12 @@ class DataConfig:
             expect(total > 0, "code_bytes", self.code_bytes, "an integer > 0, or prose_bytes or arithmetic_bytes > 0")
         else:
             expect(bool(self.text_key), "text_key", repr(self.text_key), "the name of a column")
-        expect(self.kind not in ("files", "sft") or bool(self.paths), "paths", self.paths, "at least one file or glob")
+        expect(
+            self.kind not in ("files", "sft") or bool(self.paths),
+            "paths",
+            self.paths,
+            "at least one file, folder or glob",
+        )
         expect(self.kind != "hub" or bool(self.hub_path), "hub_path", self.hub_path, "a dataset's name or directory")
         expect(bool(self.messages_key), "messages_key", repr(self.messages_key), "the name of a key")
         limit = self.max_documents

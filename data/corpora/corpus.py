@@ -30,7 +30,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
     Raises:
         ConfigError: no such kind is registered.
-        DataError: files that do not exist or cannot be used.
+        DataError: files that do not exist.
     """
     return CORPORA[config.kind].open(config)
 
@@ -40,7 +40,9 @@ def _open_embedded(config: DataConfig) -> Corpus:
 
 
 def _open_files(config: DataConfig) -> Corpus:
-    return FilesCorpus(config.paths, config.text_key, config.domain_key, config.max_documents)
+    return FilesCorpus(
+        config.paths, config.text_key, config.domain_key, config.max_documents, config.format, config.on_error
+    )
 
 
 def _open_hub(config: DataConfig) -> Corpus:
@@ -53,11 +55,20 @@ def _open_hub(config: DataConfig) -> Corpus:
         config.text_key,
         config.domain_key,
         config.max_documents,
+        config.on_error,
     )
 
 
 def _open_sft(config: DataConfig) -> Corpus:
-    return SftCorpus(config.paths, config.messages_key, config.domain_key, config.max_documents, config.ignore_keys)
+    return SftCorpus(
+        config.paths,
+        config.messages_key,
+        config.domain_key,
+        config.max_documents,
+        config.ignore_keys,
+        config.format,
+        config.on_error,
+    )
 
 
 CORPORA.add("embedded", CorpusKind(_open_embedded, source_key="code_bytes"))

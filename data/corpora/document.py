@@ -1,4 +1,4 @@
-"""Documents, and the protocol that every corpus implements."""
+"""Documents, what is wrong in a source of documents, and the protocol that every corpus implements."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -17,6 +17,20 @@ class Document(NamedTuple):
     """The messages of a conversation. `()`: a plain text, of which every token is a label."""
 
 
+class Fault(NamedTuple):
+    """A place in a source that is not a document. With `data.on_error=skip`, a corpus yields it and goes on."""
+
+    source: str
+    """The file, or the name of the dataset."""
+    place: str
+    """Such as `line 3`. Empty: the whole source, or what is left of it."""
+    reason: str
+    """What was expected and what was found."""
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, self))
+
+
 class Corpus(Protocol):
     """A source of documents."""
 
@@ -27,8 +41,8 @@ class Corpus(Protocol):
         every start of a run computes it.
         """
 
-    def documents(self) -> Iterator[Document]:
-        """Yield all documents, in the same order on each call.
+    def documents(self) -> Iterator[Document | Fault]:
+        """Yield all documents, in the same order on each call, and the places that were skipped.
 
         Raises:
             DataError: text that cannot be read.

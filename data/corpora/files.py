@@ -1,180 +1,192 @@
-"""Local files as a corpus: plain text, JSON lines, parquet."""
+"""Local files as a corpus. `data.corpora.formats` reads the rows or the text of one file."""
 
 import glob
-import gzip
 import hashlib
-import itertools
-import json
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import ClassVar
 
-from common.errors import DataError
+from common.errors import DataError, require
 from common.files import sha256_of
-from common.text import first_line
-from data.corpora.document import Document
-from data.corpora.rows import Columns, documents_of, parquet_rows
-
-PIECE_CHARS = 16_384
-"""Approximate length of the documents that a text file is split into, so that a single large file has documents for
-both the training and the held-out part."""
+from common.text import printable
+from data.config import FileFormat
+from data.corpora.document import Document, Fault
+from data.corpora.formats import FileKind, Row, detect, items_of
+from data.corpora.rows import Columns, checked_documents, document_of, documents_of, fault_error
 
 
-class FilesCorpus:
-    """Files in the order of `paths`, and in alphabetical order within a glob. A file that matches twice is read once.
+class FileCorpus(ABC):
+    """Files in the order of `paths`, and in alphabetical order within a glob or a folder. No file is read twice.
 
-    The suffix decides the format. `.jsonl` and `.parquet` contain one document per row. Every other file is UTF-8 text
-    and is split into documents at the ends of paragraphs or lines. Text and JSON lines that end in `.gz` are
-    decompressed.
+    A subclass says what a row of a table is, and whether a text is something too.
 
     Args:
-        paths: files or globs.
-        text_key: the column of the text, in rows.
-        domain_key: the column of the domain, in rows. None, and for text: the domain is the name of the file's folder.
+        paths: files, globs, or folders, of which all files below them are read.
         max_documents: the maximum number of documents to read.
+        format: the format of all files. None: it is detected file by file (`data.corpora.formats.detect`).
+        on_error: `fail`, or `skip` to leave out what cannot be read.
 
     Raises:
-        DataError: a file does not exist or is empty, or a glob matches nothing.
+        DataError: a file or folder does not exist, or a glob or a folder has no file.
     """
 
+    reads_text: ClassVar[bool]
+    """Whether a text file can be part of the corpus."""
+
     def __init__(
-        self, paths: tuple[str, ...], text_key: str, domain_key: str | None, max_documents: int | None
+        self, paths: tuple[str, ...], max_documents: int | None, format: FileFormat | None, on_error: str
     ) -> None:
         self.files = matching_files(paths)
-        self.text_key = text_key
-        self.domain_key = domain_key
         self.max_documents = max_documents
+        self.format = format
+        self.on_error = on_error
 
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of the files, and of the keys that choose what is read."""
-        return fingerprint_of(self.files, (self.text_key, self.domain_key, self.max_documents))
+    @abstractmethod
+    def keys(self) -> tuple[object, ...]:
+        """Return the values of the configuration keys that choose what is read, apart from `format` and `on_error`."""
 
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents of all files.
+    @abstractmethod
+    def document(self, path: Path, row: Row | str) -> Document:
+        """Return the document that a row of `path`, or a part of its text, is.
 
         Raises:
-            DataError: a file cannot be read, or a row does not have the columns.
+            DataError: the row is no document. The message names neither the file nor the row.
         """
-        documents = itertools.chain.from_iterable(map(self._documents_in, self.files))
-        return itertools.islice(documents, self.max_documents)
 
-    def _documents_in(self, path: Path) -> Iterator[Document]:
-        columns = Columns(self.text_key, self.domain_key, folder_name(path))
-        if path.suffix == ".parquet":
-            yield from documents_of(parquet_rows(path), columns, str(path))
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the files, of what they are read as, and of the keys that choose what is read."""
+        return fingerprint_of(self.files, (*self.keys(), *(["skip"] if self.on_error == "skip" else [])), self.format)
+
+    def documents(self) -> Iterator[Document | Fault]:
+        """Yield the documents of all files, and with `on_error=skip` the places that are not documents.
+
+        Raises:
+            DataError: files that cannot be read, or rows that are not documents. The message names files and lines.
+        """
+        sources = map(self._documents_in, self.files)
+        return checked_documents(sources, "data.paths", self.on_error, self.max_documents)
+
+    def _documents_in(self, path: Path) -> Iterator[Document | Fault]:
+        name = printable(str(path))
+        try:
+            kind = detect(path, self.format)
+            require(
+                self.reads_text or kind.format != "text",
+                DataError,
+                "expected conversations in rows (.jsonl, .json, .parquet), found text",
+            )
+        except DataError as error:
+            yield Fault(name, "", str(error))
             return
-        with open_text(path) as file:
-            if is_jsonl(path):
-                yield from documents_of((row for _, row in json_lines(file, path)), columns, str(path))
-            else:
-                yield from (Document(text, folder_name(path)) for text in split_text(file))
+        yield from documents_of(name, items_of(path, kind), partial(self.document, path))
+
+
+class FilesCorpus(FileCorpus):
+    """Rows of tables, and texts.
+
+    A table contains one document per row. A text is split into documents at the ends of paragraphs or lines.
+
+    Args:
+        text_key: the column of the text, in rows.
+        domain_key: the column of the domain, in rows. None, and for text: the domain is the name of the file's folder.
+    """
+
+    reads_text = True
+
+    def __init__(
+        self,
+        paths: tuple[str, ...],
+        text_key: str,
+        domain_key: str | None,
+        max_documents: int | None,
+        format: FileFormat | None = None,
+        on_error: str = "fail",
+    ) -> None:
+        super().__init__(paths, max_documents, format, on_error)
+        self.text_key = text_key
+        self.domain_key = domain_key
+
+    def keys(self) -> tuple[object, ...]:
+        """Return the columns and the limit."""
+        return self.text_key, self.domain_key, self.max_documents
+
+    def document(self, path: Path, row: Row | str) -> Document:
+        """Return a part of a text, or the columns of a row."""
+        if isinstance(row, str):
+            return Document(row, folder_name(path))
+        return document_of(row, Columns(self.text_key, self.domain_key, folder_name(path)))
 
 
 def matching_files(patterns: Sequence[str]) -> list[Path]:
-    """Return the files that `patterns` (paths or globs) name, without duplicates, those of a glob sorted.
+    """Return the files that `patterns` (files, folders or globs) name, without duplicates.
+
+    The files of a folder or a glob are sorted. Files whose name, or whose folder's name, starts with a dot are not
+    part of a folder.
 
     Raises:
-        DataError: a file does not exist or is empty, or a glob matches nothing.
+        DataError: a file or folder does not exist, or a glob or a folder has no file. All such patterns are named.
     """
-    return list(dict.fromkeys(path for pattern in patterns for path in _matches(pattern)))
-
-
-def fingerprint_of(files: Sequence[Path], keys: tuple[object, ...]) -> str:
-    """Return the SHA-256 of `keys`, and of the contents, suffixes and folder names of `files`.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    digest = hashlib.sha256(repr(keys).encode())
-    for path in files:
+    files: dict[Path, None] = {}
+    faults = []
+    for pattern in patterns:
         try:
-            content = sha256_of(path)
+            matches = _matches(pattern)
         except OSError as error:
-            raise DataError(f"data.paths={path}: expected a file that can be read ({error.strerror})") from error
-        digest.update(f"\n{folder_name(path)}/*{''.join(path.suffixes[-2:])} {content}".encode())
-    return digest.hexdigest()
-
-
-def is_jsonl(path: Path) -> bool:
-    """Return whether the suffix of `path` is `.jsonl` or `.jsonl.gz`."""
-    return (path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix) == ".jsonl"
+            faults.append(Fault(printable(pattern), "", f"expected a file or folder ({error.strerror})"))
+            continue
+        if not matches:
+            faults.append(Fault(printable(pattern), "", f"expected {_expected(pattern)}, found none"))
+        files |= dict.fromkeys(path.resolve() for path in matches)
+    if faults:
+        raise fault_error("data.paths", faults)
+    return list(files)
 
 
 def _matches(pattern: str) -> list[Path]:
     path = Path(pattern)
+    if path.is_dir():
+        below = (file for file in path.rglob("*") if file.is_file())
+        return sorted(file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
     if path.exists():
-        matches = [path]
-    elif glob.has_magic(pattern):
-        matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
-        if not matches:
-            raise DataError(f"data.paths={pattern}: expected a glob that matches a file, found none")
-    else:
-        raise DataError(f"data.paths={pattern}: expected a file, found none of this name")
-    for path in matches:
-        if path.is_dir():
-            raise DataError(
-                f"data.paths={path}: expected a file, found a directory; {path}/** matches the files below it"
-            )
-        if path.stat().st_size == 0:
-            raise DataError(f"data.paths={path}: expected a file with text, found an empty one")
-    return [path.resolve() for path in matches]
+        return [path]
+    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
+
+
+def _expected(pattern: str) -> str:
+    """Return what the pattern `pattern`, which matches nothing, should have been."""
+    if Path(pattern).is_dir():
+        return "a folder with files"
+    return "a glob that matches a file" if glob.has_magic(pattern) else "a file or folder of this name"
+
+
+def fingerprint_of(files: Sequence[Path], keys: tuple[object, ...], format: FileFormat | None) -> str:
+    """Return the SHA-256 of `keys`, and of the contents, suffixes and folder names of `files`.
+
+    What a file is read as is part of it only if its suffix does not say it, where `.jsonl`, `.parquet` and `.gz` say it
+    and every other suffix says text. The fingerprints of such files are those of version 0.1.0, whose token stores can
+    therefore be used.
+    """
+    digest = hashlib.sha256(repr(keys).encode())
+    for path in files:
+        suffixes = "".join(path.suffixes[-2:])
+        try:
+            found = f"{sha256_of(path)}{_shown_kind(path, detect(path, format))}"
+        except (OSError, DataError):  # `documents` raises the error again, or skips the file.
+            found = "unreadable"
+        digest.update(f"\n{folder_name(path)}/*{suffixes} {found}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _shown_kind(path: Path, kind: FileKind) -> str:
+    compression = ".gz" if path.suffix == ".gz" else ""
+    suffix = Path(path.name.removesuffix(compression)).suffix
+    by_suffix = {".jsonl": "jsonl"} if compression else {".jsonl": "jsonl", ".parquet": "parquet"}
+    return "" if kind == (compression, by_suffix.get(suffix, "text")) else f" {kind.compression} {kind.format}"
 
 
 def folder_name(path: Path) -> str:
     """Return the name of the file's folder: the domain of documents that have no domain column."""
-    return path.parent.name or "root"
-
-
-@contextmanager
-def open_text(path: Path) -> Iterator[IO[str]]:
-    """Open `path` as UTF-8 text, decompressed if it ends in `.gz`.
-
-    Raises:
-        DataError: the file cannot be read. This includes errors while the caller reads inside the `with` block.
-    """
-    try:
-        opener: Any = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            yield file
-    except UnicodeDecodeError as error:
-        raise DataError(f"data.paths={path}: expected UTF-8 text ({first_line(error)})") from error
-    except (OSError, EOFError) as error:  # gzip raises EOFError for a truncated file.
-        raise DataError(f"data.paths={path}: expected a file that can be read ({first_line(error)})") from error
-
-
-def json_lines(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the line number (from 1) and the object of each line that is not blank.
-
-    Raises:
-        DataError: a line is not a JSON object.
-    """
-    # The `datasets` library is not used here: it infers one schema for all rows, and cannot name an invalid line.
-    for number, line in enumerate(file, start=1):
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"data.paths={path}: expected JSON in line {number} ({error})") from error
-        if not isinstance(row, dict):
-            raise DataError(f"data.paths={path}: expected an object in line {number}, found {type(row).__name__}")
-        yield number, row
-
-
-def split_text(file: IO[str]) -> Iterator[str]:
-    """Split the text of `file` into parts, which concatenated are the text.
-
-    A part ends at the first end of a paragraph after `PIECE_CHARS` characters, or at the first end of a line after
-    1.5 times as many. A line that is longer than `PIECE_CHARS` can be split within.
-    """
-    lines: list[str] = []
-    length = 0
-    while line := file.readline(PIECE_CHARS):
-        lines.append(line)
-        length += len(line)
-        if length >= PIECE_CHARS and (line.isspace() or length >= PIECE_CHARS * 3 // 2):
-            yield "".join(lines)
-            lines, length = [], 0
-    if lines:
-        yield "".join(lines)
+    return os.fsencode(path.parent.name).decode(errors="backslashreplace") or "root"

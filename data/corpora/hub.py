@@ -1,14 +1,14 @@
 """A Hugging Face dataset as a corpus, streamed."""
 
 import hashlib
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from common.files import sha256_of
-from data.corpora.document import Document
-from data.corpora.rows import Columns, documents_of, streamed_rows
+from data.corpora.document import Document, Fault
+from data.corpora.rows import Columns, checked_documents, document_of, documents_of, streamed_rows
 
 
 @dataclass
@@ -28,6 +28,8 @@ class HubCorpus:
     """The column of the domain. None: the dataset is one domain, named by the last part of `path`."""
     max_documents: int | None
     """The maximum number of documents to read."""
+    on_error: str = "fail"
+    """`fail`, or `skip` to leave out rows that are not documents."""
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the fields, and of the files of a local directory.
@@ -36,13 +38,14 @@ class HubCorpus:
         cached tokens are used.
         """
         # The names of the fields are part of the fingerprint: with another name, cached tokens would not be found.
-        digest = hashlib.sha256(repr(sorted(vars(self).items())).encode())
+        fields = {name: value for name, value in vars(self).items() if (name, value) != ("on_error", "fail")}
+        digest = hashlib.sha256(repr(sorted(fields.items())).encode())
         for file in sorted(path for path in Path(self.path).rglob("*") if path.is_file()):
             digest.update(f"{file}\n{sha256_of(file)}".encode())
         return digest.hexdigest()
 
-    def documents(self) -> Iterator[Document]:
-        """Yield one document per row.
+    def documents(self) -> Iterator[Document | Fault]:
+        """Yield one document per row, and with `on_error=skip` the rows that are not documents.
 
         Raises:
             DataError: the dataset cannot be read, or does not have these columns.
@@ -55,5 +58,7 @@ class HubCorpus:
             split=self.split,
             revision=self.revision,
         )
+        items = ((f"row {number}", row) for number, row in enumerate(rows, start=1))
         columns = Columns(self.text_key, self.domain_key, Path(self.path).name)
-        return itertools.islice(documents_of(rows, columns, self.path), self.max_documents)
+        documents = documents_of(self.path, items, partial(document_of, columns=columns))
+        return checked_documents([documents], "data.hub_path", self.on_error, self.max_documents)

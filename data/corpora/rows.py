@@ -1,13 +1,18 @@
-"""Rows of a table (JSON lines, parquet, a Hugging Face dataset) as documents."""
+"""Rows of a table as documents, and what happens where a row is no document."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
-from common.errors import DataError
-from common.text import first_line
-from data.corpora.document import Document
+from common.errors import DataError, require
+from common.text import first_line, shorten
+from data.corpora.document import Document, Fault
+
+MAX_FAULTS = 100
+"""Sources with a fault after which a corpus stops looking for further ones."""
+SHOWN_FAULTS = 5
+"""The most faults that one message lists."""
+Value = TypeVar("Value")
 
 
 class Columns(NamedTuple):
@@ -19,37 +24,100 @@ class Columns(NamedTuple):
     default_domain: str
 
 
-def documents_of(rows: Iterable[Mapping[str, Any]], columns: Columns, source: str) -> Iterator[Document]:
-    """Yield one document per row.
+def document_of(row: Mapping[str, Any], columns: Columns) -> Document:
+    """Return the document that a row of a table is.
+
+    Raises:
+        DataError: the row does not have these columns, or its text is not a string. The message does not name the row.
+    """
+    text = row.get(columns.text)
+    if not isinstance(text, str):
+        found = type(text).__name__ if columns.text in row else f"the columns {', '.join(map(str, row)) or 'none'}"
+        raise DataError(f"expected a string in data.text_key={columns.text}, found {shorten(found, 120)}")
+    return Document(text, domain_of(row, columns.domain, columns.default_domain))
+
+
+def domain_of(row: Mapping[str, Any], key: str | None, default: str) -> str:
+    """Return the domain of a row: its value of `key`, or `default` if `key` is None.
+
+    Raises:
+        DataError: the row has no such value. The message does not name the row.
+    """
+    if key is None:
+        return default
+    value = row.get(key)
+    require(value not in (None, ""), DataError, f"expected a value of data.domain_key={key}, found none")
+    return str(value)
+
+
+def documents_of(
+    source: str, items: Iterable[tuple[str, Value | DataError]], document: Callable[[Value], Document]
+) -> Iterator[Document | Fault]:
+    """Yield one document or one fault per item.
 
     Args:
-        source: the name of the table in messages.
-
-    Raises:
-        DataError: a row does not have these columns, or its text is not a string.
+        source: the name of the file or dataset, for faults.
+        items: the place and the value of each row, or what is wrong there.
+        document: returns the document that a value is, or raises DataError.
     """
-    for number, row in enumerate(rows, start=1):
-        text = row.get(columns.text)
-        if not isinstance(text, str):
-            found = f"found {type(text).__name__}" if columns.text in row else f"columns are {', '.join(row) or 'none'}"
-            raise DataError(
-                f"data.text_key={columns.text}: expected a column of strings in {source}, row {number} ({found})"
-            )
-        if columns.domain is None:
-            yield Document(text, columns.default_domain)
-        elif row.get(columns.domain) in (None, ""):
-            raise DataError(f"data.domain_key={columns.domain}: expected a value in {source}, row {number}, found none")
+    for place, value in items:
+        try:
+            if isinstance(value, DataError):
+                raise value
+            found = document(value)
+            found.text.encode(), found.domain.encode()
+        except DataError as error:
+            yield Fault(source, place, str(error))
+        except UnicodeEncodeError as error:
+            yield Fault(source, place, f"expected Unicode text, found a character that is none ({error.reason})")
         else:
-            yield Document(text, str(row[columns.domain]))
+            yield found
 
 
-def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a parquet file without loading it as a whole.
+def checked_documents(
+    sources: Iterable[Iterable[Document | Fault]], key: str, on_error: str, max_documents: int | None
+) -> Iterator[Document | Fault]:
+    """Yield the documents of all sources, and apply `data.on_error`.
+
+    With `skip`, faults are yielded like documents. With `fail`, the first fault of each source is collected, and all
+    are raised in one error at the end, so that the user learns of several bad files at once.
+
+    Args:
+        sources: the documents of each file or dataset.
+        key: the configuration key that names the sources.
+        max_documents: the number of documents after which reading stops.
 
     Raises:
-        DataError: the file is not a parquet file, or is damaged.
+        DataError: there are faults, and `on_error` is `fail`.
     """
-    return streamed_rows(f"data.paths={path}: expected a parquet file", "parquet", data_files=str(path), split="train")
+    faults: list[Fault] = []
+    count = 0
+    for items in sources:
+        for item in items:
+            if isinstance(item, Document):
+                count += 1
+                if not faults:
+                    yield item
+                if count == max_documents:
+                    break
+            elif on_error == "skip":
+                yield item
+            else:
+                faults.append(item)
+                break
+        if count == max_documents or len(faults) == MAX_FAULTS:
+            break
+    if faults:
+        raise fault_error(key, faults)
+
+
+def fault_error(key: str, faults: list[Fault]) -> DataError:
+    """Return one error about all `faults`, of which the first few are listed. The message starts with `key`."""
+    if len(faults) == 1:
+        return DataError(f"{key}={faults[0]}")
+    listed = "; ".join(map(str, faults[:SHOWN_FAULTS]))
+    rest = f"; and {len(faults) - SHOWN_FAULTS} more" if len(faults) > SHOWN_FAULTS else ""
+    return DataError(f"{key}=[...]: found {len(faults)} files that cannot be used: {listed}{rest}")
 
 
 def streamed_rows(message: str, *args: str | None, **kwargs: Any) -> Iterator[dict[str, Any]]:

@@ -70,6 +70,8 @@ def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, r
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(directory.iterdir())
         },
     }
+    if spool.num_skipped:
+        manifest["skipped"] = {"total": spool.num_skipped, "listed": [fault._asdict() for fault in spool.skipped]}
     manifest["sha256"] = manifest_sha256(manifest)
     (directory / "manifest.json").write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
     for path in [*directory.iterdir(), directory]:

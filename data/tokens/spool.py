@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
-from common.text import show_value
+from common.text import printable, shorten, show_value
 from data.config import DataConfig
 from data.corpora.corpus import CORPORA
-from data.corpora.document import Corpus
+from data.corpora.document import Corpus, Fault
 from data.corpora.messages import Message
 from data.tokens.heldout import HeldoutChoice
 
@@ -19,6 +19,8 @@ HEADER = struct.Struct("<32sBQQ")
 """The header of a document in the spool file: SHA-256 of its text, domain id, UTF-8 bytes of the text, bytes of the
 messages. The text and the messages as JSON follow. (pickle would need no format, but no code of this project unpickles
 a file.)"""
+MAX_LISTED = 100
+"""The most skipped places that a store's manifest lists."""
 MAX_DOMAINS = 255
 """A domain id is stored in one byte."""
 
@@ -44,6 +46,8 @@ class CorpusSpool:
 
     Attributes:
         domains: the names of the domains, in the order in which they first appear.
+        skipped: the first `MAX_LISTED` places that the corpus skipped.
+        num_skipped: how many places the corpus skipped.
         train_bytes: UTF-8 bytes of all training documents.
 
     Raises:
@@ -54,12 +58,19 @@ class CorpusSpool:
     def __init__(self, corpus: Corpus, path: Path, config: DataConfig) -> None:
         self.path = path
         self.domains: list[str] = []
+        self.skipped: list[Fault] = []
+        self.num_skipped = 0
         key = CORPORA[config.kind].source_key
         source = f"data.{key}={show_value(getattr(config, key))}"
         choice = HeldoutChoice(config.heldout_fraction, config.heldout_max_bytes)
         num_documents = 0
         with path.open("wb") as file:
-            for number, (text, domain, messages) in enumerate(corpus.documents(), start=1):
+            for number, item in enumerate(corpus.documents(), start=1):
+                if isinstance(item, Fault):
+                    self.num_skipped += 1
+                    self.skipped += [item] if self.num_skipped <= MAX_LISTED else []
+                    continue
+                text, domain, messages = item
                 if not text or text.isspace():
                     continue
                 try:
@@ -76,7 +87,8 @@ class CorpusSpool:
                 num_documents += 1
         self._heldout = choice.choose()
         if not num_documents:
-            raise DataError(f"{source}: expected text, found none")
+            skipped = f" ({self.num_skipped} skipped: {self.skipped[0]})" if self.skipped else ""
+            raise DataError(f"{source}: expected text, found none{skipped}")
         if not self._heldout:
             found = f"{num_documents} equal ones" if num_documents > 1 else "1"
             raise DataError(
@@ -93,7 +105,9 @@ class CorpusSpool:
         if domain not in self.domains:
             if len(self.domains) == MAX_DOMAINS:
                 key = f"data.domain_key={show_value(config.domain_key)}"
-                raise DataError(f"{key}: expected at most {MAX_DOMAINS} domains, found another: {domain}")
+                raise DataError(
+                    f"{key}: expected at most {MAX_DOMAINS} domains, found another: {shorten(printable(domain), 60)}"
+                )
             self.domains.append(domain)
         return self.domains.index(domain)
 

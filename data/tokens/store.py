@@ -12,6 +12,7 @@ from common.files import fsync, sha256_of
 from common.text import parse_json
 from data.config import DataConfig
 from data.corpora.corpus import open_corpus
+from data.corpora.document import Fault
 from data.tokens.build import FORMAT, TOKENIZER_FILE, build_store, manifest_sha256
 from data.tokens.split import TokenSplit
 from data.tokens.tokenizer import Tokenizer, without_normalization
@@ -125,6 +126,18 @@ class Store:
 
     def _damaged(self, path: Path, expected: str, found: str) -> DataError:
         return DataError(f"{path}: expected {expected}, found {found}; delete {self.directory} to build it again")
+
+    def skipped(self, shown: int = 10) -> list[str]:
+        """Return lines about the places that `data.on_error=skip` left out: their number, and the first `shown`."""
+        skipped = self.manifest.get("skipped")
+        if skipped is None:
+            return []
+        total, listed = skipped["total"], [str(Fault(**fault)) for fault in skipped["listed"]]
+        more = [f"and {total - shown} more; manifest.json lists the first {len(listed)}"] if total > shown else []
+        return [
+            f"data.on_error=skip left out {total} place{'s' * (total > 1)}:",
+            *(f"  {line}" for line in [*listed[:shown], *more]),
+        ]
 
     def summary(self) -> list[dict[str, Any]]:
         """Return one row per domain: documents, bytes and tokens of both splits, a hash of the text, the baselines.

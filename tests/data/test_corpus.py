@@ -11,7 +11,8 @@ from common.errors import DataError
 from data.config import DataConfig
 from data.corpora.corpus import open_corpus
 from data.corpora.embedded import EmbeddedCorpus, docstrings, without_docstrings, without_repeats
-from data.corpora.files import PIECE_CHARS, FilesCorpus
+from data.corpora.files import FilesCorpus
+from data.corpora.formats import PIECE_CHARS
 from data.tokens.heldout import HeldoutChoice
 from data.tokens.store import Store, prepare
 
@@ -173,22 +174,37 @@ def bad_bytes(name: str, content: bytes) -> Callable[[Path], str]:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (lambda folder: f"{folder}/none.txt", "data.paths=.*/none.txt: expected a file, found none of this name"),
+        (
+            lambda folder: f"{folder}/none.txt",
+            "data.paths=.*/none.txt: expected a file or folder of this name, found none",
+        ),
         (lambda folder: f"{folder}/*.nix", "data.paths=.*/[*].nix: expected a glob that matches a file, found none"),
-        (lambda folder: str(folder), "data.paths=.*: expected a file, found a directory"),
+        (lambda folder: str(folder), "data.paths=.*: expected a folder with files, found none"),
         (bad_bytes("a.txt", b""), "data.paths=.*/a.txt: expected a file with text, found an empty one"),
         (bad_bytes("a.txt", b" \n \n"), r"data.paths=\[.*/a.txt\]: expected text, found none"),
         (bad_bytes("a.txt", b"alone\n"), r"data.paths=\[.*\]: expected at least two different documents, .*, found 1"),
-        (bad_bytes("a.txt", b"\xff\xfe\0"), "data.paths=.*/a.txt: expected UTF-8 text"),
+        (bad_bytes("a.txt", b"\xff\xfe\0"), "data.paths=.*/a.txt: expected UTF-8 text, found UTF-16"),
         (bad_bytes("a.txt.gz", b"plain"), "data.paths=.*/a.txt.gz: expected a file that can be read"),
-        (bad_bytes("a.parquet", b"plain" * 9), "data.paths=.*/a.parquet: expected a parquet file"),
-        (bad_rows('{"text": "a"}\n{"text": \n'), "data.paths=.*/bad.jsonl: expected JSON in line 2"),
-        (bad_rows('["text"]\n'), "data.paths=.*/bad.jsonl: expected an object in line 1, found list"),
-        (bad_rows('{"body": "a"}\n'), "data.text_key=text: expected a column of strings .* row 1 .columns are body"),
-        (bad_rows('{"text": "a"}\n{"text": 3}\n'), "data.text_key=text: expected .* row 2 .found int"),
+        (
+            bad_bytes("a.parquet", b"plain" * 9),
+            "data.paths=.*/a.parquet: expected a file that can be read .ArrowInvalid",
+        ),
+        (
+            bad_rows('{"text": "a"}\n{"text": \n'),
+            "data.paths=.*/bad.jsonl: line 2: expected a JSON object, .*: line 2 column 10.$",
+        ),
+        (bad_rows('["text"]\n'), "data.paths=.*/bad.jsonl: line 1: expected a JSON object, found list"),
+        (
+            bad_rows('{"body": "a"}\n'),
+            "data.paths=.*: line 1: expected a string in data.text_key=text, found the columns body",
+        ),
+        (
+            bad_rows('{"text": "a"}\n{"text": 3}\n'),
+            "data.paths=.*: line 2: expected a string in data.text_key=text, found int",
+        ),
         (
             bad_rows('{"text": "\\ud800"}\n'),
-            "data.paths=.*: expected Unicode text, found none in document 1 .surrogates",
+            "data.paths=.*/bad.jsonl: line 1: expected Unicode text, found .* .surrogates",
         ),
     ],
 )
@@ -205,7 +221,9 @@ def test_unusable_keys_end_in_one_line(tmp_path: Path, two_domains: tuple[str, .
     with pytest.raises(DataError, match=r"^data.heldout_fraction=0.999\d*: expected a fraction that leaves .* all 60$"):
         prepare(DataConfig(**common, heldout_fraction=0.9999999))
     rows = bad_rows('{"text": "a", "d": "x"}\n{"text": "b", "d": null}\n')(tmp_path)
-    with pytest.raises(DataError, match=r"^data.domain_key=d: expected a value in .*bad.jsonl, row 2, found none$"):
+    with pytest.raises(
+        DataError, match=r"^data.paths=.*bad.jsonl: line 2: expected a value of data.domain_key=d, found none$"
+    ):
         prepare(DataConfig(kind="files", cache=str(tmp_path), paths=(rows,), domain_key="d"))
     rows = bad_rows("".join(json.dumps({"text": "a", "d": i}) + "\n" for i in range(256)))(tmp_path)
     with pytest.raises(DataError, match=r"^data.domain_key=d: expected at most 255 domains, found another: 255$"):
@@ -220,7 +238,7 @@ def test_unusable_keys_end_in_one_line(tmp_path: Path, two_domains: tuple[str, .
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"kind": "files"}, r"paths=\[\]: expected at least one file or glob"),
+        ({"kind": "files"}, r"paths=\[\]: expected at least one file, folder or glob"),
         ({"kind": "hub"}, "hub_path=null: expected a dataset's name or directory"),
         ({"kind": "embedded", "vocab_size": 10}, "vocab_size=10: expected an integer >= 300"),
         ({"kind": "embedded", "heldout_fraction": 1.0}, "heldout_fraction=1.0: expected a number between 0 and 1"),

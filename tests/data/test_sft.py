@@ -175,8 +175,8 @@ GOOD = json.dumps({"messages": conversation(1)})
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{", "expected JSON in line 2"),
-        ("[]", "expected an object in line 2, found list"),
+        ("{", "line 2: expected a JSON object, found text that is not JSON (Expecting property name"),
+        ("[]", "line 2: expected a JSON object, found list"),
         ('{"text": "a"}', "line 2: expected one of: messages; conversations; instruction and output; prompt"),
         ('{"messages": []}', "line 2: expected a list of messages, found none"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: message 1: expected the last message to be"),
@@ -195,7 +195,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
-    with pytest.raises(DataError, match=r"a.txt: expected a file of conversations, .jsonl or .jsonl.gz$"):
+    with pytest.raises(DataError, match=r"a.txt: expected conversations in rows .*, found text$"):
         prepare(DataConfig(kind="sft", paths=(f"{tmp_path}/a.txt",), cache=str(tmp_path / "cache")))
     with pytest.raises(ConfigError, match=r"^paths=\[\]: expected at least one file or glob$"):
         DataConfig(kind="sft")

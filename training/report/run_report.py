@@ -56,6 +56,8 @@ def show_start(summary: RunSummary) -> None:
     """Print the corpus, the model, the layout and the run directory."""
     run, ranks = summary.run, summary.ranks
     show_corpus(run.tokens.summary(), run.tokens.directory.name, run.tokens.directory)
+    for line in run.tokens.skipped():
+        show_line(line)
     show_model(
         run.model,
         total_params=run.counts.total,
