@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from common.errors import DataError, require
-from common.text import first_line, shorten
+from common.text import first_line, printable, shorten
 from data.corpora.document import Document, Fault
 
 MAX_FAULTS = 100
 """Sources with a fault after which a corpus stops looking for further ones."""
 SHOWN_FAULTS = 5
 """The most faults that one message lists."""
+MAX_REASON = 300
+"""The most characters of a fault's reason, which can contain names from a file."""
 Value = TypeVar("Value")
 
 
@@ -67,7 +69,7 @@ def documents_of(
             found = document(value)
             found.text.encode(), found.domain.encode()
         except DataError as error:
-            yield Fault(source, place, str(error))
+            yield Fault(source, place, shorten(printable(str(error)), MAX_REASON))
         except UnicodeEncodeError as error:
             yield Fault(source, place, f"expected Unicode text, found a character that is none ({error.reason})")
         else:

@@ -197,5 +197,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(DataError, match=r"a.txt: expected conversations in rows .*, found text$"):
         prepare(DataConfig(kind="sft", paths=(f"{tmp_path}/a.txt",), cache=str(tmp_path / "cache")))
-    with pytest.raises(ConfigError, match=r"^paths=\[\]: expected at least one file or glob$"):
+    with pytest.raises(ConfigError, match=r"^paths=\[\]: expected at least one file, folder or glob$"):
         DataConfig(kind="sft")

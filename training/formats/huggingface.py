@@ -5,6 +5,7 @@ value can change what the model computes. The families have different defaults f
 gives both.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,7 +285,7 @@ class Fields:
     def number(self, key: str, default: float | None = None) -> float:
         """Return the positive number at `key`. The default is used as in `integer`."""
         value = self.raw.get(key, default)
-        holds = type(value) in (int, float) and 0 < value < float("inf")
+        holds = type(value) in (int, float) and 0 < value <= sys.float_info.max
         self.expect(holds, key, value, "a number > 0")
         return float(value)
 
@@ -296,7 +297,7 @@ class Fields:
 
     def expect(self, holds: object, key: str, value: Any, expected: str) -> None:
         """Raise ModelError for the key, unless `holds`."""
-        require(holds, ModelError, f"{self.file}: {key}={_shown(value)}: expected {expected}")
+        require(holds, ModelError, f"{self.file}: {_shown(key)}={_shown(value)}: expected {expected}")
 
 
 def _check_keys(fields: Fields, family: Family) -> None:

@@ -1,13 +1,12 @@
 """Reading what the user asks for: the prompts or the conversation, as token ids of the model directory's tokenizer."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from common.errors import ConfigError, DataError, ModelError, require
-from common.text import one_line
+from common.text import one_line, parse_json, printable, shorten, to_json
 from data.corpora.chat import encode_conversation
 from data.corpora.messages import Message, read_conversation, read_messages
 from data.tokens.tokenizer import Tokenizer
@@ -51,7 +50,7 @@ def read_request(config: GenerateConfig) -> Request:
         return Request(path, end_ids, titles=[messages[-1].content], prompts=[prompt])
     titles = list(config.prompts)
     if config.prompt == STDIN:
-        titles += [line.rstrip("\r\n") for line in sys.stdin]
+        titles += _read_lines()
     elif config.prompt is not None:
         titles.append(config.prompt)
     require(titles, ConfigError, f"prompt={STDIN}: expected at least one line on stdin")
@@ -68,11 +67,22 @@ def read_request(config: GenerateConfig) -> Request:
 
 def _read_json(file: str) -> Any:
     try:
-        return json.loads(sys.stdin.read() if file == STDIN else Path(file).read_text(encoding="utf-8"))
+        messages = parse_json(sys.stdin.read() if file == STDIN else Path(file).read_bytes())
+        to_json(messages, ensure_ascii=False).encode()  # JSON can have half of a surrogate pair, which is no character.
     except OSError as error:
         raise ConfigError(f"messages={file}: expected a JSON file that can be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"messages={file}: expected a JSON list of messages ({one_line(str(error))})") from error
+    return messages
+
+
+def _read_lines() -> list[str]:
+    try:
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+        "".join(lines).encode()  # In some locales, Python reads bytes that are not UTF-8 as half of a surrogate pair.
+    except ValueError as error:
+        raise ConfigError(f"prompt={STDIN}: expected UTF-8 text on stdin ({one_line(str(error))})") from error
+    return lines
 
 
 class TextTokenizer(Protocol):
@@ -140,7 +150,7 @@ def end_token_ids(source: ModelReader, tokenizer: TextTokenizer) -> list[int]:
     require(
         all(type(number) is int for number in ids),
         ModelError,
-        f"{file}: eos_token_id={value}: expected a token id, or a list of them",
+        f"{file}: eos_token_id={shorten(printable(str(value)), 80)}: expected a token id, or a list of them",
     )
     return sorted({tokenizer.eos_id, *ids})
 

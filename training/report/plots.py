@@ -6,6 +6,7 @@ date, and the user's matplotlibrc is not used.
 """
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -267,7 +268,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.colors import Normalize
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    shown = [row for row in rows if _finite(row.get("eval/loss")) and _finite(row.get("total_params"))]
+    shown = [row for row in rows if is_number(row.get("eval/loss")) and is_number(row.get("total_params"))]
     shown.sort(key=lambda row: (row["total_params"], row["eval/loss"]))
     with figure(path, 7.6, 5) as canvas:
         axes = canvas.add_subplot()
@@ -308,5 +309,6 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         )
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+def is_number(value: Any) -> bool:
+    """Return whether `value`, which may come from a damaged file, is a finite number that a float can represent."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

@@ -1,14 +1,13 @@
 """The results of a sweep: a table, a CSV file and a plot, made from the `result.json` of each job."""
 
 import csv
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.text import parse_json, parse_yaml, shorten
 from parallel.planning.auto import AUTO_AXES
-from training.report.plots import plot_sweep
+from training.report.plots import is_number, plot_sweep
 from training.report.terminal import human_count, show_line, show_table
 
 _RESULT_KEYS = (
@@ -108,7 +107,8 @@ def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+    # An error message in a job's `result.json` can have characters that UTF-8 cannot represent.
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -155,4 +155,4 @@ def _number(value: Any, text: Callable[[float], str]) -> str:
     """Return `text(value)` if the value is a finite number, `-` if it is None, and else the value itself as text."""
     if value is None:
         return "-"
-    return text(value) if isinstance(value, (int, float)) and math.isfinite(value) else str(value)
+    return text(value) if is_number(value) else shorten(str(value), _MAX_ERROR)
