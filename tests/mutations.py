@@ -13,8 +13,8 @@ CHUNKS = (
 )  # fmt: skip
 """Bytes that parsers treat specially."""
 VALUES: tuple[Any, ...] = (
-    None, True, False, -1, 0, 1, 2**31, 2**63, 10**30, 10**400, -(10**400), 0.5, 1e308, float("nan"), float("inf"), "", "x",
-    "\ud800", "a\nb", [], {}, [None], [[]], {"": None}, {"x": [1]}, "9" * 100, [0] * 9,
+    None, True, False, -1, 0, 1, 2**31, 2**63, 10**30, 10**400, -(10**400), 0.5, 1e308, float("nan"), float("inf"), "",
+    "x", "\ud800", "a\nb", [], {}, [None], [[]], {"": None}, {"x": [1]}, "9" * 100, [0] * 9,
 )  # fmt: skip
 """Values that a reader of a configuration does not expect."""
 

@@ -151,10 +151,12 @@ def _write_split(
     """
     writer = _ShardWriter(directory, name)
     starts, domain_ids, answers = array("q"), bytearray(), array("q")
+    conversations = False
     totals = [_DomainTotals() for _ in domains]
     for document in documents:
         ids_T, is_label_T = encoder(document, round_trip=keep_text)
         if document.messages:
+            conversations = True
             answers.extend((_runs(is_label_T) + writer.tokens).flatten().tolist())
         starts.append(writer.tokens)
         domain_ids.append(document.domain_id)
@@ -163,14 +165,14 @@ def _write_split(
     writer.close()
     np.save(directory / f"{name}-starts.npy", np.frombuffer(starts, dtype=np.int64))
     np.save(directory / f"{name}-domains.npy", np.frombuffer(domain_ids, dtype=np.uint8))
-    if answers:
-        np.save(directory / f"{name}{ANSWERS_SUFFIX}", np.frombuffer(answers, dtype=np.int64).reshape(-1, 2))
+    if conversations:
+        np.save(directory / f"{name}{ANSWERS_SUFFIX}", np.array(answers, dtype=np.int64).reshape(-1, 2))
     per_domain: dict[str, dict[str, Any]] = {}
     for domain, total in zip(domains, totals, strict=True):
         per_domain[domain] = {**total.counts, "sha256": total.digest.hexdigest()}
         if keep_text:
             text = bytes(total.evaluated_text)
-            per_domain[domain] |= ({"label_bytes": len(text)} if answers else {}) | baselines(text)
+            per_domain[domain] |= ({"label_bytes": len(text)} if conversations else {}) | baselines(text)
     return {"tokens": writer.tokens, "max_token": writer.max_token, "shards": writer.shards, "domains": per_domain}
 
 

@@ -40,12 +40,12 @@ class Tokenizer:
         self.path = Path(path)
         try:
             self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+            self.vocab_size: int = self._model.vocab_size()
+            self._bytes_V = np.array([self._bytes_of(i) for i in range(self.vocab_size)], dtype=np.int32)
+        except Exception as error:  # A damaged model can also have pieces that are not UTF-8.
             raise DataError(f"data.tokenizer={path}: expected a sentencepiece model that can be read") from error
-        self.vocab_size: int = self._model.vocab_size()
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
-        self._bytes_V = np.array([self._bytes_of(i) for i in range(self.vocab_size)], dtype=np.int32)
         byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
         if min(self.bos_id, self.eos_id) < 0 or not all(map(self._model.is_byte, byte_ids)):
             raise DataError(f"data.tokenizer={path}: expected a model with byte_fallback and ids for <s> and </s>")

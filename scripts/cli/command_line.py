@@ -25,11 +25,12 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from common.errors import ConfigError, RunError, UserError, require
 from common.plugins import load_plugins
 from common.strict import from_dict, leaf_keys, unknown_key
-from common.text import nearest, one_line
+from common.text import nearest, one_line, shorten
 from parallel.startup.launch import WorkerFailure, interrupts_raise
 from training.config import Config, RunConfig
 from training.run import choose_name, prepare_directory, save_config, save_result
@@ -247,6 +248,17 @@ def user_message(error: BaseException, arguments: Sequence[str], cls: type = Con
         text = str(error) or str(error.__cause__)
         refused = re.search(r"Could not override '([^']+)'", text)
         return _refused_key(refused[1], arguments, cls) if refused else one_line(text)
+    return _unreadable_preset(arguments) if isinstance(error, YAMLError | ValueError | RecursionError) else None
+
+
+def _unreadable_preset(arguments: Sequence[str]) -> str | None:
+    """Return the line about the first file below `--config-dir` that is not YAML, or None if all are."""
+    directory, _ = take_flag(arguments, "--config-dir", "-cd")
+    for file in sorted(Path(directory).rglob("*.yaml")) if directory else []:
+        try:
+            OmegaConf.load(file)
+        except Exception as error:  # Besides YAMLError, the constructors of numbers and dates raise many types.
+            return f"--config-dir={directory}: {file}: expected YAML ({shorten(one_line(str(error)), 200)})"
     return None
 
 
