@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+MAX_YAML_DEPTH = 100
+"""The deepest nesting of a YAML file that is read. The parser's time grows with the square of the depth."""
+
 
 def one_line(text: str) -> str:
     """`text` with every run of white space replaced by one space."""
@@ -136,8 +139,13 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("expected YAML without aliases (a few lines of them can expand to gigabytes)")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("expected YAML without aliases (a few lines of them can expand to gigabytes)")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_YAML_DEPTH:
+                raise ValueError(f"expected YAML that is nested at most {MAX_YAML_DEPTH} deep")
         return yaml.safe_load(text)
     except Exception as error:  # Besides YAMLError, the constructors of dates, numbers and sets raise many types.
         raise ValueError(shorten(one_line(str(error)) or type(error).__name__, 200)) from error

@@ -177,6 +177,30 @@ def test_another_layout_gives_the_same_run_and_takes_over_its_checkpoint(tmp_pat
 
 
 @pytest.mark.slow
+def test_a_domain_of_one_document_trains_and_has_no_figures(tmp_path, cache):
+    rows = [{"text": f"line {i} of a text, {i * i} words and more of them\n" * 20, "lang": "en"} for i in range(40)]
+    rows.append({"text": "habari ya dunia " * 9, "lang": "sw"})
+    (tmp_path / "two.ndjson").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    files = (
+        "data=files",
+        f"data.paths=[{tmp_path}/two.ndjson]",
+        "data.domain_key=lang",
+        "data.on_error=skip",
+        "data.vocab_size=340",
+    )
+    overrides = [argument for argument in TINY if "_bytes=" not in argument or "heldout" in argument]
+    done = run_python("train.py", *overrides, cache, *files, f"run.root={tmp_path}", "run.name=x", "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "x" / "result.json").read_text()
+    result = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} in result.json"))
+    assert result["eval/loss"] > 0 and "eval/bits_per_byte/en" in result and "eval/bits_per_byte/sw" not in result
+    assert result["baselines"].keys() == {"en"} and "NaN" not in (tmp_path / "x" / "metrics.jsonl").read_text()
+    assert "data.on_error=skip left out 1 place:" in done.stdout and "two.ndjson: line 42: expected" in done.stdout
+    bad = run_python("train.py", *overrides, cache, *files[:3], f"run.root={tmp_path}", "run.name=y")
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "two.ndjson: line 42: expected" in bad.stderr
+
+
+@pytest.mark.slow
 def test_a_sweep_ends_with_a_table_and_a_failed_job_is_a_row(tmp_path, cache):
     process = start(
         tmp_path, cache, "-m", "run.name=sweep", "train.steps=2", "model.num_experts=2,4", "model.top_k=1,3",

@@ -135,6 +135,29 @@ def test_heldout_goes_by_content() -> None:
     assert choice.choose() == {low, other}
 
 
+def test_a_domain_whose_documents_are_equal_is_trained_on_and_has_no_held_out_text(tmp_path: Path) -> None:
+    def prepared(*rows: tuple[str, str]) -> Store:
+        lines = "".join(json.dumps({"text": text * 9, "d": domain}) + "\n" for text, domain in rows)
+        (tmp_path / "rows.jsonl").write_text(lines)
+        paths = (str(tmp_path / "rows.jsonl"),)
+        return prepare(DataConfig("files", cache=str(tmp_path), paths=paths, domain_key="d", vocab_size=300))
+
+    english = [(f"word {i} of the text that many lines have\n", "en") for i in range(40)]
+    for rows in ([("habari ya dunia\n", "sw")], [("habari ya dunia\n", "sw")] * 5):
+        en, sw = prepared(*english, *rows).summary()
+        assert sw["documents"] == len(rows) and sw["heldout_bytes"] == 0 < en["heldout_bytes"]
+        assert sw["gzip_bits_per_byte"] is sw["unigram_bits_per_byte"] is None
+    # If no domain has two different documents, one document of all is held out.
+    for rows in ([(text, str(i)) for i, (text, _) in enumerate(english)], [english[0], ("habari\n" * 40, "sw")]):
+        summary = prepared(*rows).summary()
+        assert [row["documents"] for row in summary] == [1] * len(rows)
+        assert sum(row["heldout_bytes"] > 0 for row in summary) == 1
+    with pytest.raises(
+        DataError, match=r"expected at least two different documents, .* to hold out, found 5 equal ones$"
+    ):
+        prepared(*[english[0]] * 5)
+
+
 def test_splits_share_no_document_and_respect_the_cap(tmp_path: Path, two_domains: tuple[str, ...]) -> None:
     common = {"kind": "files", "cache": str(tmp_path), "paths": two_domains, "vocab_size": 320}
     store = prepare(DataConfig(**common, heldout_fraction=0.4, heldout_max_bytes=3_000))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import RunError
 from training.report.metrics import MetricsWriter, Row, load_entropy, read_metrics, router_metrics
 
 
@@ -59,12 +60,18 @@ def test_without_resume_the_file_starts_empty(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "new.jsonl")) == 2
 
 
+def test_null_is_a_number_that_is_unknown(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"step": 1, "a": null, "b": [null, 1]}\n')
+    [row] = read_metrics(tmp_path / "m.jsonl")
+    assert row["step"] == 1 and math.isnan(row["a"]) and math.isnan(row["b"][0]) and row["b"][1] == 1  # type: ignore[index, arg-type]
+
+
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="line 2 is damaged"):
+    with pytest.raises(RunError, match="line 2 is damaged"):
         read_metrics(path)
-    with pytest.raises(ValueError, match="line 2 is damaged"):
+    with pytest.raises(RunError, match="line 2 is damaged"):
         MetricsWriter(path, 3)
 
 

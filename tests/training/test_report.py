@@ -16,6 +16,7 @@ import pytest
 from moe.config import FEED_FORWARDS, FeedForwardSpec, ModelConfig
 from training.report.heatmap import relative_load, show_load
 from training.report.plots import plot_curves, plot_load, plot_overview
+from training.report.run_report import evaluation_row, show_finished
 from training.report.sweep import sweep_table
 from training.report.tables import (
     RankSummary,
@@ -27,6 +28,7 @@ from training.report.tables import (
     show_sample,
 )
 from training.report.terminal import Progress, human_bytes, human_count, human_time, printable
+from training.step import Evaluation
 
 Capture = pytest.CaptureFixture[str]
 
@@ -73,7 +75,9 @@ def test_corpus_and_model(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("COLUMNS", "40")
     row = {"documents": 1200, "bytes": 9_100_000, "tokens": 2_500_000, "sha256": "ab" * 32, "heldout_bytes": 90_000}
     baselines = {"gzip_bits_per_byte": 2.125, "unigram_bits_per_byte": 4.75}
-    show_corpus([{"domain": d} | row | baselines for d in ("code", "prose")], "feed" * 8, Path("/cache/feed"))
+    unknown = {"domain": "single", "heldout_bytes": 0, "gzip_bits_per_byte": None, "unigram_bits_per_byte": None}
+    summary = [*({"domain": d} | row | baselines for d in ("code", "prose")), row | unknown]
+    show_corpus(summary, "feed" * 8, Path("/cache/feed"))
     model = ModelConfig(64, 4, 4, 2, 16, 128, num_experts=8, top_k=2, sliding_window=256)
     sizes = {"total_params": 12_345_678, "active_params": 5_432_100, "vocab_size": 8192}
     show_model(model, **sizes, tokenizer="BPE", precision="bf16", device="cpu")
@@ -81,7 +85,8 @@ def test_corpus_and_model(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> N
     show_model(dense, **sizes, tokenizer="BPE", precision="bf16", device="cpu")
     text = plain(capsys)
     assert row_of(text, "prose") == "prose 1,200 9.10 MB 2.50 M 90.0 kB 2.125 4.750 abababab"
-    assert row_of(text, "all") == "all 2,400 18.2 MB 5.00 M 180 kB"
+    assert row_of(text, "single") == "single 1,200 9.10 MB 2.50 M 0 B - - abababab"
+    assert row_of(text, "all") == "all 3,600 27.3 MB 7.50 M 180 kB"
     for part in ("12.3 M total (12,345,678), 5.43 M active", "8 SwiGLU experts", "top-2", "window of 256", "8,192 ids"):
         assert part in text
     assert "dense SwiGLU, hidden 128" in text and "all earlier tokens" in text
@@ -172,6 +177,15 @@ def test_evaluation(capsys: Capture) -> None:
     assert "loss 3.2100" in text and "only the held-out text itself" in text
 
 
+def test_figures_that_do_not_exist_are_absent(capsys: Capture, tmp_path: Path) -> None:
+    assert evaluation_row(Evaluation(1.5, {"a": 2.0}, None)) == {"eval/loss": 1.5, "eval/bits_per_byte/a": 2.0}
+    assert evaluation_row(Evaluation(None, {}, None)) == {}
+    show_evaluation({}, None, {})
+    show_finished(tmp_path, {"step": 3, "eval/loss": None})
+    text = plain(capsys)
+    assert "loss - nats per token" in text and "finished at step 3 (held-out loss -)" in text
+
+
 def test_load_in_numbers(capsys: Capture) -> None:
     assert relative_load([[3, 1], [0, 0]]) == [[1.5, 0.5], [0.0, 0.0]]
     show_load([[0.25, 0.75]], {"code": [[0.5, 0.5]], "prose": [[0.0, 1.0]], "silent": [[0.0, 0.0]]})
@@ -215,6 +229,7 @@ def test_plots_are_reproducible(tmp_path: Path) -> None:
         "one": ([[5.0]], {}),
         "few": ([[1.0, 0.0, 2.0]], {"code": [[1.0, 1.0, 1.0]], "silent": [[0.0, 0.0, 0.0]]}),
         "many": ([[1.0] * 63 + [9.0]] * 3, {str(i): [[1.0] * 64] * 3 for i in range(5)}),
+        "domains": ([[1.0, 2.0]], {"$x^": [[3.0, 1.0]]}),  # A name is no formula.
     }
     for name, (load_LE, domains) in loads.items():
         plot_load(load_LE, domains, tmp_path / name)
@@ -233,6 +248,13 @@ def test_plots_are_reproducible(tmp_path: Path) -> None:
     assert (tmp_path / "few.svg").read_bytes() == first
     assert (tmp_path / "overview_moe.svg").read_bytes() == overview_first
     assert b"<dc:date>" not in first + overview_first
+
+
+def test_only_the_largest_domains_of_many_are_plotted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.report.plots.MAX_DOMAINS", 2)
+    plot_load([[1.0, 2.0]], {f"domain {i}": [[float(i), 1.0]] for i in range(4)}, tmp_path / "load")
+    text = (tmp_path / "load.svg").read_text()
+    assert [f"domain {i}" in text for i in range(4)] == [False, False, True, True]
 
 
 def overview_rows(steps: range, layers: int) -> list[Mapping[str, object]]:
