@@ -1,14 +1,13 @@
 """A corpus in a temporary local file, so that a source that can be slow (a network) is read only once."""
 
 import hashlib
-import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import DataError
-from common.text import printable, shorten, show_value
+from common.text import parse_json, printable, shorten, show_value, to_json
 from data.config import DataConfig
 from data.corpora.corpus import CORPORA
 from data.corpora.document import Corpus, Fault
@@ -81,7 +80,7 @@ class CorpusSpool:
                     ) from error
                 digest = hashlib.sha256(content).digest()
                 choice.add_document(digest, domain, len(content))
-                messages_json = json.dumps(messages).encode()
+                messages_json = to_json(messages).encode()
                 file.write(HEADER.pack(digest, self._domain_id(domain, config), len(content), len(messages_json)))
                 file.write(content + messages_json)
                 num_documents += 1
@@ -116,7 +115,7 @@ class CorpusSpool:
             while header := file.read(HEADER.size):
                 digest, domain_id, size, messages_size = HEADER.unpack(header)
                 text = file.read(size).decode()
-                messages = tuple(Message(*fields) for fields in json.loads(file.read(messages_size)))
+                messages = tuple(Message(*fields) for fields in parse_json(file.read(messages_size)))
                 yield SpooledDocument(digest, domain_id, text, size, messages)
 
     def train(self) -> Iterator[SpooledDocument]:

@@ -173,11 +173,11 @@ def test_conversations_in_every_format_of_rows(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.json", "c.parquet", "d.ndjson.zst", "e.JSON.gz"):
         content = table(CHATS, "json" if "json." in name.lower() or name.endswith(".json") else name.split(".")[1])
         path = write(tmp_path / name, COMPRESS[Path(name).suffix if len(name.split(".")) > 2 else ""](content))
-        found = list(SftCorpus((str(path),), "messages", None, None).documents())
+        found = list(SftCorpus((str(path),), "messages", None, None, ()).documents())
         expected = expected or found
         assert len(found) == len(CHATS) and found == expected
     write(tmp_path / "a.jsonl", json.dumps({"messages": []}) + "\n" + json.dumps(CHATS[0]))
-    fault, document = SftCorpus((f"{tmp_path}/a.jsonl",), "messages", None, None, None, "skip").documents()
+    fault, document = SftCorpus((f"{tmp_path}/a.jsonl",), "messages", None, None, (), None, "skip").documents()
     assert isinstance(fault, Fault) and fault.place == "line 1" and isinstance(document, Document)
 
 

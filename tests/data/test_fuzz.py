@@ -96,7 +96,7 @@ def rows_corpus(path: Path, on_error: str, format: FileFormat | None = None) -> 
 
 
 def chats_corpus(path: Path, on_error: str) -> FileCorpus:
-    return SftCorpus((str(path),), "messages", None, None, None, on_error)
+    return SftCorpus((str(path),), "messages", None, None, (), None, on_error)
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
