@@ -4,7 +4,6 @@ A checkpoint records the configuration that it was written with, and the values 
 that continues from it is compared with this record, key by key.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +15,7 @@ import yaml
 from common.errors import CheckpointError, ConfigError, DataError, expect, require
 from common.plugins import missing_plugins
 from common.strict import from_dict, to_dict
-from common.text import printable, show_value
+from common.text import printable, show_value, to_json
 from moe.config import ModelConfig, RouterConfig
 from parallel.layout import Layout
 from parallel.startup.preflight import flatten
@@ -224,7 +223,7 @@ def _same(key: str, value: Any, before: Any) -> bool:
         return value is None or (before is not None and os.path.abspath(value) == os.path.abspath(before))
     if key == "optim.train":
         return patterns(value) == patterns(before)
-    return json.dumps(value) == json.dumps(before)
+    return to_json(value) == to_json(before)
 
 
 def resolve_schedule(config: Config, saved: Mapping[str, Any], done: int) -> OptimConfig:
