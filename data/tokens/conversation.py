@@ -7,14 +7,17 @@ them, characters that occur nowhere else.
 
 import re
 from collections.abc import Iterator, Sequence
-from functools import cache
-from itertools import pairwise
+from functools import cache, lru_cache
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 from common.errors import DataError, require
 from data.corpora.messages import Message
 from data.tokens.chat_template import GENERATION_MARKS, TEXT_TEMPLATE, TOKEN_TEMPLATE, render
 from data.tokens.tokenizer import TextTokenizer
+
+NONCHARACTERS = range(0xFDD0, 0xFDF0)
+PRIVATE_USE = range(0xE000, 0xF900)
 
 
 class Span(NamedTuple):
@@ -73,25 +76,35 @@ def effective_template(tokenizer: TextTokenizer) -> str:
     return tokenizer.template or (TOKEN_TEMPLATE if has_tokens else TEXT_TEMPLATE)
 
 
+class _Format:
+    """How the conversations of a tokenizer are written: the template, and what it needs of the tokenizer."""
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.template = effective_template(tokenizer)
+        self.specials = tuple(tokenizer.specials)
+        self.words = tuple(tokenizer.words)
+        self.names = dict(tokenizer.named)
+        if tokenizer.template is None:
+            texts = {token.id: text for text, token in tokenizer.specials.items()}
+            begin = "" if tokenizer.bos_id is None else texts[tokenizer.bos_id]
+            self.names = {"bos_token": begin, "eos_token": texts[tokenizer.eos_id]}
+
+
+_format_of = lru_cache(maxsize=4)(_Format)
+
+
 class _Conversation:
     """The text of one conversation, and its answers."""
 
     def __init__(self, messages: Sequence[Message], tokenizer: TextTokenizer) -> None:
-        self.messages, self.tokenizer = messages, tokenizer
-        self.template = effective_template(tokenizer)
-        used = self.template + "".join(message.content for message in messages)
+        self.messages, self.tokenizer, self.format = messages, tokenizer, _format_of(tokenizer)
+        used = self.format.template + "".join(message.content for message in messages)
         # Noncharacters first: text has them least often.
-        free = (chr(code) for code in (*range(0xFDD0, 0xFDF0), *range(0xE000, 0xF900)) if chr(code) not in used)
+        free = (chr(code) for code in chain(NONCHARACTERS, PRIVATE_USE) if chr(code) not in used)
         self.marks = _Marks(*(next(free) for _ in range(4)))
         self.ordinary = re.compile(f"[{''.join(self.marks)}]")
-        texts = {token.id: text for text, token in tokenizer.specials.items()}
-        if tokenizer.template is None:
-            begin = "" if tokenizer.bos_id is None else texts[tokenizer.bos_id]
-            names = {"bos_token": begin, "eos_token": texts[tokenizer.eos_id]}
-        else:
-            names = dict(tokenizer.named)
-        self.variables = {**names, GENERATION_MARKS: (self.marks.opening, self.marks.closing)}
-        self.special = _pattern(self.marks.guard, tuple(tokenizer.specials))
+        self.variables = {**self.format.names, GENERATION_MARKS: (self.marks.opening, self.marks.closing)}
+        self.special = _pattern(self.marks.guard, self.format.specials)
         self.guarded = [self._guard(message) for message in messages]
         self.text = self._render(len(messages))
 
@@ -130,8 +143,7 @@ class _Conversation:
 
         What the assistant says can have the added tokens that are not special: they are words of its language.
         """
-        texts = tuple(self.tokenizer.specials)
-        texts += tuple(self.tokenizer.words) if message.role != "assistant" else ()
+        texts = self.format.specials + (self.format.words if message.role != "assistant" else ())
         guard, content = self.marks.guard, message.content
         content = _pattern(guard, texts, lookahead=True).sub(rf"{guard}\g<1>{guard}", content)
         # The template could continue what the content begins.
@@ -149,7 +161,7 @@ class _Conversation:
     def _render(self, count: int) -> str:
         messages = [{"role": role, "content": content} for role, content, _ in self.guarded[:count]]
         prompt = self.guarded[count - 1].role != "assistant"
-        return render(self.template, messages, prompt, self.variables)
+        return render(self.format.template, messages, prompt, self.variables)
 
     def _spans(self) -> list[Span]:
         """Return the answers in the text, in order."""
@@ -194,7 +206,7 @@ class _Conversation:
         """Return the ids of a piece of the text between two special tokens."""
         text = self.ordinary.sub("", piece)
         parts = [text]
-        if self.marks.guard in piece and any(word in text for word in self.tokenizer.words):
+        if self.marks.guard in piece and any(word in text for word in self.format.words):
             parts = [self.ordinary.sub("", part) for part in piece.split(self.marks.guard)]
         ids: list[int] = []
         for part in filter(None, parts):

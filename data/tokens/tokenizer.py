@@ -50,6 +50,9 @@ class TextTokenizer(Protocol):
     template: str | None
     """The chat template."""
 
+    def __hash__(self) -> int:
+        """Return a hash of the object, because what is derived from a tokenizer is cached."""
+
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Return the token ids of `text`, without <s> and </s>. No special token is recognised in the text.
 
@@ -118,6 +121,7 @@ class Tokenizer:
         self.words: Mapping[str, AddedToken] = {}
         self._bytes_V = np.zeros(self.vocab_size, dtype=np.int32)
         self._bytes_V[:pieces] = [self._bytes_of(i) for i in range(pieces)]
+        self._text_ids = frozenset(np.flatnonzero(self._bytes_V).tolist())
         self._literal_space_ids = [byte_ids[byte] for byte in SPACE.encode()]
 
     def _id_of(self, text: str) -> int | None:
@@ -164,7 +168,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `TextTokenizer`."""
-        text: str = self._continuing.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and self._bytes_V[i]])
+        text: str = self._continuing.decode([i for i in map(int, ids) if i in self._text_ids])
         return text
 
     def token_bytes(self) -> np.ndarray:

@@ -34,7 +34,7 @@ def run(rank: int, world: int, cache: str) -> tuple[Evaluation, dict]:
         store.heldout, seq_len=LENGTH, batch_rows=3, rank=rank, world_size=world, cross_documents=False
     )
     engine = NativeEngine([model], OptimConfig(lr=1e-3), mesh)
-    result = evaluate(engine, batches, store.domains, token_bytes)
+    result = evaluate(engine, batches, store.domains, token_bytes, torch.zeros_like(token_bytes))
     return result, reference(model, store, token_bytes) if world == 1 else {}
 
 
