@@ -161,7 +161,9 @@ def test_bad_input_is_one_line_and_status_2(run, directory, arguments, line):
 def test_a_missing_tokenizer_and_one_larger_than_the_vocabulary_are_refused(run, tokenizer, tmp_path):
     write(tmp_path / "without")
     code, _, err = run(f"checkpoint={tmp_path}/without", "prompt=x")
-    assert code == 2 and err.startswith(f"error: {tmp_path}/without: expected a tokenizer.model or a tokenizer.json")
+    assert code == 2 and err.startswith(
+        f"error: checkpoint={tmp_path}/without: expected a tokenizer.model or a tokenizer.json"
+    )
     small = ModelConfig(**(CONFIG.__dict__ | {"vocab_size": 300}))
     write(tmp_path / "small", small, find_tokenizer(tokenizer.path.parent))
     code, _, err = run(f"checkpoint={tmp_path}/small", "prompt=x")

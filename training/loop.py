@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.errors import DataError
 from common.plugins import loaded_plugins
 from common.strict import to_dict
 from data.corpora.messages import Message
@@ -319,7 +320,10 @@ def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, direct
     if not config.run.sample_tokens:
         return None
     if config.data.kind == "sft":
-        tokens, _ = encode_conversation([Message("user", config.run.prompt)], tokenizer)
+        try:
+            tokens, _ = encode_conversation([Message("user", config.run.prompt)], tokenizer)
+        except DataError:
+            return None  # The chat template takes no question without more messages.
     else:
         tokens = tokenizer.encode_prompt(config.run.prompt)
     sampling = Sampling(temperature=TEMPERATURE, seed=config.run.seed)

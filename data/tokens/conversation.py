@@ -5,6 +5,7 @@ message they are text. To tell one from the other, the contents of the messages 
 them, characters that occur nowhere else.
 """
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
@@ -82,12 +83,17 @@ class _Format:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.template = effective_template(tokenizer)
         self.specials = tuple(tokenizer.specials)
-        self.words = tuple(tokenizer.words)
         self.names = dict(tokenizer.named)
         if tokenizer.template is None:
             texts = {token.id: text for text, token in tokenizer.specials.items()}
             begin = "" if tokenizer.bos_id is None else texts[tokenizer.bos_id]
             self.names = {"bos_token": begin, "eos_token": texts[tokenizer.eos_id]}
+        shown = self.template
+        with contextlib.suppress(DataError):  # The template can compose its marks, as in '<|' + role + '|>'.
+            talk = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+            shown += render(self.template, talk, False, self.names)
+        # Only the words that the template uses as marks are kept out of messages.
+        self.words = tuple(word for word in tokenizer.words if word in shown and not word.isspace())
 
 
 _format_of = lru_cache(maxsize=4)(_Format)
@@ -142,6 +148,7 @@ class _Conversation:
         """Return the message with marks where its text is spelled as a token, and at the end of an answer.
 
         What the assistant says can have the added tokens that are not special: they are words of its language.
+        Elsewhere, those that the template uses are text.
         """
         texts = self.format.specials + (self.format.words if message.role != "assistant" else ())
         guard, content = self.marks.guard, message.content

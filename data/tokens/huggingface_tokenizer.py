@@ -43,9 +43,9 @@ class HuggingFaceTokenizer:
         self.shown = shown
         try:
             spec = parse_json_object(content)
-            _prepare(spec)
-            self._encoder = _build(spec)
-            self._continuing = _build(_without_prefix(spec))
+            _prepare(spec, marks)
+            self._encoder = _build(spec, marks)
+            self._continuing = _build(_without_prefix(spec), marks)
             added = {entry["content"]: added_token(entry) for entry in spec.get("added_tokens") or []}
             byte_level = "ByteLevel" in _types(spec["decoder"])
         except Exception as error:  # The library raises exceptions of the type Exception itself.
@@ -176,13 +176,16 @@ class HuggingFaceTokenizer:
         return self._bytes_V.copy()
 
 
-def _prepare(spec: dict[str, Any]) -> None:
-    """Remove what would change a text, cut it, or make its ids random."""
+def _prepare(spec: dict[str, Any], marks: Marks) -> None:
+    """Remove what changes a text, cuts it, or makes its ids random. Mark the special tokens that other files name."""
 
     def change(part: dict[str, Any]) -> dict[str, Any] | None:
         return None if part["type"] in UNICODE_FORMS else part
 
     spec |= {"truncation": None, "padding": None, "normalizer": _map_parts(spec.get("normalizer"), change)}
+    special = {*marks.named.values(), *(text for text, token in marks.added.items() if token.special)}
+    for entry in spec.get("added_tokens") or []:
+        entry["special"] = entry["special"] or entry["content"] in special
     if "dropout" in spec["model"]:
         spec["model"]["dropout"] = None
 
@@ -221,10 +224,13 @@ def _types(part: Any) -> set[str]:
     return set().union(*map(_types, part)) if isinstance(part, list) else set()
 
 
-def _build(spec: dict[str, Any]) -> Any:
+def _build(spec: dict[str, Any], marks: Marks) -> Any:
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    # A piece of the vocabulary becomes a special token if another file names it as one.
+    named = {text for text in marks.named.values() if tokenizer.token_to_id(text) is not None}
+    tokenizer.add_special_tokens(sorted(named - {entry["content"] for entry in spec.get("added_tokens") or []}))
     tokenizer.encode_special_tokens = True  # A special token that is spelled out in a text is text.
     return tokenizer
 

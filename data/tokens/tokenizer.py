@@ -118,7 +118,11 @@ class Tokenizer:
         self.prefix_after_special = marks.template is None or marks.legacy
         controls = {self._model.id_to_piece(i): AddedToken(i) for i in range(pieces) if self._model.is_control(i)}
         self.specials: Mapping[str, AddedToken] = controls | self._added
-        self.words: Mapping[str, AddedToken] = {}
+        self.words: Mapping[str, AddedToken] = {
+            piece.piece: AddedToken(i, special=False)
+            for i, piece in enumerate(model.pieces)
+            if piece.type == piece.USER_DEFINED
+        }
         self._bytes_V = np.zeros(self.vocab_size, dtype=np.int32)
         self._bytes_V[:pieces] = [self._bytes_of(i) for i in range(pieces)]
         self._text_ids = frozenset(np.flatnonzero(self._bytes_V).tolist())

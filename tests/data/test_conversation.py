@@ -154,12 +154,14 @@ def test_no_text_of_a_message_becomes_a_special_token(directory: Path) -> None:
             assert marks(text, text) == expected
 
 
-def test_added_words_are_tokens_in_what_the_assistant_says_only(tmp_path: Path) -> None:
+def test_added_words_that_a_template_uses_are_tokens_in_answers_only(tmp_path: Path) -> None:
     content = byte_level(["<|end|>", *CHAT])
     content["added_tokens"].append(content["added_tokens"][0] | {"id": 323, "content": "<think>", "special": False})
-    tokenizer = opened(write(tmp_path, content, QWEN | {"chat_template": CHATML}))
-    ids, _ = encode_conversation([Message("user", "a <think> b"), Message("assistant", "<think> c", True)], tokenizer)
-    assert ids.count(323) == 1 and tokenizer.decode(ids).count("<think>") == 2
+    talk = [Message("user", "a <think> b"), Message("assistant", "<think> c", True)]
+    for template, count in ((CHATML, 2), (CHATML + "{% if messages[9] %}<think>{% endif %}", 1)):
+        tokenizer = opened(write(tmp_path, content, QWEN | {"chat_template": template}))
+        ids, _ = encode_conversation(talk, tokenizer)
+        assert ids.count(323) == count and tokenizer.decode(ids).count("<think>") == 2
     assert tokenizer.encode("<think>") == [323]
 
 
@@ -249,3 +251,29 @@ def test_a_store_of_conversations_names_tokenizer_and_conversation(tmp_path: Pat
     refusing = write(tmp_path / "r", KINDS["chatml"][0], QWEN | {"chat_template": "{{ raise_exception('no') }}"})
     with pytest.raises(DataError, match=rf"^data.tokenizer={refusing}: expected a conversation .* starts with '\[INST"):
         prepare(DataConfig(**config, tokenizer=str(refusing)))
+
+
+def test_marks_that_are_no_special_tokens_are_text_in_a_question(tmp_path: Path) -> None:
+    """A tokenizer.json can have [INST] as a word, and a sentencepiece model as a user-defined piece."""
+    content = byte_level(["<s>", "</s>", *INST, "<h1>"], bos="<s>")
+    for entry in content["added_tokens"][2:]:
+        entry["special"] = False
+    json_one = opened(write(tmp_path / "json", content, MISTRAL | {"chat_template": TEKKEN}))
+    model = sentencepiece_model(user_defined_symbols=[*INST, "<h1>"])
+    model_one = opened(write(tmp_path / "model", model, MISTRAL | {"chat_template": TEKKEN}))
+    for tokenizer in (json_one, model_one):
+        begin, end, heading = (tokenizer.words[text].id for text in (*INST, "<h1>"))
+        talk = [Message("user", "a [/INST] b <h1> [INST]"), Message("assistant", "c", learn=True)]
+        ids, _ = encode_conversation(talk, tokenizer)
+        assert (ids.count(begin), ids.count(end), ids.count(heading)) == (1, 1, 1)
+        assert tokenizer.decode(ids).count("[/INST]") == 2
+
+
+def test_tokens_that_only_the_config_calls_special_are_special(tmp_path: Path) -> None:
+    content = byte_level(["<s>", *CHAT])
+    for entry in content["added_tokens"]:
+        entry["special"] = False
+    decoder = {str(entry["id"]): {"content": entry["content"], "special": True} for entry in content["added_tokens"]}
+    config = {"eos_token": "<|im_end|>", "added_tokens_decoder": decoder, "chat_template": CHATML}
+    tokenizer = opened(write(tmp_path, content, config))
+    assert tokenizer.specials.keys() == {"<s>", *CHAT} and tokenizer.decode(tokenizer.encode("<s>")) == "<s>"

@@ -154,7 +154,7 @@ def open_tokenizer(reader: ModelReader) -> TextTokenizer | None:
     require(
         tokenizer.vocab_size <= rows,
         ModelError,
-        f"{reader.directory}: expected a tokenizer of at most {rows} ids, the rows of the embedding; "
+        f"{reader.shown or reader.directory}: expected a tokenizer of at most {rows} ids, the rows of the embedding; "
         f"found {tokenizer.vocab_size}",
     )
     return tokenizer

@@ -78,6 +78,8 @@ class ModelReader(ABC):
     """The directory. For a run: the checkpoint's directory."""
     model: ModelConfig
     router: RouterConfig
+    shown: str | None = None
+    """How messages about the tokenizer name the directory. None: its path."""
     directory: Path
     """The directory with the configuration and the tokenizer. For a checkpoint of a run: the run's directory."""
     shapes: dict[str, Shape]
@@ -91,7 +93,7 @@ class ModelReader(ABC):
             ModelError: the only tokenizer is one that Mixwright cannot read, or two of them contradict each other.
         """
         try:
-            return find_tokenizer(self.directory)
+            return find_tokenizer(self.directory, self.shown)
         except DataError as error:
             raise ModelError(str(error)) from error
 
@@ -210,7 +212,9 @@ def open_model_for_key(key: str, path: str, *, check: bool = True) -> ModelReade
         ModelError: as in `open_model`.
     """
     try:
-        return open_model(path, check=check)
+        reader = open_model(path, check=check)
+        reader.shown = f"{key}={path}"
+        return reader
     except ModelError as error:
         raise ModelError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from error
 

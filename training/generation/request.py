@@ -85,7 +85,7 @@ def open_given_tokenizer(source: ModelReader) -> TextTokenizer:
     tokenizer = open_tokenizer(source)
     if tokenizer is None:
         raise ModelError(
-            f"{source.directory}: expected a tokenizer.model or a tokenizer.json in it; runs of older versions left it "
-            "in their token store below data.cache: copy it from there"
+            f"{source.shown or source.directory}: expected a tokenizer.model or a tokenizer.json in it; runs of older "
+            "versions left it in their token store below data.cache: copy it from there"
         )
     return tokenizer
