@@ -77,8 +77,9 @@ class HuggingFaceTokenizer:
 
     def _check_added(self, added: dict[str, AddedToken], marks: Marks) -> None:
         """Compare the tokens that the other files name with those of the `tokenizer.json`."""
-        named = {text: None for text in marks.named.values()} | {text: token.id for text, token in marks.added.items()}
-        for text, number in named.items():
+        ends = [marks.named[key] for key in ("bos_token", "eos_token") if key in marks.named]
+        ids = {text: None for text in ends} | {text: token.id for text, token in marks.added.items()}
+        for text, number in ids.items():
             found = self._encoder.token_to_id(text)
             require(
                 found is not None and number in (None, found),
@@ -92,7 +93,7 @@ class HuggingFaceTokenizer:
         tokens = {text: token for text, token in {**added, **marks.added}.items() if token.special}
         texts = [*marks.named.values(), *map(self._encoder.id_to_token, marks.end_ids)]
         ids = {text: self._encoder.token_to_id(text) for text in texts if text is not None}
-        return {text: AddedToken(number) for text, number in ids.items()} | tokens
+        return {text: AddedToken(number) for text, number in ids.items() if number is not None} | tokens
 
     def _ends(self, marks: Marks) -> tuple[int, tuple[int, ...]]:
         text = marks.named.get("eos_token")

@@ -162,3 +162,8 @@ def test_other_files_are_carried_compared_or_refused_by_name(tmp_path: Path) -> 
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"^data.tokenizer=.*x.json: expected a file named tokenizer.json"):
         given_tokenizer(f"{tmp_path}/x.json")
+
+
+def test_a_padding_token_without_an_id_changes_nothing(tmp_path: Path) -> None:
+    tokenizer = opened(write_tokenizer(tmp_path, byte_level(["<|e|>"]), eos_token="<|e|>", pad_token="[PAD]"))
+    assert tokenizer.specials.keys() == {"<|e|>"} and tokenizer.vocab_size == 321
