@@ -31,7 +31,8 @@ class DataConfig:
     vocab_size: int = 4096
     """Size of the tokenizer that is trained on the corpus; ignored when `tokenizer` is given."""
     tokenizer: str | None = None
-    """Path of a sentencepiece `.model`; `null`: train one on the corpus."""
+    """Path of a sentencepiece `.model`, of a `tokenizer.json` (with the files beside it), or of a directory with all
+    files of a tokenizer; `null`: train one on the corpus."""
     cross_documents: bool = False
     """Let attention and positions cross the boundaries of the documents that are packed into a row."""
     heldout_fraction: float = 0.02

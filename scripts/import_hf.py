@@ -37,7 +37,7 @@ def import_hf(config: ImportConfig) -> None:
         f"source={config.source}: expected a model in another format; found a Mixwright model",
     )
     size = import_model(source, Path(config.out), config.dtype, shard_bytes)
-    tokenizer = "no tokenizer.model" if source.tokenizer is None else "its tokenizer"
+    tokenizer = "no tokenizer" if source.tokenizer is None else "its tokenizer"
     print(f"{config.out}: {len(source.shapes)} tensors, {size / 1e9:.2f} GB, {tokenizer}")
 
 

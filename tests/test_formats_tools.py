@@ -11,15 +11,16 @@ import torch
 import yaml
 
 from data.config import DataConfig
-from data.corpora.chat import encode_conversation
 from data.corpora.corpus import open_corpus
 from data.corpora.messages import read_messages
+from data.tokens.conversation import encode_conversation
+from data.tokens.files import find_tokenizer
 from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from scripts import export_hf, import_hf
 from scripts.cli.command_line import CONF
 from tests.foreign import load_model, save_reference
 from tests.test_train import TINY, numbers
-from training.formats.reader import open_model
+from tests.tokenizers import sentencepiece_like, sentencepiece_model, write_tokenizer
 
 VOCAB = 503
 """The vocabulary of the models in these tests. The tokenizer has 500 ids."""
@@ -52,7 +53,12 @@ def test_import_and_export_by_command(model, tmp_path, monkeypatch, capsys):
     assert call(import_hf, monkeypatch, f"source={model}", f"out={tmp_path}/imported", "shard_size=50KB") == 0
     assert "23 tensors" in capsys.readouterr().out
     imported = tmp_path / "imported"
-    assert sorted(path.name for path in imported.iterdir()) == ["checkpoints", "config.yaml", "tokenizer.model"]
+    assert sorted(path.name for path in imported.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "generation_config.json",
+        "tokenizer.model",
+    ]
     assert yaml.safe_load((imported / "config.yaml").read_text()).keys() == {"model", "router"}
     for source in (imported, imported / "checkpoints" / "step-0"):
         out = tmp_path / f"out-{source.name}"
@@ -173,9 +179,9 @@ def test_other_refusals(model, tmp_path, monkeypatch, capsys):
         (
             import_hf,
             [f"source={tmp_path}/small", out],
-            "expected at most 400 ids, the rows of the embedding; found 500",
+            "expected a tokenizer of at most 400 ids, the rows of the embedding; found 500",
         ),
-        (export_hf, [f"checkpoint={tmp_path}/small", out], "expected at most 400 ids"),
+        (export_hf, [f"checkpoint={tmp_path}/small", out], "expected a tokenizer of at most 400 ids"),
         (import_hf, [f"source={model}"], "out=???: expected a string"),
         (import_hf, [f"source={model}", f"out={model}"], "expected a path that does not exist yet"),
         (import_hf, [f"source={model}", out, "shard_size=many"], "shard_size=many: expected a size"),
@@ -219,10 +225,78 @@ def test_training_starts_from_a_foreign_model_under_every_layout(model, tmp_path
         assert all(torch.equal(a[name], b[name]) for name in b)
     experts_by_rank = [rank["experts"] for rank in json.loads((runs / "on-2" / "result.json").read_text())["ranks"]]
     assert experts_by_rank == [[0, 1], [2, 3]]
-    assert open_model(runs / "on-1").tokenizer.read_bytes() == (model / "tokenizer.model").read_bytes()
+    assert (runs / "on-1" / "tokenizer.model").read_bytes() == (model / "tokenizer.model").read_bytes()
     one, two = (numbers(runs / f"on-{nproc}")[0]["train/loss"] for nproc in (1, 2))
     assert one == pytest.approx(two, abs=1e-5)
 
     refused = train("no", "model.dim=32")
     assert refused.returncode == 2 and "error: model.dim=32: expected 24, as in run.init_from=" in refused.stderr
     assert not (runs / "no").exists()
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def write_chatml(directory: Path) -> Path:
+    """Write a Mixtral whose Llama tokenizer has the tokens of ChatML in its tokenizer.json."""
+    save_reference("mixtral", directory, VOCAB)
+    content = sentencepiece_like(["<|im_start|>", "<|im_end|>"], legacy=False)
+    write_tokenizer(directory, content, bos_token="<s>", eos_token="<|im_end|>")
+    (directory / "chat_template.jinja").write_text(CHATML)
+    end = next(token["id"] for token in content["added_tokens"] if token["content"] == "<|im_end|>")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end], "temperature": 0.5}))
+    return directory
+
+
+def test_a_tokenizer_json_travels_with_its_added_tokens_and_template(tmp_path, monkeypatch, capsys):
+    import transformers
+
+    source = write_chatml(tmp_path / "chatml")
+    assert call(import_hf, monkeypatch, f"source={source}", f"out={tmp_path}/imported") == 0
+    assert call(export_hf, monkeypatch, f"checkpoint={tmp_path}/imported", f"out={tmp_path}/again", "chat=true") == 0
+    before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("chatml", "again"))
+    messages = [{"role": "user", "content": "the model"}, {"role": "assistant", "content": "loss"}]
+    for call_of in (
+        lambda t: (len(t), t.bos_token_id, t.eos_token_id, t.chat_template),
+        lambda t: t("<|im_start|>user and </s> text").input_ids,
+        lambda t: t.apply_chat_template(messages, return_dict=False),
+    ):
+        assert call_of(before) == call_of(after)
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json"):
+        assert (tmp_path / "imported" / name).read_bytes() == (source / name).read_bytes()
+    generation = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [2, after.eos_token_id], "temperature": 0.5, "bos_token_id": 1}
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [2, after.eos_token_id]
+    capsys.readouterr()
+    # The formats without such files, and an embedding without such rows, are refused before anything is written.
+    for tool, arguments, complaint in (
+        (export_hf, [f"checkpoint={source}", "format=mistral"], "format=mistral: expected a tokenizer.model with all"),
+        (import_hf, [f"source={source}"], "expected a tokenizer of at most 340 ids, the rows of the embedding"),
+    ):
+        if tool is import_hf:
+            save_reference("mixtral", source, 340)
+        assert call(tool, monkeypatch, *arguments, f"out={tmp_path}/out") == 2
+        assert complaint in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_exported_control_pieces_and_template_give_the_ids_of_training(model, tmp_path, monkeypatch):
+    import transformers
+
+    shutil.copytree(model, tmp_path / "v3", ignore=shutil.ignore_patterns("tokenizer.model"))
+    content = sentencepiece_model(control_symbols=["[INST]", "[/INST]"])
+    (tmp_path / "v3" / "tokenizer.model.v3").write_bytes(content)
+    assert call(export_hf, monkeypatch, f"checkpoint={tmp_path}/v3", f"out={tmp_path}/out", "chat=true") == 0
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    turns = [("user", "the model"), ("assistant", "loss  "), ("user", "step?")]
+    for messages in (turns[:1], turns, [("system", "train"), *turns]):
+        messages = [{"role": role, "content": content} for role, content in messages]
+        ids = theirs.apply_chat_template(messages, return_dict=False)
+        for directory in ("v3", "out"):
+            ours = find_tokenizer(tmp_path / directory).open()
+            assert ids == encode_conversation(read_messages(messages, last="user"), ours)[0]
+    official = ["format=mistral", f"out={tmp_path}/official"]
+    assert call(export_hf, monkeypatch, f"checkpoint={tmp_path}/v3", *official) == 0
+    assert (tmp_path / "official" / "tokenizer.model.v3").read_bytes() == content

@@ -11,7 +11,9 @@ import sys
 import pytest
 import torch
 
-from common.errors import ModelError
+from common.errors import DataError
+from data.tokens.files import find_tokenizer
+from data.tokens.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from moe.config import ModelConfig, RouterConfig
 from moe.generation.generate import generate
@@ -20,10 +22,12 @@ from moe.model import Transformer
 from moe.region import Region
 from scripts.cli.command_line import CONF
 from scripts.generate import main
-from tests.foreign import save_reference
+from tests import tokenizers
+from tests.test_formats_tools import write_chatml
+from tests.tokenizers import write_tokenizer
 from training.formats.model_directory import Block, write_model
-from training.formats.reader import open_model
-from training.generation.request import HuggingFaceTokenizer, end_token_ids
+from training.generation.config import GenerateConfig
+from training.generation.request import read_request
 from training.generation.worker import StreamedText, TextPrinter
 
 TEXTS = [f"def function_{i}(a, b):\n    return a * {i} + b  # sums\n" for i in range(200)]
@@ -56,7 +60,7 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory, tokenizer):
     path = tmp_path_factory.mktemp("models") / "m"
-    return path, write(path, tokenizer=tokenizer.path)
+    return path, write(path, tokenizer=find_tokenizer(tokenizer.path.parent))
 
 
 @pytest.fixture
@@ -157,66 +161,55 @@ def test_bad_input_is_one_line_and_status_2(run, directory, arguments, line):
 def test_a_missing_tokenizer_and_one_larger_than_the_vocabulary_are_refused(run, tokenizer, tmp_path):
     write(tmp_path / "without")
     code, _, err = run(f"checkpoint={tmp_path}/without", "prompt=x")
-    assert code == 2 and err.startswith(f"error: {tmp_path}/without: expected a tokenizer.model in it")
-    write(tmp_path / "small", ModelConfig(**(CONFIG.__dict__ | {"vocab_size": 300})), tokenizer.path)
+    assert code == 2 and err.startswith(
+        f"error: checkpoint={tmp_path}/without: expected a tokenizer.model or a tokenizer.json"
+    )
+    small = ModelConfig(**(CONFIG.__dict__ | {"vocab_size": 300}))
+    write(tmp_path / "small", small, find_tokenizer(tokenizer.path.parent))
     code, _, err = run(f"checkpoint={tmp_path}/small", "prompt=x")
-    assert code == 2 and "expected a tokenizer of at most 300 tokens, the model's vocab_size; found 320" in err
+    assert code == 2 and "expected a tokenizer of at most 300 ids, the rows of the embedding; found 320" in err
 
 
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory) -> HuggingFaceTokenizer:
     """A tokenizer whose tokens are bytes, as GPT-2's and Llama 3's are."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator(
-        TEXTS, trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
-    )
-    return huggingface_tokenizer(fast, tmp_path_factory.mktemp("byte_level"))
+    content = tokenizers.byte_level(["<s>", "</s>"], bos="<s>")
+    return find_tokenizer(write_tokenizer(tmp_path_factory.mktemp("level"), content, eos_token="</s>")).open()
 
 
 @pytest.fixture(scope="module")
 def byte_fallback(tmp_path_factory) -> HuggingFaceTokenizer:
     """A tokenizer with byte tokens beside its pieces, as Llama 2's and Mixtral's tokenizer.json are."""
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models
-
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abdef", "▁ab"]
-    fast = Fast(models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>"))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    fast.decoder = decoders.Sequence(steps)
-    return huggingface_tokenizer(fast, tmp_path_factory.mktemp("byte_fallback"))
-
-
-def huggingface_tokenizer(fast, path) -> HuggingFaceTokenizer:
-    from transformers import PreTrainedTokenizerFast
-
-    PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>").save_pretrained(path)
-    return HuggingFaceTokenizer(path)
-
-
-def test_without_a_sentencepiece_model_transformers_reads_the_tokenizer(byte_level, tmp_path):
-    with pytest.raises(ModelError, match="expected a tokenizer that transformers can read"):
-        HuggingFaceTokenizer(tmp_path)
-    text = byte_level
-    assert (text.vocab_size, text.bos_id, text.eos_id) == (320, 0, 1)
-    sample = "def f(a):  é 你好\n"
-    assert text.decode([0, *text.encode(sample), 1]) == sample
+    content = tokenizers.sentencepiece_like([], legacy=True)
+    return find_tokenizer(write_tokenizer(tmp_path_factory.mktemp("fallback"), content, eos_token="</s>")).open()
 
 
 def test_generation_config_json_adds_end_token_ids(tmp_path, tokenizer):
-    save_reference("mixtral", tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     file = tmp_path / "generation_config.json"
     for given, expected in (("null", {2}), ("5", {2, 5}), ("[7, 5]", {2, 5, 7})):
         file.write_text(f'{{"eos_token_id": {given}}}')
-        assert set(end_token_ids(open_model(tmp_path), tokenizer)) == expected
+        assert set(find_tokenizer(tmp_path).open().end_ids) == expected
     file.write_text('{"eos_token_id": "x"}')
-    with pytest.raises(ModelError, match="eos_token_id=x: expected a token id, or a list of them"):
-        end_token_ids(open_model(tmp_path), tokenizer)
+    with pytest.raises(DataError, match="eos_token_id=x: expected a token id, or a list of them"):
+        find_tokenizer(tmp_path).open()
+    file.unlink()
+    (tmp_path / "config.json").write_text('{"eos_token_id": 9}')  # The ids of a model without generation_config.json.
+    assert find_tokenizer(tmp_path).open().end_ids == (2, 9)
+
+
+def test_prompts_and_chats_have_the_tokens_of_chatml_and_end_with_its_mark(tmp_path):
+    import transformers
+
+    path = write_chatml(tmp_path / "chatml")
+    theirs = transformers.AutoTokenizer.from_pretrained(path)
+    prompt = "<|im_start|>user"
+    assert read_request(GenerateConfig(str(path), prompt=prompt)).prompts == [theirs(prompt).input_ids]
+    request = read_request(GenerateConfig(str(path), prompt=prompt, chat=True))
+    ids = theirs.apply_chat_template([{"role": "user", "content": "@"}], add_generation_prompt=True, return_dict=False)
+    start, end = theirs.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert [request.prompts[0].count(i) for i in (start, end)] == [ids.count(i) for i in (start, end)] == [2, 1]
+    assert request.end_ids == [2, end]
 
 
 @pytest.mark.parametrize("sample", ["a é 你好 🙂 def f(a, b):\n    return", "🙂🙂", " x", "\ufffd\ufffd y"])
@@ -235,8 +228,8 @@ def byte_ids(name, text) -> list[int]:
     if name == "byte_level":
         from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        return [text._tokenizer.convert_tokens_to_ids(bytes_to_unicode()[byte]) for byte in range(256)]
-    piece_to_id = text._model.piece_to_id if name == "tokenizer" else text._tokenizer.convert_tokens_to_ids
+        return [text._encoder.token_to_id(bytes_to_unicode()[byte]) for byte in range(256)]
+    piece_to_id = text._model.piece_to_id if name == "tokenizer" else text._encoder.token_to_id
     return [piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
 
 
@@ -260,7 +253,7 @@ def test_released_parts_are_the_text_of_all_tokens_for_any_tokens(request, name)
         prompt = rng.choice([[], [text.bos_id], [text.bos_id, *text.encode(rng.choice(["ab", "de " * 40, " é"]))]])
         ids = random_ids(rng, text, bytes_256, rng.choice([1, 4, 20, 120]))
         ids = ids[:1] * len(ids) if case % 20 == 0 else ids
-        growing = StreamedText(text.decode, prompt, [], text.byte_run_ids)
+        growing = StreamedText(text.decode, prompt, [])
         shown = "".join(map(growing.add, ids)) + growing.end()
         assert shown == growing.text == text.decode(prompt + ids)[len(text.decode(prompt)) :], (case, prompt, ids)
 
@@ -289,7 +282,7 @@ def test_the_stop_string_that_is_complete_first_ends_the_text_however_it_is_divi
     for _ in range(200):
         ids = random_ids(rng, text, bytes_256, 30)
         stops = ["".join(rng.choices("a😀\ufffd é", k=rng.randrange(1, 4))) for _ in range(rng.randrange(1, 4))]
-        growing = StreamedText(text.decode, text.encode("ab"), stops, text.byte_run_ids)
+        growing = StreamedText(text.decode, text.encode("ab"), stops)
         shown = "".join(map(growing.add, ids)) + growing.end()
         whole = text.decode([*text.encode("ab"), *ids])[len(text.decode(text.encode("ab"))) :]
         ends = [end for end in range(len(whole) + 1) if whole[:end].endswith(tuple(stops))]

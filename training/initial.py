@@ -54,10 +54,10 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         require(
             source.tokenizer is not None,
             ConfigError,
-            f"data.tokenizer=null: expected a sentencepiece model, since run.init_from={directory} has no "
-            "tokenizer.model",
+            f"data.tokenizer=null: expected a tokenizer, since run.init_from={directory} has no tokenizer.model and no "
+            "tokenizer.json",
         )
-        result["data"] = raw["data"] | {"tokenizer": str(source.tokenizer)}
+        result["data"] = raw["data"] | {"tokenizer": str(source.directory)}
     return result
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from common.errors import DataError
 from common.plugins import loaded_plugins
 from common.strict import to_dict
-from data.corpora.chat import encode_conversation
 from data.corpora.messages import Message
 from data.loader import Loader, evaluation_batches
-from data.tokens.tokenizer import Tokenizer
+from data.tokens.conversation import encode_conversation, end_token_ids
+from data.tokens.tokenizer import TextTokenizer
 from moe.accounting.flops import MatmulCosts, count_parameters, meta_model
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
@@ -45,7 +46,7 @@ from training.report.run_report import (
     show_start,
 )
 from training.report.trackers import Recorder
-from training.run import save_config, save_tokenizer
+from training.run import save_config
 from training.schedule import learning_rate
 from training.step import Evaluation, StepResult, evaluate, train_step
 
@@ -113,7 +114,7 @@ def train(config: Config) -> dict[str, Any]:
     if process.is_main:
         named_run = dataclasses.replace(config.run, name=run.name)
         save_config(run.directory, to_dict(dataclasses.replace(run.config, run=named_run, model=run.model)))
-        save_tokenizer(run.directory, run.tokens.tokenizer.path)
+        run.tokens.tokenizer_files.copy_to(run.directory)  # The run can be used without its token store.
         show_start(summary)
     # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
@@ -283,7 +284,11 @@ class Evaluator:
 
     def __init__(self, run: AgreedRun, engine: Engine) -> None:
         self.run, self.engine = run, engine
-        self.token_bytes_V = torch.from_numpy(run.tokens.tokenizer.token_bytes()).to(engine.mesh.device)
+        tokenizer = run.tokens.tokenizer
+        self.token_bytes_V = torch.from_numpy(tokenizer.token_bytes()).to(engine.mesh.device)
+        self.prefix_bytes_V = torch.zeros_like(self.token_bytes_V)
+        if tokenizer.bos_id is not None:
+            self.prefix_bytes_V[tokenizer.bos_id] = len(tokenizer.prefix)
 
     def evaluate(self) -> Evaluation:
         """Evaluate on every held-out row once. Collective."""
@@ -296,10 +301,10 @@ class Evaluator:
             world_size=layout.data,
             cross_documents=config.data.cross_documents,
         )
-        return evaluate(self.engine, batches, self.run.tokens.domains, self.token_bytes_V)
+        return evaluate(self.engine, batches, self.run.tokens.domains, self.token_bytes_V, self.prefix_bytes_V)
 
 
-def sample_text(config: Config, tokenizer: Tokenizer, engine: Engine, directory: Path) -> str | None:
+def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, directory: Path) -> str | None:
     """Generate `run.sample_tokens` tokens after `run.prompt`. Collective.
 
     Generation needs whole sequences and whole weights. If the layout shards either, rank 0 reads the whole model from
@@ -315,12 +320,20 @@ def sample_text(config: Config, tokenizer: Tokenizer, engine: Engine, directory:
     if not config.run.sample_tokens:
         return None
     if config.data.kind == "sft":
-        tokens, _ = encode_conversation([Message("user", config.run.prompt)], tokenizer)
+        try:
+            tokens, _ = encode_conversation([Message("user", config.run.prompt)], tokenizer)
+        except DataError:
+            return None  # The chat template takes no question without more messages.
     else:
-        tokens = [tokenizer.bos_id, *tokenizer.encode(config.run.prompt)]
+        tokens = tokenizer.encode_prompt(config.run.prompt)
     sampling = Sampling(temperature=TEMPERATURE, seed=config.run.seed)
+    ends = end_token_ids(tokenizer)
     continue_text = partial(
-        generate, prompts=[tokens], max_tokens=config.run.sample_tokens, sampling=sampling, stop=[tokenizer.eos_id]
+        generate,
+        prompts=[tokens],
+        max_tokens=config.run.sample_tokens,
+        sampling=sampling,
+        stop=ends,
     )
     mesh = engine.mesh
     if mesh.layout.sequence == mesh.layout.pipeline == mesh.layout.shard == 1:

@@ -21,7 +21,6 @@ from training.config import RunConfig
 LAUNCH_FILE = "launch.json"
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
-TOKENIZER_FILE = "tokenizer.model"
 SHARED_RUN_IDS = ("", "none", "default")
 """Values of TORCHELASTIC_RUN_ID that do not identify a launch, because many launches have them."""
 
@@ -144,11 +143,6 @@ def save_config(directory: Path, config: Mapping[str, Any]) -> Path:
     import yaml
 
     return write_atomically(directory / CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-
-
-def save_tokenizer(directory: Path, file: Path) -> None:
-    """Copy the tokenizer `file` into `directory` atomically, so that the run can be used without its token store."""
-    write_atomically(directory / TOKENIZER_FILE, file.read_bytes())
 
 
 def save_result(directory: Path, result: Mapping[str, Any]) -> Path:

@@ -224,13 +224,21 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...], token_bytes_V: Tensor) -> Evaluation:
+def evaluate(
+    engine: Engine,
+    batches: Iterable[Batch],
+    domains: tuple[str, ...],
+    token_bytes_V: Tensor,
+    prefix_bytes_V: Tensor,
+) -> Evaluation:
     """Evaluate the model on every batch. Collective.
 
     Args:
         batches: batches of whole rows, the same number on every rank.
         domains: names of the domains, in the order of the indices in `Batch.domains_BS`.
         token_bytes_V: UTF-8 bytes that each token id stands for, on the device.
+        prefix_bytes_V: bytes of the token after this id that are no part of the text: the space that some tokenizers
+            put after <s>.
     """
     mesh, config = engine.mesh, engine.parts[0].config
     for model in engine.parts:
@@ -247,7 +255,8 @@ def evaluate(engine: Engine, batches: Iterable[Batch], domains: tuple[str, ...],
                 if mesh.tensor.rank() == 0:
                     predicted_BS = batch.labels_BS != IGNORE
                     domain_N = batch.domains_BS.flatten().long()
-                    bytes_BS = token_bytes_V[batch.labels_BS.clamp(min=0)] * predicted_BS
+                    bytes_BS = token_bytes_V[batch.labels_BS.clamp(min=0)] - prefix_bytes_V[batch.tokens_BS]
+                    bytes_BS *= predicted_BS
                     for total, values_BS in ((nats, nats_BS), (labels, predicted_BS), (size, bytes_BS)):
                         total.index_add_(0, domain_N, values_BS.flatten().double())
             if output.stats is not None:

@@ -18,17 +18,17 @@ from common.errors import DataError
 from common.files import fsync, sha256_of
 from common.text import show_value, to_json
 from data.config import DataConfig
-from data.corpora.chat import encode_conversation, label_text
 from data.corpora.document import Corpus
+from data.tokens.conversation import encode_conversation
+from data.tokens.files import SENTENCEPIECE, given_tokenizer
 from data.tokens.spool import CorpusSpool, SpooledDocument
-from data.tokens.tokenizer import Tokenizer, sentences, train_tokenizer, without_normalization
+from data.tokens.tokenizer import TextTokenizer, Tokenizer, sentences, train_tokenizer
 
 FORMAT = 1
 """Part of the store's key. Raise it when a change gives the same configuration other files."""
 SHARD_TOKENS = 2**27
 SAMPLE_BYTES = 4_000_000
 """Bytes of text that the tokenizer is trained on, spread evenly over the training documents."""
-TOKENIZER_FILE = "tokenizer.model"
 ANSWERS_SUFFIX = "-answers.npy"
 """`<split>-answers.npy` contains, for each of n answers with its </s>, the start and the end (exclusive) in the split's
 token stream: int64 [n, 2]."""
@@ -42,15 +42,16 @@ def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, r
     Raises:
         DataError: text cannot be used, or there is too little of it for this configuration.
     """
+    given = None if config.tokenizer is None else given_tokenizer(config.tokenizer)
+    tokenizer = None if given is None else given.open()
     report("reading the corpus")
     spool = CorpusSpool(corpus, directory / "text.tmp", config)
-    tokenizer_file = directory / TOKENIZER_FILE
-    if config.tokenizer is None:
+    if given is None or tokenizer is None:
         report(f"training a tokenizer of {config.vocab_size} tokens")
-        tokenizer_file.write_bytes(train_tokenizer(_sample(spool), config.vocab_size))
+        (directory / SENTENCEPIECE).write_bytes(train_tokenizer(_sample(spool), config.vocab_size))
+        tokenizer = Tokenizer(directory / SENTENCEPIECE)
     else:
-        tokenizer_file.write_bytes(without_normalization(config.tokenizer))
-    tokenizer = Tokenizer(tokenizer_file)
+        given.copy_to(directory)
 
     report(f"tokenizing {spool.train_bytes / 1e6:.1f} MB")
     encoder = _Encoder(tokenizer, show_value(config.tokenizer))
@@ -67,14 +68,16 @@ def build_store(corpus: Corpus, config: DataConfig, directory: Path, key: str, r
         "domains": spool.domains,
         "splits": splits,
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(directory.iterdir())
+            path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+            for path in sorted(directory.rglob("*"))
+            if path.is_file()
         },
     }
     if spool.num_skipped:
         manifest["skipped"] = {"total": spool.num_skipped, "listed": [fault._asdict() for fault in spool.skipped]}
     manifest["sha256"] = manifest_sha256(manifest)
     (directory / "manifest.json").write_text(to_json(manifest, indent=1) + "\n", encoding="utf-8")
-    for path in [*directory.iterdir(), directory]:
+    for path in [*directory.rglob("*"), directory]:
         fsync(path)
 
 
@@ -103,7 +106,7 @@ class _Encoder:
         shown_tokenizer: the value of `data.tokenizer`, for messages.
     """
 
-    def __init__(self, tokenizer: Tokenizer, shown_tokenizer: str) -> None:
+    def __init__(self, tokenizer: TextTokenizer, shown_tokenizer: str) -> None:
         self.tokenizer = tokenizer
         self.shown_tokenizer = shown_tokenizer
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32).newbyteorder("<")
@@ -119,19 +122,29 @@ class _Encoder:
             DataError: the ids do not represent the text.
         """
         if document.messages:
-            ids, is_label = encode_conversation(document.messages, self.tokenizer)
-        else:
-            ids = [self.tokenizer.bos_id, *self.tokenizer.encode(document.text), self.tokenizer.eos_id]
-            is_label = [False] + [True] * (len(ids) - 1)
+            return self._encode_messages(document)
+        before = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        text = self.tokenizer.prefix + document.text
+        ids = [*before, *self.tokenizer.encode(text, continues=True), self.tokenizer.eos_id]
         ids_T = np.array(ids, dtype=self.dtype)
-        same_size = int(self._bytes_V[ids_T].sum()) == document.size
-        if not same_size or (round_trip and self.tokenizer.decode(ids) != document.text):
-            start = document.text[:40].encode("unicode_escape").decode()
-            raise DataError(
-                f"data.tokenizer={self.shown_tokenizer}: expected a model that keeps text as it is (identity "
-                f"normalization, byte_fallback), found a change in the document that starts with '{start}'"
-            )
-        return ids_T, np.array(is_label)
+        same_size = int(self._bytes_V[ids_T].sum()) == document.size + len(self.tokenizer.prefix)
+        if not same_size or (round_trip and self.tokenizer.decode(ids) != text):
+            kept = "expected a model that keeps text as it is (identity normalization, byte_fallback), found a change"
+            raise self._error(document, kept)
+        return ids_T, np.arange(len(ids)) >= len(before)
+
+    def _encode_messages(self, document: SpooledDocument) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            ids, is_label = encode_conversation(document.messages, self.tokenizer)
+        except DataError as error:
+            raise self._error(document, str(error)) from error
+        return np.array(ids, dtype=self.dtype), np.array(is_label)
+
+    def _error(self, document: SpooledDocument, message: str) -> DataError:
+        start = document.text[:40].encode("unicode_escape").decode()
+        return DataError(
+            f"data.tokenizer={self.shown_tokenizer}: {message}, in the document that starts with '{start}'"
+        )
 
 
 def _write_split(
@@ -161,7 +174,10 @@ def _write_split(
         starts.append(writer.tokens)
         domain_ids.append(document.domain_id)
         writer.write(ids_T)
-        totals[document.domain_id].add(document, len(ids_T), keep_text)
+        totals[document.domain_id].add(document, len(ids_T))
+        if keep_text:
+            labels = encoder.tokenizer.decode(ids_T[is_label_T]) if document.messages else document.text
+            totals[document.domain_id].evaluated_text += labels.encode()
     writer.close()
     np.save(directory / f"{name}-starts.npy", np.frombuffer(starts, dtype=np.int64))
     np.save(directory / f"{name}-domains.npy", np.frombuffer(domain_ids, dtype=np.uint8))
@@ -193,11 +209,9 @@ class _DomainTotals:
         self.digest = hashlib.sha256()
         self.evaluated_text = bytearray()
 
-    def add(self, document: SpooledDocument, num_tokens: int, keep_text: bool) -> None:
+    def add(self, document: SpooledDocument, num_tokens: int) -> None:
         self.counts.update(documents=1, bytes=document.size, tokens=num_tokens)
         self.digest.update(document.text.encode())
-        if keep_text:
-            self.evaluated_text += (label_text(document.messages) if document.messages else document.text).encode()
 
 
 class _ShardWriter:

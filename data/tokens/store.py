@@ -13,9 +13,9 @@ from common.text import parse_json
 from data.config import DataConfig
 from data.corpora.corpus import open_corpus
 from data.corpora.document import Fault
-from data.tokens.build import FORMAT, TOKENIZER_FILE, build_store, manifest_sha256
+from data.tokens.build import FORMAT, build_store, manifest_sha256
+from data.tokens.files import SENTENCEPIECE, find_tokenizer, given_tokenizer
 from data.tokens.split import TokenSplit
-from data.tokens.tokenizer import Tokenizer, without_normalization
 
 
 def prepare(config: DataConfig, *, verify: bool = True, report: Callable[[str], None] | None = None) -> "Store":
@@ -64,12 +64,10 @@ def store_key(config: DataConfig, fingerprint: str) -> str:
         fingerprint: the corpus's fingerprint.
 
     Raises:
-        DataError: `config.tokenizer` is not a sentencepiece model.
+        DataError: `config.tokenizer` is no tokenizer.
     """
-    if config.tokenizer is None:
-        tokenizer = f"train {config.vocab_size}"
-    else:
-        tokenizer = hashlib.sha256(without_normalization(config.tokenizer)).hexdigest()
+    given = config.tokenizer
+    tokenizer = f"train {config.vocab_size}" if given is None else given_tokenizer(given).sha256()
     parts = (FORMAT, fingerprint, tokenizer, config.heldout_fraction, config.heldout_max_bytes)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -85,6 +83,8 @@ class Store:
         domains: the names of the domains; `Batch.domains_BS` contains indices into them.
         train: the rows to train on.
         heldout: the rows that are never trained on.
+        tokenizer: the tokenizer of the tokens.
+        tokenizer_files: its files, in the directory of the store.
 
     Raises:
         DataError: a file is missing or has another size or, with `verify`, another content than when it was written.
@@ -102,7 +102,10 @@ class Store:
             if verify and (found := sha256_of(path)) != entry["sha256"]:
                 raise self._damaged(path, f"sha256 {entry['sha256']}", found)
         self.domains: tuple[str, ...] = tuple(self.manifest["domains"])
-        self.tokenizer = Tokenizer(self.directory / TOKENIZER_FILE)
+        files = find_tokenizer(self.directory)
+        if files is None:
+            raise self._damaged(self.directory / SENTENCEPIECE, "a file", "none")
+        self.tokenizer_files, self.tokenizer = files, files.open()
         self.train = TokenSplit(self.directory, self.manifest, "train")
         self.heldout = TokenSplit(self.directory, self.manifest, "heldout", keep_last_row=True)
         if verify:

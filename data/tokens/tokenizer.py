@@ -5,13 +5,14 @@ Legend: V vocabulary size.
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from common.errors import DataError
+from data.tokens.marks import AddedToken, Marks
 
 SPACE = "\u2581"
 """The character by which sentencepiece represents a space in a piece."""
@@ -20,36 +21,125 @@ SENTENCE_CHARS = 2_048
 learned too."""
 
 
-class Tokenizer:
-    """A sentencepiece model that encodes every text without loss: `decode(encode(text)) == text`.
+class TextTokenizer(Protocol):
+    """Text to token ids and back.
 
-    Attributes:
-        bos_id: token id of <s>.
-        eos_id: token id of </s>.
-        byte_run_ids: empty: `decode` decodes byte tokens character by character.
+    `decode(encode(text, continues=True)) == text` for every text. Some tokenizers put a space, the `prefix`, before a
+    text that does not continue another one (Llama's and Mistral's do). Some of these put none before a space, so that
+    only `encode(prefix + text, continues=True)` keeps both texts apart.
+    """
+
+    vocab_size: int
+    """One more than the highest token id."""
+    bos_id: int | None
+    """The token before a text, <s>. None: the tokenizer puts none there."""
+    eos_id: int
+    """The token after a text, </s>."""
+    end_ids: tuple[int, ...]
+    """The ids that end generated text: `eos_id`, and those that the model's files add."""
+    prefix: str
+    """What is put before a text: a space, or nothing."""
+    prefix_after_special: bool
+    """Whether `prefix` is also put before a text that follows a special token."""
+    specials: Mapping[str, AddedToken]
+    """The text of every special token -> the token."""
+    words: Mapping[str, AddedToken]
+    """Added tokens that are no special tokens: `encode` recognises them in a text."""
+    named: Mapping[str, str]
+    """`bos_token`, `eos_token` and other names -> the text of the special token."""
+    template: str | None
+    """The chat template."""
+
+    def __hash__(self) -> int:
+        """Return a hash of the object, because what is derived from a tokenizer is cached."""
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Return the token ids of `text`, without <s> and </s>. No special token is recognised in the text.
+
+        Args:
+            continues: the text continues another text, so that no prefix is put before it.
+        """
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a text that a user types as a prompt: <s>, if the tokenizer puts it, and the text.
+
+        As in transformers, added tokens are recognised in the text.
+        """
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of `ids`. Ids without text (<s>, </s>, or outside of the vocabulary) are left out."""
+
+    def token_bytes(self) -> np.ndarray:
+        """Return the number of UTF-8 bytes of each id, int32 [V]; 0 for special tokens.
+
+        The sum over the ids of a text is the number of its bytes, and of those of `prefix`.
+        """
+
+
+class Tokenizer:
+    """A sentencepiece model with byte tokens. It implements `TextTokenizer`.
+
+    Args:
+        path: the model file.
+        marks: what the files beside the model say.
+        shown: how messages name the tokenizer. None: `data.tokenizer=<path>`.
 
     Raises:
         DataError: the file is not a sentencepiece model, or the model has no byte tokens, no <s> or no </s>.
     """
 
-    byte_run_ids: frozenset[int] = frozenset()
-
-    def __init__(self, path: str | Path) -> None:
-        import sentencepiece
-
+    def __init__(self, path: str | Path, marks: Marks | None = None, shown: str | None = None) -> None:
         self.path = Path(path)
-        try:
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_file=str(path))
-            self.vocab_size: int = self._model.vocab_size()
-            self._bytes_V = np.array([self._bytes_of(i) for i in range(self.vocab_size)], dtype=np.int32)
-        except Exception as error:  # A damaged model can also have pieces that are not UTF-8.
-            raise DataError(f"data.tokenizer={path}: expected a sentencepiece model that can be read") from error
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
+        marks, shown = marks or Marks(), shown or f"data.tokenizer={path}"
+        model = _read_model(self.path, shown)
+        self.prefix = " " if model.normalizer_spec.add_dummy_prefix else ""
+        # sentencepiece drops repeated spaces by default. transformers never does.
+        model.normalizer_spec.remove_extra_whitespaces = False
+        self._model = _processor(model)
+        model.normalizer_spec.add_dummy_prefix = False
+        self._continuing = _processor(model) if self.prefix else self._model
+        self._added = {text: token for text, token in marks.added.items() if self._id_of(text) != token.id}
+        pieces: int = self._model.vocab_size()
+        self.vocab_size = max([pieces, *(token.id + 1 for token in self._added.values())])
+        inside = sorted(text for text, token in self._added.items() if token.id < pieces)
+        if inside:
+            raise DataError(
+                f"{shown}: expected new ids for added tokens, found {inside[0]} with the id of another piece"
+            )
+        bos_id = self._find(marks.named.get("bos_token"), self._model.bos_id())
+        self.eos_id = self._find(marks.named.get("eos_token"), self._model.eos_id())
         byte_ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        if min(self.bos_id, self.eos_id) < 0 or not all(map(self._model.is_byte, byte_ids)):
-            raise DataError(f"data.tokenizer={path}: expected a model with byte_fallback and ids for <s> and </s>")
+        if min(bos_id, self.eos_id) < 0 or not all(map(self._model.is_byte, byte_ids)):
+            raise DataError(f"{shown}: expected a model with byte_fallback and ids for <s> and </s>")
+        self.bos_id: int | None = bos_id if marks.adds_bos else None
+        self.end_ids = tuple(sorted({self.eos_id, *marks.end_ids}))
+        self.template, self.named = marks.template, marks.named
+        # Mistral puts the space before each part of a conversation. transformers does if the file says so.
+        self.prefix_after_special = marks.template is None or marks.legacy
+        controls = {self._model.id_to_piece(i): AddedToken(i) for i in range(pieces) if self._model.is_control(i)}
+        self.specials: Mapping[str, AddedToken] = controls | self._added
+        self.words: Mapping[str, AddedToken] = {
+            piece.piece: AddedToken(i, special=False)
+            for i, piece in enumerate(model.pieces)
+            if piece.type == piece.USER_DEFINED
+        }
+        self._bytes_V = np.zeros(self.vocab_size, dtype=np.int32)
+        self._bytes_V[:pieces] = [self._bytes_of(i) for i in range(pieces)]
+        self._text_ids = frozenset(np.flatnonzero(self._bytes_V).tolist())
         self._literal_space_ids = [byte_ids[byte] for byte in SPACE.encode()]
+
+    def _id_of(self, text: str) -> int | None:
+        """Return the id of a piece, or None."""
+        number: int = self._model.piece_to_id(text)
+        return number if self._model.id_to_piece(number) == text else None
+
+    def _find(self, text: str | None, default: int) -> int:
+        """Return the id of a special token. Without `text`: the model's own, `default`, which is -1 if it has none."""
+        if text is None:
+            return default
+        token = self._added.get(text)
+        number = self._id_of(text) if token is None else token.id
+        return -1 if number is None else number
 
     def _bytes_of(self, token_id: int) -> int:
         model = self._model
@@ -59,25 +149,66 @@ class Tokenizer:
             return 0
         return len(model.id_to_piece(token_id).replace(SPACE, " ").encode())
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`, without <s> and </s>."""
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """See `TextTokenizer`."""
         ids: list[int] = []
         for i, part in enumerate(text.split(SPACE)):
             # sentencepiece would decode a literal `SPACE` in the text as a space. It is encoded as three byte tokens.
-            ids += (self._literal_space_ids if i else []) + self._model.encode(part)
+            model = self._continuing if i or continues else self._model
+            ids += (self._literal_space_ids if i else []) + model.encode(part)
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """See `TextTokenizer`."""
+        ids = [] if self.bos_id is None else [self.bos_id]
+        for i, part in enumerate(
+            re.split(f"({'|'.join(map(re.escape, self._added))})", text) if self._added else [text]
+        ):
+            if i % 2:
+                ids.append(self._added[part].id)
+            elif part:
+                ids += self.encode(part, continues=i > 0 and not self.prefix_after_special)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids`. Ids without text (<s>, </s>, or outside of the vocabulary) are left out."""
-        text: str = self._model.decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and self._bytes_V[i]])
+        """See `TextTokenizer`."""
+        text: str = self._continuing.decode([i for i in map(int, ids) if i in self._text_ids])
         return text
 
     def token_bytes(self) -> np.ndarray:
-        """Return the number of UTF-8 bytes of each id, int32 [V]; 0 for <s> and </s>.
-
-        The sum over the ids of a text is the number of its bytes.
-        """
+        """See `TextTokenizer`."""
         return self._bytes_V.copy()
+
+    def pieces(self) -> Iterator[tuple[int, str]]:
+        """Yield the id and the text of each piece that text can consist of."""
+        for number in range(len(self._model)):
+            if self._bytes_V[number]:
+                yield number, self._model.id_to_piece(number)
+
+
+def _read_model(path: Path, shown: str) -> Any:
+    """Return the sentencepiece model in the file `path` as a protobuf message.
+
+    Raises:
+        DataError: the file is not a sentencepiece model.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    schema: Any = sentencepiece_model_pb2  # Its classes are created at import time, so type checkers do not see them.
+    model = schema.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+        processor = _processor(model)
+        processor.id_to_piece(list(range(processor.vocab_size())))  # Damaged pieces are not UTF-8.
+    except Exception as error:  # Each protobuf implementation has its own DecodeError.
+        raise DataError(f"{shown}: expected a sentencepiece model that can be read") from error
+    return model
+
+
+def _processor(model: Any) -> Any:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString(deterministic=True))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -119,26 +250,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             expected = f"a size that this text can fill ({str(error).strip().splitlines()[-1]})"
         raise DataError(f"data.vocab_size={vocab_size}: expected {expected}") from error
     return model.getvalue()
-
-
-def without_normalization(path: str) -> bytes:
-    """Return the content of the model file `path`, changed so that spaces in a text are neither added nor removed.
-
-    Raises:
-        DataError: the file is not a sentencepiece model.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-
-    schema: Any = sentencepiece_model_pb2  # Its classes are created at import time, so type checkers do not see them.
-    model = schema.ModelProto()
-    try:
-        model.ParseFromString(Path(path).read_bytes())
-    except Exception as error:  # Each protobuf implementation has its own DecodeError.
-        raise DataError(f"data.tokenizer={path}: expected a sentencepiece model that can be read") from error
-    model.normalizer_spec.add_dummy_prefix = False
-    model.normalizer_spec.remove_extra_whitespaces = False
-    serialized: bytes = model.SerializeToString(deterministic=True)
-    return serialized
 
 
 def sentences(text: str) -> Iterator[str]:

@@ -3,8 +3,9 @@
 import pytest
 
 from common.errors import DataError
-from data.corpora.chat import conversation_text, encode_conversation, label_text
+from data.corpora.chat import conversation_text
 from data.corpora.messages import Message, read_conversation, read_messages
+from data.tokens.conversation import encode_conversation
 from data.tokens.store import Store
 
 
@@ -17,7 +18,6 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 def test_a_conversation_as_text() -> None:
     messages = read_messages(turns("Hi", "Hello.", "2 + 2?", "4", system="Be brief."))
     assert conversation_text(messages) == "[INST] Be brief.\n\nHi [/INST] Hello.[INST] 2 + 2? [/INST] 4"
-    assert label_text(messages) == " Hello. 4"
     assert conversation_text(read_messages(turns("Hi"), last="user")) == "[INST] Hi [/INST]"
 
 

@@ -12,12 +12,13 @@ import pytest
 
 from common.errors import ConfigError, DataError
 from data.config import DataConfig
-from data.corpora.chat import conversation_text, encode_conversation, label_text
+from data.corpora.chat import conversation_text
 from data.corpora.messages import read_messages
 from data.loader import Loader
 from data.packing import IGNORE, pack_row, whole_document_rows
 from data.tokens import build
 from data.tokens.build import baselines
+from data.tokens.conversation import encode_conversation
 from data.tokens.store import Store, prepare
 
 SEQ_LEN = 256
@@ -94,10 +95,9 @@ def test_bits_per_byte_and_baselines_are_of_the_answers(chats: Store) -> None:
     conversations = {conversation_text(each): each for each in map(read_messages, map(conversation, range(200)))}
     size = chats.tokenizer.token_bytes()[labels[labels != IGNORE]].sum()
     assert 0 < size == row["heldout_bytes"] < chats.manifest["splits"]["heldout"]["domains"][row["domain"]]["bytes"]
-    answers = (
-        label_text(conversations[chats.tokenizer.decode(chats.heldout.tokens(start, stop))])
-        for start, stop in zip(starts, [*starts[1:], chats.heldout.num_tokens], strict=True)
-    )
+    bounds = zip(starts, [*starts[1:], chats.heldout.num_tokens], strict=True)
+    texts = [chats.tokenizer.decode(chats.heldout.tokens(start, stop)) for start, stop in bounds]
+    answers = (f" {message.content}" for text in texts for message in conversations[text] if message.learn)
     assert row["gzip_bits_per_byte"] == baselines("".join(answers).encode())["gzip_bits_per_byte"]
 
 

@@ -66,7 +66,7 @@ def test_runs_of_spaces_and_line_ends_are_pieces_and_digits_stand_alone() -> Non
     assert processor.encode("1234", out_type=str) == ["1", "2", "3", "4"]
 
 
-def test_a_model_that_puts_a_space_before_text_is_used_without_that(tmp_path: Path, tiny: DataConfig) -> None:
+def test_a_model_that_puts_a_space_before_text_still_does(tmp_path: Path, tiny: DataConfig) -> None:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -76,7 +76,12 @@ def test_a_model_that_puts_a_space_before_text_is_used_without_that(tmp_path: Pa
     )  # fmt: skip
     small = {"kind": "embedded", "cache": str(tmp_path), "code_bytes": 0, "prose_bytes": 0, "arithmetic_bytes": 9_000}
     store = prepare(DataConfig(**small, tokenizer=str(tmp_path / "given.model")))
-    assert store.tokenizer.decode(store.tokenizer.encode(" the  wind")) == " the  wind"
+    tokenizer = store.tokenizer
+    assert tokenizer.prefix == " " and tokenizer.decode(tokenizer.encode(" the  wind")) == "  the  wind"
+    assert tokenizer.decode(tokenizer.encode(" the  wind", continues=True)) == " the  wind"
+    assert tokenizer.encode("the wind") == sentencepiece.SentencePieceProcessor(f"{tmp_path}/given.model").encode(
+        "the wind"
+    )
     assert store.manifest["vocab_size"] == Tokenizer(tmp_path / "given.model").vocab_size
 
 
@@ -95,7 +100,8 @@ def test_models_that_cannot_keep_text_are_refused(tmp_path: Path) -> None:
         Tokenizer(train("lossy"))
     folding = train("folding", byte_fallback=True, normalization_rule_name="nmt_nfkc_cf")
     with pytest.raises(
-        DataError, match=r"folding.model: expected a model that keeps text as it is .* that starts with"
+        DataError,
+        match=r"folding.model: expected a model that keeps text as it is .* found a change, in the doc",
     ):
         prepare(DataConfig(**common, tokenizer=folding))
     (tmp_path / "broken.model").write_bytes(b"not a model")

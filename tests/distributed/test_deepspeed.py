@@ -195,7 +195,8 @@ def use_between_steps(rank: int, world: int, directory: str, stage: int) -> dict
     for step in range(3):
         losses.append(one_step(engine, job, step, rank, world).loss)
         batches: list[Batch] = micro_batches_of_rank(global_batch(9), rank, world)
-        heldout_losses.append(evaluate(engine, batches, ("text",), torch.ones(40, dtype=torch.long)).loss)
+        sizes = torch.ones(40, dtype=torch.long)
+        heldout_losses.append(evaluate(engine, batches, ("text",), sizes, torch.zeros_like(sizes)).loss)
         generated.append(generate(engine.parts[0], [[1, 2, 3]], max_tokens=4))
     engine.close()
     return {"losses": losses, "heldout": heldout_losses, "generated": generated}

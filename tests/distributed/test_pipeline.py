@@ -97,7 +97,8 @@ def run_job(rank: int, world: int, job: Job) -> dict:
     history, evaluations = [], []
     for step in range(STEPS):
         held_out = batches_of(100, step % 2 + 1, rank, layout)  # batches of several sizes, none that of training
-        evaluations.append(evaluate(engine, held_out, ("all",), torch.ones(model.vocab_size, dtype=torch.int64)))
+        sizes = torch.ones(model.vocab_size, dtype=torch.int64)
+        evaluations.append(evaluate(engine, held_out, ("all",), sizes, torch.zeros_like(sizes)))
         batches = batches_of(step, ACCUMULATION, rank, layout)
         history.append(train_step(engine, batches, router, learning_rate(step, STEPS, OPTIM), seed=7))
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]

@@ -99,14 +99,12 @@ def test_a_dense_directory_leaves_the_router_alone(tmp_path):
 def test_the_tokenizer_is_the_directorys_unless_one_is_given(mixtral, tmp_path):
     given = raw(mixtral)
     given["data"]["tokenizer"] = None
-    with pytest.raises(
-        ConfigError, match=r"^data.tokenizer=null: expected a sentencepiece model, since run.init_from="
-    ):
+    with pytest.raises(ConfigError, match=r"^data.tokenizer=null: expected a tokenizer, since run.init_from="):
         start_from(given, [])
     save_reference("mixtral", tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     given["run"]["init_from"] = str(tmp_path)
-    assert start_from(given, [])["data"]["tokenizer"] == str(tmp_path / "tokenizer.model")
+    assert start_from(given, [])["data"]["tokenizer"] == str(tmp_path)
 
 
 def test_a_directory_that_is_no_model_is_one_line(tmp_path):

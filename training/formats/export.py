@@ -4,7 +4,6 @@ After an error, the output does not exist. The mathematics of upcycling is in `m
 """
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,35 +12,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from common.errors import ModelError
+from common.errors import ModelError, require
 from common.files import fsync, write_atomically
 from common.text import to_json
+from data.tokens.conversation import effective_template, end_token_ids
+from data.tokens.files import HUGGING_FACE, SENTENCEPIECE, TEKKEN, TokenizerFiles
+from data.tokens.marks import GENERATION, TEMPLATE
+from data.tokens.tokenizer import TextTokenizer, Tokenizer
 from moe.config import ModelConfig
 from moe.region import Region
 from moe.upcycle import Upcycling, dense_name, expert_matrix, moe_config, router_config, router_matrix
 from training.checkpoint.shards import LazyTensor, write_safetensors
 from training.formats import huggingface as hf
 from training.formats import mistral
-from training.formats.foreign_tensors import Piece, interleave, list_pieces, tensor_shapes
-from training.formats.model_directory import Block, check_tokenizer, group_by_size, new_directory, write_model
+from training.formats.foreign_tensors import Piece, interleave, list_pieces, read_json, tensor_shapes
+from training.formats.model_directory import Block, group_by_size, new_directory, open_tokenizer, write_model
 from training.formats.reader import ModelReader, split_experts
-from training.run import TOKENIZER_FILE
 
 FORMATS = {
     "hf": (hf.CONFIG, hf.INDEX, hf.SINGLE, hf.PER_EXPERT),
     "mistral": (mistral.CONFIG, mistral.INDEX, mistral.SINGLE, mistral.FORMAT),
 }
-CHAT_TEMPLATE = (
-    "{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
-    "{%- set turns = messages[1:] if system else messages %}"
-    "{{- bos_token }}"
-    "{%- for turn in turns %}"
-    "{%- if turn.role == 'user' %}{{- '[INST] ' + (system if loop.first else '') + turn.content + ' [/INST]' }}"
-    "{%- else %}{{- ' ' + turn.content + eos_token }}"
-    "{%- endif %}"
-    "{%- endfor %}"
-)
-"""The chat format of data/corpora/chat.py, as a Jinja template."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ReadTensor = Callable[[str], Tensor]
@@ -74,7 +65,7 @@ def import_model(reader: ModelReader, out: Path, dtype: Literal["fp32", "keep"],
     Raises:
         ModelError: a tensor cannot be read, or `out` exists or cannot be written.
     """
-    check_tokenizer(reader)
+    open_tokenizer(reader)
 
     def block(name: str, region: Region) -> Block:
         stored = torch.float32 if dtype == "fp32" else reader.dtype(name)
@@ -103,7 +94,7 @@ def export_model(
         dtype: dtype of all weights.
         shard_bytes: the most bytes of weights in one file.
         positions: `max_position_embeddings` of a Hugging Face configuration.
-        chat: give the Hugging Face tokenizer the `[INST]` chat template.
+        chat: give the Hugging Face tokenizer the chat template of `data=sft`, if it has none of its own.
 
     Returns:
         The size of the weights in bytes.
@@ -120,8 +111,10 @@ def export_model(
         if form == "hf"
         else mistral.write_params(reader.model, reader.router)
     )
-    check_tokenizer(reader)
-    if form == "hf" and reader.tokenizer is not None:
+    tokenizer = open_tokenizer(reader)
+    if reader.tokenizer is not None and form == "mistral":
+        _check_mistral_can_store(reader.tokenizer)
+    elif reader.tokenizer is not None and not reader.tokenizer.has_json:
         _import_llama_tokenizer()  # A missing package is reported before hours of writing.
 
     pieces_by_tensor: dict[str, list[Piece]] = {}
@@ -142,15 +135,15 @@ def export_model(
         if len(files) > 1:
             file_of = {tensor.key: file for file, group in zip(files, groups, strict=True) for tensor in group}
             _write_json(directory / index_file, {"metadata": {"total_size": total}, "weight_map": file_of})
-        if reader.tokenizer is not None:
-            shutil.copyfile(reader.tokenizer, directory / TOKENIZER_FILE)
+        special_ids = _special_token_ids(tokenizer) if form == "hf" else {}
+        _write_json(directory / config_file, config | special_ids)
+        if reader.tokenizer is not None and tokenizer is not None and form == "hf":
+            _write_tokenizer(directory, reader.tokenizer, tokenizer, chat)
+        elif reader.tokenizer is not None:
+            _write_mistral_tokenizer(directory, reader.tokenizer)
         if form == "hf":
-            special_ids = _special_token_ids(reader.tokenizer)
-            config |= special_ids
-            _write_json(directory / "generation_config.json", {"_from_model_config": True} | special_ids)
-        _write_json(directory / config_file, config)
-        if form == "hf" and reader.tokenizer is not None:
-            _write_fast_tokenizer(directory, chat)
+            path = directory / GENERATION
+            _write_json(path, (read_json(path) if path.exists() else {"_from_model_config": True}) | special_ids)
         for path in directory.iterdir():
             fsync(path)
     return total
@@ -172,18 +165,15 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, to_json(content, indent=2) + "\n")
 
 
-def _special_token_ids(tokenizer: Path | None) -> dict[str, int | None]:
-    """Return the ids of the special tokens for the beginning and the end of a document.
+def _special_token_ids(tokenizer: TextTokenizer | None) -> dict[str, Any]:
+    """Return the ids of the tokens before and after a text, as a Hugging Face configuration has them.
 
     They are None without a tokenizer, because transformers would use 1 and 2 if the keys were missing.
     """
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None}
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    ids = {"bos_token_id": model.bos_id(), "eos_token_id": model.eos_id()}
-    return {name: None if number < 0 else number for name, number in ids.items()}
+    ends = list(end_token_ids(tokenizer))
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
 
 
 def _import_llama_tokenizer() -> Any:
@@ -196,22 +186,44 @@ def _import_llama_tokenizer() -> Any:
     return LlamaTokenizer
 
 
-def _write_fast_tokenizer(directory: Path, chat: bool) -> None:
-    """Write the files that AutoTokenizer reads, beside `tokenizer.model`.
+def _write_tokenizer(directory: Path, files: TokenizerFiles, tokenizer: TextTokenizer, chat: bool) -> None:
+    """Write the tokenizer as AutoTokenizer reads it. transformers makes the `tokenizer.json` if there is none.
 
-    Without them, AutoTokenizer assumes that a `tokenizer.model` puts a space before a text, and returns other ids.
+    Without it, AutoTokenizer assumes that a `tokenizer.model` puts a space before a text, and returns other ids.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    schema: Any = sentencepiece_model_pb2
-    model = schema.ModelProto()
-    model.ParseFromString((directory / TOKENIZER_FILE).read_bytes())
-    tokenizer = _import_llama_tokenizer().from_pretrained(
-        directory, add_prefix_space=bool(model.normalizer_spec.add_dummy_prefix), add_bos_token=True
-    )
+    files.copy_to(directory)
+    for name in files.models[:1]:
+        (directory / name).rename(directory / SENTENCEPIECE)
+    if not files.has_json:
+        fast = _import_llama_tokenizer().from_pretrained(
+            directory,
+            add_prefix_space=bool(tokenizer.prefix),
+            legacy=tokenizer.prefix_after_special,
+            add_bos_token=tokenizer.bos_id is not None,
+        )
+        fast.save_pretrained(directory)
     if chat:
-        tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(directory)
+        write_atomically(directory / TEMPLATE, effective_template(tokenizer))
+
+
+def _check_mistral_can_store(files: TokenizerFiles) -> None:
+    """Check that Mistral's format has a file for the tokenizer: a sentencepiece model, or Mistral's own `tekken.json`.
+
+    Raises:
+        ModelError: it has none, because the tokenizer is a `tokenizer.json`, or has more tokens there.
+    """
+    added = files.open().vocab_size - Tokenizer(files.directory / files.models[0]).vocab_size if files.models else 0
+    require(
+        not added and (files.models or TEKKEN in files.others),
+        ModelError,
+        f"format=mistral: expected a {SENTENCEPIECE} with all tokens; {files.shown} has "
+        + (f"{added} more in {HUGGING_FACE}" if added else f"only a {HUGGING_FACE}"),
+    )
+
+
+def _write_mistral_tokenizer(directory: Path, files: TokenizerFiles) -> None:
+    for name in (*files.models, *([TEKKEN] if TEKKEN in files.others else [])):
+        write_atomically(directory / name, files.content(name))
 
 
 def upcycle_model(
@@ -233,7 +245,7 @@ def upcycle_model(
         ValueError: the plan does not fit the model. The message starts with `<field>=<value>`.
     """
     model = moe_config(reader.model, plan)
-    check_tokenizer(reader)
+    open_tokenizer(reader)
     return model, write_model(
         out,
         model,

@@ -1,7 +1,7 @@
 """Writing model directories: the same files as a run's directory, with one checkpoint that has only weights.
 
     <out>/config.yaml             sections `model` and `router`, and `plugins` if any are loaded
-    <out>/tokenizer.model         if the model has one
+    <out>/tokenizer.model, ...    the files of the tokenizer, if the model has one
     <out>/checkpoints/step-0/     tensors `model.<name>`, and no optimizer state
 
 `training.formats.reader.open_model` opens such a directory, as does every tool that takes a model directory.
@@ -21,12 +21,14 @@ from common.errors import CheckpointError, ModelError, require
 from common.files import fsync
 from common.plugins import loaded_plugins
 from common.strict import to_dict
+from data.tokens.files import TokenizerFiles
+from data.tokens.tokenizer import TextTokenizer
 from moe.config import ModelConfig, RouterConfig
 from moe.region import Region
 from training.checkpoint.manifest import CHECKPOINTS, FORMAT, write_manifest
 from training.checkpoint.shards import DTYPES, LazyTensor, explain_os_error, write_lazy_shard
 from training.formats.reader import PREFIX, ModelReader
-from training.run import TOKENIZER_FILE, save_config
+from training.run import save_config
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ def write_model(
     model: ModelConfig,
     router: RouterConfig,
     blocks: Iterable[Block],
-    tokenizer: Path | None,
+    tokenizer: TokenizerFiles | None,
     *,
     shard_bytes: int = 5 * 10**9,
 ) -> int:
@@ -62,7 +64,7 @@ def write_model(
 
     Args:
         blocks: all tensors of the model.
-        tokenizer: a sentencepiece model to copy.
+        tokenizer: the files of the tokenizer, to copy.
         shard_bytes: a file has at most this many bytes of weights, unless a single block is larger.
 
     Returns:
@@ -76,8 +78,7 @@ def write_model(
         sections = {"model": to_dict(model), "router": to_dict(router)}
         save_config(directory, sections | ({"plugins": list(plugins)} if plugins else {}))
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, directory / TOKENIZER_FILE)
-            fsync(directory / TOKENIZER_FILE)
+            tokenizer.copy_to(directory)
         checkpoint = directory / CHECKPOINTS / "step-0"
         checkpoint.mkdir(parents=True)
         files: dict[str, dict[str, Any]] = {}
@@ -140,23 +141,20 @@ def group_by_size(items: list[T], size: Callable[[T], int], limit: int) -> list[
     return groups
 
 
-def check_tokenizer(reader: ModelReader) -> None:
-    """Check that the reader's tokenizer, if it has one, makes no id for which the embedding has no row.
+def open_tokenizer(reader: ModelReader) -> TextTokenizer | None:
+    """Open the reader's tokenizer, or return None if it has none.
 
     Raises:
-        ModelError: it does, or it is not a sentencepiece model.
+        ModelError: the tokenizer has ids for which the embedding has no row.
+        DataError: it cannot be used.
     """
-    import sentencepiece
-
-    file, vocab_size = reader.tokenizer, reader.model.vocab_size or 0
-    if file is None:
-        return
-    try:
-        ids = sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
-    except (OSError, RuntimeError) as error:
-        raise ModelError(f"{file}: expected a sentencepiece model that can be read") from error
+    if reader.tokenizer is None:
+        return None
+    tokenizer, rows = reader.tokenizer.open(), reader.model.vocab_size or 0
     require(
-        ids <= vocab_size,
+        tokenizer.vocab_size <= rows,
         ModelError,
-        f"{file}: expected at most {vocab_size} ids, the rows of the embedding; found {ids}",
+        f"{reader.shown or reader.directory}: expected a tokenizer of at most {rows} ids, the rows of the embedding; "
+        f"found {tokenizer.vocab_size}",
     )
+    return tokenizer

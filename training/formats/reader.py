@@ -13,17 +13,18 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.errors import CheckpointError, ConfigError, ModelError, expect_no_tensors, require
+from common.errors import CheckpointError, ConfigError, DataError, ModelError, expect_no_tensors, require
 from common.plugins import missing_plugins, plugin_name
 from common.strict import from_dict
 from common.text import one_line, parse_yaml, printable, shorten, show_value
+from data.tokens.files import TokenizerFiles, find_tokenizer
 from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
 from moe.model import Transformer
 from moe.region import Region
@@ -52,7 +53,7 @@ from training.formats.foreign_tensors import (
     tensor_shapes,
     weight_files,
 )
-from training.run import CONFIG_FILE, TOKENIZER_FILE
+from training.run import CONFIG_FILE
 
 PREFIX = "model."
 """A checkpoint's name of a weight is this prefix and the weight's name. Optimizer state has other prefixes."""
@@ -77,10 +78,24 @@ class ModelReader(ABC):
     """The directory. For a run: the checkpoint's directory."""
     model: ModelConfig
     router: RouterConfig
-    tokenizer: Path | None
-    """The directory's sentencepiece model, if it has one."""
+    shown: str | None = None
+    """How messages about the tokenizer name the directory. None: its path."""
+    directory: Path
+    """The directory with the configuration and the tokenizer. For a checkpoint of a run: the run's directory."""
     shapes: dict[str, Shape]
     """Mixwright's name -> shape of every tensor, in the order of the model's state dict."""
+
+    @cached_property
+    def tokenizer(self) -> TokenizerFiles | None:
+        """The files of the directory's tokenizer, or None if it has none.
+
+        Raises:
+            ModelError: the only tokenizer is one that Mixwright cannot read, or two of them contradict each other.
+        """
+        try:
+            return find_tokenizer(self.directory, self.shown)
+        except DataError as error:
+            raise ModelError(str(error)) from error
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
@@ -197,7 +212,9 @@ def open_model_for_key(key: str, path: str, *, check: bool = True) -> ModelReade
         ModelError: as in `open_model`.
     """
     try:
-        return open_model(path, check=check)
+        reader = open_model(path, check=check)
+        reader.shown = f"{key}={path}"
+        return reader
     except ModelError as error:
         raise ModelError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from error
 
@@ -212,10 +229,8 @@ class RunReader(ModelReader):
     """
 
     def __init__(self, root: Path, checkpoint: Path, check: bool) -> None:
-        self.kind, self.path = "run", checkpoint
+        self.kind, self.path, self.directory = "run", checkpoint, root
         self.model, self.router = read_run_config(root / CONFIG_FILE)
-        tokenizer = root / TOKENIZER_FILE
-        self.tokenizer = tokenizer if tokenizer.is_file() else None
         with _raise_model_errors():
             if check:
                 verify(checkpoint)
@@ -255,7 +270,7 @@ class ForeignReader(ModelReader):
     """
 
     def __init__(self, kind: Literal["hf", "mistral"], path: Path, warn: Callable[[str], None] | None) -> None:
-        self.kind, self.path = kind, path
+        self.kind, self.path, self.directory = kind, path, path
         module = hf if kind == "hf" else mistral
         config = path / module.CONFIG
         require(config.is_file(), ModelError, f"{path}: expected a {module.CONFIG} beside the weights")
@@ -272,9 +287,6 @@ class ForeignReader(ModelReader):
         for piece in pieces:
             self.pieces.setdefault(piece.name, []).append(piece)
         check_tensors(path, stored, pieces, self.format)
-        # Later releases of Mistral have the tokenizer's version in the name, e.g. tokenizer.model.v3.
-        tokenizers = (path / TOKENIZER_FILE, *sorted(path.glob(f"{TOKENIZER_FILE}.v*")))
-        self.tokenizer = next(filter(Path.is_file, tokenizers), None)
         if self.model.tie_embeddings and self.format.tied_head in stored:
             self._check_tied_head()
         self._check_other_files(warn)

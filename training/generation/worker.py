@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from common.text import to_json
+from data.tokens.tokenizer import TextTokenizer
 from moe.generation.generate import generate
 from parallel.apply import build_model
 from parallel.config import ParallelConfig
@@ -14,7 +15,7 @@ from parallel.startup.rendezvous import choose_on_rank0, open_store
 from training.device import compute_dtype, pick_device
 from training.formats.reader import open_model
 from training.generation.config import GenerateConfig
-from training.generation.request import Request, TextTokenizer, open_tokenizer, read_request
+from training.generation.request import Request, open_given_tokenizer, read_request
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not a whole character, or not yet."""
@@ -36,22 +37,15 @@ class StreamedText:
         decode: turns token ids into text.
         prompt: the token ids before the generated ones.
         stops: strings that end the text and are not part of it. The one that is complete first ends it.
-        byte_run_ids: as in `TextTokenizer`.
 
     Attributes:
         text: the text released so far.
         stopped: whether a stop string was found. Text after it is ignored.
     """
 
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        prompt: Sequence[int],
-        stops: Sequence[str],
-        byte_run_ids: Collection[int] = (),
-    ) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int], stops: Sequence[str]) -> None:
         self.text, self.stopped = "", False
-        self._decode, self._stops, self._byte_run_ids = decode, stops, byte_run_ids
+        self._decode, self._stops = decode, stops
         # Ids are decoded together with the ids before them, because some tokenizers drop the space at the beginning of
         # what they decode. The first `_known` characters of the window's text are released or belong to the prompt.
         self._window, self._window_text = list(prompt), decode(prompt)
@@ -61,8 +55,6 @@ class StreamedText:
     def add(self, token: int) -> str:
         """Add a token. Return the text that can be released now; it continues what earlier calls returned."""
         self._window.append(token)
-        if self._byte_run_ids and (token in self._byte_run_ids or not self._decode([token])):
-            return ""  # A later byte can still change the text of the whole run. A token without text does not end it.
         return self._release(self._decode_new(final=False), final=False)
 
     def end(self) -> str:
@@ -165,10 +157,7 @@ class Report:
 
     def __init__(self, config: GenerateConfig, request: Request, tokenizer: TextTokenizer, *, prints: bool) -> None:
         self.config, self.request, self.prints = config, request, prints
-        self.rows = [
-            StreamedText(tokenizer.decode, prompt, config.all_stops, tokenizer.byte_run_ids)
-            for prompt in request.prompts
-        ]
+        self.rows = [StreamedText(tokenizer.decode, prompt, config.all_stops) for prompt in request.prompts]
         self.printer = TextPrinter(request.titles) if prints and config.format == "text" else None
         self.start_time, self.first_token_time = time.monotonic(), 0.0
 
@@ -233,7 +222,7 @@ def generate_on_rank(config: GenerateConfig, request: Request | None = None) -> 
     device = pick_device(config.device, world.local_rank, world.local_world_size)
     dtype = compute_dtype(config.precision, device)
     source = open_model(request.path, check=False)
-    tokenizer = open_tokenizer(source)
+    tokenizer = open_given_tokenizer(source)
     init_process_group(store, world.rank, world.world_size, device, START_TIMEOUT_S)
     mesh = build_mesh(device, ParallelConfig().layout(world.world_size, source.model))
     model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, inference_weights=True)

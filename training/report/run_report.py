@@ -63,7 +63,7 @@ def show_start(summary: RunSummary) -> None:
         total_params=run.counts.total,
         active_params=run.counts.active,
         vocab_size=run.tokens.tokenizer.vocab_size,
-        tokenizer="sentencepiece",
+        tokenizer="tokenizer.json" if run.tokens.tokenizer_files.has_json else "sentencepiece",
         precision=f"{DTYPE_NAMES[summary.dtype]} (torch {torch.__version__})",
         device=ranks[0].device,
     )
