@@ -134,9 +134,9 @@ def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, cache):
     assert wandb_steps(tmp_path / "killed") == [row["step"] for row in numbers(tmp_path / "whole")]
 
 
-def check_exported(run_directory: Path, step: int) -> None:
+def check_exported(run_directory: Path) -> None:
     """Export a run and generate from both directories. The export has the rows of the vocabulary, and no others."""
-    out = run_directory / f"exported-{step}"
+    out = run_directory / "exported"
     exported = run_python("scripts/export_hf.py", f"checkpoint={run_directory}", f"out={out}", "dtype=fp32")
     assert exported.returncode == 0, exported.stderr
     tensors = load_file(out / "model.safetensors")
@@ -167,8 +167,8 @@ def test_another_layout_gives_the_same_run_and_takes_over_its_checkpoint(tmp_pat
     for step, axis in enumerate(axes, start=1):
         layout = ("launch.nproc=1",) if axis is None else (f"parallel.{axis}=2", "launch.nproc=2")
         run(tmp_path, cache, "run.name=changed", *schedule, f"train.steps={step}", *layout)
-        if axis == "tensor":
-            check_exported(tmp_path / "changed", step)
+        if step == 4:
+            check_exported(tmp_path / "changed")
     assert json.loads((tmp_path / "two" / "result.json").read_text())["ranks"][1]["experts"] == [2, 3]
     for left, right in (("one", "two"), ("constant", "changed")):
         for mine, other in zip(numbers(tmp_path / left), numbers(tmp_path / right), strict=True):
