@@ -54,7 +54,7 @@ def tie_tolerance(compute_dtype: torch.dtype, score_dtype: torch.dtype) -> float
     Hidden states are rounded to `compute_dtype`. Everything else accumulates the rounding errors of `score_dtype`,
     which were between 1 and 1,000 times its epsilon in models of up to eight layers (docs/losses.md).
     """
-    return max(torch.finfo(score_dtype).eps ** 0.5, 2 * torch.finfo(compute_dtype).eps)
+    return max(math.sqrt(torch.finfo(score_dtype).eps), 2 * torch.finfo(compute_dtype).eps)
 
 
 def best_of_sequence(scores_BSE: Tensor, capacity: int, tolerance: float) -> Tensor:

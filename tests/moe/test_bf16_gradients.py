@@ -1,7 +1,8 @@
 """The gradients of every custom backward pass in bf16 have no systematic error: projections, not elements.
 
 The projection <g, r> / <r, r> of a gradient g on the exact one r is 1 if rounding errors cancel out. A factor that is
-rounded to bf16 changes it by up to 0.004. `tests/distributed/test_bf16_gradients.py` has the functions of several ranks.
+rounded to bf16 changes it by up to 0.004. The
+functions of several ranks are in `tests/distributed/test_bf16_gradients.py`.
 """
 
 import pytest

@@ -115,7 +115,7 @@ def test_equal_router_rows_go_by_index(kind, dtype, experts, dim, tokens, top_k)
     with torch.no_grad():
         router.weight[half:] = router.weight[:half]
     x = torch.randn(1, tokens, dim, dtype=dtype, requires_grad=True)
-    routing, stats = router(x, None)
+    _, stats = router(x, None)
     for row in stats.experts_BSK[0].tolist():
         assert all(expert < half or expert - half in row[:place] for place, expert in enumerate(row))
     logits = router.compute_logits(x, None)
