@@ -115,7 +115,7 @@ def test_text_stops_before_a_stop_string_and_the_speed_goes_to_stderr(run, direc
     ],
 )
 def test_generation_says_once_that_it_is_dropless(router, model, key, run, tokenizer, tmp_path):
-    write(tmp_path / "m", model, tokenizer.path, router)
+    write(tmp_path / "m", model, find_tokenizer(tokenizer.path.parent), router)
     code, out, err = run(f"checkpoint={tmp_path / 'm'}", "prompts=[x,y]", "max_tokens=2", "format=json")
     assert code == 0 and len(json.loads(out)["results"]) == 2
     lines = [line for line in err.splitlines() if "dropless" in line]

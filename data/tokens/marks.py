@@ -108,7 +108,8 @@ class _Files:
         decoder = config.get("added_tokens_decoder", {})
         self.expect(isinstance(decoder, dict), CONFIG, "added_tokens_decoder: expected an object")
         for number, entry in decoder.items():
-            valid = number.isdecimal() and len(number) < 10 and isinstance(entry, dict) and isinstance(entry.get("content"), str)
+            valid = number.isdecimal() and len(number) < 10 and isinstance(entry, dict)
+            valid = valid and isinstance(entry.get("content"), str)
             self.expect(valid, CONFIG, f"added_tokens_decoder: expected an id and a token, found {number}: {entry}")
             tokens[entry["content"]] = added_token(entry | {"id": int(number)})
         return tokens
