@@ -8,6 +8,13 @@
 torch before the configuration is valid, so that `--help` and refusals take less than a second.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from parallel.startup.launch import interrupts_end_imports, interrupts_raise
 
 if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
@@ -15,7 +22,6 @@ if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it
 
 import math
 import os
-import sys
 from typing import Any
 
 import hydra
@@ -24,16 +30,19 @@ from omegaconf import DictConfig
 from common.strict import from_dict
 from scripts.cli.command_line import (
     CONF,
+    asks_for_help,
     current_job,
     end,
     job_arguments,
+    job_command,
     load_named_plugins,
     plain,
-    quote,
     record_failure,
+    show_train_help,
     sweep_directory,
     without_local_rank,
 )
+from scripts.cli.overrides import quote
 from scripts.cli.workers import execute
 from training.config import Config
 from training.initial import start_from
@@ -75,18 +84,21 @@ def main() -> None:
 
     `scripts.cli.command_line.end` has the others.
     """
-    sys.argv[1:] = without_local_rank(sys.argv[1:])
     # With this variable Hydra lets exceptions through. Without it, it prints a report and exits with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    typed = without_local_rank(sys.argv[1:])
     interrupts_raise()
     try:
+        if asks_for_help(typed):
+            return show_train_help(typed)
+        sys.argv[1:] = job_command(typed)
         sweep_dir = sweep_directory(sys.argv[1:])
         if sweep_dir is not None:
             sys.argv.append(f"hydra.sweep.dir={quote(str(sweep_dir))}")
         job()
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        end(error, sys.argv[1:])
+        end(error, typed)
     if sweep_dir is not None:
         from training.report.sweep import sweep_table
 

@@ -11,20 +11,25 @@ speed if each process has its own device. A layout is written as in scripts/pari
 """
 
 import argparse
-import os
 import statistics
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
 
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from common.errors import ConfigError
 from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
 from parallel.mesh import Groups, build_mesh, close_process_group, init_process_group
-from parallel.startup.launch import World, launch_workers, world_from_env
+from parallel.startup.launch import World, is_launched, launch_workers, world_from_env
 from parallel.startup.rendezvous import open_store
 from training.build import build_engine, build_parts
 from training.config import Config, TrainConfig
@@ -194,7 +199,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    if "RANK" in os.environ:
+    if is_launched():
         work(options)
     else:
         launch_workers(work, (options,), nproc=options.nproc)

@@ -10,11 +10,17 @@ In each round, every implementation runs once, in one process. The figures are m
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moe.config import ModelConfig, RouterConfig
 from moe.feedforward import FeedForward

@@ -28,6 +28,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
 from parallel.layout import Layout

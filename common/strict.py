@@ -8,9 +8,10 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterator
-from typing import Any, Literal, TypeVar, Union
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal, TypeVar, Union
 
+from common.aliases import ALIASES
 from common.errors import ConfigError, located, require
 from common.text import nearest, one_line, show_value
 
@@ -18,6 +19,11 @@ T = TypeVar("T")
 
 MISSING_VALUE = "???"
 """What OmegaConf writes for a mandatory value that is missing."""
+
+
+FREE_TEXT = "free text"
+FreeText = Annotated[str, FREE_TEXT]
+"""A string such as a prompt, in which a command line gives no character a meaning. `${` is not an interpolation."""
 
 
 class _WrongTypeError(Exception):
@@ -55,11 +61,11 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
         if name not in raw and not _is_required(field):
             continue
         if raw.get(name, MISSING_VALUE) == MISSING_VALUE:
-            raise ConfigError(f"{key}={MISSING_VALUE}: expected {_describe(hint)}, and no value was given")
+            raise ConfigError(f"{key}={MISSING_VALUE}: expected {describe_type(hint)}, and no value was given")
         try:
             values[name] = _convert(raw[name], hint, key, keys)
         except _WrongTypeError:
-            raise ConfigError(f"{key}={_show(raw[name])}: expected {_describe(hint)}") from None
+            raise ConfigError(f"{key}={_show(raw[name])}: expected {describe_type(hint)}") from None
     try:
         return cls(**values)
     except ValueError as error:
@@ -71,22 +77,50 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def unknown_key(key: str, value: Any, keys: list[str]) -> ConfigError:
-    """Return the error for `key`, which is not one of `keys`. It names the most similar one."""
+def unknown_key(key: str, value: Any, keys: Iterable[str]) -> ConfigError:
+    """Return the error for `key`, which is not one of `keys`. It names the key that was probably meant, if any."""
     shown = "" if isinstance(value, dict) else f"={_show(value)}"
-    candidates = keys if "." in key else sorted({valid.split(".")[0] for valid in keys})
-    return ConfigError(f"{key}{shown}: unknown key; the nearest valid key is {nearest(key, candidates)}")
+    meant = suggested_key(key, keys)
+    return ConfigError(f"{key}{shown}: unknown key{f'; the nearest valid key is {meant}' if meant else ''}")
+
+
+def suggested_key(key: str, keys: Iterable[str]) -> str | None:
+    """Return the one of `keys`, or the section, that the unknown `key` probably means; None if nothing is near.
+
+    A key whose last part is the same comes first, then a key that other programs call so (`common.aliases`), then the
+    most similar key.
+    """
+    keys = list(keys)
+    word = key.rpartition(".")[2].lower().replace("-", "_")
+    same = [valid for valid in keys if valid.rpartition(".")[2] == word]
+    sections = {valid.partition(".")[0] for valid in keys}
+    aliased = [valid for valid in ALIASES.get(word, ()) if valid in keys or valid in sections]
+    return nearest(key, same) or next(iter(aliased), None) or nearest(key, [*keys, *sections])
 
 
 def leaf_keys(cls: type, path: str = "") -> Iterator[str]:
     """Yield the dotted name of every value in the dataclass `cls` and in the dataclasses inside it."""
-    hints = typing.get_type_hints(cls)
+    return (key for key, _ in leaf_hints(cls, path))
+
+
+def leaf_hints(cls: type, path: str = "", *, subclasses: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the annotation of every value in the dataclass `cls` and in the dataclasses inside it.
+
+    Args:
+        path: as in `from_dict`.
+        subclasses: also yield the values that subclasses add, such as those of plugins.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
     for name in (field.name for field in dataclasses.fields(cls)):
         inner = [branch for branch in _branches(hints[name]) if dataclasses.is_dataclass(branch)]
         if inner:
-            yield from leaf_keys(typing.cast(type, inner[0]), _join(path, name))
+            yield from leaf_hints(typing.cast(type, inner[0]), _join(path, name), subclasses=subclasses)
         else:
-            yield _join(path, name)
+            yield _join(path, name), hints[name]
+    if subclasses:
+        added: list[type] = cls.__subclasses__()
+        for subclass in added:
+            yield from leaf_hints(subclass, path, subclasses=True)
 
 
 def _convert(value: Any, hint: Any, key: str, keys: list[str]) -> Any:
@@ -136,10 +170,12 @@ def _to_float(value: Any) -> float:
 def _branches(hint: Any) -> tuple[Any, ...]:
     """Return the members of a union. Floats are last, because an integer also fits them."""
     members = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    members = tuple(typing.get_args(each)[0] if typing.get_origin(each) is Annotated else each for each in members)
     return tuple(sorted(members, key=lambda member: member is float))
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """Return what an annotation accepts, e.g. `an integer or null`, as messages say it."""
     branches = _branches(hint)
     literals = [branch for branch in branches if typing.get_origin(branch) is Literal]
     choices = [_show(choice) for branch in literals for choice in typing.get_args(branch)]
@@ -151,7 +187,7 @@ def _describe(hint: Any) -> str:
         if branch in names:
             parts.append(names[branch])
         elif typing.get_origin(branch) is tuple:
-            parts.append(f"a list, each item {_describe(typing.get_args(branch)[0])}")
+            parts.append(f"a list, each item {describe_type(typing.get_args(branch)[0])}")
         elif typing.get_origin(branch) is dict or dataclasses.is_dataclass(branch):
             parts.append("a section of keys")
     return " or ".join(parts + ["null"] * (types.NoneType in branches))

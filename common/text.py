@@ -3,11 +3,13 @@
 import difflib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 MAX_YAML_DEPTH = 100
 """The deepest nesting of a YAML file that is read. The parser's time grows with the square of the depth."""
+SIMILAR = 0.75
+"""Ratio of `difflib.SequenceMatcher` from which one word is suggested in place of another."""
 
 
 def one_line(text: str) -> str:
@@ -47,14 +49,30 @@ def show_value(value: object) -> str:
     return f"[{','.join(map(show_value, value))}]" if isinstance(value, list | tuple) else str(value)
 
 
-def nearest(word: str, words: Sequence[str]) -> str:
-    """The one of `words` that is most similar to `word`, both as a whole and in its last dotted part."""
+def nearest(word: str, words: Iterable[str]) -> str | None:
+    """The one of the dotted `words` that is most similar to `word`, or None if none is similar.
 
-    def similarity(candidate: str) -> float:
-        whole = difflib.SequenceMatcher(None, word, candidate).ratio()
-        return whole + difflib.SequenceMatcher(None, word.split(".")[-1], candidate.split(".")[-1]).ratio()
+    The last parts are compared first. The whole words only choose between equally similar last parts. A last part is
+    also similar to one that it begins, as `warmup` begins `warmup_steps`.
+    """
 
-    return max(words, key=similarity)
+    def similarity(candidate: str) -> tuple[float, float]:
+        last, other = word.rpartition(".")[2], candidate.rpartition(".")[2]
+        begins = len(last) > 3 and other.startswith(f"{last}_")
+        return max(_ratio(last, other), SIMILAR if begins else 0.0), _ratio(word, candidate)
+
+    best = max(words, key=similarity, default=None)
+    return None if best is None or similarity(best)[0] < SIMILAR else best
+
+
+def nearest_name(pattern: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is most similar to a glob as a whole, or None if none is similar."""
+    best = max(names, key=lambda name: _ratio(pattern, name), default=None)
+    return None if best is None or _ratio(pattern, best) < 0.5 else best
+
+
+def _ratio(word: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, word, other).ratio()
 
 
 def show_ranges(numbers: Iterable[int]) -> str:

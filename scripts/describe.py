@@ -7,8 +7,14 @@
 docs/models.md lists the presets with their papers, and explains how each figure is counted.
 """
 
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
+
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.errors import expect, located
 from common.text import to_json

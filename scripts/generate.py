@@ -5,13 +5,19 @@
 `--help` prints more examples and all keys; they are in training/generation/config.py and conf/generate.yaml.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from parallel.startup.launch import interrupts_end_imports
 
 if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
     interrupts_end_imports()
 
-import os
-
+from parallel.startup.launch import is_launched
 from scripts.cli.command_line import run_tool
 from scripts.cli.workers import in_processes, prepare_launched
 from training.generation.config import GenerateConfig
@@ -22,7 +28,7 @@ def generate_text(config: GenerateConfig) -> None:
     from training.generation.request import read_request
     from training.generation.worker import generate_on_rank
 
-    if "RANK" in os.environ:
+    if is_launched():
         prepare_launched(config.launch)
         generate_on_rank(config)
     else:
@@ -31,7 +37,7 @@ def generate_text(config: GenerateConfig) -> None:
 
 def main() -> None:
     """Run this tool with the command line's arguments. `conf/generate.yaml` has its keys."""
-    run_tool("generate", GenerateConfig, generate_text, free_text=("prompt", "stop"))
+    run_tool("generate", GenerateConfig, generate_text)
 
 
 if __name__ == "__main__":

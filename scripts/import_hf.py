@@ -6,9 +6,14 @@ Tensors are copied one at a time, so a model can be larger than the memory. If t
 needs, or has one that the model does not use, the error lists these tensors and nothing is written.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.cli.command_line import run_tool
 

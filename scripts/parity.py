@@ -6,13 +6,19 @@
 `--help` prints more examples and all keys; they are in training/parity/config.py and conf/parity.yaml.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from parallel.startup.launch import interrupts_end_imports
 
 if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
     interrupts_end_imports()
 
-import os
-
+from parallel.startup.launch import is_launched
 from scripts.cli.command_line import run_tool
 from scripts.cli.workers import in_processes, prepare_launched
 from training.parity.config import ParityConfig
@@ -23,7 +29,7 @@ def check_parity(config: ParityConfig) -> None:
     from training.parity.driver import check_on_rank
     from training.parity.jobs import select_jobs
 
-    if "RANK" in os.environ:
+    if is_launched():
         prepare_launched(config.launch)
         equal = check_on_rank(config)
     else:
@@ -35,7 +41,7 @@ def check_parity(config: ParityConfig) -> None:
 
 def main() -> None:
     """Run this tool with the command line's arguments. `conf/parity.yaml` has its keys."""
-    run_tool("parity", ParityConfig, check_parity, free_text=("layouts", "models", "engines"))
+    run_tool("parity", ParityConfig, check_parity)
 
 
 if __name__ == "__main__":

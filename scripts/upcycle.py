@@ -7,9 +7,14 @@
 docs/finetuning.md explains which numbers stay equal, and why.
 """
 
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.cli.command_line import run_tool
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,9 @@ def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         (["modle=tiny"], "modle=tiny: unknown key; the nearest valid key is model"),
         (["model.top_k=9"], "model.top_k=9: expected an integer from 1 to num_experts=8"),
         (["data.hub_path=x"], "data.hub_path=x: expected a key of the chosen presets; +data.hub_path=x adds it, "),
-        (["model..dim=3"], "model..dim=3: expected key=value ("),
+        (["model..dim=3"], "model..dim=3: expected key=value (a key is names joined by dots)"),
+        (["lr=3e-4"], "lr=3e-4: unknown key; the nearest valid key is optim.lr"),
+        (["--lr=3e-4"], "--lr=3e-4: expected key=value, or --help for the keys; the nearest valid key is optim.lr"),
         (["run.root=/dev/null/runs"], "run.root=/dev/null/runs: expected a writable directory (Not a directory)"),
         (["-m", "model.dim=64,x", "run.root=/dev/null/runs"], "run.root=/dev/null/runs: expected a writable directory"),
     ],
@@ -80,6 +83,19 @@ def test_under_a_launcher_only_local_rank_0_prints() -> None:
     assert refused.returncode == 2 and "use: python train.py -m launch.nproc=" in refused.stderr
 
 
+def test_help_explains_every_key_and_preset_without_torch() -> None:
+    done = train("--help", "model=mixtral_tiny", "run.name=lr=1e-3", PYTHONPROFILEIMPORTTIME="1", COLUMNS="110")
+    assert done.returncode == 0 and not re.search(r"\| +(torch|numpy)$", done.stderr, re.MULTILINE)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 110
+    for key in leaf_keys(Config):
+        assert sum(line.split("=")[0].split()[:1] == [key] for line in lines) == 1, key
+    presets = " ".join(done.stdout.split())
+    assert all(path.stem in presets for path in CONF.glob("*/*.yaml"))
+    assert "  run.name=lr=1e-3                       `null`: `<experiment>-<n>` with the next free n" in lines
+    assert "  train.accumulation=1                   Micro-batches per optimizer step" in lines
+
+
 def test_showing_the_config_needs_no_torch() -> None:
     done = train("--cfg", "job", PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0 and "num_experts: 8" in done.stdout
@@ -103,7 +119,7 @@ def composed(*overrides: str) -> Config:
         (["train.steps=1e3"], "train.steps=1000.0: expected an integer"),
         (["~train.steps"], "train.steps=???: expected an integer, and no value was given"),
         (["data=files"], "data.paths=[]: expected at least one file or glob"),
-        (["run.name=../x"], "run.name='../x': expected letters"),
+        (["run.name=../x"], "run.name='../x': expected the name of a directory below run.root"),
     ],
 )
 def test_strict_conversion_of_what_hydra_composed(overrides: list[str], line: str) -> None:
@@ -135,8 +151,7 @@ def test_local_rank_of_deepspeed_is_stripped() -> None:
 
 
 def test_sweep_directory_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("RANK", raising=False)
     root = f"run.root={tmp_path}"
     assert sweep_directory([root]) is None
     sweep = ["-m", root, "experiment=quickstart", "model.top_k=1,2"]

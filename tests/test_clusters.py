@@ -58,7 +58,7 @@ def test_two_agents_on_one_machine_train_one_run(tmp_path):
     assert [status for _, status in ended] == [0, 0], ended
     [directory] = (tmp_path / "runs").iterdir()
     result = json.loads((directory / "result.json").read_text())
-    assert directory.name == "default-two" and result["step"] == 2
+    assert directory.name == "mixtral_tiny-two" and result["step"] == 2
     assert [row["experts"] for row in result["ranks"]] == [[0, 1], [2, 3]]
 
 

@@ -3,16 +3,14 @@ import importlib
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
 
 from common.strict import from_dict, to_dict
 from moe.accounting.flops import count_parameters, meta_model
-from scripts.cli.command_line import CONF, plain
+from scripts.cli.command_line import CONF, compose_config
 from training.config import Config, with_vocabulary
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
@@ -31,8 +29,7 @@ TOOLS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "config
 
 
 def composed(overrides: list[str]) -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return from_dict(Config, plain(compose("config", overrides)))
+    return from_dict(Config, compose_config("config", overrides))
 
 
 def test_groups_mirror_the_sections() -> None:
@@ -48,10 +45,7 @@ def test_every_preset_composes_to_a_config(group: str, preset: str) -> None:
 
 @pytest.mark.parametrize(("group", "preset"), [pair for pair in PRESETS if pair[0] not in ("data", "experiment")])
 def test_every_key_of_the_dataclass_is_in_its_yaml(group: str, preset: str) -> None:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        written: dict[str, Any] = plain(compose("config", [f"{group}={preset}", *NEEDED.get((group, preset), [])]))[
-            group
-        ]
+    written = compose_config("config", [f"{group}={preset}", *NEEDED.get((group, preset), [])])[group]
     section = next(field.type for field in dataclasses.fields(Config) if field.name == group)
     assert isinstance(section, type)
     assert set(written) == {field.name for field in dataclasses.fields(section)}
@@ -84,8 +78,11 @@ def test_a_model_brings_its_router_and_the_command_line_another() -> None:
     )
 
 
-def test_without_an_experiment_the_run_is_called_default() -> None:
-    assert composed([]).run.experiment == "default"
+def test_without_an_experiment_the_run_is_called_after_its_model() -> None:
+    assert composed([]).run.experiment == "small"
+    assert composed(["model=switch_tiny"]).run.experiment == "switch_tiny"
+    assert composed(["run.init_from=models/Mixtral"]).run.experiment == "Mixtral"
+    assert composed(["run.init_from=runs/dense-1/checkpoints/step-20"]).run.experiment == "dense-1"
 
 
 def test_composing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from scripts.cli.command_line import CONF
@@ -214,3 +216,34 @@ def test_a_sweep_ends_with_a_table_and_a_failed_job_is_a_row(tmp_path, cache):
     ]  # fmt: skip
     assert (tmp_path / "sweep" / "sweep.svg").is_file() and "Sweep: 3 of 4 jobs finished" in out
     assert (tmp_path / "sweep" / "2" / "checkpoints" / "step-2").is_dir()
+
+
+@pytest.mark.slow
+def test_a_name_of_any_characters_passes_workers_a_sweep_and_the_command_that_resumes(tmp_path, cache):
+    name, prompt = "lr=1e-3 it's (ü)", "The ${x}, 'next' \\"
+    out = run(tmp_path, cache, "train.steps=1", f"run.name={name}", f"run.prompt={prompt}", "launch.nproc=2")
+    saved = yaml.safe_load((tmp_path / name / "config.yaml").read_text(encoding="utf-8"))
+    assert saved["run"]["name"] == name and saved["run"]["prompt"] == prompt
+    [line] = [line for line in out.splitlines() if line.split()[:1] == ["resume"]]
+    [program, *words] = shlex.split(line)[1:]
+    assert Path(program).name == "python"
+    resumed = subprocess.run([sys.executable, *words], cwd=CONF.parent, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert len(numbers(tmp_path / name)) == 2
+    run(tmp_path, cache, "-m", "train.steps=1", "run.name=1e5", "run.prompt=ü=1,1e3", "model.top_k=1")
+    prompts = [yaml.safe_load((tmp_path / "1e5" / job / "config.yaml").read_text())["run"]["prompt"] for job in "01"]
+    assert prompts == ["ü=1", "1e3"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_trains_in_one_process_whatever_a_cluster_exports(tmp_path, cache, monkeypatch, stage):
+    pytest.importorskip("deepspeed")
+    exported = {"LOCAL_RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "OMPI_COMM_WORLD_LOCAL_RANK": "2"}
+    for variable, value in exported.items():
+        monkeypatch.setenv(variable, value)
+    steps = ("train.steps=2", "train.precision=fp32")
+    run(tmp_path, cache, *steps, "run.name=ds", "engine=deepspeed", f"engine.zero_stage={stage}")
+    run(tmp_path, cache, *steps, "run.name=native")
+    losses = [[row["train/loss"] for row in numbers(tmp_path / name)] for name in ("ds", "native")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -4,9 +4,11 @@ Each section validates its own fields. `Config` validates the combinations of tw
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from common.errors import ConfigError, expect, expect_fields, located, require
+from common.strict import FreeText
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig
@@ -19,27 +21,34 @@ class RunConfig:
     """The run's name, its directory, and how it starts."""
 
     experiment: str
+    """The start of a run's default name. `null` in a preset: the name of the model's preset or of `init_from`."""
     name: str | None = None
     """`null`: `<experiment>-<n>` with the next free n. An explicit name resumes the run of that name."""
     root: str = "runs"
+    """Directory of the runs."""
     seed: int = 0
+    """Seed of the initial weights, the order of the data, the router's noise and sampling."""
     resume: Literal["auto", "never", "must"] = "auto"
+    """`auto`: continue from the newest checkpoint if the run has one; `never`, `must`: fail if it has one, or none."""
     init_from: str | None = None
     """Model directory (a run, a checkpoint, Hugging Face or Mistral) whose weights the first step starts from. The
     section `model`, the router's keys that belong to the weights and, if none is given, the tokenizer are taken from
     it."""
     deterministic: bool = False
     """Refuse kernels whose result depends on timing. Slower on GPUs; CPU kernels are always deterministic."""
-    prompt: str = "The "
+    prompt: FreeText = "The "
+    """Text that the model continues when training ends."""
     sample_tokens: int = 96
     """Tokens generated from `prompt` when training ends; 0 for none."""
 
     def __post_init__(self) -> None:
-        name = self.name
-        legal = name is None or (bool(name) and all(c.isalnum() or c in "._-/" for c in name) and ".." not in name)
-        expect(
-            legal and not str(name).startswith("/"), "name", repr(name), "letters, digits, '.', '_', '-', '/', no '..'"
-        )
+        for field, name in (("experiment", self.experiment), ("name", self.name)):
+            expect(
+                name is None or _is_path_below(name),
+                field,
+                repr(name),
+                "the name of a directory below run.root: printable characters, no '..', no space at the ends",
+            )
         expect(self.init_from != "", "init_from", "''", "a directory, or null")
         expect_fields(
             self,
@@ -54,7 +63,9 @@ class TrainConfig:
     """Length, batch and precision. Batch sizes are global, so the layout changes no number."""
 
     steps: int
+    """Optimizer steps of the whole run."""
     seq_len: int
+    """Tokens of a sequence, which is one packed row."""
     global_batch: int
     """Sequences per optimizer step, over all ranks and micro-batches."""
     accumulation: int = 1
@@ -63,7 +74,9 @@ class TrainConfig:
     """Precision of the forward and backward pass. `auto`: bf16 if the hardware supports it, else fp32.
     Weights and optimizer state are fp32 (fp64 with `fp64`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: GPUs if this host has one for each of its ranks, else CPUs."""
     log_every: int = 10
+    """Steps between printed rows; `metrics.jsonl` has every step."""
     eval_every: int = 0
     """Steps between evaluations on held-out text; 0: only at the end."""
     peak_tflops: float | None = None
@@ -86,6 +99,7 @@ class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
     lr: float
+    """Highest learning rate of the schedule."""
     kind: str = "adamw"
     """`adamw` (arXiv 1711.05101), or an optimizer that a plugin registers."""
     train: str | tuple[str, ...] = "all"
@@ -157,8 +171,11 @@ class TrackingConfig:
     """Where a run's figures are shown besides `metrics.jsonl`."""
 
     wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Weights & Biases: into files of the run's directory, also to the server, or not at all."""
     project: str = "mixwright"
+    """The project's name in Weights & Biases."""
     entity: str | None = None
+    """The user or team in Weights & Biases; `null`: the default of the account."""
     trackers: tuple[str, ...] = ()
     """Further trackers, by the names under which plugins register them."""
 
@@ -168,6 +185,7 @@ class EngineConfig:
     """The engine, which stores weights, gradients and optimizer state."""
 
     kind: Literal["native", "deepspeed"] = "native"
+    """`native`: PyTorch's AdamW and every parallel axis; `deepspeed`: ZeRO (docs/deepspeed.md)."""
     zero_stage: Literal[1, 2, 3] = 2
     """`deepspeed` only: what is partitioned over the ranks that have the same weights (arXiv 1910.02054). 1: optimizer
     state; 2: also gradients; 3: also weights."""
@@ -195,7 +213,9 @@ class LaunchConfig:
     """The processes. Without torchrun and deepspeed, which start their own, `python train.py` starts them."""
 
     nproc: int = 1
+    """Number of worker processes."""
     max_restarts: int = 0
+    """How often all workers are restarted after one of them failed."""
     threads: int | None = None
     """CPU threads per process, under every launcher. `null`: the number in the environment (MKL_NUM_THREADS or
     OMP_NUM_THREADS), or without one the usable cores divided by the processes of this machine."""
@@ -253,6 +273,13 @@ class Config:
             self.optim.warmup_steps,
             f"at most {length}={steps}",
         )
+
+
+def _is_path_below(name: str) -> bool:
+    """Whether `name` can be the path of a directory below another directory."""
+    path = Path(name)
+    below = bool(path.parts) and ".." not in path.parts and not path.is_absolute()
+    return below and name.isprintable() and name == name.strip()
 
 
 def with_vocabulary(model: ModelConfig, tokenizer_ids: int) -> ModelConfig:

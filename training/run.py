@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from training.config import RunConfig
 LAUNCH_FILE = "launch.json"
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
-SHARED_RUN_IDS = ("", "none", "default")
-"""Values of TORCHELASTIC_RUN_ID that do not identify a launch, because many launches have them."""
+DEFAULT_RUN_IDS = ("", "none", "default")
+"""Values of TORCHELASTIC_RUN_ID without an id of the user's. torchrun on one node sets a random UUID instead."""
 
 
 def choose_name(run: RunConfig) -> str:
@@ -50,7 +51,7 @@ def torchrun_name(run: RunConfig, share: Callable[[Callable[[], str]], str]) -> 
     """Return the name of a run that torchrun or deepspeed started. It is the same on every rank and after a restart.
 
     It is, in this order: `run.name`; the name that this launch chose before it was restarted;
-    `<experiment>-<TORCHELASTIC_RUN_ID>`, if that id identifies the launch and no other run has the name; the name that
+    `<experiment>-<TORCHELASTIC_RUN_ID>`, if the user chose that id and no other run has the name; the name that
     `choose_name` chooses.
 
     Args:
@@ -167,12 +168,24 @@ def _find_or_choose(run: RunConfig, identity: dict[str, Any]) -> str:
     root = Path(run.root)
     run_id = identity["run_id"]
     name = f"{run.experiment}-{''.join(c if c.isalnum() or c in '._-' else '-' for c in run_id)}"
-    if run_id in SHARED_RUN_IDS or (root / name).exists():
+    if not _is_given(run_id, identity["agent_pid"]) or (root / name).exists():
         name = choose_name(run)
     with _as_run_error(run.root):
         (root / name).mkdir(parents=True, exist_ok=True)
     write_atomically(root / name / LAUNCH_FILE, to_json(identity) + "\n")
     return name
+
+
+def _is_given(run_id: str, agent_pid: int) -> bool:
+    """Whether the user gave `run_id` to the launcher. A UUID that the launcher's command line lacks is torchrun's."""
+    try:
+        uuid.UUID(run_id)
+    except ValueError:
+        return run_id not in DEFAULT_RUN_IDS
+    with contextlib.suppress(OSError):
+        if run_id in Path(f"/proc/{agent_pid}/cmdline").read_text(errors="replace"):
+            return True
+    return os.environ.get("PET_RDZV_ID") == run_id
 
 
 def _start_time(pid: int) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from common.errors import ConfigError, ModelError
-from common.text import nearest
+from common.text import nearest_name
 from moe.accounting.flops import meta_model
 from moe.model import Transformer
 from moe.region import LocalShard, Region
@@ -200,7 +200,8 @@ def _matches_nothing(pattern: str, model: Transformer) -> ConfigError:
     keywords = [EVERYTHING]
     if model.config.num_experts is not None:
         keywords += ["router", "experts", *(f"expert:{index}" for index in range(model.config.num_experts))]
+    near = nearest_name(pattern, keywords + names)
     return ConfigError(
         f"optim.train={pattern}: expected all, router, experts, expert:<index> or a glob over the names of this "
-        f"model's parameters; the nearest is {nearest(pattern, keywords + names)}"
+        f"model's parameters{f'; the nearest is {near}' if near else ''}"
     )

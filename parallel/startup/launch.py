@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from common.errors import ConfigError
 from common.text import parse_json, to_json
 
 PR_SET_PDEATHSIG = 1
@@ -58,22 +59,30 @@ class World:
     """How often the launcher has restarted the processes."""
 
 
+def is_launched() -> bool:
+    """Return whether torchrun, deepspeed or another launcher started this process as one of its ranks."""
+    return "RANK" in os.environ
+
+
 def world_from_env() -> World:
     """Return the world that torchrun or deepspeed describes in the environment, or a world of one process.
 
+    Only a launcher sets RANK for its processes. Without RANK the other variables say nothing about this process:
+    clusters and shells export them, too.
+
     Raises:
-        ValueError: RANK is set, but another variable is missing, is not an integer, or is out of range.
+        ConfigError: RANK is set, but another variable is missing, is not an integer, or is out of range.
     """
-    if "RANK" not in os.environ:
+    if not is_launched():
         return World()
     world_size = _env_int("WORLD_SIZE", 1, None)
     # deepspeed's launcher sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE
-    local_name = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE"
-    local_world_size = _env_int(local_name, 1, world_size)
+    local_name = next((name for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in os.environ), "LOCAL_WORLD_SIZE")
+    local_world_size = 1 if world_size == 1 else _env_int(local_name, 1, world_size)
     restarts = "TORCHELASTIC_RESTART_COUNT"
     return World(
         rank=_env_int("RANK", 0, world_size - 1),
-        local_rank=_env_int("LOCAL_RANK", 0, local_world_size - 1) if "LOCAL_RANK" in os.environ else 0,
+        local_rank=_env_int("LOCAL_RANK", 0, local_world_size - 1) if local_world_size > 1 else 0,
         world_size=world_size,
         local_world_size=local_world_size,
         restart_count=_env_int(restarts, 0, None) if restarts in os.environ else 0,
@@ -252,5 +261,7 @@ def _env_int(name: str, low: int, high: int | None) -> int:
     text = os.environ.get(name, "")
     bounds = f"from {low} to {high}" if high is not None else f">= {low}"
     if not (text.isascii() and text.isdigit() and low <= int(text) and (high is None or int(text) <= high)):
-        raise ValueError(f"{name}={text}: expected an integer {bounds} in the environment (from torchrun or deepspeed)")
+        raise ConfigError(
+            f"{name}={text}: expected an integer {bounds} in the environment (torchrun and deepspeed set it with RANK)"
+        )
     return int(text)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from common.errors import PreflightError
+from common.errors import ConfigError, PreflightError, require
 from common.text import parse_json, to_json
 from parallel.startup.launch import World
 
@@ -17,7 +17,7 @@ PORT_TIMEOUT_S = 20.0
 
 
 def open_store(world: World, timeout_s: float) -> dist.Store:
-    """Connect to the store that the ranks of this launch share. Without a launcher, return a store in memory.
+    """Connect to the store that the ranks of this launch share. A single process gets a store in memory.
 
     This function does not wait for the other ranks. `check_ranks_agree` does, and reports which ranks are missing.
 
@@ -25,11 +25,17 @@ def open_store(world: World, timeout_s: float) -> dist.Store:
         timeout_s: how long to wait for rank 0, and the timeout of the store's operations.
 
     Raises:
+        ConfigError: there are several ranks, and the environment has no address.
         PreflightError: there is no store at the launcher's address, or rank 0 cannot use the port.
     """
-    if "MASTER_ADDR" not in os.environ:
+    if world.world_size == 1:
         return dist.HashStore()
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    address, port_text = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    set_by = "in the environment (torchrun and deepspeed set it with RANK)"
+    require(address, ConfigError, f"MASTER_ADDR=: expected the address of rank 0 {set_by}")
+    is_port = port_text.isascii() and port_text.isdigit() and 0 < int(port_text) < 2**16
+    require(is_port, ConfigError, f"MASTER_PORT={port_text}: expected a port {set_by}")
+    port = int(port_text)
     # Under torchrun, its agent serves the store, unless the environment disables that.
     is_server = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout = timedelta(seconds=timeout_s)

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -29,9 +28,12 @@ from yaml import YAMLError
 
 from common.errors import ConfigError, RunError, UserError, require
 from common.plugins import load_plugins
-from common.strict import from_dict, leaf_keys, unknown_key
+from common.strict import from_dict, leaf_keys, suggested_key, unknown_key
 from common.text import nearest, one_line, shorten
-from parallel.startup.launch import WorkerFailure, interrupts_raise
+from parallel.startup.launch import WorkerFailure, interrupts_raise, is_launched
+from scripts.cli.help import train_help
+from scripts.cli.overrides import PARSER, as_typed, in_grammar, quote, text_keys, values_of
+from training.checkpoint.manifest import CHECKPOINTS
 from training.config import Config, RunConfig
 from training.run import choose_name, prepare_directory, save_config, save_result
 
@@ -70,12 +72,54 @@ def without_local_rank(arguments: Sequence[str]) -> list[str]:
     return take_flag(arguments, "--local_rank", "--local-rank")[1]
 
 
-def quote(text: str) -> str:
-    """Return `text` as a quoted string of Hydra's override grammar."""
-    # Inside quotes Hydra reads a backslash as itself, except before a quote, and resolves `${`.
-    escaped = re.sub(r"(\\*)'", r"\1\1\'", text)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped).replace("${", "\\${")
-    return f"'{escaped}'"
+def to_overrides(arguments: Sequence[str], cls: type, *, multirun: bool = False, exact: bool = False) -> list[str]:
+    """Return `key=value` arguments as overrides in Hydra's grammar (`scripts.cli.overrides`).
+
+    The plugins that `plugins=[...]` names are loaded first, because they can add keys.
+
+    Args:
+        cls: the configuration dataclass that the command line is for.
+        multirun, exact: as in `in_grammar`.
+
+    Raises:
+        ConfigError: an argument is not UTF-8, or a plugin cannot be loaded.
+    """
+    for argument in arguments:
+        if argument.lstrip("+").startswith("plugins="):
+            override = in_grammar(argument, text_keys(_Plugins), multirun=multirun)
+            load_named_plugins({key.lstrip("+"): value for key, value in values_of([override]).items()})
+    keys = text_keys(_Plugins) | text_keys(cls)
+    return [in_grammar(argument, keys, multirun=multirun, exact=exact) for argument in arguments]
+
+
+def job_command(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of `train.py` with its flags first, and then its overrides in Hydra's grammar.
+
+    Raises:
+        ConfigError: an unknown flag, or as `to_overrides`.
+    """
+    parsed, unknown = get_args_parser().parse_known_intermixed_args(list(arguments))
+    require(not unknown, ConfigError, _unknown_flag(unknown[0], Config) if unknown else "")
+    flags = [argument for argument in arguments if argument not in parsed.overrides]
+    return [*flags, *to_overrides(parsed.overrides, Config, multirun=is_multirun(parsed))]
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Return whether `--help` or `-h` is among the arguments."""
+    return bool({"-h", "--help"} & set(arguments))
+
+
+def show_train_help(arguments: Sequence[str]) -> None:
+    """Print the groups, presets and keys of `train.py`, with the values that the other arguments choose."""
+    parsed, _ = get_args_parser().parse_known_intermixed_args(list(arguments))
+    raw = compose_config("config", to_overrides(parsed.overrides, Config), parsed.config_dir)
+    load_named_plugins(raw)
+    print(train_help(Config, raw, [CONF, *([Path(parsed.config_dir)] if parsed.config_dir else [])]))
+
+
+def is_multirun(parsed: Namespace) -> bool:
+    """Return whether the parsed arguments of `train.py` ask for a sweep."""
+    return bool(parsed.multirun) or "hydra.mode=MULTIRUN" in parsed.overrides
 
 
 def compose_config(name: str, overrides: Sequence[str], config_dir: str | None = None) -> dict[str, Any]:
@@ -93,21 +137,38 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: str | None =
         require(os.path.isdir(config_dir), ConfigError, f"--config-dir={config_dir}: expected a directory")
         overrides = [f"hydra.searchpath=[{quote(f'file://{Path(config_dir).resolve()}')}]", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return plain(compose(name, list(overrides)))
+        return plain(compose(name, list(overrides), return_hydra_config=True))
 
 
 def plain(cfg: DictConfig, sweep_dir: Path | None = None, number: int | None = None) -> dict[str, Any]:
     """Return a composed configuration as dicts, lists and scalars, with its interpolations resolved.
 
+    If `run.experiment` is null, it becomes the name of the model: that of `run.init_from`, or of the model's preset.
+
     Args:
+        cfg: the configuration, inside a Hydra job or with Hydra's own section `hydra`, which is left out.
         sweep_dir, number: the directory of a sweep and the number of the job in it. They determine `run.name`.
     """
-    container = OmegaConf.to_container(cfg, resolve=True)
+    container = OmegaConf.to_container(
+        OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True
+    )
     assert isinstance(container, dict)
     raw: dict[str, Any] = {str(name): value for name, value in container.items()}
+    if isinstance(raw.get("run"), dict) and raw["run"].get("experiment", "") is None:
+        choices = (cfg.hydra if "hydra" in cfg else HydraConfig.get()).runtime.choices
+        raw["run"]["experiment"] = _model_name(raw["run"].get("init_from"), choices.get("model"))
     if sweep_dir is not None:
         raw["run"]["name"] = f"{os.path.relpath(sweep_dir, raw['run']['root'])}/{number}"
     return raw
+
+
+def _model_name(init_from: Any, preset: str | None) -> str | None:
+    """The name of the model that a run trains: that of the run or directory `init_from`, or of the preset."""
+    if not isinstance(init_from, str):
+        return preset and preset.rpartition("/")[2]
+    directory = Path(init_from).resolve()
+    # A run's checkpoint is <run>/checkpoints/step-<n>.
+    return (directory.parents[1] if directory.parent.name == CHECKPOINTS else directory).name
 
 
 def load_named_plugins(raw: Mapping[str, Any]) -> None:
@@ -129,16 +190,16 @@ def sweep_directory(arguments: Sequence[str]) -> Path | None:
         RunError: the directory cannot be written.
     """
     parsed = get_args_parser().parse_args(list(arguments))
-    if not (parsed.multirun or "hydra.mode=MULTIRUN" in parsed.overrides):
+    if not is_multirun(parsed):
         return None
     require(
-        "LOCAL_RANK" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ,
+        not is_launched(),
         ConfigError,
         "--multirun: expected no torchrun or deepspeed around a sweep; use: "
         "python train.py -m launch.nproc=<processes of one job> <overrides>",
     )
     first_job = []
-    for override in OverridesParser.create().parse_overrides(parsed.overrides):
+    for override in PARSER.parse_overrides(parsed.overrides):
         if not override.is_sweep_override():
             first_job.append(str(override.input_line))
         elif override.is_discrete_sweep():
@@ -159,10 +220,12 @@ def current_job() -> tuple[Path | None, int | None]:
 
 
 def job_arguments() -> list[str]:
-    """Inside a Hydra job, return the arguments that compose this job alone."""
+    """Inside a Hydra job, return the arguments that compose this job alone, as a user would type them."""
     hydra = HydraConfig.get()
     directories = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    return [*(f"--config-dir={directory}" for directory in directories), *hydra.overrides.task]
+    keys = text_keys(Config)
+    overrides = [as_typed(override, keys) for override in hydra.overrides.task]
+    return [*(f"--config-dir={directory}" for directory in directories), *overrides]
 
 
 def record_failure(
@@ -209,7 +272,7 @@ def end(error: BaseException, arguments: Sequence[str], cls: type = Config) -> N
     if message is None:
         print(details(error), file=sys.stderr)
         raise SystemExit(1)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if not is_launched() or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     else:
         # A launcher kills the other ranks as soon as one has exited. Local rank 0 has to print first.
@@ -241,9 +304,10 @@ def user_message(error: BaseException, arguments: Sequence[str], cls: type = Con
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = sorted(error.options)
-        return f"{group}={option}: expected one of {', '.join(options)}; the nearest is {nearest(option, options)}"
+        near = nearest(option, options)
+        return f"{group}={option}: expected one of {', '.join(options)}{f'; the nearest is {near}' if near else ''}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: expected key=value ({one_line(error.message.split('See https')[0])})"
+        return f"{error.override}: expected key=value (a key is names joined by dots)"
     if isinstance(error, HydraException | OmegaConfBaseException):
         text = str(error) or str(error.__cause__)
         refused = re.search(r"Could not override '([^']+)'", text)
@@ -280,7 +344,14 @@ def _refused_key(key: str, arguments: Sequence[str], cls: type) -> str:
     return f"{unknown_key(key, value, keys)}{f' (a key of a plugin: +{key}={value})' if has_plugins else ''}"
 
 
-def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text: Sequence[str] = ()) -> NoReturn:
+def _unknown_flag(argument: str, cls: type) -> str:
+    """The line about a flag that the command does not have."""
+    meant = suggested_key(argument.partition("=")[0].lstrip("-"), leaf_keys(cls))
+    near = f"; the nearest valid key is {meant}" if meant else ""
+    return f"{argument}: expected key=value, or --help for the keys{near}"
+
+
+def run_tool(name: str, cls: type[T], function: Callable[[T], Any]) -> NoReturn:
     """Run a tool from its command line and end the process.
 
     The arguments override `conf/<name>.yaml`, the result is converted to `cls`, and `function` is called with it. The
@@ -291,23 +362,22 @@ def run_tool(name: str, cls: type[T], function: Callable[[T], Any], *, free_text
 
     Args:
         cls: the dataclass that `conf/<name>.yaml` mirrors.
-        free_text: keys whose values are used exactly as they were typed. A prompt, for example, is not an expression
-            of Hydra's grammar.
     """
     interrupts_raise()
     arguments = without_local_rank(sys.argv[1:])
     try:
-        if {"-h", "--help"} & set(arguments):
+        if asks_for_help(arguments):
             print(f"{sys.modules[cls.__module__].__doc__}\n{(CONF / f'{name}.yaml').read_text()}\n{COMMON_HELP}")
             raise SystemExit(0)
         config_dir, others = take_flag(arguments, "--config-dir")
         unwanted = next((argument for argument in others if argument.startswith("-")), None)
-        require(unwanted is None, ConfigError, f"{unwanted}: expected key=value, or --help for the keys")
-        overrides = [_in_grammar(argument, free_text) for argument in others]
+        require(unwanted is None, ConfigError, _unknown_flag(unwanted or "", cls))
+        # No tool's YAML has `plugins`.
+        others = [f"++{argument}" if argument.startswith("plugins=") else argument for argument in others]
+        overrides = to_overrides(others, cls, exact=True)
         values = [override for override in overrides if _is_value_named_like_a_group(override, cls)]
         raw = compose_config(name, [override for override in overrides if override not in values], config_dir)
-        for override in OverridesParser.create().parse_overrides(values):
-            raw[override.key_or_group] = override.value()
+        raw |= values_of(values)
         load_named_plugins(raw)
         function(from_dict(cls, {key: value for key, value in raw.items() if key != "plugins"}))
         sys.stdout.flush()
@@ -320,11 +390,3 @@ def _is_value_named_like_a_group(override: str, cls: type) -> bool:
     """Whether Hydra would look for a preset where the tool has a plain value, as in `checkpoint=runs/x`."""
     key = override.partition("=")[0]
     return (CONF / key).is_dir() and key in leaf_keys(cls)
-
-
-def _in_grammar(argument: str, free_text: Sequence[str]) -> str:
-    """The argument as an override of Hydra's: free text is quoted, and `plugins` is added, which no tool's YAML has."""
-    key, _, value = argument.partition("=")
-    if key in free_text:
-        return f"{key}={quote(value)}"
-    return f"++{argument}" if key == "plugins" else argument

@@ -1,15 +1,14 @@
 """Running a function in this process, or in worker processes that this process starts."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import UserError, located
+from common.errors import UserError
 from common.plugins import given_plugins, load_plugins
 from common.strict import from_dict, to_dict
-from parallel.startup.launch import World, die_with_parent, launch_workers, world_from_env
+from parallel.startup.launch import World, die_with_parent, is_launched, launch_workers, world_from_env
 from scripts.cli.command_line import UNREAD, discard_unread_output
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
@@ -37,11 +36,8 @@ def execute(
     """
     from training.report.trackers import check_tracking
 
-    launch, launched = config.launch, "RANK" in os.environ
-    try:
-        world = world_from_env() if launched else World(world_size=launch.nproc, local_world_size=launch.nproc)
-    except ValueError as error:
-        raise located(error, "") from error
+    launch, launched = config.launch, is_launched()
+    world = world_from_env() if launched else World(world_size=launch.nproc, local_world_size=launch.nproc)
     resolve_layout(config, build_workload(config, config.model), world)
     check_tracking(config.tracking)
     if launched:
@@ -49,7 +45,7 @@ def execute(
         try:
             return train(config)
         except (UserError, KeyboardInterrupt) as error:
-            started = launched_directory(config.run) if os.environ["RANK"] == "0" else None
+            started = launched_directory(config.run) if world.rank == 0 else None
             if started is not None:
                 _leave(started, error, config, world)
             raise
@@ -113,10 +109,7 @@ def prepare_launched(launch: LaunchConfig) -> None:
     from parallel.startup.threads import set_threads
 
     die_with_parent()
-    try:
-        set_threads(launch.threads, world_from_env().local_world_size)
-    except ValueError as error:
-        raise located(error, "") from error
+    set_threads(launch.threads, world_from_env().local_world_size)
 
 
 def prepare_for_workers(config: Config) -> tuple[Config, Path]:

@@ -1,11 +1,16 @@
+import importlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 
+from common.aliases import ALIASES
 from common.errors import ConfigError, located
-from common.strict import from_dict, leaf_keys, to_dict
+from common.strict import from_dict, leaf_keys, suggested_key, to_dict, unknown_key
 from common.text import nearest
+from training.config import Config
+from training.generation.config import GenerateConfig
+from training.parity.config import ParityConfig
 
 
 @dataclass(frozen=True)
@@ -91,3 +96,35 @@ def test_located_puts_the_section_before_the_field() -> None:
 def test_nearest_looks_at_the_last_part_too() -> None:
     assert "inner.limit" in list(leaf_keys(Outer))
     assert nearest("model.lr", ["model.dim", "optim.lr"]) == "optim.lr"
+    assert nearest("warmup", ["optim.warmup_steps", "optim.lr"]) == "optim.warmup_steps"
+    assert nearest("relu", ["glam", "switch", "expert_choice"]) is None and nearest("x", []) is None
+
+
+def test_words_of_other_programs_are_known_and_nonsense_is_not() -> None:
+    keys = [*leaf_keys(Config), "max_tokens"]
+    meant = {
+        "train.batch_size": "train.global_batch", "lr": "optim.lr", "train.lr": "optim.lr", "epochs": "train.steps",
+        "max_steps": "train.steps", "wd": "optim.weight_decay", "tp": "parallel.tensor",
+        "parallel.pp": "parallel.pipeline",
+        "ep": "parallel.expert", "cp": "parallel.context", "tensor-model-parallel-size": "parallel.tensor",
+        "model.hidden_size": "model.dim", "num_experts_per_tok": "model.top_k",
+        "moe_aux_loss_coef": "router.balance_coef",
+        "grad_clip": "optim.max_grad_norm", "bf16": "train.precision", "output_dir": "run.root", "seed": "run.seed",
+        "resume": "run.resume", "save_every": "checkpoint.every", "max_seq_len": "train.seq_len", "optimizer": "optim",
+        "max_new_tokens": "max_tokens", "trian.steps": "train.steps", "modle": "model",
+        "xyzzy": None, "train.ema": None,
+    }  # fmt: skip
+    assert {word: suggested_key(word, keys) for word in meant} == meant
+    assert str(unknown_key("train.ema", 1, keys)) == "train.ema=1: unknown key"
+
+
+def test_every_alias_means_a_key_of_some_command() -> None:
+    tools = [importlib.import_module(f"scripts.{tool}") for tool in ("describe", "export_hf", "import_hf", "upcycle")]
+    tool_classes = [getattr(tool, name) for tool in tools for name in dir(tool) if name.endswith("Config")]
+    keys = {key for cls in (Config, GenerateConfig, ParityConfig, *tool_classes) for key in leaf_keys(cls)}
+    sections = {key.partition(".")[0] for key in keys}
+    assert {key for meant in ALIASES.values() for key in meant} <= keys | sections
+    # An alias that is itself the last part of a key of train.py would never be looked up there.
+    assert not {key.rpartition(".")[2] for key in leaf_keys(Config)} & {
+        word for word, meant in ALIASES.items() if set(meant) & set(leaf_keys(Config))
+    }

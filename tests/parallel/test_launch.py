@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from common.errors import ConfigError
 from parallel.startup.launch import WorkerFailure, World, launch_workers, world_from_env
+from parallel.startup.rendezvous import open_store
 from parallel.startup.threads import describe_threads, set_threads, usable_cores
 from scripts.cli import workers
 from training.config import LaunchConfig
@@ -185,6 +188,23 @@ def test_world_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "8")
     with pytest.raises(ValueError, match=r"^RANK=8: expected an integer from 0 to 7 in the environment"):
         world_from_env()
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ConfigError, match=r"^LOCAL_RANK=: expected an integer from 0 to 1 in the environment"):
+        world_from_env()
+    # One process needs no launcher's variables, and without RANK none of them describes this process.
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert world_from_env() == World(0, 0, 1, 1, 3)
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    assert world_from_env() == World() and isinstance(open_store(World(), 1.0), dist.HashStore)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match=r"^MASTER_PORT=: expected a port in the environment"):
+        open_store(World(5, 0, 8, 1), 1.0)
     monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ValueError, match=r"^WORLD_SIZE=many: expected an integer >= 1 in the environment"):
         world_from_env()

@@ -106,7 +106,7 @@ REQUEST = "; it was written with plugins=[noisy_topk.py]: name them again on the
     ("model", "router", "message"),
     [
         ({}, {"kind": "noisy_topk", "noise_std": 0.5}, "router.kind=noisy_topk: an unknown kind"),
-        ({}, {"noise_std": 0.5}, "router.noise_std=0.5: unknown key; the nearest valid key is router.normalize"),
+        ({}, {"noise_std": 0.5}, "router.noise_std=0.5: unknown key; the nearest valid key is router.jitter"),
         (
             {"ffn": "noisy"},
             {},

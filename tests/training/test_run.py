@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from common.errors import RunError
 from training.config import RunConfig
 from training.run import (
+    _is_given,
     choose_name,
     finished_result,
     launched_directory,
@@ -49,6 +51,25 @@ def test_torchrun_name_from_a_unique_run_id(tmp_path: Path, monkeypatch: pytest.
     # Another launch with the same id does not continue the old run.
     monkeypatch.setattr("training.run._start_time", lambda pid: "1")
     assert torchrun_name(config(tmp_path), lambda choose: choose()) == "exp-1"
+
+
+def test_a_uuid_of_torchrun_is_no_name_but_one_of_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", identifier := str(uuid.uuid4()))
+    monkeypatch.delenv("PET_RDZV_ID", raising=False)
+    assert torchrun_name(config(tmp_path), lambda choose: choose()) == "exp-1"
+    monkeypatch.setenv("PET_RDZV_ID", identifier)
+    monkeypatch.setattr("training.run._start_time", lambda pid: "1")
+    assert torchrun_name(config(tmp_path), lambda choose: choose()) == f"exp-{identifier}"
+
+
+def test_an_id_on_the_command_line_of_the_launcher_is_the_users() -> None:
+    given = str(uuid.uuid4())
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        assert not _is_given(given, launcher.pid)
+        launcher.kill()
+    with subprocess.Popen([sys.executable, "-c", "input()", "--rdzv-id", given], stdin=subprocess.PIPE) as launcher:
+        assert _is_given(given, launcher.pid) and not _is_given(str(uuid.uuid4()), launcher.pid)
+        launcher.kill()
 
 
 @pytest.mark.parametrize("run_id", ["none", "default", ""])

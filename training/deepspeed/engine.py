@@ -66,6 +66,7 @@ class DeepSpeedEngine:
         """Parameter -> the shape of the whole tensor, and this rank's region. Read while parameters are not empty."""
         self.stage: int = settings["zero_optimization"]["stage"]
         self.trained = Trainable(self.parts, config.train).parameters
+        _set_environment(mesh)
         deepspeed = _import(mesh.device, quiet=not prints_diagnostics(settings))
         groups = _optimizer_groups(model, self.trained, config, mesh, self.stage)
         optimizer = torch.optim.AdamW(
@@ -279,9 +280,22 @@ def _build_marker(model: Transformer, group_name: str) -> nn.Module:
     return ExpertMarker()
 
 
+def _set_environment(mesh: Mesh) -> None:
+    """Set the environment variables that DeepSpeed reads, because only a launcher sets them.
+
+    A variable that a shell or a cluster exports, without a launcher, does not describe this process.
+    """
+    if "RANK" not in os.environ:
+        os.environ["LOCAL_RANK"] = "0"
+    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or 0))
+    os.environ["WORLD_SIZE"] = str(mesh.world.size())
+    # DeepSpeed would compare it with LOCAL_RANK.
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
+    os.environ.setdefault("DS_ACCELERATOR", mesh.device.type)
+
+
 def _import(device: torch.device, *, quiet: bool) -> Any:
     """Import deepspeed for `device`. With `quiet`, it prints errors only."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
 
     level = logging.ERROR if quiet else logging.INFO

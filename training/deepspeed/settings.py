@@ -305,7 +305,8 @@ def _find_expected(key: str, value: Any, fixed_values: dict[str, tuple[Any, str]
     if key in USER_KEYS:
         return None if has_kind(value, USER_KEYS[key]) else EXPECTED[USER_KEYS[key]]
     known = [*fixed_values, *MUST_BE_OFF, *MUST_BE_ABSENT, *USER_KEYS]
-    return f"a key of docs/deepspeed.md; the nearest is {nearest(key, known)}"
+    near = nearest(key, known)
+    return f"a key of docs/deepspeed.md{f'; the nearest is {near}' if near else ''}"
 
 
 def _flatten(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

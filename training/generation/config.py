@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from common.errors import expect, expect_fields
+from common.strict import FreeText
 from training.config import LaunchConfig
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ class GenerateConfig:
     """The keys of `scripts/generate.py`. conf/generate.yaml has the same keys and explains each."""
 
     checkpoint: str
-    prompt: str | None = None
-    prompts: tuple[str, ...] = ()
+    prompt: FreeText | None = None
+    prompts: tuple[FreeText, ...] = ()
     chat: bool = False
     messages: str | None = None
     max_tokens: int = 128
@@ -35,8 +36,8 @@ class GenerateConfig:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
-    stop: str | None = None
-    stops: tuple[str, ...] = ()
+    stop: FreeText | None = None
+    stops: tuple[FreeText, ...] = ()
     format: Literal["text", "json"] = "text"
     prefill_chunk: int = 512
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"

@@ -40,6 +40,9 @@ from training.schedule import learning_rate
 from training.step import Evaluation
 from training.trainable import format_patterns
 
+ROOT = Path(__file__).resolve().parents[2]
+"""The directory of `train.py`."""
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -174,11 +177,12 @@ def resume_command(config: Config, name: str, world_size: int, steps: int) -> st
     overrides = [
         argument
         for argument in sys.argv[1:]
-        if "=" in argument and argument.partition("=")[0].lstrip("+") not in replaced
+        if ("=" in argument or argument.startswith("~")) and argument.partition("=")[0].lstrip("+") not in replaced
     ]
     torchrun = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
     launcher = [_tool("python")] if world_size == config.launch.nproc else torchrun
-    return shlex.join([*launcher, "train.py", *overrides, f"run.name={name}", f"train.steps={steps}"])
+    command = [*launcher, _from_here(ROOT / "train.py"), *overrides]
+    return shlex.join([*command, f"run.name={name}", f"train.steps={steps}"])
 
 
 def open_command(config: Config, directory: Path) -> str:
@@ -208,8 +212,13 @@ def _baselines(tokens: Store) -> dict[str, tuple[float, float]]:
 
 def _tool(name: str) -> str:
     """The path of a program that is installed beside this Python, relative to the current directory if possible."""
-    path = Path(sys.executable).parent / name
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else name
+    path = _from_here(Path(sys.executable).parent / name)
+    return name if Path(path).is_absolute() else path
+
+
+def _from_here(path: Path) -> str:
+    """An absolute path, relative to the current directory if it is below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def gather_rank_summaries(parts: Sequence[Transformer], mesh: Mesh) -> list[RankSummary]:
