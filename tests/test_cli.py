@@ -118,7 +118,7 @@ def composed(*overrides: str) -> Config:
         (["train.precision=fp16"], "train.precision=fp16: expected one of auto, fp64, fp32, bf16"),
         (["train.steps=1e3"], "train.steps=1000.0: expected an integer"),
         (["~train.steps"], "train.steps=???: expected an integer, and no value was given"),
-        (["data=files"], "data.paths=[]: expected at least one file or glob"),
+        (["data=files"], "data.paths=[]: expected at least one file, folder or glob"),
         (["run.name=../x"], "run.name='../x': expected the name of a directory below run.root"),
     ],
 )

@@ -146,10 +146,10 @@ def test_the_command_that_resumes_a_run_has_what_was_typed(monkeypatch: pytest.M
     assert [as_typed(override, TRAIN) for override in overrides[1:3]] == typed[:2]
     monkeypatch.setattr(run_report.sys, "argv", ["train.py", *(as_typed(override, TRAIN) for override in overrides)])
     config = from_dict(Config, compose_config("config", overrides))
-    words = shlex.split(run_report.resume_command(config, "lr=1 (2)", 1))
+    words = shlex.split(run_report.resume_command(config, "lr=1 (2)", 1, 7))
     resumed = from_dict(Config, compose_config("config", to_overrides(words[2:], Config)))
     assert resumed.run.name == "lr=1 (2)" and resumed.run.prompt == "it's ${x}, 1e5"
-    assert (resumed.data, resumed.run.root) == (config.data, "007")
+    assert (resumed.data, resumed.run.root, resumed.train.steps) == (config.data, "007", 7)
 
 
 def test_the_keys_of_a_plugin_take_text_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
