@@ -66,6 +66,7 @@ class DataConfig:
     hub_name: str | None = None
     """`hub`: name of the dataset's configuration, if it has several."""
     hub_split: str = "train"
+    """`hub`: name of the split."""
     hub_revision: str | None = None
     """`hub`: a commit or tag. Without one, the cached tokens stay those of the revision that was read first."""
     max_documents: int | None = None

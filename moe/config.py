@@ -250,10 +250,15 @@ class ModelConfig:
     """A decoder-only transformer with RMSNorm and rotary embedding. It has MoE layers unless `num_experts` is null."""
 
     dim: int
+    """Width of the hidden states."""
     num_layers: int
+    """Number of layers, each with attention and a feed-forward network."""
     num_heads: int
+    """Number of query heads."""
     num_kv_heads: int
+    """Number of key/value heads, a divisor of `num_heads` (grouped-query attention, arXiv 2305.13245)."""
     head_dim: int
+    """Width of a head, an even number."""
     hidden_dim: int
     """Hidden width of a dense feed-forward network, and of an expert if `expert_hidden_dim` is null."""
     ffn: str = "swiglu"
@@ -279,9 +284,13 @@ class ModelConfig:
     """Number of keys that a query attends to, including the key at its own position. `null`: all earlier ones. A list
     has one entry per layer and is repeated over the layers."""
     rope_theta: float = 1e6
+    """Base of the angles of the rotary embedding (arXiv 2104.09864)."""
     norm_eps: float = 1e-5
+    """The number that RMSNorm adds to the mean square."""
     tie_embeddings: bool = False
+    """Use the embedding as the weight of the head."""
     init_std: float = 0.02
+    """Standard deviation of the initial weights."""
     expert_kernel: Literal["auto", "grouped", "loop"] = "auto"
     """`grouped`: torch's grouped matmul; `loop`: the readable reference; `auto`: the faster of the two on
     this device."""

@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from scripts.cli.command_line import (
     user_message,
     without_local_rank,
 )
+from scripts.cli.help import field_docs
 from scripts.describe import DescribeConfig
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
@@ -92,6 +94,9 @@ def test_help_explains_every_key_and_preset_without_torch() -> None:
         assert sum(line.split("=")[0].split()[:1] == [key] for line in lines) == 1, key
     presets = " ".join(done.stdout.split())
     assert all(path.stem in presets for path in CONF.glob("*/*.yaml"))
+    for section in fields(Config):
+        if is_dataclass(section.type):
+            assert field_docs(section.type).keys() >= {field.name for field in fields(section.type)}
     assert "  run.name=lr=1e-3                       `null`: `<experiment>-<n>` with the next free n" in lines
     assert "  train.accumulation=1                   Micro-batches per optimizer step" in lines
 

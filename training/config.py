@@ -106,8 +106,11 @@ class OptimConfig:
     """The parameters that train: `all`, `router`, `experts`, `expert:3` (expert 3 of every MoE layer), a glob over
     parameter names, or a list of these. All others keep their weights, bit for bit, and have no optimizer state."""
     beta1: float = 0.9
+    """Decay of AdamW's mean of the gradients."""
     beta2: float = 0.95
+    """Decay of AdamW's mean of the squared gradients."""
     eps: float = 1e-8
+    """The number that AdamW adds to the denominator."""
     weight_decay: float = 0.1
     """Applies to matrices, not to norms."""
     max_grad_norm: float | None = 1.0

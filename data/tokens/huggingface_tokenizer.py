@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import DataError, require
-from common.text import one_line, parse_json_object, shorten
+from common.text import one_line, parse_json_object, printable, shorten
 from data.tokens.marks import AddedToken, Marks, added_token
 from data.tokens.tokenizer import SPACE, Tokenizer
 
@@ -84,8 +84,8 @@ class HuggingFaceTokenizer:
             require(
                 found is not None and number in (None, found),
                 DataError,
-                f"{self.shown}: expected the same special tokens in all its files, found {text} with id {found} in "
-                f"tokenizer.json and id {number} beside it",
+                f"{self.shown}: expected the same special tokens in all its files, found "
+                f"{shorten(printable(text), 80)} with id {found} in tokenizer.json and id {number} beside it",
             )
 
     def _special_tokens(self, added: dict[str, AddedToken], marks: Marks) -> dict[str, AddedToken]:
@@ -189,6 +189,27 @@ def _prepare(spec: dict[str, Any], marks: Marks) -> None:
         entry["special"] = entry["special"] or entry["content"] in special
     if "dropout" in spec["model"]:
         spec["model"]["dropout"] = None
+    _check_post_processor(spec.get("post_processor"))
+
+
+def _check_post_processor(part: Any) -> None:
+    """Check that a template for special tokens has the ids of its tokens, because the library ends the process if not.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(part, dict):
+        used = [
+            item["SpecialToken"]["id"]
+            for key in ("single", "pair")
+            for item in part.get(key) or []
+            if "SpecialToken" in item
+        ]
+        missing = sorted(set(used) - set(part.get("special_tokens") or {}))
+        if missing:
+            raise ValueError(f"post_processor: expected {missing[0]} in special_tokens")
+        for inner in part.get("processors") or []:
+            _check_post_processor(inner)
 
 
 def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:

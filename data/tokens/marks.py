@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from common.errors import DataError, require
-from common.text import one_line, parse_json_object, shorten
+from common.text import one_line, parse_json_object, shorten, to_json
 
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
@@ -67,7 +67,7 @@ class Marks:
         value = files.object(GENERATION).get("eos_token_id")
         ends = value if isinstance(value, list) else [] if value is None else [value]
         files.expect(
-            all(type(number) is int and number >= 0 for number in ends),
+            all(map(_is_id, ends)),
             GENERATION,
             f"eos_token_id={value}: expected a token id, or a list of them",
         )
@@ -95,7 +95,9 @@ class _Files:
         """Return the JSON object in the file `name`, or an empty one if there is no file."""
         content = self.read(name)
         try:
-            return {} if not content else parse_json_object(content)
+            parsed = {} if not content else parse_json_object(content)
+            to_json(parsed, ensure_ascii=False).encode()  # JSON can have half of a surrogate pair, which is no text.
+            return parsed
         except ValueError as error:
             raise DataError(f"{self.shown}: {name}: damaged: {error}") from error
 
@@ -103,7 +105,7 @@ class _Files:
         """Return the tokens of `added_tokens.json` and, with more detail, of `added_tokens_decoder`."""
         tokens = {}
         for text, number in self.object(ADDED).items():
-            self.expect(type(number) is int and number >= 0, ADDED, f"{text}: expected a token id, found {number}")
+            self.expect(_is_id(number), ADDED, f"{text}: expected a token id, found {number}")
             tokens[text] = AddedToken(number)
         decoder = config.get("added_tokens_decoder", {})
         self.expect(isinstance(decoder, dict), CONFIG, "added_tokens_decoder: expected an object")
@@ -136,6 +138,11 @@ def added_token(entry: Mapping[str, Any]) -> AddedToken:
     """Return the token that an entry of `added_tokens` (tokenizer.json) describes."""
     flags = {key: entry.get(key) is True for key in ("special", "lstrip", "rstrip")}
     return AddedToken(entry["id"], **flags)
+
+
+def _is_id(value: Any) -> bool:
+    """Return whether `value` can be a token id. The libraries store ids in 32 bits."""
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _token_text(value: Any) -> str | None:

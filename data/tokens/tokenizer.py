@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.errors import DataError
+from common.text import printable, shorten
 from data.tokens.marks import AddedToken, Marks
 
 SPACE = "\u2581"
@@ -104,7 +105,8 @@ class Tokenizer:
         inside = sorted(text for text, token in self._added.items() if token.id < pieces)
         if inside:
             raise DataError(
-                f"{shown}: expected new ids for added tokens, found {inside[0]} with the id of another piece"
+                f"{shown}: expected new ids for added tokens, found {shorten(printable(inside[0]), 80)} with the id of "
+                "another piece"
             )
         bos_id = self._find(marks.named.get("bos_token"), self._model.bos_id())
         self.eos_id = self._find(marks.named.get("eos_token"), self._model.eos_id())

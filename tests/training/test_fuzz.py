@@ -9,15 +9,19 @@ import torch
 import yaml
 
 from common.errors import ConfigError, DataError, ModelError, RunError, UserError
-from data.tokens.tokenizer import Tokenizer, train_tokenizer, without_normalization
+from data.corpora.messages import Message
+from data.tokens.conversation import encode_conversation, end_token_ids
+from data.tokens.files import find_tokenizer
+from data.tokens.tokenizer import train_tokenizer
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
 from moe.model import Transformer
 from tests.mutations import mutated_bytes, mutated_values
+from tests.tokenizers import byte_level, write_tokenizer
 from tests.training.test_reader import export, run_directory
 from training.formats.reader import open_model
 from training.generation.config import GenerateConfig
-from training.generation.request import end_token_ids, read_request
+from training.generation.request import read_request
 from training.report.metrics import read_metrics
 from training.report.sweep import sweep_table
 from training.run import finished_result
@@ -46,6 +50,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     first.rename(root / "hf" / "first.safetensors")
     export(reader, root / "mistral", form="mistral")
     (root / "hf" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "x": 1}))
+    marks = ["<|begin|>", "<|end|>"]
+    decoder = {"320": {"content": marks[0], "special": True}, "321": {"content": marks[1], "special": True}}
+    write_tokenizer(root / "chat", byte_level(marks, bos=marks[0]), eos_token=marks[1], added_tokens_decoder=decoder)
+    (root / "chat" / "added_tokens.json").write_text(json.dumps({marks[1]: 321}))
+    (root / "chat" / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": marks[0]}}))
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+    (root / "chat" / "chat_template.jinja").write_text(template)
     (root / "messages.json").write_text(json.dumps([{"role": "user", "content": "abc"}]))
     (root / "sweep" / "0").mkdir(parents=True)
     result = {
@@ -68,26 +79,29 @@ def read_model(directory: Path) -> None:
     reader.fill(Transformer(reader.model, reader.router, torch.float32))
 
 
-def read_end_ids(directory: Path) -> None:
-    reader = open_model(directory)
-    assert reader.tokenizer is not None
-    end_token_ids(reader, Tokenizer(reader.tokenizer))
-
-
-def read_tokenizer(file: Path) -> None:
-    without_normalization(str(file))
-    Tokenizer(file).encode("abc def")
+def read_tokenizer(directory: Path) -> None:
+    files = find_tokenizer(directory)
+    assert files is not None
+    tokenizer = files.open()
+    assert tokenizer.decode(tokenizer.encode("abc def")).strip() == "abc def"
+    end_token_ids(tokenizer)
+    encode_conversation([Message("user", "abc"), Message("assistant", "def", learn=True)], tokenizer)
 
 
 READERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "hf/config.json": (read_model, "hf"),
     "hf/model.safetensors.index.json": (read_model, "hf"),
     "hf/first.safetensors": (read_model, "hf"),
-    "hf/generation_config.json": (read_end_ids, "hf"),
+    "hf/generation_config.json": (read_tokenizer, "hf"),
+    "chat/tokenizer.json": (read_tokenizer, "chat"),
+    "chat/tokenizer_config.json": (read_tokenizer, "chat"),
+    "chat/special_tokens_map.json": (read_tokenizer, "chat"),
+    "chat/added_tokens.json": (read_tokenizer, "chat"),
+    "chat/chat_template.jinja": (read_tokenizer, "chat"),
     "mistral/params.json": (read_model, "mistral"),
     "run/config.yaml": (read_model, "run"),
     "run/checkpoints/step-3/manifest.json": (read_model, "run"),
-    "run/tokenizer.model": (read_tokenizer, "run/tokenizer.model"),
+    "run/tokenizer.model": (read_tokenizer, "run"),
     "messages.json": (
         lambda root: read_request(GenerateConfig(str(root / "run"), messages=str(root / "messages.json"))),
         "",
