@@ -4,14 +4,13 @@ The environment is that of transformers, so that the same template gives the sam
 reads the messages and makes text, and reaches nothing else.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 from common.errors import DataError
-from common.text import one_line, shorten
+from common.text import one_line, shorten, to_json
 
 TEXT_TEMPLATE = (
     "{%- set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
@@ -101,4 +100,4 @@ def _refuse(message: str) -> None:
 
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """Return `value` as JSON. Jinja's own filter of this name escapes characters for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    return to_json(value, ensure_ascii=ensure_ascii, **options)

@@ -5,7 +5,6 @@ The library `tokenizers` encodes. Decoding uses a table of the bytes of every id
 Legend: V vocabulary size.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import DataError, require
-from common.text import one_line, parse_json_object, printable, shorten
+from common.text import one_line, parse_json_object, printable, shorten, to_json
 from data.tokens.marks import AddedToken, Marks, added_token
 from data.tokens.tokenizer import SPACE, Tokenizer
 
@@ -249,7 +248,7 @@ def _types(part: Any) -> set[str]:
 def _build(spec: dict[str, Any], marks: Marks) -> Any:
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    tokenizer = tokenizers.Tokenizer.from_str(to_json(spec))
     # A piece of the vocabulary becomes a special token if another file names it as one.
     named = {text for text in marks.named.values() if tokenizer.token_to_id(text) is not None}
     tokenizer.add_special_tokens(sorted(named - {entry["content"] for entry in spec.get("added_tokens") or []}))
