@@ -14,7 +14,7 @@ from common.files import sha256_of
 from common.text import printable
 from data.config import FileFormat
 from data.corpora.document import Document, Fault
-from data.corpora.formats import FileKind, Row, detect, items_of
+from data.corpora.formats import COMPRESSIONS, SUFFIXES, FileKind, Row, detect, items_of
 from data.corpora.rows import Columns, checked_documents, document_of, documents_of, fault_error
 
 
@@ -123,8 +123,8 @@ class FilesCorpus(FileCorpus):
 def matching_files(patterns: Sequence[str]) -> list[Path]:
     """Return the files that `patterns` (files, folders or globs) name, without duplicates.
 
-    The files of a folder or a glob are sorted. Files whose name, or whose folder's name, starts with a dot are not
-    part of a folder.
+    The files of a folder or a glob are sorted, and empty texts are not part of it. Files whose name, or whose folder's
+    name, starts with a dot are not part of a folder.
 
     Raises:
         DataError: a file or folder does not exist, or a glob or a folder has no file. All such patterns are named.
@@ -148,11 +148,19 @@ def matching_files(patterns: Sequence[str]) -> list[Path]:
 def _matches(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
-        below = (file for file in path.rglob("*") if file.is_file())
+        below = (file for file in path.rglob("*") if _is_source(file))
         return sorted(file for file in below if not any(part[0] == "." for part in file.relative_to(path).parts))
     if path.exists():
         return [path]
-    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if Path(match).is_file()]
+    return [Path(match) for match in sorted(glob.glob(pattern, recursive=True)) if _is_source(Path(match))]
+
+
+def _is_source(path: Path) -> bool:
+    """Return whether `path` is a file that is not an empty text, such as the `__init__.py` of a package.
+
+    An empty table or archive is a source: reading it reports it, because its rows may have been lost.
+    """
+    return path.is_file() and (path.stat().st_size > 0 or path.suffix.lower() in (*SUFFIXES, *COMPRESSIONS))
 
 
 def _expected(pattern: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 
 from common.errors import DataError, require
-from common.text import first_line
+from common.text import first_line, printable
 from data.config import FileFormat
 
 PIECE_CHARS = 16_384
@@ -28,9 +28,11 @@ SUFFIXES: dict[str, FileFormat] = {
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0"}
 """Suffix of a compression -> the first bytes of its files."""
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""The start of what a clone without Git LFS has in place of a large file."""
 JSON_OBJECT = re.compile(r'\s*\{\s*(\}|"(?:[^"\\]|\\.)*"\s*:)')
 """The start of a JSON object. No text that is meant as text starts like this."""
-JSON_ARRAY = re.compile(r"\s*\[\s*\{")
+JSON_ARRAY = re.compile(r"\s*\[" + JSON_OBJECT.pattern)
 """The start of a JSON array of objects."""
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 PARQUET_ROWS = 1024
@@ -88,6 +90,7 @@ def _format_of(head: bytes, by_name: FileFormat) -> FileFormat:
     Raises:
         DataError: the file has the name of a text, and another content.
     """
+    require(not head.startswith(LFS_POINTER), DataError, "expected data, found a Git LFS pointer (run git lfs pull)")
     if head.startswith(b"PAR1") or by_name == "parquet":
         return "parquet"
     require(
@@ -277,7 +280,7 @@ def _csv(path: Path, kind: FileKind) -> Iterator[tuple[str, Item]]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield place, DataError(f"expected {kind.format}, found {error}")
+                yield place, DataError(f"expected {kind.format}, found {printable(str(error))}")
                 continue
             if not header:
                 require(

@@ -31,8 +31,8 @@ id uuid message_id timestamp created_at date model language lang source
 METADATA_KEYS = frozenset(_METADATA.split())
 """Keys of a message that do not change its meaning."""
 _REFUSED = """
-tools functions function_call tool_choice parallel_tool_calls chosen rejected history image images audio audios video
-videos documents chat_template chat_template_kwargs weight loss train trainable
+tools functions function_call tool_choice parallel_tool_calls chosen rejected history context image images audio audios
+video videos documents chat_template chat_template_kwargs weight loss train trainable
 """
 REFUSED_ROW_KEYS = frozenset(_REFUSED.split())
 """Keys of a row that change its meaning and that are not supported. All other keys of a row are metadata."""
@@ -70,8 +70,9 @@ def read_conversation(
     kept = {key: value for key, value in row.items() if key not in (ignore_keys or ())}
     for key, value in kept.items():
         is_refused = key in REFUSED_ROW_KEYS and key != messages_key and not _is_empty(value)
-        # In data of preferences (KTO), `"label": false` marks a completion that is not wanted.
-        if is_refused or (key == "label" and value is False):
+        # In data of preferences (KTO), `"label": false` marks a completion that is not wanted. Tables have 0 or a text.
+        is_false = value is False or ("completion" in kept and str(value).lower() in ("false", "0"))
+        if is_refused or (key == "label" and is_false):
             raise _unsupported("", key, value, ignore_keys)
     listed, num_context = _messages_of(kept, messages_key)
     messages = read_messages(listed, last, ignore_keys, num_context)

@@ -67,7 +67,9 @@ def end_token_ids(tokenizer: TextTokenizer) -> tuple[int, ...]:
         ids, is_label = encode_conversation([Message("user", "x"), Message("assistant", "x", learn=True)], tokenizer)
     except DataError:
         return tokenizer.end_ids  # The template takes no such conversation.
-    ends = [number for number, label in zip(ids, is_label, strict=True) if label][-1:]
+    specials = {token.id for token in tokenizer.specials.values()}
+    # A template can put a line break after the token, and enclose both.
+    ends = [number for number, label in zip(ids, is_label, strict=True) if label and number in specials][-1:]
     return tuple(sorted({*tokenizer.end_ids, *ends}))
 
 
@@ -128,13 +130,13 @@ class _Conversation:
         for match in [*self.special.finditer(self.text), None]:
             stop = match.start() if match else len(self.text)
             token = self.tokenizer.specials[match[0]] if match else None
+            # A token can be declared to take the white space next to it.
+            if before and before.rstrip:
+                position = stop - len(self.text[position:stop].lstrip())
+            if token and token.lstrip:
+                stop = position + len(self.text[position:stop].rstrip())
             places = sorted({position, stop, *(p for s in spans for p in s[:2] if position < p < stop)})
             pieces = [self.text[a:b] for a, b in pairwise(places)]
-            # A token can be declared to take the white space next to it.
-            if pieces and before and before.rstrip:
-                pieces[0] = pieces[0].lstrip()
-            if pieces and token and token.lstrip:
-                pieces[-1] = pieces[-1].rstrip()
             continues = before is not None and not self.tokenizer.prefix_after_special
             for place, piece in zip(places, pieces, strict=False):
                 add(self._encode(piece, continues), place)
@@ -204,10 +206,10 @@ class _Conversation:
         return (len(prompt), token.end()) if holds and token else None
 
     def _enclosed(self, start: int, stop: int) -> tuple[int, int]:
-        """Return the part that a template encloses, and the special token after it, unless it ends with one."""
-        inside = [match.end() for match in self.special.finditer(self.text, start, stop)]
+        """Return the part that a template encloses, and the special token after it, unless one is after its answer."""
+        answer_end = max(self.text.rfind(self.marks.end, start, stop), start)
         token = self.special.match(self.text, stop + 1)
-        return start, token.end() if token and stop not in inside else stop
+        return start, token.end() if token and not self.special.search(self.text, answer_end, stop) else stop
 
     def _encode(self, piece: str, continues: bool) -> list[int]:
         """Return the ids of a piece of the text between two special tokens."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import DataError, require
-from common.text import one_line, parse_json_object, printable, shorten, to_json
+from common.text import one_line, parse_json_object, printable, shorten, show_value, to_json
 from data.tokens.marks import AddedToken, Marks, added_token
 from data.tokens.tokenizer import SPACE, Tokenizer
 
@@ -71,6 +71,12 @@ class HuggingFaceTokenizer:
         self.bos_id: int | None = first.ids[0] if before else None
         self.eos_id, self.end_ids = self._ends(marks)
         self.prefix = self.decode(self.encode("x"))[:-1]
+        require(
+            marks.prefix in (None, self.prefix != ""),
+            DataError,
+            f"{shown}: tokenizer_config.json: add_prefix_space={show_value(marks.prefix)}: expected the same as in "
+            f"tokenizer.json, found {'a' if self.prefix else 'no'} space before a text",
+        )
         self.prefix_after_special = self._puts_prefix_after_specials()
         self._check_text_is_kept(spec)
 

@@ -13,6 +13,8 @@ ADDED = "added_tokens.json"
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 TEMPLATE_JSON = "chat_template.json"
+GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Values of `tokenizer_class` with which transformers ignores `add_prefix_space`."""
 
 
 class AddedToken(NamedTuple):
@@ -39,6 +41,8 @@ class Marks:
     """The ids at which generation ends, as `generation_config.json` lists them."""
     template: str | None = None
     """The chat template, in Jinja."""
+    prefix: bool | None = None
+    """`add_prefix_space`: whether a space is put before a text. None: the vocabulary's file says it."""
     adds_bos: bool = True
     """`add_bos_token`: whether a sentencepiece model puts <s> before a text."""
     legacy: bool = False
@@ -63,6 +67,11 @@ class Marks:
             for key, value in source.items()
             if key.endswith("_token") and (text := _token_text(value)) is not None
         }
+        files.expect(
+            config.get("add_prefix_space") in (None, False, True),
+            CONFIG,
+            f"add_prefix_space={config.get('add_prefix_space')}: expected true, false or null",
+        )
         cleared = {key for key in ("bos_token", "eos_token") if key in config and config[key] is None}
         value = files.object(GENERATION).get("eos_token_id")
         ends = value if isinstance(value, list) else [] if value is None else [value]
@@ -76,6 +85,7 @@ class Marks:
             added=files.added(config),
             end_ids=tuple(ends),
             template=files.template(config),
+            prefix=config.get("add_prefix_space") if config.get("tokenizer_class") not in GENERIC_CLASSES else None,
             adds_bos=config.get("add_bos_token") is not False,
             legacy=config.get("legacy") is True,
         )

@@ -101,12 +101,11 @@ class CorpusSpool:
             )
 
     def _domain_id(self, domain: str, config: DataConfig) -> int:
+        domain = printable(domain)  # A line break would break tables.
         if domain not in self.domains:
             if len(self.domains) == MAX_DOMAINS:
                 key = f"data.domain_key={show_value(config.domain_key)}"
-                raise DataError(
-                    f"{key}: expected at most {MAX_DOMAINS} domains, found another: {shorten(printable(domain), 60)}"
-                )
+                raise DataError(f"{key}: expected at most {MAX_DOMAINS} domains, found another: {shorten(domain, 60)}")
             self.domains.append(domain)
         return self.domains.index(domain)
 

@@ -93,6 +93,8 @@ class Tokenizer:
         self.path = Path(path)
         marks, shown = marks or Marks(), shown or f"data.tokenizer={path}"
         model = _read_model(self.path, shown)
+        if marks.prefix is not None:
+            model.normalizer_spec.add_dummy_prefix = marks.prefix
         self.prefix = " " if model.normalizer_spec.add_dummy_prefix else ""
         # sentencepiece drops repeated spaces by default. transformers never does.
         model.normalizer_spec.remove_extra_whitespaces = False

@@ -73,7 +73,7 @@ TEXT_PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "\n", "ima
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"messages": [A, B], "id": 3, "prompt": "a", "tools": [], "conversations": None}, [USER, ANSWER]),
+        ({"messages": [A, B], "id": 3, "label": 0, "prompt": "a", "tools": [], "conversations": None}, [USER, ANSWER]),
         ({"messages": [{**A, "role": "developer", "content": "s"}, A, B]}, [Message("system", "s"), USER, ANSWER]),
         ({"messages": [{**A, "content": TEXT_PARTS}, B]}, [Message("user", "a\n"), ANSWER]),
         ({"messages": [A, {**B, "weight": 0}, A, {**B, "weight": 1}]}, [USER, Message("assistant", "b"), USER, ANSWER]),
@@ -116,7 +116,9 @@ def test_formats_of_rows(row: dict[str, object], expected: list[Message]) -> Non
         *(({"messages": [A, B], key: value}, f"{key}=.*: expected no such key")
           for key, value in (("tools", [{"type": "function"}]), ("functions", [{}]), ("parallel_tool_calls", False))),
         ({"chosen": [A, B], "rejected": [A, B]}, "chosen=.*: expected no such key"),
-        ({"prompt": "a", "completion": "b", "label": False}, "label=False: expected no such key"),
+        *(({"prompt": "a", "completion": "b", "label": value}, "label=.*: expected no such key")
+          for value in (False, 0, "0", "False")),
+        ({"instruction": "a", "output": "b", "context": "c"}, "context=.*: expected no such key"),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history=.*: expected no such key"),
         ({"messages": [A, B], "conversations": [A, B]}, "expected one of: .*; found messages, conversations"),
         ({"instruction": "a", "response": "b"}, "expected one of: .*; found instruction, response"),

@@ -171,11 +171,28 @@ def test_white_space_that_a_token_takes_is_left_out(tmp_path: Path) -> None:
     content = byte_level(["<|end|>", *CHAT])
     for entry in content["added_tokens"]:
         entry |= {"rstrip": True, "lstrip": entry["content"] == "<|im_end|>"}
-    directory = write(tmp_path, content, QWEN | {"chat_template": CHATML})
-    messages = turns(("user", "the model "), ("assistant", "loss  "), ("user", "x"))
+    directory = tmp_path
+    messages = turns(("user", "the model "), ("assistant", " \n loss  "), ("user", " x"))
+    # With the second template, the white space before an answer is that of the template and of the answer.
+    for template in (CHATML, CHATML.replace("assistant\n", "\n").replace("+ m.role + '\n'", "+ '\n'")):
+        write(tmp_path, content, QWEN | {"chat_template": template})
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert encode_conversation(read_messages(messages, last="user"), opened(directory))[0] == expected
+
+
+def test_an_answer_that_is_enclosed_with_a_line_break_ends_with_its_special_token(tmp_path: Path) -> None:
+    import transformers
+
+    template = ENCLOSED.replace("{% endgeneration %}", "{{ '\n' }}{% endgeneration %}").replace(
+        "{{ '\n' }}{% endfor", "{% endfor"
+    )
+    directory = write(tmp_path, byte_level(["<|end|>", *CHAT]), QWEN | {"chat_template": template})
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert encode_conversation(read_messages(messages, last="user"), opened(directory))[0] == expected
+    masked = theirs.apply_chat_template(turns(*TALK[:4]), return_dict=True, return_assistant_tokens_mask=True)
+    ids, is_label = encode_conversation(read_messages(turns(*TALK[:4])), opened(directory))
+    assert (ids, is_label) == (masked["input_ids"], [bool(mask) for mask in masked["assistant_masks"]])
+    assert end_token_ids(opened(directory)) == (320, 322)
 
 
 def test_control_pieces_of_mistral_are_used_without_a_template(tmp_path: Path) -> None:

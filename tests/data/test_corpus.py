@@ -147,6 +147,8 @@ def test_a_domain_whose_documents_are_equal_is_trained_on_and_has_no_held_out_te
         en, sw = prepared(*english, *rows).summary()
         assert sw["documents"] == len(rows) and sw["heldout_bytes"] == 0 < en["heldout_bytes"]
         assert sw["gzip_bits_per_byte"] is sw["unigram_bits_per_byte"] is None
+    # A name that would break the lines of tables is shown as Python writes it.
+    assert prepared(*english, ("habari\n", "s\nw")).domains == ("en", r"'s\nw'")
     # If no domain has two different documents, one document of all is held out.
     for rows in ([(text, str(i)) for i, (text, _) in enumerate(english)], [english[0], ("habari\n" * 40, "sw")]):
         summary = prepared(*rows).summary()

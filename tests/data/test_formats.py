@@ -69,7 +69,8 @@ def test_the_content_of_json_files_decides_how_they_are_read(tmp_path: Path) -> 
 def test_text_is_what_looks_like_text(tmp_path: Path) -> None:
     text = "A {brace} and [{bracket}]: {'x': 1}\n"
     for name in ("a.txt", "a.md", "a", "a.py"):
-        assert read(write(tmp_path / name, text)) == [text]
+        for beginning in ("", "[{{ user }}] ", "[{name}](link) "):
+            assert read(write(tmp_path / name, beginning + text)) == [beginning + text]
     for content in (LINES, json.dumps(ROWS), json.dumps(ROWS[0], indent=1)):
         path = write(tmp_path / "rows.txt", content)
         with pytest.raises(
@@ -88,6 +89,9 @@ def test_text_is_what_looks_like_text(tmp_path: Path) -> None:
             read(write(tmp_path / "odd.txt", content))
     with pytest.raises(DataError, match=r"odd.txt: line 2: "):
         read(tmp_path / "odd.txt")
+    for name in ("a.txt", "a.csv", "a.parquet"):
+        with pytest.raises(DataError, match=r": expected data, found a Git LFS pointer \(run git lfs pull\)$"):
+            read(write(tmp_path / name, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"))
 
 
 def test_rows_of_another_width_and_text_beyond_the_csv_limit(tmp_path: Path) -> None:
@@ -102,11 +106,14 @@ def test_rows_of_another_width_and_text_beyond_the_csv_limit(tmp_path: Path) -> 
         with pytest.raises(DataError) as caught:
             read(write(tmp_path / "bad.csv", content))
         assert str(caught.value).startswith(f"data.paths={tmp_path}/bad.csv: {complaint}")
+    with pytest.raises(DataError, match=r"line 2: expected tsv, found .*expected after"):
+        read(write(tmp_path / "bad.tsv", 'text\tn\n"a" b\t1\n'))
 
 
 def test_a_folder_is_all_its_files_without_hidden_ones(tmp_path: Path) -> None:
     for name in ("b/2.txt", "b/1.jsonl", "a/x/3.csv", "c.txt", ".hidden", ".git/config", "a/.x.txt"):
         write(tmp_path / name, {".jsonl": LINES, ".csv": "text\nrow\n"}.get(Path(name).suffix, f"text of {name}"))
+    write(tmp_path / "b" / "__init__.py", "")
     corpus = FilesCorpus((str(tmp_path), f"{tmp_path}/b/*"), "text", None, None)
     assert [str(path.relative_to(tmp_path)) for path in corpus.files] == ["a/x/3.csv", "b/1.jsonl", "b/2.txt", "c.txt"]
     found = [(item.text, item.domain) for item in corpus.documents() if isinstance(item, Document)]
@@ -116,6 +123,9 @@ def test_a_folder_is_all_its_files_without_hidden_ones(tmp_path: Path) -> None:
         ("text of b/2.txt", "b"),
         ("text of c.txt", tmp_path.name),
     ]
+    write(tmp_path / "d.jsonl", "")  # Its rows may have been lost.
+    with pytest.raises(DataError, match=r"d.jsonl: expected a file with text, found an empty one"):
+        list(FilesCorpus((str(tmp_path),), "text", None, None).documents())
 
 
 def test_several_bad_files_are_told_at_once(tmp_path: Path) -> None:
@@ -141,11 +151,11 @@ def test_what_is_skipped_is_counted_listed_and_stays_in_the_store(tmp_path: Path
     rows = "".join(json.dumps({"text": f"row {i} of words and more words"}) + "\n" for i in range(200))
     write(tmp_path / "in" / "a.jsonl", rows + "{\n" * 150 + '{"text": 3}\n{"text": "\\ud800"}\n')
     write(tmp_path / "in" / "b.jsonl", b"\xff\n" + rows.replace("row", "line").encode())
-    write(tmp_path / "in" / "empty.txt", b"")
+    write(tmp_path / "in" / "empty.csv", b"")
     write(tmp_path / "in" / "z.jsonl.gz", COMPRESS[".gz"](rows.encode())[:-9])
     keys = {"kind": "files", "cache": str(tmp_path / "cache"), "paths": (str(tmp_path / "in"),), "vocab_size": 300}
     with pytest.raises(
-        DataError, match=r"found 4 files that cannot be used: \S*/a.jsonl: line 201: .*; \S*/empty.txt: expected"
+        DataError, match=r"found 4 files that cannot be used: \S*/a.jsonl: line 201: .*; \S*/empty.csv: expected"
     ):
         prepare(DataConfig(**keys))  # type: ignore[arg-type]
     store = prepare(DataConfig(**keys, on_error="skip"))  # type: ignore[arg-type]

@@ -167,3 +167,19 @@ def test_other_files_are_carried_compared_or_refused_by_name(tmp_path: Path) -> 
 def test_a_padding_token_without_an_id_changes_nothing(tmp_path: Path) -> None:
     tokenizer = opened(write_tokenizer(tmp_path, byte_level(["<|e|>"]), eos_token="<|e|>", pad_token="[PAD]"))
     assert tokenizer.specials.keys() == {"<|e|>"} and tokenizer.vocab_size == 321
+
+
+def test_add_prefix_space_is_followed_or_refused(tmp_path: Path) -> None:
+    import transformers
+
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    keys: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    for value in (None, True, False):
+        write_tokenizer(tmp_path, add_prefix_space=value, **keys)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        assert opened(tmp_path).encode("the model") == theirs.encode("the model", add_special_tokens=False)
+    write_tokenizer(tmp_path / "json", sentencepiece_like([], legacy=False), add_prefix_space=False, **keys)
+    with pytest.raises(DataError, match=r"add_prefix_space=false: expected the same as in tokenizer.json, found a sp"):
+        opened(tmp_path / "json")
+    generic = keys | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert opened(write_tokenizer(tmp_path / "json", add_prefix_space=False, **generic)).prefix == " "

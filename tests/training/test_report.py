@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -229,10 +230,12 @@ def test_plots_are_reproducible(tmp_path: Path) -> None:
         "one": ([[5.0]], {}),
         "few": ([[1.0, 0.0, 2.0]], {"code": [[1.0, 1.0, 1.0]], "silent": [[0.0, 0.0, 0.0]]}),
         "many": ([[1.0] * 63 + [9.0]] * 3, {str(i): [[1.0] * 64] * 3 for i in range(5)}),
-        "domains": ([[1.0, 2.0]], {"$x^": [[3.0, 1.0]]}),  # A name is no formula.
+        # A name is no formula, and can have characters that the font lacks.
+        "domains": ([[1.0, 2.0]], {"$x^ 日本": [[3.0, 1.0]]}),
     }
-    for name, (load_LE, domains) in loads.items():
-        plot_load(load_LE, domains, tmp_path / name)
+    with warnings.catch_warnings(action="error"):
+        for name, (load_LE, domains) in loads.items():
+            plot_load(load_LE, domains, tmp_path / name)
     # A dense model has no router metrics. One loss is NaN, and one row has an evaluation and no training metrics.
     rows = [{"step": 1, "train/loss": math.nan, "train/ce": 3.0, "optim/lr": 1e-3}, {"step": 1, "eval/loss": 3.1}]
     plot_curves(rows, tmp_path / "dense")

@@ -32,6 +32,7 @@ def entry(shape=(2,), dtype="F32", offsets=(0, 8)):
     [
         (b"", "a header of 0 bytes in a file of 0"),
         (b"\x01\x02", "a header of 513 bytes in a file of 2"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "found a Git LFS pointer"),
         (file_content(b"{}", length=2**63), "a header of 9223372036854775808 bytes in a file of 10"),
         (file_content(b"{}", length=3), "a header of 3 bytes in a file of 10"),
         (file_content(b"not json"), "damaged: not JSON"),

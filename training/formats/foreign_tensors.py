@@ -148,7 +148,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         size = file.stat().st_size
         with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            start = stream.read(8)
+            length = int.from_bytes(start, "little")
+            check(start != b"version ", "found a Git LFS pointer, expected a safetensors file (run git lfs pull)")
             check(size >= 8 and length <= size - 8, f"damaged: a header of {length} bytes in a file of {size}")
             check(length <= MAX_HEADER, f"found a header of {length} bytes, expected at most {MAX_HEADER}")
             header = _parse(stream.read(length), file)

@@ -7,6 +7,7 @@ date, and the user's matplotlibrc is not used.
 
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,9 @@ def figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
     from matplotlib.figure import Figure
 
     settings: dict[Any, Any] = {"svg.hashsalt": "mixwright", "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.style.context(["default", settings]):
+    with matplotlib.style.context(["default", settings]), warnings.catch_warnings():
+        # The font does not have the characters of every language, and very long names leave no room.
+        warnings.filterwarnings("ignore", "Glyph|constrained_layout", UserWarning)
         canvas = Figure(figsize=(width, height), layout="constrained")
         yield canvas
         canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})
