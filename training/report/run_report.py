@@ -19,7 +19,7 @@ from parallel.startup.launch import world_from_env
 from parallel.startup.threads import describe_threads
 from parallel.weight_specs import kind
 from training.agree import AgreedRun
-from training.config import Config
+from training.config import Config, OptimConfig
 from training.device import DTYPE_NAMES
 from training.report.heatmap import show_load
 from training.report.metrics import read_metrics
@@ -150,12 +150,24 @@ def finish_run(
         run.directory,
         None if checkpoint is None else Path(checkpoint),
         resume_command(run.config, run.name, len(summary.ranks), 2 * run.config.train.steps),
-        learning_rate(2 * run.config.train.steps - 1, run.config.train.steps, run.config.optim),
+        rate_of_resumption(run.config.optim, run.config.train.steps),
         open_command(run.config, run.directory),
         wall_s,
         tokens_per_s or 0.0,
     )
     return result
+
+
+def rate_of_resumption(optim: OptimConfig, done: int) -> str:
+    """Return what the learning rate does in a run that continues after step `done` with the same schedule.
+
+    Args:
+        optim: with the schedule that `resolve_schedule` returned.
+    """
+    end = (optim.schedule_start or 0) + (optim.schedule_steps or done)
+    if done < end:
+        return f"with the learning rate of the schedule, which ends at step {end}"
+    return f"with the constant learning rate {learning_rate(done, done, optim):.2e}"
 
 
 def show_interrupted(config: Config, directory: Path, checkpoint: Path | None, world_size: int) -> None:
