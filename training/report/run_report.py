@@ -1,6 +1,7 @@
 """What a run prints and writes when it starts and when it ends. Only rank 0 prints and writes."""
 
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -192,7 +193,7 @@ def resume_command(config: Config, name: str, world_size: int, steps: int) -> st
         if ("=" in argument or argument.startswith("~")) and argument.partition("=")[0].lstrip("+") not in replaced
     ]
     torchrun = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
-    launcher = [_tool("python")] if world_size == config.launch.nproc else torchrun
+    launcher = [_tool(Path(sys.executable).name)] if world_size == config.launch.nproc else torchrun
     command = [*launcher, _from_here(ROOT / "train.py"), *overrides]
     return shlex.join([*command, f"run.name={name}", f"train.steps={steps}"])
 
@@ -223,9 +224,10 @@ def _baselines(tokens: Store) -> dict[str, tuple[float, float]]:
 
 
 def _tool(name: str) -> str:
-    """The path of a program that is installed beside this Python, relative to the current directory if possible."""
-    path = _from_here(Path(sys.executable).parent / name)
-    return name if Path(path).is_absolute() else path
+    """The shortest command that a shell finds for a program installed beside this Python."""
+    path = Path(sys.executable).parent / name
+    on_path = shutil.which(name) == str(path)
+    return name if on_path and not path.is_relative_to(Path.cwd()) else _from_here(path)
 
 
 def _from_here(path: Path) -> str:
