@@ -1,6 +1,7 @@
 """What other programs call the keys of this project: Megatron-LM, torchtitan, DeepSpeed, Hugging Face and nanoGPT.
 
-An unknown key that is one of these words is answered with the key that means it (`common.strict.unknown_key`).
+An unknown key whose last part is one of these words is answered with the key that means it
+(`common.strict.unknown_key`). A word with a dot is compared with the whole key.
 """
 
 _WORDS = {
@@ -26,14 +27,16 @@ _WORDS = {
     "optim.beta1": "adam_beta1 betas beta",
     "optim.beta2": "adam_beta2",
     "optim.eps": "adam_epsilon epsilon adam_eps",
-    "optim.schedule": "lr_scheduler_type lr_scheduler lr_decay_style scheduler lr_schedule decay_type",
+    "optim.schedule": "scheduler.name scheduler.type lr_scheduler.name lr_scheduler.type "
+    "lr_scheduler_type lr_scheduler lr_decay_style scheduler lr_schedule decay_type",
     "optim.warmup_steps": "warmup warmup_ratio warmup_iters warmup_fraction num_warmup_steps lr_warmup_iters "
     "lr_warmup_steps lr_warmup_fraction",
     "optim.decay_steps": "lr_decay_iters lr_decay_steps lr_wsd_decay_iters decay_ratio",
     "optim.min_lr_ratio": "min_lr lr_min min_lr_factor final_lr",
     "optim.train": "trainable freeze frozen trainable_parameters unfrozen_parameters",
+    "optim.kind": "optimizer.name optimizer.type optim.name optim.type",
     "optim": "optimizer optimiser",
-    "parallel.tensor": "tp tp_size tensor_parallel tensor_parallel_size tensor_parallel_degree "
+    "parallel.tensor": "parallel.model tp tp_size tensor_parallel tensor_parallel_size tensor_parallel_degree "
     "tensor_model_parallel_size",
     "parallel.pipeline": "pp pp_size pipeline_parallel pipeline_parallel_size pipeline_parallel_degree "
     "pipeline_model_parallel_size",
@@ -41,7 +44,8 @@ _WORDS = {
     "expert_model_parallel_size",
     "parallel.context": "cp cp_size context_parallel context_parallel_size context_parallel_degree sp "
     "sequence_parallel sequence_parallel_size ulysses_sequence_parallel_size",
-    "parallel.replicate": "dp dp_size ddp data_parallel data_parallel_size data_parallel_replicate_degree dp_replicate",
+    "parallel.replicate": "parallel.data dp dp_size ddp data_parallel data_parallel_size "
+    "data_parallel_replicate_degree dp_replicate",
     "parallel.shard": "fsdp fully_shard data_parallel_shard_degree dp_shard sharding_strategy",
     "parallel.expert_tensor": "etp expert_tensor_parallel_size expert_tensor_parallel_degree",
     "parallel.schedule": "pp_schedule pipeline_schedule pipeline_parallel_schedule",
@@ -65,12 +69,13 @@ _WORDS = {
     "model.moe_every": "moe_layer_freq moe_layer_frequency decoder_sparse_step",
     "model.sliding_window": "window_size attention_window window",
     "model.rope_theta": "rotary_base rope_base",
-    "model.norm_eps": "rms_norm_eps layer_norm_eps layernorm_epsilon norm_epsilon",
+    "model.norm_eps": "model.eps rms_norm_eps layer_norm_eps layernorm_epsilon norm_epsilon",
     "model.tie_embeddings": "tie_word_embeddings tied_embeddings untie_embeddings_and_output_weights",
     "model.init_std": "initializer_range init_method_std",
     "model.expert_kernel": "grouped_gemm moe_grouped_gemm use_grouped_mm",
     "model.vocab_size": "padded_vocab_size make_vocab_size_divisible_by",
-    "router.balance_coef": "moe_aux_loss_coef router_aux_loss_coef aux_loss_coef aux_loss_alpha aux_loss_weight "
+    "router.balance_coef": "moe_aux_loss_coef moe_aux_loss_coeff "
+    "router_aux_loss_coef aux_loss_coef aux_loss_alpha aux_loss_weight "
     "aux_loss load_balancing_loss_coef load_balance_loss_weight balance_loss",
     "router.z_coef": "moe_z_loss_coef router_z_loss_coef z_loss_coef z_loss_weight z_loss",
     "router.capacity_factor": "moe_expert_capacity_factor expert_capacity_factor expert_capacity capacity",
@@ -80,23 +85,28 @@ _WORDS = {
     "router.normalize": "norm_topk_prob route_norm",
     "router.num_groups": "n_group moe_router_num_groups num_expert_groups",
     "router.topk_groups": "topk_group moe_router_group_topk num_limited_groups",
-    "router.kind": "router_type scoring_func score_func moe_router_score_function gate_type",
+    "router.kind": "router.name router.type router_type scoring_func score_func moe_router_score_function gate_type",
     "router.drop_policy": "moe_token_drop_policy token_drop_policy",
     "router.balance_scope": "moe_router_load_balancing_type",
     "data.paths": "data_path dataset_path dataset_dir data_dir train_data train_data_path train_file train_files files "
     "path",
     "data.hub_path": "dataset_name hf_dataset",
-    "data": "dataset",
+    "data.hub_name": "data.subset",
+    "data.hub_split": "data.split",
+    "data": "data.name data.type dataset",
+    "model": "model.name model.type model.flavor model.preset",
     "data.tokenizer": "tokenizer_model tokenizer_path tokenizer_name tokenizer_name_or_path",
     "data.cache": "cache_dir data_cache_path",
     "data.heldout_fraction": "val_fraction val_split validation_split valid_fraction eval_split test_size split",
     "data.max_documents": "max_samples max_train_samples num_samples limit",
     "data.text_key": "text_column dataset_text_field text_field json_keys",
     "data.cross_documents": "reset_attention_mask reset_position_ids packing",
-    "checkpoint.every": "save_every save_interval save_steps save_freq save_strategy checkpoint_interval "
+    "checkpoint.every": "checkpoint.interval checkpoint.steps "
+    "save_every save_interval save_steps save_freq save_strategy checkpoint_interval "
     "checkpoint_every ckpt_every ckpt_interval",
     "checkpoint.keep": "save_total_limit keep_last keep_last_n keep_latest_k",
-    "run.root": "output_dir out_dir save_dir checkpoint_dir ckpt_dir log_dir logdir work_dir outdir output save "
+    "run.root": "checkpoint.folder checkpoint.dir checkpoint.path "
+    "output_dir out_dir save_dir checkpoint_dir ckpt_dir log_dir logdir work_dir outdir output save "
     "dump_folder default_root_dir",
     "run.name": "run_name exp_name experiment_name job_name wandb_name",
     "run.seed": "random_seed data_seed",
@@ -105,12 +115,13 @@ _WORDS = {
     "pretrained_checkpoint model_name_or_path model_path base_model init_weights ckpt_path finetune",
     "run.deterministic": "determinism deterministic_mode",
     "run.prompt": "sample_prompt",
-    "tracking.wandb": "use_wandb wandb_mode report_to enable_wandb logger",
+    "tracking.wandb": "wandb.mode tracking.mode use_wandb wandb_mode report_to enable_wandb logger",
     "tracking.project": "wandb_project project_name",
     "tracking.entity": "wandb_entity wandb_team",
     "launch.nproc": "nproc_per_node num_processes nprocs world_size gpus n_gpus ngpus num_gpus devices workers",
     "launch.threads": "omp_num_threads num_threads",
     "launch.max_restarts": "restarts",
+    "engine.kind": "engine.name engine.type",
     "engine": "deepspeed backend",
     "engine.zero_stage": "zero zero_optimization stage",
     "engine.ds_config": "deepspeed_config",

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 from common.aliases import ALIASES
@@ -87,15 +87,23 @@ def unknown_key(key: str, value: Any, keys: Iterable[str]) -> ConfigError:
 def suggested_key(key: str, keys: Iterable[str]) -> str | None:
     """Return the one of `keys`, or the section, that the unknown `key` probably means; None if nothing is near.
 
-    A key whose last part is the same comes first, then a key that other programs call so (`common.aliases`), then the
-    most similar key.
+    The order is: a key that other programs call by the whole name (`common.aliases`), a key or section whose last part
+    is the same, a key that other programs call by the last part, the most similar key of the same section, the most
+    similar key.
     """
     keys = list(keys)
     word = key.rpartition(".")[2].lower().replace("-", "_")
-    same = [valid for valid in keys if valid.rpartition(".")[2] == word]
     sections = {valid.partition(".")[0] for valid in keys}
-    aliased = [valid for valid in ALIASES.get(word, ()) if valid in keys or valid in sections]
-    return nearest(key, same) or next(iter(aliased), None) or nearest(key, [*keys, *sections])
+    known = [*keys, *sections]
+    same = [valid for valid in known if valid.rpartition(".")[2] == word]
+    section = [valid for valid in keys if valid.startswith(f"{key.rpartition('.')[0]}.")]
+    return (
+        _alias(key, known) or nearest(key, same) or _alias(word, known) or nearest(key, section) or nearest(key, known)
+    )
+
+
+def _alias(word: str, known: Sequence[str]) -> str | None:
+    return next((valid for valid in ALIASES.get(word, ()) if valid in known), None)
 
 
 def leaf_keys(cls: type, path: str = "") -> Iterator[str]:

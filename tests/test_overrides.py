@@ -152,6 +152,27 @@ def test_the_command_that_resumes_a_run_has_what_was_typed(monkeypatch: pytest.M
     assert (resumed.data, resumed.run.root, resumed.train.steps) == (config.data, "007", 7)
 
 
+def test_the_resume_command_runs_this_python_whatever_the_shell_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_dict(Config, compose_config("config", []))
+    python = tmp_path / "env" / "bin" / "python3"
+    python.parent.mkdir(parents=True)
+    python.touch(mode=0o755)
+    monkeypatch.setattr(run_report.sys, "executable", str(python))
+    monkeypatch.setattr(run_report.sys, "argv", ["train.py"])
+
+    def program() -> str:
+        return run_report.resume_command(config, "a", 1, 2).split()[0]
+
+    monkeypatch.setenv("PATH", "/usr/bin")  # The environment is not activated.
+    assert program() == str(python)
+    monkeypatch.setenv("PATH", f"{python.parent}:/usr/bin")
+    assert program() == "python3"
+    monkeypatch.chdir(tmp_path)
+    assert program() == "env/bin/python3"
+
+
 def test_the_keys_of_a_plugin_take_text_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from common import plugins
     from moe.config import ROUTER_CONFIGS

@@ -226,7 +226,7 @@ def test_a_name_of_any_characters_passes_workers_a_sweep_and_the_command_that_re
     assert saved["run"]["name"] == name and saved["run"]["prompt"] == prompt
     [line] = [line for line in out.splitlines() if line.split()[:1] == ["resume"]]
     [program, *words] = shlex.split(line)[1:]
-    assert Path(program).name == "python"
+    assert Path(program).name == Path(sys.executable).name
     resumed = subprocess.run([sys.executable, *words], cwd=CONF.parent, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert len(numbers(tmp_path / name)) == 2

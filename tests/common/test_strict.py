@@ -112,6 +112,9 @@ def test_words_of_other_programs_are_known_and_nonsense_is_not() -> None:
         "grad_clip": "optim.max_grad_norm", "bf16": "train.precision", "output_dir": "run.root", "seed": "run.seed",
         "resume": "run.resume", "save_every": "checkpoint.every", "max_seq_len": "train.seq_len", "optimizer": "optim",
         "max_new_tokens": "max_tokens", "trian.steps": "train.steps", "modle": "model",
+        "model.name": "model", "train.model": "model", "optimizer.name": "optim.kind", "model.eps": "model.norm_eps",
+        "parallel.data": "parallel.replicate", "data.revision": "data.hub_revision", "wandb.mode": "tracking.wandb",
+        "checkpoint.interval": "checkpoint.every",
         "xyzzy": None, "train.ema": None,
     }  # fmt: skip
     assert {word: suggested_key(word, keys) for word in meant} == meant

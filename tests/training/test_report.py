@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from moe.config import FEED_FORWARDS, FeedForwardSpec, ModelConfig
+from training.config import OptimConfig
 from training.report.heatmap import relative_load, show_load
 from training.report.plots import plot_curves, plot_load, plot_overview
-from training.report.run_report import evaluation_row, show_finished
+from training.report.run_report import evaluation_row, rate_of_resumption, show_finished
 from training.report.sweep import sweep_table
 from training.report.tables import (
     RankSummary,
@@ -213,10 +214,25 @@ def test_load_of_many_experts_is_wrapped_then_grouped(capsys: Capture) -> None:
 def test_sample_and_end(capsys: Capture) -> None:
     show_sample("The ", "end\x1b[31m [red]\nof\x00 é", "generation is dropless")
     long = "runs/" + "x" * 300
-    show_end(Path("runs/a"), Path(long), "python train.py run.name=a", 1e-4, "ls runs/a", 321.0, 12_345.0)
+    show_end(Path("runs/a"), Path(long), "python train.py run.name=a", "as before", "ls runs/a", 321.0, 12_345.0)
     text = plain(capsys)
     assert "brackets)\ngeneration is dropless\n  [The ]end\\x1b[31m [red]\n  of\\x00 é\n" in text
     assert "Done in 5 min 21 s, 12.3 k tokens/s" in text and f"checkpoint  {long}\n" in text
+    assert "(as before; docs/runs.md" in text
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "text"),
+    [
+        (0, 10, "with the constant learning rate 1.00e-04"),
+        (0, 40, "with the learning rate of the schedule, which ends at step 40"),
+        (6, 8, "with the learning rate of the schedule, which ends at step 14"),
+        (4, 6, "with the constant learning rate 1.00e-04"),
+    ],
+)
+def test_a_resumed_run_is_told_its_learning_rate(start: int, length: int, text: str) -> None:
+    optim = OptimConfig(lr=1e-3, schedule_start=start, schedule_steps=length)
+    assert rate_of_resumption(optim, done=10) == text
 
 
 def test_text_that_stdout_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run prints and writes when it starts and when it ends. Only rank 0 prints and writes."""
 
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from parallel.startup.launch import world_from_env
 from parallel.startup.threads import describe_threads
 from parallel.weight_specs import kind
 from training.agree import AgreedRun
-from training.config import Config
+from training.config import Config, OptimConfig
 from training.device import DTYPE_NAMES
 from training.report.heatmap import show_load
 from training.report.metrics import read_metrics
@@ -150,12 +151,24 @@ def finish_run(
         run.directory,
         None if checkpoint is None else Path(checkpoint),
         resume_command(run.config, run.name, len(summary.ranks), 2 * run.config.train.steps),
-        learning_rate(2 * run.config.train.steps - 1, run.config.train.steps, run.config.optim),
+        rate_of_resumption(run.config.optim, run.config.train.steps),
         open_command(run.config, run.directory),
         wall_s,
         tokens_per_s or 0.0,
     )
     return result
+
+
+def rate_of_resumption(optim: OptimConfig, done: int) -> str:
+    """Return what the learning rate does in a run that continues after step `done` with the same schedule.
+
+    Args:
+        optim: with the schedule that `resolve_schedule` returned.
+    """
+    end = (optim.schedule_start or 0) + (optim.schedule_steps or done)
+    if done < end:
+        return f"with the learning rate of the schedule, which ends at step {end}"
+    return f"with the constant learning rate {learning_rate(done, done, optim):.2e}"
 
 
 def show_interrupted(config: Config, directory: Path, checkpoint: Path | None, world_size: int) -> None:
@@ -180,7 +193,7 @@ def resume_command(config: Config, name: str, world_size: int, steps: int) -> st
         if ("=" in argument or argument.startswith("~")) and argument.partition("=")[0].lstrip("+") not in replaced
     ]
     torchrun = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
-    launcher = [_tool("python")] if world_size == config.launch.nproc else torchrun
+    launcher = [_tool(Path(sys.executable).name)] if world_size == config.launch.nproc else torchrun
     command = [*launcher, _from_here(ROOT / "train.py"), *overrides]
     return shlex.join([*command, f"run.name={name}", f"train.steps={steps}"])
 
@@ -211,9 +224,10 @@ def _baselines(tokens: Store) -> dict[str, tuple[float, float]]:
 
 
 def _tool(name: str) -> str:
-    """The path of a program that is installed beside this Python, relative to the current directory if possible."""
-    path = _from_here(Path(sys.executable).parent / name)
-    return name if Path(path).is_absolute() else path
+    """The shortest command that a shell finds for a program installed beside this Python."""
+    path = Path(sys.executable).parent / name
+    on_path = shutil.which(name) == str(path)
+    return name if on_path and not path.is_relative_to(Path.cwd()) else _from_here(path)
 
 
 def _from_here(path: Path) -> str:

@@ -244,7 +244,7 @@ def show_end(
     directory: Path,
     checkpoint: Path | None,
     resume_command: str,
-    last_lr: float,
+    rate: str,
     open_command: str,
     wall_s: float,
     tokens_per_s: float,
@@ -255,7 +255,7 @@ def show_end(
         directory: the run's directory.
         checkpoint: the directory of the last checkpoint, if there is one.
         resume_command: the command line that continues the run.
-        last_lr: the learning rate at the end of the schedule, which the continued run keeps.
+        rate: the learning rate of the continued run, in words.
         open_command: the command line that shows the run's metrics.
         wall_s: the seconds that the run took.
         tokens_per_s: the training speed.
@@ -266,7 +266,7 @@ def show_end(
             "run": str(directory),
             "checkpoint": "none" if checkpoint is None else str(checkpoint),
             "resume": resume_command,
-            "": f"(with the constant learning rate {last_lr:.2e}; docs/runs.md has other ways)",
+            "": f"({rate}; docs/runs.md has other ways)",
             "results": open_command,
         },
     )
