@@ -179,7 +179,7 @@ def everything_on(rank, ranks):
     return attention_on(rank, ranks), module_on(rank, ranks), routers_on(rank, ranks)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def world(request):
     return run_ranks(everything_on, request.param)
 

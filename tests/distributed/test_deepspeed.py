@@ -33,6 +33,8 @@ from training.step import StepResult, evaluate, train_step
 
 pytest.importorskip("deepspeed")
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 TOLERANCE = 1e-5
 """Relative tolerance of losses and norms. They are fp32, and DeepSpeed clips to max / (norm + 1e-6)."""
@@ -263,14 +265,12 @@ def test_two_ranks_equal_one_process(expected, two):
             assert_same(job, result, expected[0][reference(job)])
 
 
-@pytest.mark.slow
 def test_two_ranks_equal_one_process_in_more_jobs(more_expected, directory):
     for results in run_ranks(run, 2, MORE, directory):
         for job, result in zip(MORE, results, strict=True):
             assert_same(job, result, more_expected[reference(job)])
 
 
-@pytest.mark.slow
 def test_four_ranks_equal_one_process(more_expected, directory):
     for results in run_ranks(run, 4, FOUR, directory):
         for job, result in zip(FOUR, results, strict=True):

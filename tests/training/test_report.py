@@ -241,6 +241,7 @@ def test_text_that_stdout_cannot_encode_is_escaped(monkeypatch: pytest.MonkeyPat
         assert printable("é\ud800a\n") == "\\xe9\\ud800a\n"
 
 
+@pytest.mark.slow
 def test_plots_are_reproducible(tmp_path: Path) -> None:
     loads = {
         "one": ([[5.0]], {}),
