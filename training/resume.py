@@ -10,12 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import CheckpointError, ConfigError, DataError, expect, require
 from common.plugins import missing_plugins
 from common.strict import from_dict, to_dict
-from common.text import printable, show_value, to_json
+from common.text import parse_yaml, printable, show_value, to_json
 from moe.config import ModelConfig, RouterConfig
 from parallel.layout import Layout
 from parallel.startup.preflight import flatten
@@ -153,14 +151,14 @@ def saved_values(state: Mapping[str, Any], directory: Path, checkpoint: str) -> 
 def _read_config(directory: Path) -> dict[str, Any]:
     """The valid `config.yaml` of a run, without keys that this version does not have; empty if there is none."""
     try:
-        values = yaml.safe_load((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = parse_yaml((directory / CONFIG_FILE).read_text(encoding="utf-8"))
         known = {
             section: {key: value for key, value in keys.items() if f"{section}.{key}" in RULE_OF}
             for section, keys in values.items()
             if section in RULES
         }
         return to_dict(from_dict(Config, known))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, AttributeError):
         return {}
 
 

@@ -177,6 +177,8 @@ def test_a_checkpoint_that_records_no_configuration_is_read_with_the_runs_config
     assert optim.schedule_steps == 40
     (line,) = schedule_lines(optim, 40, saved, 20)
     assert line.startswith("the checkpoint does not record the length of its schedule; 40 steps are assumed")
+    (tmp_path / "config.yaml").write_text("train: " + "[" * 20_000)
+    assert saved_values(state, tmp_path, "c/step-20") == saved
 
 
 def test_a_dense_model_has_no_keys_of_a_router() -> None:
