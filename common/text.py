@@ -132,8 +132,24 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     except ValueError as error:
-        # Python refuses integers of more than 4,300 digits, and advises to call one of its functions.
-        raise ValueError(str(error).partition("; use sys.")[0]) from error
+        raise ValueError(without_advice(error)) from error
+
+
+def without_advice(error: Exception) -> str:
+    """The message of an error of `json`, without the name of a Python function.
+
+    Python refuses integers of more than 4,300 digits, and advises to call one of its functions.
+    """
+    return str(error).partition("; use sys.")[0]
+
+
+def expect_characters(value: Any) -> None:
+    """Check that every string in a parsed JSON value consists of characters. JSON can have half of a surrogate pair.
+
+    Raises:
+        ValueError: a string has something else. The message is one line.
+    """
+    to_json(value, ensure_ascii=False).encode()
 
 
 def parse_json_object(text: str | bytes) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 
 from common.errors import DataError, require
-from common.text import first_line, printable
+from common.text import first_line, printable, without_advice
 from data.config import FileFormat
 
 PIECE_CHARS = 16_384
@@ -215,8 +215,7 @@ def _not_json(error: ValueError | RecursionError, first_line: int = 1) -> DataEr
     if isinstance(error, json.JSONDecodeError):
         reason = f"{error.msg}: line {first_line + error.lineno - 1} column {error.colno}"
     else:
-        # Python refuses integers of more than 4,300 digits, and advises to call one of its functions.
-        reason = str(error).partition("; use sys.")[0]
+        reason = without_advice(error)
     return DataError(f"expected a JSON object, found text that is not JSON ({reason})")
 
 

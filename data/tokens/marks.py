@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from common.errors import DataError, require
-from common.text import one_line, parse_json_object, shorten, to_json
+from common.text import expect_characters, one_line, parse_json_object, shorten
 
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
@@ -106,7 +106,7 @@ class _Files:
         content = self.read(name)
         try:
             parsed = {} if not content else parse_json_object(content)
-            to_json(parsed, ensure_ascii=False).encode()  # JSON can have half of a surrogate pair, which is no text.
+            expect_characters(parsed)
             return parsed
         except ValueError as error:
             raise DataError(f"{self.shown}: {name}: damaged: {error}") from error
