@@ -12,18 +12,18 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moe.region import LocalShard, Region
 from parallel.mesh import Mesh
-from parallel.weight_specs import WeightSpec, kind, part_of, tensor_dim
+from parallel.weight_specs import WeightSpec, kind, part_of, parts_by_dim, tensor_dim
 
 
 def part_by_dim(name: str, mesh: Mesh) -> dict[int, tuple[int, int]]:
     """Return dim -> (number of parts, index of this rank's part) for a parameter, without FSDP."""
-    dim = tensor_dim(name)
-    if dim is None:
-        return {}
-    if kind(name) == "experts":
-        return {dim: (group.size(), group.rank()) for dim, group in ((0, mesh.expert), (dim, mesh.expert_tensor))}
-    copies = mesh.layout.kv_copies if kind(name) == "kv_heads" else 1
-    return {dim: (mesh.tensor.size() // copies, mesh.tensor.rank() // copies)}
+    of, sharded = kind(name), tensor_dim(name)
+    groups = {sharded: mesh.expert_tensor, 0: mesh.expert} if of == "experts" else {sharded: mesh.tensor}
+    # Neighbouring ranks of a group store the same part if there are fewer parts than ranks.
+    return {
+        dim: (parts, groups[dim].rank() * parts // groups[dim].size())
+        for dim, parts in parts_by_dim(of, sharded, mesh.layout).items()
+    }
 
 
 def local_slice(name: str, tensor: Tensor, mesh: Mesh) -> Tensor:

@@ -98,6 +98,20 @@ def part_of(size: int, parts: int, index: int) -> tuple[int, int]:
     return offset, min(length, size - offset)
 
 
+def parts_by_dim(of: Kind, dim: int | None, layout: Layout) -> dict[int, int]:
+    """Return dim -> number of different parts that expert and tensor parallelism divide a parameter into.
+
+    Args:
+        of: the parameter's kind.
+        dim: the result of `tensor_dim` for its name.
+    """
+    if dim is None:
+        return {}
+    if of == "experts":
+        return {0: layout.expert, dim: layout.expert_tensor}
+    return {dim: layout.tensor // (layout.kv_copies if of == "kv_heads" else 1)}
+
+
 def shard_dim(shape: Sequence[int], parts: int) -> int:
     """Return the dim along which FSDP shards a parameter, after tensor and expert parallelism.
 
@@ -129,22 +143,14 @@ class WeightSpec:
         """Elements of the whole parameter."""
         return math.prod(self.shape)
 
-    def parts_by_dim(self, layout: Layout) -> dict[int, int]:
-        """Return dim -> number of different parts that expert and tensor parallelism divide it into."""
-        if self.tensor_dim is None:
-            return {}
-        if self.kind == "experts":
-            return {0: layout.expert, self.tensor_dim: layout.expert_tensor}
-        return {self.tensor_dim: layout.tensor // (layout.kv_copies if self.kind == "kv_heads" else 1)}
-
     def local_shape(self, layout: Layout) -> tuple[int, ...]:
         """Return the largest shape on a rank after tensor and expert parallelism, before FSDP."""
-        parts = self.parts_by_dim(layout)
+        parts = parts_by_dim(self.kind, self.tensor_dim, layout)
         return tuple(part_of(size, parts.get(dim, 1), 0)[1] for dim, size in enumerate(self.shape))
 
     def mean_elements(self, layout: Layout) -> float:
         """Return the mean number of elements on a rank after tensor and expert parallelism, before FSDP."""
-        return self.numel / math.prod(self.parts_by_dim(layout).values())
+        return self.numel / math.prod(parts_by_dim(self.kind, self.tensor_dim, layout).values())
 
     def largest_shard(self, layout: Layout, ranks: int) -> int:
         """Return the elements on the rank that stores most of them. FSDP's last shards can be smaller.
