@@ -112,8 +112,8 @@ def export_model(
         else mistral.write_params(reader.model, reader.router)
     )
     tokenizer = open_tokenizer(reader)
-    if reader.tokenizer is not None and form == "mistral":
-        _check_mistral_can_store(reader.tokenizer)
+    if reader.tokenizer is not None and tokenizer is not None and form == "mistral":
+        _check_mistral_can_store(reader.tokenizer, tokenizer)
     elif reader.tokenizer is not None and not reader.tokenizer.has_json:
         _import_llama_tokenizer()  # A missing package is reported before hours of writing.
 
@@ -206,13 +206,13 @@ def _write_tokenizer(directory: Path, files: TokenizerFiles, tokenizer: TextToke
         write_atomically(directory / TEMPLATE, effective_template(tokenizer))
 
 
-def _check_mistral_can_store(files: TokenizerFiles) -> None:
+def _check_mistral_can_store(files: TokenizerFiles, tokenizer: TextTokenizer) -> None:
     """Check that Mistral's format has a file for the tokenizer: a sentencepiece model, or Mistral's own `tekken.json`.
 
     Raises:
         ModelError: it has none, because the tokenizer is a `tokenizer.json`, or has more tokens there.
     """
-    added = files.open().vocab_size - Tokenizer(files.directory / files.models[0]).vocab_size if files.models else 0
+    added = tokenizer.vocab_size - Tokenizer(files.directory / files.models[0]).vocab_size if files.models else 0
     require(
         not added and (files.models or TEKKEN in files.others),
         ModelError,

@@ -99,21 +99,24 @@ class Trackers(Tracker):
 
     Args:
         warn: receives one line for each tracker that fails, when it fails.
-        rows: the rows of `metrics.jsonl` up to the checkpoint that the run continues from.
     """
 
-    def __init__(self, warn: Callable[[str], None], rows: Sequence[Row] = ()) -> None:
-        self._warn, self._rows = warn, rows
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
         self.running: dict[str, Tracker] = {}
         """The trackers that have not failed, by their names in warnings."""
         self._seen: dict[str, Collection[int]] = {}
 
-    def start(self, name: str, factory: Callable[[], Tracker]) -> None:
-        """Add the tracker that `factory` returns, and send it the rows that it lacks. Warn if it raises."""
+    def start(self, name: str, factory: Callable[[], Tracker], rows: Sequence[Row] = ()) -> None:
+        """Add the tracker that `factory` returns, and send it the rows that it lacks. Warn if it raises.
+
+        Args:
+            rows: the rows of `metrics.jsonl` up to the checkpoint that the run continues from.
+        """
         try:
             tracker = factory()
             seen = tracker.seen()
-            missing = [] if seen is None else [row for row in self._rows if row["step"] not in seen]
+            missing = [] if seen is None else [row for row in rows if row["step"] not in seen]
             for row in missing:
                 tracker.log({key: value for key, value in row.items() if key != "step"}, int(row["step"]))  # type: ignore[arg-type]
             self.running[name], self._seen[name] = tracker, seen or ()
@@ -275,11 +278,11 @@ def start_tracking(
         One tracker that forwards to all of them, and that never raises.
     """
     run = TrackedRun(name, directory, resolved_config, resumed_step)
-    trackers = Trackers(warn, rows)
+    trackers = Trackers(warn)
     if config.wandb != "disabled":
-        trackers.start("W&B", lambda: _start_wandb(config, run, warn))
+        trackers.start("W&B", lambda: _start_wandb(config, run, warn), rows)
     for registered in dict.fromkeys(config.trackers):
-        trackers.start(f"tracker {registered}", partial(TRACKERS[registered], run))
+        trackers.start(f"tracker {registered}", partial(TRACKERS[registered], run), rows)
     return trackers
 
 
