@@ -15,7 +15,7 @@ from tests.test_train import TINY
 
 
 def start(*arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
-    """Start Python in a process group of its own, as a shell does."""
+    """Start Python in a new session, so that a signal can be sent to its process group, as a terminal does."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The format of a file: its name in any case, its content, `data.format`; folders; what is skipped and what is told."""
+"""The choice of a file's format by its name, its content or `data.format`; folders; faults that are skipped."""
 
 import hashlib
 import json
