@@ -21,6 +21,14 @@ def test_a_conversation_as_text() -> None:
     assert conversation_text(read_messages(turns("Hi"), last="user")) == "[INST] Hi [/INST]"
 
 
+def test_the_text_is_that_of_the_built_in_template_without_special_tokens(store: Store) -> None:
+    for system in (None, "Be brief."):
+        for contents, last in ((("Hi",), "user"), (("Hi", "Hello.", "2 + 2?", "4"), "assistant")):
+            messages = read_messages(turns(*contents, system=system), last=last)
+            ids, _ = encode_conversation(messages, store.tokenizer)
+            assert store.tokenizer.decode(ids) == conversation_text(messages)
+
+
 def test_ids_have_marks_and_a_prompt_begins_every_answer_to_it(store: Store) -> None:
     tokenizer = store.tokenizer
     ids, is_label = encode_conversation(read_messages(turns("Hi", "Hello </s> you", "2?", "4")), tokenizer)
