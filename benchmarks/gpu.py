@@ -1,0 +1,128 @@
+"""Everything that one GPU can prove and measure, in stages: correctness, speed of a layer and of a step, memory, a run.
+
+    python benchmarks/gpu.py                                 # all stages, at most 8 minutes on one H100
+    python benchmarks/gpu.py stages=layer,step minutes=4 out=/tmp/gpu
+    python benchmarks/gpu.py device=cpu size=tiny            # checks the script itself, without a GPU
+
+Every stage is a file in `benchmarks/gpu_stages/` and runs in its own process with its own share of the time. Each row
+of its result is written to `<out>/<stage>.json` when it is measured, so that a run that is cut off keeps what it has.
+The table of a stage is printed when the stage ends. The exit status is 1 if a check failed or a stage did not finish.
+
+Nothing is downloaded. The stage `train` needs the packages of `train.py`. `benchmarks/gpu_wheels.sh` collects those
+that a machine without a network lacks.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SHARES = {"tests": 0.2, "layer": 0.2, "step": 0.2, "train": 0.2, "memory": 0.08, "parity": 0.06, "calibrate": 0.06}
+"""Stage -> its share of the time, in the order in which stages run. Time that a stage leaves goes to the next ones."""
+DEFAULTS = {"stages": ",".join(SHARES), "minutes": "8", "out": "runs/gpu", "device": "cuda", "size": "full"}
+CHOICES = {"device": ("cuda", "cpu"), "size": ("full", "tiny")}
+GRACE_S = 5.0
+"""Seconds between the signals that ask a stage to end and that end it."""
+
+
+def main() -> int:
+    options = read_options(sys.argv[1:])
+    if isinstance(options, str):
+        print(f"error: {options}", file=sys.stderr)
+        return 2
+    out = Path(options["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    stages = options["stages"].split(",")
+    deadline = time.monotonic() + float(options["minutes"]) * 60
+    failed = []
+    for number, stage in enumerate(stages):
+        left = deadline - time.monotonic()
+        budget = left * SHARES[stage] / sum(SHARES[later] for later in stages[number:])
+        print(f"== {stage}: at most {budget:.0f} s", flush=True)
+        start = time.monotonic()
+        status = run_stage(stage, budget, options)
+        print_table(out / f"{stage}.json")
+        print(f"== {stage}: {time.monotonic() - start:.0f} s, {status}", flush=True)
+        if status != "passed":
+            failed.append(stage)
+    print(f"failed or unfinished: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
+
+
+def read_options(arguments: list[str]) -> dict[str, str] | str:
+    """Return the options `key=value` with their defaults, or a line that says what is wrong with them."""
+    options = dict(DEFAULTS)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key not in options or not equals:
+            return f"{argument}: expected key=value with one of the keys {', '.join(options)}"
+        options[key] = value
+    unknown = [stage for stage in options["stages"].split(",") if stage not in SHARES]
+    if unknown:
+        return f"stages={options['stages']}: expected some of {', '.join(SHARES)}, found {', '.join(unknown)}"
+    for key, allowed in CHOICES.items():
+        if options[key] not in allowed:
+            return f"{key}={options[key]}: expected {' or '.join(allowed)}"
+    try:
+        minutes = float(options["minutes"])
+    except ValueError:
+        minutes = 0
+    if not 0 < minutes < 1e4:
+        return f"minutes={options['minutes']}: expected a number > 0"
+    return options
+
+
+def run_stage(stage: str, budget: float, options: dict[str, str]) -> str:
+    """Run a stage in a process of its own. Return `passed`, `failed`, or `cut off` if it outran its budget."""
+    result = Path(options["out"]) / f"{stage}.json"
+    result.unlink(missing_ok=True)
+    # The stage ends itself before it is killed, so that it can leave out what no longer fits.
+    own = json.dumps(
+        {"out": str(result), "seconds": budget - 2 * GRACE_S, "device": options["device"], "size": options["size"]}
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "gpu_stages" / f"{stage}.py"), own], env=environment, start_new_session=True
+    )
+    try:
+        code = process.wait(timeout=budget)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return "cut off"
+    return "passed" if code == 0 else "failed"
+
+
+def print_table(path: Path) -> None:
+    """Print the rows of a stage's result, one table for each set of columns."""
+    if not path.exists():
+        return
+    result = json.loads(path.read_text(encoding="utf-8"))
+    print(json.dumps(result["about"]))
+    tables: dict[tuple[str, ...], list[dict[str, object]]] = {}
+    for row in result["rows"]:
+        tables.setdefault(tuple(row), []).append(row)
+    for columns, rows in tables.items():
+        cells = [list(columns), *([shown(row[name]) for name in columns] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for line in cells:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def shown(value: object) -> str:
+    """Return a cell of a table: numbers with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
