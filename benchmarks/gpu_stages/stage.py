@@ -5,19 +5,27 @@ A stage is a script. It ends with `raise SystemExit(run_stage(main))`, where `ma
 
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from parallel.mesh import Mesh
+
+TRACE_LINES = 6
+"""Calls of a traceback that are printed, the innermost ones. The result of a remote run holds few lines."""
 
 
 @dataclass
@@ -58,17 +66,77 @@ class Stage:
         try:
             return action()
         except Exception as error:
-            traceback.print_exc()
-            message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-            self.check(name, False, message)
+            traceback.print_exc(limit=-TRACE_LINES)
+            self.check(name, False, first_line(error))
         free_memory()
         return None
+
+    def run_checks(self, checks: Sequence[tuple[str, Callable[[], Any]]], reserve_s: float = 5.0) -> None:
+        """Run named checks in order of importance, each with `attempt`, while at least `reserve_s` seconds are left."""
+        for number, (name, action) in enumerate(checks):
+            if self.remaining_s < reserve_s:
+                self.row(check="left out", result="no time", detail=", ".join(later for later, _ in checks[number:]))
+                return
+            start, before = time.monotonic(), len(self.rows)
+            self.attempt(name, action)
+            synchronize(self.device)
+            for row in self.rows[before : before + 1]:
+                row["seconds"] = f"{time.monotonic() - start:.1f}"
+            for row in self.rows[before + 1 :]:
+                row["seconds"] = ""
+            self.write()
 
     def write(self) -> None:
         """Write the result, whole or not at all."""
         temporary = self.out.with_suffix(".part")
         temporary.write_text(json.dumps({"about": self.about, "rows": self.rows}, indent=1), encoding="utf-8")
         os.replace(temporary, self.out)
+
+
+class Comparison:
+    """One check of many cases. Each compares tensors with a reference, and the check passes if all are within bounds.
+
+    A case that raises fails alone. The result is one row: the case that is closest to its bound, or those that fail.
+    """
+
+    def __init__(self, stage: Stage, name: str) -> None:
+        self.stage, self.name = stage, name
+        self.cases, self.failures, self.worst = 0, [], (-1.0, "no case")
+
+    def case(self, name: str, bound: float, pairs: Callable[[], Iterable[tuple[str, Any, Any]]]) -> None:
+        """Compare what `pairs` yields: (name, what was found, what is expected). These are tensors or numbers."""
+        self.cases += 1
+        try:
+            errors = [(self._error(found, expected), part) for part, found, expected in pairs()]
+        except Exception as error:
+            if not self.failures:
+                traceback.print_exc(limit=-TRACE_LINES)
+            self.failures.append(f"{name}: {first_line(error)}")
+            free_memory()
+            return
+        error, part = max(errors, key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0])
+        shown = f"{name} {part} {error:.1e}"
+        if not error <= bound:
+            self.failures.append(f"{shown} > {bound:g}")
+        self.worst = max(self.worst, (error / bound if bound else 0.0, f"{shown}/{bound:g}"))
+
+    @staticmethod
+    def _error(found: Any, expected: Any) -> float:
+        found, expected = torch.as_tensor(found), torch.as_tensor(expected)
+        if found.shape != expected.shape:
+            return math.inf
+        if not expected.is_floating_point():
+            return float((found.cpu() != expected.cpu()).sum())  # the number of different elements
+        size = math.sqrt(expected.numel())
+        if expected.detach().double().norm() < 1e-9 * size:  # a gradient that is 0 has no scale of its own
+            return (found.detach().double().norm() / size).item() if size else 0.0
+        return relative_error(found, expected)
+
+    def finish(self) -> None:
+        """Add the row."""
+        passed = self.cases - len(self.failures)
+        detail = "; ".join(self.failures[:8]) if self.failures else self.worst[1]
+        self.stage.check(self.name, not self.failures, f"{passed}/{self.cases}: {detail}"[:700])
 
 
 def run_stage(main: Callable[[Stage], None]) -> int:
@@ -87,6 +155,29 @@ def run_stage(main: Callable[[Stage], None]) -> int:
     stage.attempt("stage", lambda: main(stage))
     stage.write()
     return 1 if stage.failures else 0
+
+
+def first_line(error: BaseException) -> str:
+    """Return the type and the start of the message of an error."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]
+
+
+@contextmanager
+def one_process(device: torch.device) -> "Iterator[Mesh]":
+    """Start the process group of one rank, and end it. Yields its mesh."""
+    import torch.distributed as dist
+
+    from parallel.mesh import close_process_group, init_process_group, mesh_of_one
+
+    # The machine may have no network, and no name that can be resolved.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    init_process_group(dist.HashStore(), 0, 1, device, 300.0)
+    try:
+        yield mesh_of_one(device)
+    finally:
+        close_process_group()
 
 
 def synchronize(device: torch.device) -> None:

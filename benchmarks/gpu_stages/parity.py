@@ -1,0 +1,102 @@
+"""Stage `parity`: training of every parity model on the device against the same model in fp64 on the CPU.
+
+A row has the largest relative differences of losses and gradient norms over all steps, and of the gradients of the
+first step. The models are those of `training/parity/config.py`, with heads of 16 channels, because fused attention has
+no narrower ones.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch._dynamo
+
+from benchmarks.gpu_stages.stage import Stage, first_line, free_memory, one_process, run_stage
+from moe.recompute import Recompute
+from parallel.config import ParallelConfig
+from parallel.mesh import Mesh
+from training.parity.config import CASES, Case, configuration, rows_for
+from training.parity.driver import compare
+from training.parity.trial import Result, run_case
+
+STEPS = 3
+BOUNDS = {"fp64": (1e-9, 1e-9), "fp32": (1e-5, 2e-4), "bf16": (3e-2, 0.0)}
+"""Precision -> largest differences of figures and of gradients. In bf16, rounding changes which experts some tokens
+take, so that the bound of gradients is three times what bf16 on the CPU changes, plus 0.02."""
+
+
+class Variant(NamedTuple):
+    """One combination of a model, a precision and a way to compute."""
+
+    model: str
+    precision: str
+    recompute: Recompute = "none"
+
+
+def main(stage: Stage) -> None:
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond the limit, kernels run unfused in silence
+    with one_process(stage.device) as mesh:
+        on_cpu = replace(mesh, device=torch.device("cpu"))
+        references: dict[Variant, Result] = {}
+
+        def reference(variant: Variant) -> Result:
+            if variant not in references:
+                references[variant] = train(variant, on_cpu)
+            return references[variant]
+
+        longest = 2.0
+        for variant in variants():
+            start = time.monotonic()
+            if stage.remaining_s < 1.5 * longest:
+                stage.row(check="left out", result="no time", detail=f"from {' '.join(variant)} on")
+                return
+            bounds = BOUNDS[variant.precision]
+            try:
+                exact = reference(variant._replace(recompute="none", precision="fp64"))
+                if variant.precision == "bf16":
+                    rounded = reference(variant._replace(recompute="none"))
+                    bounds = bounds[0], 3 * compare(rounded, exact).gradients + 2e-2
+                found = compare(train(variant, mesh), exact)
+            except Exception as error:
+                stage.check(" ".join(variant), False, first_line(error))
+                free_memory()
+                continue
+            longest = max(longest, time.monotonic() - start)
+            figures = max(found.figures, found.grad_norm)
+            counts = found.same_counts or variant.precision == "bf16"
+            passed = figures <= bounds[0] and found.gradients <= bounds[1] and counts
+            stage.failures += not passed
+            stage.row(
+                model=variant.model,
+                precision=variant.precision,
+                recompute=variant.recompute,
+                figures=f"{figures:.0e}/{bounds[0]:.0e}",
+                gradients=f"{found.gradients:.0e}/{bounds[1]:.0e}",
+                counts="equal" if found.same_counts else "differ",
+                result="passed" if passed else "FAILED",
+            )
+
+
+def variants() -> Iterator[Variant]:
+    """Yield the combinations, the most telling ones first."""
+    for precision in ("fp64", "bf16", "fp32"):
+        yield from (Variant(model, precision) for model in CASES)
+    for recompute in ("full", "selective"):
+        yield from (Variant(model, "fp64", recompute) for model in CASES)
+        yield from (Variant(model, "bf16", recompute) for model in ("mixtral", "capacity", "deepseek"))
+
+
+def train(variant: Variant, mesh: Mesh) -> Result:
+    """Train the model of `variant` for a few steps."""
+    case: Case = CASES[variant.model]
+    case = replace(case, model=replace(case.model, head_dim=16))
+    parallel = ParallelConfig(expert=1, recompute=variant.recompute)
+    precision = variant.precision
+    config = configuration(case, parallel, rows=rows_for(1), steps=STEPS, precision=precision)  # type: ignore[arg-type]
+    return run_case(case, config, mesh)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage(main))

@@ -1,0 +1,703 @@
+"""Stage `tests`: kernels, models and optimizer steps on the device against the same in fp64 on the CPU.
+
+The error of a tensor is the norm of its difference from the reference, relative to the norm of the reference. Inputs
+are rounded to the dtype under test before the reference sees them.
+"""
+
+import itertools
+import math
+import os
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the checks with run.deterministic
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu_stages.stage import Comparison, Stage, one_process, run_stage
+from data.batch import IGNORE, Batch
+from moe.attention.attention import AttentionCore
+from moe.config import ModelConfig, RouterConfig
+from moe.dispatch import LocalDispatcher
+from moe.experts import KERNELS, Experts
+from moe.feedforward import FeedForward
+from moe.generation.generate import generate
+from moe.generation.sampling import Sampling
+from moe.init import init_parameters
+from moe.linear import Linear, RMSNorm
+from moe.losses import auxiliary_losses, token_nats
+from moe.model import ModelInputs, Transformer
+from moe.noise import noise_keys
+from moe.router import Routing
+from moe.routers import build_router
+from moe.token_context import TokenContext, apply_rotary, rotary_table
+from parallel.mesh import Mesh
+from training.build import build_engine, build_parts
+from training.checkpoint.checkpoint import load, save
+from training.config import OptimConfig
+from training.device import compute_dtype, make_deterministic
+from training.engine import NativeEngine
+from training.parity.config import ONE_PROCESS, Case, configuration
+from training.step import evaluate, train_step
+
+CPU = torch.device("cpu")
+NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+BOUND = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2}
+"""Largest error of one kernel and of its gradients."""
+
+SMALL = ModelConfig(
+    dim=128, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=64, hidden_dim=256, num_experts=8, top_k=2,
+    vocab_size=320, init_std=0.08,
+)  # fmt: skip
+CASES = {
+    "mixtral": Case(SMALL, RouterConfig(balance_coef=0.05, z_coef=0.01)),
+    "deepseek": Case(
+        replace(SMALL, top_k=3, expert_hidden_dim=72, num_shared_experts=2, first_k_dense=1, num_heads=2),
+        RouterConfig(kind="sigmoid_topk", scale=2.5, num_groups=4, topk_groups=2, bias_update_rate=0.01,
+                     balance_scope="sequence"),
+    ),
+    "switch": Case(
+        replace(SMALL, top_k=1, ffn="geglu", expert_ffn="gelu", tie_embeddings=True, moe_every=2, num_layers=2),
+        RouterConfig(jitter=0.1, capacity_factor=1.25, layer_reduction="sum"),
+    ),
+    "unaligned": Case(
+        replace(SMALL, expert_hidden_dim=52, vocab_size=323, expert_ffn="gelu"),
+        RouterConfig(capacity_factor=0.75, drop_policy="prob", allow_noncausal=True),
+    ),
+    "all experts": Case(replace(SMALL, num_experts=4, top_k=4), RouterConfig()),
+    "expert choice": Case(SMALL, RouterConfig(kind="expert_choice", allow_noncausal=True, balance_coef=0.0)),
+    "window": Case(replace(SMALL, sliding_window=(24, None, 24)), RouterConfig()),
+}  # fmt: skip
+
+
+def main(stage: Stage) -> None:
+    device = stage.device
+    if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"):
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond the limit, kernels run unfused in silence
+    low = (torch.bfloat16, torch.float32)
+    with one_process(device) as mesh:
+        checks: list[tuple[str, Callable[[], Any]]] = [
+            ("experts", partial(check_experts, stage, low)),
+            ("dispatch", partial(check_dispatch, stage, low)),
+            ("losses", partial(check_losses, stage, low)),
+            ("routers", partial(check_routers, stage)),
+            ("norm, linear, rotary", partial(check_small_modules, stage, low)),
+            ("attention, one document", partial(check_attention, stage, low, (False,), (None,))),
+            ("model fp32", partial(check_model, stage, torch.float32, ("mixtral", "deepseek", "switch", "unaligned"))),
+            ("model bf16", partial(check_model, stage, torch.bfloat16, ("all experts", "mixtral", "deepseek"))),
+            ("host syncs", partial(check_syncs, stage, mesh)),
+            ("steps", partial(check_steps, stage, mesh)),
+            ("same bits", partial(check_determinism, stage, mesh)),
+            ("resume", partial(check_resume, stage, mesh)),
+            ("optimizer", partial(check_optimizer, stage, mesh)),
+            ("attention bf16", partial(check_attention, stage, low[:1], (True, False), (None, 100))),
+            ("generation", partial(check_generation, stage)),
+            ("evaluation", partial(check_evaluation, stage, mesh)),
+            ("experts without rows", partial(check_no_rows, stage, low)),
+            ("model expert choice", partial(check_model, stage, torch.float32, ("expert choice",))),
+            ("model window bf16", partial(check_model, stage, torch.bfloat16, ("window",))),
+            ("attention fp64", partial(check_attention, stage, (torch.float64,), (True, False), (None, 100))),
+            ("attention fp32", partial(check_attention, stage, low[1:], (True, False), (None, 100))),
+            ("model window fp32", partial(check_model, stage, torch.float32, ("window",))),
+            ("run.deterministic", partial(check_deterministic_mode, stage, mesh)),
+        ]  # fmt: skip
+        stage.run_checks(checks)
+
+
+# Kernels
+
+
+def random_tensors(seed: int, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Return normal random tensors on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def compared(function: Callable[..., Any], inputs: Sequence[Tensor], device: torch.device, names: str) -> Iterator[Any]:
+    """Yield the outputs and gradients of `function` on the device beside those in fp64 on the CPU."""
+    dtype = next(x.dtype for x in inputs if x.is_floating_point())
+    leaves = [x.to(device).detach() for x in inputs]
+    wanted = [x.requires_grad_() for x in leaves if x.is_floating_point()]
+    wide = [x.to(CPU, torch.float64 if x.is_floating_point() else None).detach() for x in inputs]
+    wide_wanted = [x.requires_grad_() for x in wide if x.is_floating_point()]
+    output, expected = function(*leaves), function(*wide)
+    (grad,) = random_tensors(7, dtype, tuple(expected.shape))
+    found = [output, *torch.autograd.grad(output, wanted, grad.to(output))]
+    reference = [expected, *torch.autograd.grad(expected, wide_wanted, grad.double())]
+    yield from zip(("output", *names.split()), found, reference, strict=True)
+
+
+def check_experts(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
+    comparison = Comparison(stage, "experts: kernels x rows x widths")
+    rows = {
+        "uneven": (37, 0, 128, 1, 0, 200, 64, 0),
+        "one row": (0, 0, 0, 1, 0, 0, 0, 0),
+        "one expert": (0, 0, 0, 0, 0, 0, 0, 300),
+        "even": (32,) * 8,
+    }
+    for dtype, kernel, kind, width in itertools.product(dtypes, KERNELS, ("swiglu", "relu"), (160, 52)):
+        if kernel == "grouped" and width % 8:
+            continue
+        for label, counts in rows.items():
+            name = f"{NAMES[dtype]} {kernel} {kind} {width} {label}"
+            comparison.case(name, BOUND[dtype], partial(_experts, stage.device, dtype, kernel, kind, width, counts))
+    comparison.finish()
+
+
+def check_no_rows(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
+    comparison = Comparison(stage, "experts without any row")
+    for dtype, kernel in itertools.product(dtypes, KERNELS):
+        pairs = partial(_experts, stage.device, dtype, kernel, "swiglu", 160, (0,) * 8)
+        comparison.case(f"{NAMES[dtype]} {kernel}", BOUND[dtype], pairs)
+    comparison.finish()
+
+
+def _experts(
+    device: torch.device, dtype: torch.dtype, kernel: str, kind: str, width: int, counts: Sequence[int]
+) -> Iterator[Any]:
+    experts = Experts(len(counts), 128, width, kind, kernel)
+    reference = Experts(len(counts), 128, width, kind, "loop").double()
+    shapes = [tuple(weight.shape) for weight in experts.parameters()]
+    x, *weights = random_tensors(1, dtype, (sum(counts), 128), *shapes)
+    for module in (experts, reference):
+        for parameter, weight in zip(module.parameters(), weights, strict=True):
+            parameter.data = (weight.to(parameter.dtype) * 128**-0.5).to(dtype).to(parameter.dtype)
+    experts.to(device)
+    wide = x.double().requires_grad_()
+    x = x.to(device).requires_grad_()
+    output = experts(x, torch.tensor(counts, device=device))
+    expected = reference(wide, torch.tensor(counts))
+    (grad,) = random_tensors(2, dtype, tuple(expected.shape))
+    found = torch.autograd.grad(output, [x, *experts.parameters()], grad.to(output))
+    wanted = torch.autograd.grad(expected, [wide, *reference.parameters()], grad.double())
+    names = ("rows", *(name for name, _ in reference.named_parameters()))
+    yield "output", output, expected
+    yield from zip(names, found, wanted, strict=True)
+
+
+def check_dispatch(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
+    comparison = Comparison(stage, "dispatch, combine: k x width x drops x static")
+    for dtype, (tokens, top_k), dim, dropped, static in itertools.product(
+        dtypes, ((257, 2), (1, 1), (40, 8), (130, 7)), (128, 13), (False, True), (False, True)
+    ):
+        name = f"{NAMES[dtype]} T={tokens} k={top_k} D={dim}{' drops' * dropped}{' static' * static}"
+        pairs = partial(_dispatch, stage.device, dtype, tokens, top_k, dim, dropped, static)
+        comparison.case(name, BOUND[dtype], pairs)
+    comparison.finish()
+
+
+def _dispatch(
+    device: torch.device, dtype: torch.dtype, tokens: int, top_k: int, dim: int, dropped: bool, static: bool
+) -> Iterator[Any]:
+    """The output is a sum over k of weight times factor of the expert times token, which needs no dispatch."""
+    generator = torch.Generator().manual_seed(tokens)
+    experts_TK = torch.rand(tokens, 8, generator=generator).argsort(dim=1)[:, :top_k]
+    weights_TK = torch.rand(tokens, top_k, generator=generator)
+    if dropped:
+        gone = torch.rand(tokens, top_k, generator=generator) < 0.3
+        experts_TK, weights_TK = experts_TK.masked_fill(gone, 8), weights_TK.masked_fill(gone, 0.0)
+    x_TD, factor_E1, grad_TD = random_tensors(3, dtype, (tokens, dim), (8, 1), (tokens, dim))
+    capacity = int(experts_TK.flatten().bincount(minlength=9)[:8].max()) + 2
+    leaves = [x.to(device).requires_grad_() for x in (x_TD, weights_TK, factor_E1)]
+    routing = Routing(experts_TK.to(device), leaves[1], 8, complete=not dropped, capacity=capacity)
+    dispatcher = LocalDispatcher()
+    rows, counts, plan = dispatcher.dispatch(leaves[0], routing, static)
+    factor = leaves[2].repeat_interleave(counts, dim=0)
+    output = dispatcher.combine(dispatcher.wait_rows(rows, plan) * factor, routing, plan)
+    found = [output, *torch.autograd.grad(output, leaves, grad_TD.to(device))]
+    wide = [x.double().requires_grad_() for x in (x_TD, weights_TK, factor_E1)]
+    share_T1 = (wide[1] * torch.cat((wide[2], wide[2].new_zeros(1, 1)))[experts_TK].squeeze(-1)).sum(1, keepdim=True)
+    expected = share_T1 * wide[0]
+    reference = [expected, *torch.autograd.grad(expected, wide, grad_TD.double())]
+    if dropped:  # the weight of a dropped assignment has no gradient
+        reference[2] = reference[2].masked_fill(experts_TK == 8, 0.0)
+    yield from zip(("output", "tokens", "weights", "factors"), found, reference, strict=True)
+
+
+def check_losses(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
+    comparison = Comparison(stage, "cross-entropy: shapes x labels")
+    for dtype, (batch, length, vocab), labelled in itertools.product(
+        dtypes, ((2, 150, 1003), (1, 1, 7), (2, 70, 50_304)), ("all", "some", "none")
+    ):
+        name = f"{NAMES[dtype]} {batch}x{length}x{vocab} {labelled} labels"
+        comparison.case(name, BOUND[dtype], partial(_losses, stage.device, dtype, batch, length, vocab, labelled))
+    comparison.finish()
+
+
+def _losses(
+    device: torch.device, dtype: torch.dtype, batch: int, length: int, vocab: int, labelled: str
+) -> Iterator[Any]:
+    generator = torch.Generator().manual_seed(vocab)
+    labels = torch.randint(0, vocab, (batch, length), generator=generator)
+    ignored = torch.rand(labels.shape, generator=generator) < {"all": 0.0, "some": 0.4, "none": 1.1}[labelled]
+    labels = labels.masked_fill(ignored, IGNORE)
+    (logits,) = random_tensors(4, dtype, (batch, length, vocab))
+    logits = logits * 3
+    leaf, wide = logits.to(device).requires_grad_(), logits.double().requires_grad_()
+    found = token_nats(leaf, labels.to(device))
+    nats = nn.functional.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    count = max(1, int((~ignored).sum()))
+    yield "nats", found.nats_BS, nats.view_as(labels)
+    yield "sum", found.sum, nats.sum()
+    (expected,) = torch.autograd.grad(nats.sum() / count, wide)
+    yield "gradient", torch.autograd.grad(found.sum / count, leaf)[0], expected
+
+
+def check_small_modules(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
+    comparison = Comparison(stage, "RMSNorm, Linear, feed-forward, rotary")
+    for dtype, dim in itertools.product(dtypes, (128, 77, 2048)):
+        modules: dict[str, Callable[[], nn.Module]] = {
+            "RMSNorm": partial(RMSNorm, dim, 1e-5),
+            "Linear": partial(Linear, dim, 96),
+            "FeedForward": partial(FeedForward, dim, 104, "swiglu"),
+        }
+        for name, build in modules.items():
+            pairs = partial(_module, stage.device, dtype, build, dim)
+            comparison.case(f"{NAMES[dtype]} {name} {dim}", BOUND[dtype], pairs)
+        comparison.case(f"{NAMES[dtype]} rotary", BOUND[dtype], partial(_rotary, stage.device, dtype))
+    comparison.finish()
+
+
+def _module(device: torch.device, dtype: torch.dtype, build: Callable[[], nn.Module], dim: int) -> Iterator[Any]:
+    module, reference = build(), build().double()
+    names = [name for name, _ in module.named_parameters()]
+    shapes = [tuple(weight.shape) for weight in module.parameters()]
+    x, *weights = random_tensors(5, dtype, (3, 50, dim), *shapes)
+    weights = [weight * dim**-0.5 if weight.dim() > 1 else weight for weight in weights]
+    for one in (module, reference):
+        for parameter, weight in zip(one.parameters(), weights, strict=True):
+            parameter.data = weight.to(parameter.dtype)
+    module.to(device)
+    wide, x = x.double().requires_grad_(), x.to(device).requires_grad_()
+    output, expected = module(x), reference(wide)
+    (grad,) = random_tensors(6, dtype, tuple(expected.shape))
+    found = torch.autograd.grad(output, [x, *module.parameters()], grad.to(output))
+    wanted = torch.autograd.grad(expected, [wide, *reference.parameters()], grad.double())
+    yield "output", output, expected
+    yield from zip(("input", *names), found, wanted, strict=True)
+
+
+def _rotary(device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
+    positions = torch.tensor([[0, 1, 2, 500, 4095], [0, 1, 0, 1, 100_000]])
+
+    def rotate(x: Tensor) -> Tensor:
+        return apply_rotary(x, rotary_table(positions.to(x.device), 64, 1e6, x.dtype))
+
+    # An angle of 100,000 has an error of 0.004 in fp32.
+    x = random_tensors(8, dtype, (2, 3, 5, 64))
+    for part, found, expected in compared(rotate, x, device, "input"):
+        yield part, found[:1], expected[:1]
+
+
+def check_attention(
+    stage: Stage, dtypes: Sequence[torch.dtype], packings: Sequence[bool], windows: Sequence[int | None]
+) -> None:
+    kinds = "packed and whole rows" if True in packings else "whole rows"
+    comparison = Comparison(stage, f"attention {'/'.join(NAMES[dtype] for dtype in dtypes)}, {kinds}")
+    sizes = ((500, 500, 8, 2, 64), (256, 256, 4, 4, 128), (1, 1, 8, 2, 64), (131, 131, 4, 1, 64), (300, 500, 8, 2, 64))
+    """Queries, keys, heads, key/value heads, and the width of a head."""
+    for dtype, packed, window, size in itertools.product(dtypes, packings, windows, sizes):
+        queries, keys, heads, groups, width = size
+        if (not packed and window is None and queries < keys) or stage.remaining_s < 10:
+            continue  # context parallelism alone has parts of rows
+        name = f"{NAMES[dtype]} {'packed' if packed else 'whole'} window={window} {queries}/{keys} H={heads}/{groups}"
+        shapes = [(2, heads, queries, width), (2, groups, keys, width), (2, groups, keys, width)]
+        bound = 1e-4 if dtype == torch.float32 else BOUND[dtype]
+        comparison.case(name, bound, partial(_attention, stage.device, dtype, shapes, packed, window))
+    comparison.finish()
+
+
+def _attention(
+    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], packed: bool, window: int | None
+) -> Iterator[Any]:
+    keys, queries = shapes[1][2], shapes[0][2]
+    documents = (torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.01).cumsum(1).int()
+    documents[1, keys - keys // 5 :] = -1
+    documents = documents if packed else torch.zeros_like(documents)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.dtype == torch.float64 and q.device == CPU:
+            return _attend_by_mask(q, k, v, documents, window)
+        context = TokenContext(documents_BS=documents.to(q.device) if packed else None)
+        return AttentionCore(window)(q, k, v, context)
+
+    valid = (documents[:, keys - queries :] >= 0).view(2, 1, queries, 1)
+    (mask,) = (valid.to(dtype),)
+    inputs = random_tensors(9, dtype, *shapes)
+    yield from compared(lambda q, k, v: attend(q, k, v) * mask.to(q), inputs, device, "q k v")
+
+
+def _attend_by_mask(q: Tensor, k: Tensor, v: Tensor, documents: Tensor, window: int | None) -> Tensor:
+    ratio, keys = q.shape[1] // k.shape[1], k.shape[2]
+    k, v = k.repeat_interleave(ratio, dim=1), v.repeat_interleave(ratio, dim=1)
+    place, other = torch.arange(keys - q.shape[2], keys).unsqueeze(1), torch.arange(keys)
+    mask = (other <= place) & (other > place - (window or keys))
+    mask = mask & (documents[:, keys - q.shape[2] :].unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
+    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~mask, -torch.inf)
+    return scores.softmax(dim=-1) @ v
+
+
+def check_routers(stage: Stage) -> None:
+    comparison = Comparison(stage, "routers: kinds x padding")
+    kinds = {
+        "softmax": (2, RouterConfig()),
+        "k = E": (8, RouterConfig()),
+        "switch": (1, RouterConfig(jitter=0.1, capacity_factor=1.0)),
+        "capacity": (2, RouterConfig(capacity_factor=0.75)),
+        "by probability": (2, RouterConfig(capacity_factor=0.75, drop_policy="prob", allow_noncausal=True)),
+        "sigmoid": (3, RouterConfig(kind="sigmoid_topk", scale=2.5, num_groups=4, topk_groups=2)),
+        "groups": (2, RouterConfig(num_groups=4, topk_groups=2)),
+        "expert choice": (2, RouterConfig(kind="expert_choice", allow_noncausal=True, balance_coef=0.0)),
+    }
+    for (name, (top_k, config)), padded in itertools.product(kinds.items(), (False, True)):
+        pairs = partial(_router, stage.device, top_k, config, padded)
+        comparison.case(f"{name}{' padded' * padded}", 1e-4, pairs)
+    comparison.finish()
+
+
+def _router(device: torch.device, top_k: int, config: RouterConfig, padded: bool) -> Iterator[Any]:
+    x, weight = random_tensors(10, torch.float32, (3, 64, 96), (8, 96))
+    valid = torch.arange(64) < torch.tensor([[64], [40], [0]]) if padded else None
+    keys = noise_keys(3, torch.arange(3 * 64).view(3, 64))
+    results = []
+    for place, dtype in ((device, torch.float32), (CPU, torch.float64)):
+        router = build_router(96, 8, top_k, config).to(place, dtype)
+        router.weight.data = (weight * 96**-0.5).to(place, dtype)
+        for buffer in router.buffers():
+            buffer.copy_(torch.linspace(-0.1, 0.1, 8))
+        leaf = x.to(place, dtype).requires_grad_()
+        routing, stats = router(leaf, None if valid is None else valid.to(place), keys.to(place))
+        weights = routing.weights_TK
+        factor = torch.linspace(1, 2, weights.numel(), dtype=torch.float64).view(weights.shape).to(weights)
+        total = (weights * factor).sum() + stats.prob_sum_BE[:, 0].sum() + stats.z_sum_B.sum()
+        grads = torch.autograd.grad(total, (leaf, router.weight))
+        kept = routing.experts_TK if valid is None else routing.experts_TK[valid.flatten().to(place)]
+        counted = (stats.counts_BE, stats.dropped_B, stats.tokens_B)
+        results.append((kept, weights, *counted, stats.prob_sum_BE, stats.z_sum_B, *grads))
+    names = ("experts", "weights", "counts", "dropped", "tokens", "probabilities", "z", "input", "weight gradient")
+    yield from zip(names, *results, strict=True)
+
+
+# Models
+
+
+def small_inputs(vocab: int, rows: int = 2, length: int = 64, *, packed: bool, padded: bool) -> Batch:
+    """Return random rows, packed documents and padding included if wanted."""
+    generator = torch.Generator().manual_seed(rows)
+    tokens = torch.randint(0, vocab, (rows, length), generator=generator)
+    labels = torch.randint(0, vocab, (rows, length), generator=generator)
+    starts = (torch.rand(rows, length, generator=generator) < 0.05) & packed
+    place = torch.arange(length).expand(rows, -1)
+    positions = place - place.where(starts, 0).cummax(dim=1).values
+    documents = starts.int().cumsum(dim=1).int()
+    documents -= documents[:, :1]
+    if padded:
+        outside = place >= torch.tensor([length - 31, length, length, 7])[torch.arange(rows) % 4].unsqueeze(1)
+        tokens, positions = tokens.masked_fill(outside, 0), positions.masked_fill(outside, 0)
+        labels, documents = labels.masked_fill(outside, IGNORE), documents.masked_fill(outside, -1)
+    domains = torch.zeros(rows, length, dtype=torch.uint8)
+    numbers = torch.arange(rows * length).view(rows, length)
+    return Batch(tokens, labels, positions, documents, domains, numbers)
+
+
+def check_model(stage: Stage, dtype: torch.dtype, names: Sequence[str]) -> None:
+    comparison = Comparison(stage, f"model {NAMES[dtype]}: forward and gradients")
+    for name, (packed, padded) in itertools.product(names, ((False, False), (True, True))):
+        if packed and dtype == torch.float32 and name != "window" and stage.device.type == "cuda":
+            continue  # packed rows in fp32 compile kernels, which takes long: "window" alone has them
+        discrete = dtype == torch.bfloat16 and name != "all experts"
+        bound = 1.0 if discrete else 2e-4 if dtype == torch.float32 else 3e-2
+        pairs = partial(_model, stage.device, dtype, CASES[name], packed, padded, discrete)
+        comparison.case(f"{name}{' packed padded' * packed}", bound, pairs)
+    comparison.finish()
+
+
+def _model(
+    device: torch.device, dtype: torch.dtype, case: Case, packed: bool, padded: bool, discrete: bool
+) -> Iterator[Any]:
+    """With `discrete`, rounding to bf16 changes which experts some tokens take. The error is then that of the device
+    divided by three times that of the CPU in the same dtype."""
+    batch = small_inputs(case.model.vocab_size or 0, packed=packed, padded=padded)
+    found = _model_tensors(device, dtype, case, batch)
+    expected = _model_tensors(CPU, torch.float64, case, batch)
+    if not discrete:
+        yield from ((name, found[name], expected[name]) for name in expected)
+        return
+    on_cpu = _model_tensors(CPU, dtype, case, batch)
+    for name, exact in expected.items():
+        scale = 3 * (on_cpu[name].double() - exact).norm() + 1e-2 * exact.norm()
+        ratio = (found[name].double().cpu() - exact).norm() / scale.clamp(min=1e-300)
+        yield name, ratio + 1, torch.ones(())
+
+
+def _model_tensors(device: torch.device, dtype: torch.dtype, case: Case, batch: Batch) -> dict[str, Tensor]:
+    model = Transformer(case.model, case.router, dtype)
+    init_parameters(model, 0)
+    model.to(device, torch.promote_types(dtype, torch.float32)).train()
+    on_device = batch.to(device)
+    packed, padded = bool((batch.documents_BS != 0).any()), bool((batch.documents_BS < 0).any())
+    assert on_device.numbers_BS is not None
+    output = model(
+        ModelInputs(
+            on_device.tokens_BS,
+            on_device.positions_BS,
+            on_device.documents_BS if packed else None,
+            on_device.documents_BS >= 0 if padded else None,
+            noise_keys(0, on_device.numbers_BS),
+        )
+    )
+    nats = token_nats(output.logits_BSV, on_device.labels_BS)
+    aux = auxiliary_losses(output.stats, case.router)
+    loss = nats.sum / batch.num_labels + (0.05 * aux.balance_sum + 0.01 * aux.z_sum) / batch.num_valid
+    loss.backward()
+    valid = on_device.documents_BS >= 0
+    tensors = {"logits": output.logits_BSV.detach()[valid], "nats": nats.nats_BS, "loss": loss.detach()}
+    return tensors | {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+# Optimizer steps
+
+
+class Training:
+    """An engine with its batches."""
+
+    def __init__(self, mesh: Mesh, case: Case, precision: str, *, packed: bool, padded: bool, seed: int = 3) -> None:
+        config = configuration(case, ONE_PROCESS, rows=4, precision=precision)  # type: ignore[arg-type]
+        parts = build_parts(config, case.model, mesh, compute_dtype(precision, mesh.device), seed)
+        self.engine, self.router = build_engine(config, parts, mesh), case.router
+        self.batches = [small_inputs(case.model.vocab_size or 0, rows, packed=packed, padded=padded) for rows in (2, 4)]
+
+    def step(self) -> Any:
+        return train_step(self.engine, self.batches, self.router, 5e-3)
+
+    def tensors(self) -> dict[str, Tensor]:
+        shards = self.engine.tensors().items()
+        return {name: getattr(tensor, "local", tensor).detach().cpu().clone() for name, tensor in shards}
+
+
+def check_syncs(stage: Stage, mesh: Mesh) -> None:
+    """One row per kind of batch: the lines at which the host waits for the device in a warm step."""
+    kinds = {
+        "plain": (CASES["mixtral"], False, False),
+        "padded": (CASES["mixtral"], False, True),
+        "capacity": (Case(SMALL, RouterConfig(capacity_factor=1.0)), False, False),
+        "packed": (CASES["mixtral"], True, False),
+        "sigmoid": (CASES["deepseek"], False, False),
+    }
+    for name, (case, packed, padded) in kinds.items():
+        try:
+            training = Training(mesh, case, "fp32" if stage.tiny else "bf16", packed=packed, padded=padded)
+            training.step()
+            training.step()
+            sites = synchronizing_lines(training.step, stage.device)
+        except Exception as error:
+            stage.check(f"host syncs of a {name} step", False, f"{type(error).__name__}: {error}"[:200])
+            continue
+        shown = ", ".join(f"{site} x{number}" for site, number in sites.most_common(12))
+        stage.check(f"host syncs of a {name} step", not sites, f"{sum(sites.values())}: {shown}")
+
+
+def synchronizing_lines(action: Callable[[], Any], device: torch.device) -> Counter[str]:
+    """Return where `action` makes the host wait for the device, with the numbers of times."""
+    sites: Counter[str] = Counter()
+    root = str(Path(__file__).resolve().parents[2])
+
+    def note(message: Warning | str, *_: Any) -> None:
+        if "synchroniz" not in str(message):
+            return
+        frames = [f for f in traceback.extract_stack() if f.filename.startswith(root) and f.filename != __file__]
+        sites[f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"] += 1
+
+    if device.type != "cuda":
+        action()
+        return sites
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note  # type: ignore[assignment]
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            action()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sites
+
+
+def check_steps(stage: Stage, mesh: Mesh) -> None:
+    """Three steps on the device against fp64 on the CPU."""
+    comparison = Comparison(stage, "3 steps against fp64 on the CPU")
+    cpu = replace(mesh, device=CPU)
+    for precision, name in itertools.product(("fp64", "fp32", "bf16"), ("mixtral", "deepseek", "switch")):
+        bound = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 5e-2}[precision]
+
+        def pairs(precision: str = precision, name: str = name) -> Iterator[Any]:
+            found, expected = (
+                [training.step() for _ in range(3)]
+                for training in (
+                    Training(mesh, CASES[name], precision, packed=False, padded=True),
+                    Training(cpu, CASES[name], "fp64", packed=False, padded=True),
+                )
+            )
+            for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+                for figure in ("loss", "ce", "balance", "z", "grad_norm"):
+                    values = (getattr(one, figure), getattr(other, figure))
+                    yield f"{figure} {number}", *(torch.tensor(value, dtype=torch.float64) for value in values)
+                if precision != "bf16":
+                    yield f"counts {number}", one.counts_LE, other.counts_LE
+
+        comparison.case(f"{precision} {name}", bound, pairs)
+    comparison.finish()
+
+
+def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    return [name for name in one.keys() | other.keys() if not torch.equal(one[name], other[name])]
+
+
+def check_determinism(stage: Stage, mesh: Mesh, label: str = "two runs of 3 steps have the same bits") -> None:
+    failures, cases = [], 0
+    for name, precision, packed in (
+        ("mixtral", "bf16", False), ("deepseek", "bf16", False), ("switch", "bf16", False), ("mixtral", "bf16", True),
+        ("unaligned", "fp32", False), ("expert choice", "bf16", False),
+    ):  # fmt: skip
+        cases += 1
+        try:
+            runs = []
+            for _ in range(2):
+                training = Training(mesh, CASES[name], precision, packed=packed, padded=True)
+                losses = [training.step().loss for _ in range(3)]
+                runs.append(training.tensors() | {"losses": torch.tensor(losses)})
+            changed = different(*runs)
+            if changed:
+                failures.append(f"{name} {precision}: {len(changed)} tensors differ, {', '.join(changed[:3])}")
+        except Exception as error:
+            failures.append(f"{name} {precision}: {type(error).__name__}: {str(error).splitlines()[0]}"[:160])
+    stage.check(label, not failures, f"{cases - len(failures)}/{cases}: {'; '.join(failures)}")
+
+
+def check_resume(stage: Stage, mesh: Mesh) -> None:
+    """A run that is saved after two steps and loaded into a new engine goes on as one that was not interrupted."""
+    for precision in ("bf16", "fp32"):
+        whole = Training(mesh, CASES["deepseek"], precision, packed=False, padded=True)
+        for _ in range(2):
+            whole.step()
+        with tempfile.TemporaryDirectory() as directory:
+            saved = save(Path(directory), 2, whole.engine.tensors(), {}, keep=2)
+            resumed = Training(mesh, CASES["deepseek"], precision, packed=False, padded=True, seed=9)
+            tensors = resumed.engine.tensors()
+            load(saved, tensors)
+            resumed.engine.finish_loading(tensors, whole.engine.updates)
+        losses = [[training.step().loss for _ in range(2)] for training in (whole, resumed)]
+        changed = different(whole.tensors(), resumed.tensors())
+        passed = not changed and losses[0] == losses[1]
+        stage.check(f"resume {precision}: same bits", passed, ", ".join(changed[:4]))
+
+
+def check_optimizer(stage: Stage, mesh: Mesh) -> None:
+    """AdamW with clipping against its formula in fp64, and a gradient that is not finite."""
+    training = Training(mesh, CASES["mixtral"], "fp32", packed=False, padded=False)
+    engine = training.engine
+    assert isinstance(engine, NativeEngine)
+    optim = OptimConfig(lr=5e-3, max_grad_norm=0.5)
+    weights = {name: parameter.detach().double().cpu() for name, parameter in engine.parameters.items()}
+    moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in weights.items()}
+    comparison = Comparison(stage, "AdamW with clipping against its formula")
+
+    def pairs() -> Iterator[Any]:
+        for step, scale in ((1, 1.0), (2, 1e-4)):  # the second norm is below the limit
+            shapes = [tuple(weight.shape) for weight in weights.values()]
+            grads = dict(zip(weights, random_tensors(step, torch.float32, *shapes), strict=True))
+            for name, parameter in engine.parameters.items():
+                parameter.grad = grads[name].to(stage.device) * scale
+            norm = math.sqrt(sum((grad.double() * scale).square().sum().item() for grad in grads.values()))
+            factor = min(1.0, 0.5 / norm)
+            yield f"norm {step}", torch.tensor(float(engine.step(5e-3))), torch.tensor(norm)
+            for name, weight in weights.items():
+                grad = grads[name].double() * scale * factor
+                mean, square = moments[name]
+                mean.lerp_(grad, 1 - optim.beta1)
+                square.lerp_(grad.square(), 1 - optim.beta2)
+                decay = optim.weight_decay if weight.dim() > 1 else 0.0
+                weight.mul_(1 - 5e-3 * decay)
+                root = (square / (1 - optim.beta2**step)).sqrt() + optim.eps
+                weight.addcdiv_(mean / (1 - optim.beta1**step), root, value=-5e-3)
+                yield f"{name} {step}", engine.parameters[name], weight
+
+    comparison.case("fp32", 1e-5, pairs)
+    comparison.finish()
+    training.step()
+    before = training.tensors()
+    for value in (math.inf, math.nan):
+        for parameter in engine.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        next(iter(engine.parameters.values())).grad.view(-1)[3] = value  # type: ignore[union-attr]
+        norm = float(engine.step(5e-3))
+        changed = different(before, training.tensors())
+        stage.check(
+            f"a gradient of {value} changes nothing", not changed and not math.isfinite(norm), ", ".join(changed[:4])
+        )
+    finite = training.step().loss
+    stage.check("the step after it is finite", math.isfinite(finite), f"loss {finite:.4f}")
+
+
+# Generation and evaluation
+
+
+def check_generation(stage: Stage) -> None:
+    prompts = [[1, 2, 3], list(range(5, 45)), [7]]
+    failures = []
+    for name in ("mixtral", "window", "deepseek", "expert choice"):
+        case, texts = CASES[name], []
+        for device in (stage.device, CPU):
+            model = Transformer(case.model, case.router, torch.float32)
+            init_parameters(model, 1)
+            texts.append(generate(model.to(device), prompts, max_tokens=24, prefill_chunk=16))
+        if texts[0] != texts[1]:
+            failures.append(name)
+    stage.check("greedy text in fp32 is the CPU's", not failures, ", ".join(failures))
+    model = Transformer(SMALL, RouterConfig(), torch.bfloat16)
+    init_parameters(model, 1)
+    model.to(stage.device)
+    sampling = Sampling(temperature=0.8, top_k=50, top_p=0.9, seed=1)
+    texts = [generate(model, prompts, max_tokens=24, sampling=sampling) for _ in range(2)]
+    stage.check("sampled text in bf16 repeats", texts[0] == texts[1] and len(texts[0][0]) == 24)
+
+
+def check_evaluation(stage: Stage, mesh: Mesh) -> None:
+    comparison = Comparison(stage, "evaluation against fp64 on the CPU")
+
+    def pairs(name: str) -> Iterator[Any]:
+        results = []
+        for place, precision in ((mesh, "fp32"), (replace(mesh, device=CPU), "fp64")):
+            training = Training(place, CASES[name], precision, packed=False, padded=True)
+            sizes = torch.arange(CASES[name].model.vocab_size or 0, device=place.device) % 5 + 1
+            results.append(evaluate(training.engine, training.batches, ("one",), sizes, torch.zeros_like(sizes)))
+        found, expected = results
+        yield "loss", torch.tensor(found.loss).double(), torch.tensor(expected.loss).double()
+        yield "bits", torch.tensor(found.bits_per_byte["one"]), torch.tensor(expected.bits_per_byte["one"])
+        yield "load", found.load_GLE, expected.load_GLE
+
+    for name in ("mixtral", "switch", "expert choice"):
+        comparison.case(name, 1e-5, partial(pairs, name))
+    comparison.finish()
+
+
+def check_deterministic_mode(stage: Stage, mesh: Mesh) -> None:
+    make_deterministic()
+    try:
+        check_determinism(stage, mesh, "the same with run.deterministic")
+        check_generation(stage)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage(main))
