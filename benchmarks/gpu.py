@@ -30,6 +30,9 @@ GRACE_S = 5.0
 
 
 def main() -> int:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
     options = read_options(sys.argv[1:])
     if isinstance(options, str):
         print(f"error: {options}", file=sys.stderr)
@@ -120,8 +123,10 @@ def print_table(path: Path) -> None:
 
 
 def shown(value: object) -> str:
-    """Return a cell of a table: numbers with four digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """Return a cell of a table: numbers with four digits, a dash for no value, and at most 120 characters of a text."""
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)[:120]
 
 
 if __name__ == "__main__":
