@@ -5,7 +5,8 @@ and with `static` some empty ones).
 
 `dispatch` copies each token once for every expert that takes it, grouped by expert. `combine` sums the experts' outputs
 per token, weighted. Both are gathers, forward and backward: no two threads add to the same address. The result is
-therefore the same bit for bit on every run, also on GPUs, without a slower deterministic mode.
+therefore the same bit for bit on every run, also on GPUs, without a slower deterministic mode. On GPUs, `moe.kernels`
+computes them. The eager code here is the specification.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe.kernels import use_kernels
 from moe.router import Routing
 
 
@@ -70,20 +72,17 @@ class LocalDispatcher(nn.Module):
         experts = routing.experts_TK.flatten()
         if static:
             return self._dispatch_static(x_TD, routing, experts)
-        order = experts.argsort(stable=True)
-        counts = experts.new_zeros(routing.num_experts + 1)  # bincount would make the host wait for a GPU
-        counts_E = counts.scatter_add_(0, experts, torch.ones_like(experts))[: routing.num_experts]
+        order, slots, counts_E = group_by_expert(experts, routing.num_experts, use_kernels(x_TD))
         rows = tokens * top_k if routing.complete else int(counts_E.sum())
-        slots = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * top_k, device=order.device))
         full = rows == tokens * top_k
         plan = LocalPlan(order[:rows] // top_k, order[:rows], slots.clamp_(max=rows).view(tokens, top_k), full)
-        return _Scatter.apply(x_TD, plan), counts_E, plan
+        return _scatter(x_TD, plan), counts_E, plan
 
     def _dispatch_static(self, x_TD: Tensor, routing: Routing, experts: Tensor) -> tuple[Tensor, Tensor, LocalPlan]:
         tokens, top_k = routing.experts_TK.shape
         assert routing.capacity is not None
         rows, assignments = routing.num_experts * routing.capacity, tokens * top_k
-        order = experts.argsort(stable=True)
+        order, _, _ = group_by_expert(experts, routing.num_experts, use_kernels(x_TD))
         sorted_experts = experts[order]
         # An assignment's index within its expert: its index in the sorted list, less that of the expert's first one.
         index = torch.arange(assignments, device=order.device) - torch.searchsorted(sorted_experts, sorted_experts)
@@ -92,7 +91,7 @@ class LocalDispatcher(nn.Module):
         slots_TK = torch.empty_like(order).scatter_(0, order, slots).view(tokens, top_k)
         plan = LocalPlan(assignments_R // top_k, assignments_R, slots_TK, full=False)
         counts_E = order.new_full((routing.num_experts,), routing.capacity)
-        return _Scatter.apply(x_TD, plan), counts_E, plan
+        return _scatter(x_TD, plan), counts_E, plan
 
     def wait_rows(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
         """Return the rows [R, D] unchanged: nothing is exchanged, so there is nothing to wait for."""
@@ -101,12 +100,55 @@ class LocalDispatcher(nn.Module):
     def combine(self, y_RD: Tensor, routing: Routing, plan: LocalPlan) -> Tensor:
         """Return the weighted sum of the outputs `y_RD` for each token, [T, D]."""
         wide = torch.promote_types(routing.weights_TK.dtype, y_RD.dtype)
-        y_TD: Tensor = _Combine.apply(y_RD, routing.weights_TK.to(wide), plan)
-        return y_TD
+        return _combine(y_RD, routing.weights_TK.to(wide), plan)
 
     def extra_repr(self) -> str:
         """Return what `repr` shows in the parentheses: where the experts are."""
         return "all experts on this device"
+
+
+def group_by_expert(experts_A: Tensor, num_experts: int, kernel: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort A assignments by expert. Those to one expert keep their order.
+
+    Args:
+        experts_A: the expert of each assignment, or `num_experts` if it is not dispatched.
+        kernel: use the kernel for GPUs.
+
+    Returns:
+        The assignments in sorted order [A], the place of each assignment in this order [A], and the number of
+        assignments to each expert [E].
+    """
+    if kernel:
+        from moe.kernels import group
+
+        result: tuple[Tensor, Tensor, Tensor] = group.group_by_expert(experts_A, num_experts)
+        return result
+    order_A = experts_A.argsort(stable=True)
+    slots_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
+    counts = experts_A.new_zeros(num_experts + 1)  # bincount would make the host wait for a GPU
+    return order_A, slots_A, counts.scatter_add_(0, experts_A, torch.ones_like(experts_A))[:num_experts]
+
+
+def _scatter(x_TD: Tensor, plan: LocalPlan) -> Tensor:
+    """Return the rows [R, D]: copies of the tokens, and zeros in empty rows."""
+    if use_kernels(x_TD):
+        from moe.kernels import combine
+
+        rows_RD: Tensor = combine.scatter_rows(x_TD, plan.slots_TK, len(plan.tokens_R), plan.full)
+    else:
+        rows_RD = _Scatter.apply(x_TD, plan)
+    return rows_RD
+
+
+def _combine(y_RD: Tensor, weights_TK: Tensor, plan: LocalPlan) -> Tensor:
+    """Return the weighted sums of the rows of each token, [T, D]."""
+    if use_kernels(y_RD):
+        from moe.kernels import combine
+
+        y_TD: Tensor = combine.combine_rows(y_RD, plan.slots_TK, weights_TK, plan.full)
+    else:
+        y_TD = _Combine.apply(y_RD, weights_TK, plan)
+    return y_TD
 
 
 def _with_zero(rows: Tensor, plan: LocalPlan) -> Tensor:

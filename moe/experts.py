@@ -5,14 +5,15 @@ matmul.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import is_gated
-from moe.feedforward import ACTIVATIONS
+from moe.feedforward import ACTIVATIONS, gated
+from moe.kernels import use_kernels
 
 GROUPED_WIDTH = 8
 """Grouped matmuls need rows of a multiple of 16 bytes, which is eight bf16 numbers."""
@@ -56,6 +57,32 @@ def auto_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor
 KERNELS: dict[str, Kernel] = {"auto": auto_kernel, "grouped": grouped_kernel, "loop": loop_kernel}
 
 
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_eFD: Tensor, up_eFD: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = gate_eFD.dtype, up_eFD.dtype
+        experts, width, dim = gate_eFD.shape
+        joined = gate_eFD.new_empty(experts, 2 * width, dim, dtype=dtype)
+        joined[:, :width], joined[:, width:] = gate_eFD, up_eFD
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts = zip(grad.chunk(2, dim=1), ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+        return *(part.to(dtype) if needed else None for part, dtype, needed in parts), None
+
+
+def join(gate_eFD: Tensor, up_eFD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast two weights of the experts into one tensor [e, 2F, D] of `dtype`, without another copy.
+
+    One matmul with it computes both results, and in the backward pass one computes the gradient of the input. Use this
+    where the weights need a cast. If they do not, the joined copy costs more than it saves, and weights that FSDP has
+    gathered would stay in memory until the backward pass.
+    """
+    joined: Tensor = _Join.apply(gate_eFD, up_eFD, dtype)
+    return joined
+
+
 class Experts(nn.Module):
     """The experts of one MoE layer on this rank. Each is a feed-forward network (`moe.feedforward.FeedForward`).
 
@@ -94,8 +121,12 @@ class Experts(nn.Module):
         def apply(x_RI: Tensor, weight_eOI: Tensor) -> Tensor:
             return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
 
-        if self.gated:
-            hidden_RF = self.activation(apply(rows_RD, self.w_gate)) * apply(rows_RD, self.w_up)
+        if self.activation is F.silu and self.gated and use_kernels(rows_RD) and self.w_up.dtype != rows_RD.dtype:
+            from moe.kernels import swiglu
+
+            hidden_RF = swiglu.swiglu_joined(apply(rows_RD, join(self.w_gate, self.w_up, rows_RD.dtype)))
+        elif self.gated:
+            hidden_RF = gated(self.activation, apply(rows_RD, self.w_gate), apply(rows_RD, self.w_up))
         else:
             hidden_RF = self.activation(apply(rows_RD, self.w_up))
         return apply(hidden_RF, self.w_down)

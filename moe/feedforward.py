@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from common.registry import Registry
 from moe.config import FEED_FORWARDS, FeedForwardSpec, is_gated
+from moe.kernels import use_kernels
 from moe.linear import Linear
 
 Activation = Callable[[Tensor], Tensor]
@@ -34,6 +35,16 @@ def register_feed_forward(kind: str, activation: Activation, *, gated: bool, lab
     """
     FEED_FORWARDS.add(kind, FeedForwardSpec(gated, label))
     ACTIVATIONS.add(kind, activation)
+
+
+def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """Return activation(gate) * up, for two tensors of one shape."""
+    if activation is F.silu and use_kernels(gate):
+        from moe.kernels import swiglu
+
+        hidden: Tensor = swiglu.swiglu(gate, up)
+        return hidden
+    return activation(gate) * up
 
 
 class FeedForward(nn.Module):
@@ -62,7 +73,7 @@ class FeedForward(nn.Module):
         return y
 
     def _apply_to(self, x: Tensor) -> Tensor:
-        hidden = self.activation(self.w_gate(x)) * self.w_up(x) if self.gated else self.activation(self.w_up(x))
+        hidden = gated(self.activation, self.w_gate(x), self.w_up(x)) if self.gated else self.activation(self.w_up(x))
         y: Tensor = self.w_down(hidden)
         return y
 

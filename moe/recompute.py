@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 Recompute = Literal["none", "selective", "full"]
@@ -41,11 +42,15 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_sort_once)
 
 
-class _StoredSorts(TorchDispatchMode):
-    """Stores the result of every sort in the forward pass, and returns it again in the recomputation.
+DECISIONS = ("aten.sort", "mixwright.top_k")
+"""The operators whose results decide where tokens go. What follows from them is computed with integers."""
 
-    Sorting decides top-k, capacity and the order of dispatched rows. A rounding difference between the two passes must
-    not change these decisions.
+
+class _StoredSorts(TorchDispatchMode):
+    """Stores the results of `DECISIONS` in the forward pass, and returns them again in the recomputation.
+
+    They decide top-k, capacity and the order of dispatched rows. A rounding difference between the two passes must not
+    change these decisions.
 
     (torch's selective checkpoint contexts do this for any operator, but they require both passes to call the same
     operators in the same order. Under FSDP they do not, because it all-gathers weights only if they are not present.)
@@ -57,12 +62,12 @@ class _StoredSorts(TorchDispatchMode):
         self.recomputing = recomputing
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(function, "overloadpacket", None) is not torch.ops.aten.sort:
+        if str(getattr(function, "overloadpacket", None)) not in DECISIONS:
             return function(*args, **kwargs or {})
         if self.recomputing:
             return self.results.popleft()
         result = function(*args, **kwargs or {})
-        self.results.append(tuple(part.detach() for part in result))
+        self.results.append(tree_map(torch.Tensor.detach, result))
         return result
 
 

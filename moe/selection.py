@@ -9,10 +9,17 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from moe.kernels import MAX_EXPERTS, MAX_K, use_kernels
+
 
 def top_k_stable(scores: Tensor, k: int) -> Tensor:
     """Return the indices of the k largest scores of the last dimension, best first. Of equal scores, the one with the
-    lower index comes first."""
+    lower index comes first. NaN is the largest score."""
+    if use_kernels(scores) and 0 < scores.shape[-1] <= MAX_EXPERTS and k <= MAX_K:
+        from moe.kernels import top_k
+
+        indices: Tensor = top_k.top_k(scores, k)
+        return indices
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
