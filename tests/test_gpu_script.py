@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import gpu
 
@@ -84,3 +85,39 @@ def test_a_tiny_run_of_a_stage(
     assert matmul["tflops"] == pytest.approx(2 * matmul["m"] * matmul["k"] * matmul["n"] / matmul["ms"] / 1e9)
     assert hardware["rates"]["matmul"] == pytest.approx(matmul["tflops"] * 1e12)
     assert {"grouped_matmul_forward", "attention_backward", "copy", "adamw"} <= hardware["rates"].keys()
+
+
+def test_inputs_make_the_router_choose_the_wanted_experts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(gpu.HERE / "gpu_stages"))
+    import layer
+    import stage
+
+    shape = layer.Shape("test", tokens=512, dim=64, hidden=32, experts=16, top_k=3, shared=1)
+    weights = layer.Weights(shape, torch.device("cpu"))
+    xs = layer.inputs(shape, weights, seq_len=128)
+    mixwright = layer.mixwright_layer(shape, weights, torch.float32)
+    chosen = {name: mixwright.router(x_BSD, None, None)[0].experts_TK for name, x_BSD in xs.items()}
+    assert chosen["balanced"].sort().values.equal(stage.balanced_experts(512, 3, 16).sort().values)
+    assert chosen["balanced"].flatten().bincount().tolist() == [96] * 16
+    wanted_TK = stage.skewed_logits(512, 16).topk(3).indices
+    assert (chosen["skewed"] == wanted_TK).all(dim=1).float().mean() > 0.97  # the input is rounded to bf16
+    assert layer.rows_per_expert(xs["skewed"], weights, 3).sum() == 512 * 3
+    # The largest share of zipf_shares(16), of which each token takes three.
+    assert 0.12 < chosen["skewed"].flatten().bincount().max() / (512 * 3) < 0.2
+
+    y_BSD = layer.mixwright(shape, weights, torch.float32).call(xs["skewed"])
+    loop_BSD = layer.plain_loop(shape, weights).call(xs["skewed"])
+    assert stage.relative_error(loop_BSD, y_BSD) < 0.05  # The routers differ in precision and choose alike, mostly.
+
+
+@pytest.mark.slow
+def test_a_tiny_run_of_the_stage_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ["gpu.py", "stages=layer", "device=cpu", "size=tiny", "minutes=6", f"out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
+    assert gpu.main() == 0
+    rows = json.loads((tmp_path / "layer.json").read_text())["rows"]
+    assert {"Mixwright, fp32, compiled", "transformers, grouped_mm"} <= {row.get("implementation") for row in rows}
+    assert any(row.get("part") == "combine" for row in rows) and any(row.get("kernel") for row in rows)

@@ -53,6 +53,7 @@ RATES = (
     ("adamw", "GB_per_s", 1e9),
     ("host_to_device", "pinned_GB_per_s", 1e9),
     ("host_to_device", "pageable_GB_per_s", 1e9),
+    ("launch", "operators_per_s", 1.0),
 )
 """Kind, column and unit of every rate in the hardware file."""
 
@@ -131,7 +132,7 @@ class Rates:
         for kind, column, unit in RATES:
             values = [row[column] for row in self.kinds.get(kind, []) if column in row]
             if values:
-                name = kind if column in ("tflops", "GB_per_s") else f"{kind}_{column.split('_')[0]}"
+                name = kind if column in ("tflops", "GB_per_s", "operators_per_s") else f"{kind}_{column.split('_')[0]}"
                 rates[name] = (values[-1] if "GB" in column else max(values)) * unit
         return rates
 
@@ -208,9 +209,20 @@ def adamw(rates: Rates) -> None:
     rates.measure("adamw", {"weights": number}, step, GB_per_s=7 * 4 * number)
 
 
+def launches(rates: Rates) -> None:
+    """Operators on one number. Their rate is that at which the host launches kernels."""
+    x, number = rates.random(1), 10 if rates.stage.tiny else 500
+
+    def call() -> None:
+        for _ in range(number):
+            x.mul_(1)
+
+    rates.add("launch", {"operators_per_s": number * 1e3 / milliseconds(call, rates.stage.device, 5, 1)})
+
+
 def main(stage: Stage) -> None:
     rates = Rates(stage)
-    for part in (matmuls, grouped_matmuls, copies, attention, adamw, gathers, elementwise, host_to_device):
+    for part in (matmuls, grouped_matmuls, copies, attention, adamw, gathers, elementwise, launches, host_to_device):
         if stage.fits(part.__name__, 2):
             stage.attempt(part.__name__, partial(part, rates))
             free_memory()
