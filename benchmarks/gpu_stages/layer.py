@@ -505,6 +505,7 @@ def list_kernels(stage: Stage, shape: Shape, layer: MoELayer, x_BSD: Tensor, cou
 
 def measure_compiled(stage: Stage, shape: Shape) -> None:
     """Measure the compiled layer."""
+    torch.compiler.reset()  # so that the shapes before do not count towards the limit of recompilations
     dense = next((row for row in stage.rows if is_dense(row, shape)), None)
     table = Table(stage, shape)
     if dense:
