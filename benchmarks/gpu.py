@@ -6,7 +6,8 @@
 
 Every stage is a file in `benchmarks/gpu_stages/` and runs in its own process with its own share of the time. Each row
 of its result is written to `<out>/<stage>.json` when it is measured, so that a run that is cut off keeps what it has.
-The table of a stage is printed when the stage ends. The exit status is 1 if a check failed or a stage did not finish.
+The table of a stage is printed when the stage ends. Stages put traces and plots into `<out>/files.zip`. The exit status
+is 1 if a check failed or a stage did not finish.
 
 Nothing is downloaded. The stage `train` needs the packages of `train.py`. `benchmarks/gpu_wheels.sh` collects those
 that a machine without a network lacks.
@@ -39,6 +40,7 @@ def main() -> int:
         return 2
     out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
+    (out / "files.zip").unlink(missing_ok=True)
     stages = options["stages"].split(",")
     deadline = time.monotonic() + float(options["minutes"]) * 60
     failed = []

@@ -81,6 +81,8 @@ class TrainConfig:
     """Steps between evaluations on held-out text; 0: only at the end."""
     peak_tflops: float | None = None
     """Peak of one device at this precision in TFLOP/s, for `speed/mfu`; `null`: a table of GPUs, else no MFU."""
+    profile: bool = False
+    """Trace three steps after the first ones on rank 0, and write where their time goes (`profile.md`)."""
 
     def __post_init__(self) -> None:
         for field in ("steps", "seq_len", "global_batch", "accumulation", "log_every"):
@@ -160,6 +162,8 @@ class CheckpointConfig:
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Number of newest checkpoints to keep; at least two, so that a damaged newest one is not the only one."""
+    at_end: bool = True
+    """Whether to write a checkpoint after the last step. Without it, the weights of a short trial are lost."""
 
     def __post_init__(self) -> None:
         expect_fields(

@@ -8,12 +8,14 @@ is printed and written).
 import dataclasses
 import math
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from common.errors import DataError
 from common.plugins import loaded_plugins
@@ -33,10 +35,11 @@ from training.build import build_engine, build_parts
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import CHECKPOINTS
 from training.config import Config
-from training.device import Process, free_bytes, peak_flops, set_up_process
+from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
 from training.engine import Engine
 from training.formats.reader import open_model
 from training.report.metrics import router_metrics, telemetry_metrics
+from training.report.profile import DATA, StepProfiler
 from training.report.run_report import (
     RunSummary,
     evaluation_row,
@@ -124,18 +127,25 @@ def train(config: Config) -> dict[str, Any]:
     resumed_step = first_step if run.state else None
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
     evaluation, newest_checkpoint, nonfinite_steps = None, run.checkpoint, 0
-    with Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder:
+    profiling = config.train.profile and process.is_main and first_step < steps
+    with (
+        Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder,
+        step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
+    ):
         for step in range(first_step, steps):
             done = step + 1
             lr = learning_rate(step, steps, run.config.optim)
             step_start = time.monotonic()
 
             # ---------------------------------- one optimizer step ----------------------------------
-            batches = loader.next_step()
+            with record_function(DATA):
+                batches = loader.next_step()
             result = train_step(engine, batches, config.router, lr, config.run.seed)
             # -----------------------------------------------------------------------------------------
 
             throughput.add(result.tokens, step_flops(result, run.costs), time.monotonic() - step_start)
+            if profiler is not None:
+                profiler.step(result)
             nonfinite_steps = 0 if math.isfinite(result.grad_norm) else nonfinite_steps + 1
             if nonfinite_steps == MAX_NONFINITE_STEPS:
                 raise RuntimeError(
@@ -153,7 +163,7 @@ def train(config: Config) -> dict[str, Any]:
                 write = True
             recorder.step(row, done, write=write)
 
-            if is_due(done, config.checkpoint.every, steps):
+            if is_due(done, config.checkpoint.every, steps, at_end=config.checkpoint.at_end):
                 state = checkpoint_state(run, engine, loader, done)
                 recorder.sync()
                 root = run.directory / CHECKPOINTS
@@ -201,14 +211,42 @@ def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, step: int) 
     }
 
 
-def is_due(done: int, every: int, steps: int) -> bool:
+def is_due(done: int, every: int, steps: int, *, at_end: bool = True) -> bool:
     """Return whether something that happens every `every` steps, and after the last step, happens after step `done`.
 
     Args:
         every: 0 if it happens only after the last step.
         steps: the number of steps of the run.
+        at_end: False if it does not happen because a step is the last one.
     """
-    return done == steps or (every > 0 and done % every == 0)
+    return (at_end and done == steps) or (every > 0 and done % every == 0)
+
+
+def step_profiler(summary: RunSummary, engine: Engine, first_step: int, peak: float | None) -> StepProfiler:
+    """Return what traces steps of this rank.
+
+    Args:
+        peak: FLOP/s of all devices together; None: unknown.
+    """
+    run, ranks = summary.run, engine.mesh.world_size
+    about = {
+        "run": run.name,
+        "device": summary.ranks[0].device,
+        "precision": DTYPE_NAMES[summary.dtype],
+        "torch": torch.__version__,
+        "ranks": str(ranks) if ranks == 1 else f"{ranks}; the trace is that of rank 0",
+    }
+    return StepProfiler(
+        engine.parts,
+        engine.mesh.device,
+        run.directory,
+        steps=run.config.train.steps - first_step,
+        first_step=first_step,
+        costs=run.costs,
+        ranks=ranks,
+        peak=None if peak is None else peak / ranks,
+        about=about,
+    )
 
 
 def step_row(result: StepResult, lr: float) -> dict[str, Any]:
@@ -311,11 +349,13 @@ def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, direct
     the run's newest checkpoint.
 
     Args:
-        directory: the run's directory, which has a checkpoint of the engine's weights.
+        directory: the run's directory, which has a checkpoint of the engine's weights unless `checkpoint.at_end` is
+            false.
 
     Returns:
         The text after the prompt. None if no sample is wanted. If the layout shards sequences or weights, also None on
-        ranks other than 0, and on rank 0 if the whole model does not fit beside what its device stores.
+        ranks other than 0, and on rank 0 without that checkpoint, or if the whole model does not fit beside what its
+        device stores.
     """
     if not config.run.sample_tokens:
         return None
@@ -341,7 +381,7 @@ def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, direct
         [ids] = continue_text(model, agree=lambda logits_BV: broadcast_from_first(logits_BV, mesh))
         return tokenizer.decode(ids)
     text = None
-    if mesh.rank == 0:
+    if mesh.rank == 0 and config.checkpoint.at_end:
         source = open_model(directory, check=False)
         dtype = engine.parts[0].compute_dtype
         needed = count_parameters(meta_model(source.model, source.router)).total * dtype.itemsize

@@ -61,7 +61,7 @@ RULES: dict[str, dict[str, str]] = {
     "train": {
         FIXED: "seq_len",
         LISTED: "steps global_batch accumulation precision device",
-        FREE: "log_every eval_every peak_tflops",
+        FREE: "log_every eval_every peak_tflops profile",
     },
     "optim": {
         FIXED: "kind train",
@@ -72,7 +72,7 @@ RULES: dict[str, dict[str, str]] = {
         LISTED: "expert tensor pipeline context shard replicate expert_tensor schedule stage_layers recompute offload",
         FREE: "start_timeout_s timeout_s",
     },
-    "checkpoint": {FREE: "every keep"},
+    "checkpoint": {FREE: "every keep at_end"},
     "tracking": {FREE: "wandb project entity trackers"},
     "launch": {FREE: "nproc max_restarts threads"},
     "engine": {LISTED: "kind zero_stage ds_config"},

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 import traceback
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,6 +93,12 @@ class Stage:
             for row in self.rows[before + 1 :]:
                 row["seconds"] = ""
             self.write()
+
+    def keep(self, *files: Path) -> None:
+        """Add files to `files.zip` beside the result, which has the files of all stages."""
+        with zipfile.ZipFile(self.out.parent / "files.zip", "a", zipfile.ZIP_DEFLATED) as archive:
+            for file in files:
+                archive.write(file, file.name)
 
     def write(self) -> None:
         """Write the result, whole or not at all."""

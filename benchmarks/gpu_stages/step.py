@@ -1,0 +1,479 @@
+"""Stage `step`: the speed, memory and time by groups of whole optimizer steps, beside transformers' Mixtral.
+
+Each model is built by the code that trains, without a configuration file, and takes steps on real text: the files of
+this repository, a word or a symbol per token, packed by the code that packs training data. The router has learned in a
+few steps before the measured ones. Weights start on the GPU, because drawing billions of reproducible numbers on the
+CPU, as training does, would take most of the time.
+
+The peer is `MixtralForCausalLM` with the shape of model A, bf16 weights, grouped matmuls, fused attention and fused
+AdamW. It has no balance loss and no fp32 weights, and so does less. It cannot pack: its rows are one document each, and
+the row `whole rows` of Mixwright does the same work.
+"""
+
+import os
+
+# Before torch is imported: large allocations of changing sizes would otherwise leave holes.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from stage import Stage, free_memory, run_stage, synchronize
+
+from data.batch import Batch
+from data.config import DataConfig
+from data.loader import Loader
+from data.packing import Row, pack_row
+from moe.accounting.flops import MatmulCosts, attended_pairs, matmul_costs, meta_model
+from moe.config import ModelConfig, RouterConfig
+from moe.model import Transformer
+from parallel.config import ParallelConfig
+from parallel.layout import Layout
+from parallel.mesh import Mesh, build_mesh, init_process_group
+from parallel.planning.plan import plan
+from training.build import build_engine, build_parts
+from training.config import CheckpointConfig, Config, LaunchConfig, OptimConfig, RunConfig, TrackingConfig, TrainConfig
+from training.device import compute_dtype, peak_flops
+from training.engine import Engine
+from training.layout import build_workload
+from training.loop import step_flops
+from training.report.metrics import router_metrics
+from training.report.profile import (
+    activities,
+    flops_by_group,
+    mark_parts,
+    read_trace,
+    summarize_trace,
+)
+from training.step import StepResult, train_step
+
+ROOT = Path(__file__).resolve().parents[2]
+LR, WARM_UP, TIMED, PROFILED = 3e-4, 12, 8, 2
+"""The learning rate, and the numbers of steps before the measured ones, in each of two timings, and in a trace."""
+DOCUMENTS_PER_ROW = 10
+BOS, EOS, UNKNOWN = 1, 2, 0
+
+
+@dataclass(frozen=True)
+class Size:
+    """The batch of a step."""
+
+    seq_len: int
+    rows: int
+
+
+FULL = Size(4096, 4)
+TINY = Size(128, 2)
+MODELS = {
+    "A": ModelConfig(
+        dim=2048, num_layers=16, num_heads=16, num_kv_heads=4, head_dim=128, hidden_dim=3584, num_experts=8, top_k=2,
+        vocab_size=32_000,
+    ),
+    "B": ModelConfig(
+        dim=2048, num_layers=6, num_heads=16, num_kv_heads=16, head_dim=128, hidden_dim=11_264, num_experts=64, top_k=6,
+        num_shared_experts=2, expert_hidden_dim=1408, vocab_size=50_304,
+    ),
+}  # fmt: skip
+
+
+def tiny(model: ModelConfig) -> ModelConfig:
+    """Return a small model of the same kind."""
+    width = None if model.expert_hidden_dim is None else 32
+    experts, heads = min(8, model.num_experts or 0), min(4, model.num_kv_heads)
+    small = replace(model, dim=64, num_layers=2, num_heads=4, num_kv_heads=heads, head_dim=16, hidden_dim=96)
+    return replace(small, num_experts=experts, expert_hidden_dim=width, vocab_size=2048)
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+class Text:
+    """The training tokens, with the interface of `data.tokens.split.TokenSplit` that the loader needs.
+
+    A word, a number, a symbol or a run of spaces is one token. A document is a part of a file between empty lines, such
+    that a row has about `DOCUMENTS_PER_ROW` of them.
+    """
+
+    def __init__(self, vocab_size: int, seq_len: int, tokens: int) -> None:
+        self.name, self.key = "train", "benchmark"
+        paths = sorted(path for kind in ("*.py", "*.md") for path in ROOT.rglob(kind) if "/." not in str(path))
+        words = [re.findall(r"\w+|[^\w\s]|\s+", part) for path in paths for part in self._documents(path, seq_len)]
+        counts = Counter(word for document in words for word in document)
+        ids = {word: number for number, (word, _) in enumerate(counts.most_common(vocab_size - 3), start=3)}
+        stream: list[int] = []
+        starts: list[int] = []
+        order = np.random.default_rng(0).permutation(len(words))
+        for document in order[: max(1, len(order))]:
+            starts.append(len(stream))
+            stream += [BOS, *(ids.get(word, UNKNOWN) for word in words[document]), EOS]
+        repeats = -(-tokens // len(stream))
+        self._tokens = np.array(stream * repeats)
+        self._starts = np.concatenate([np.array(starts) + len(stream) * number for number in range(repeats)])
+        self.num_tokens = len(self._tokens)
+
+    @staticmethod
+    def _documents(path: Path, seq_len: int) -> list[str]:
+        paragraphs, documents = re.split(r"(?<=\n\n)", path.read_text(encoding="utf-8")), [""]
+        for paragraph in paragraphs:
+            # About 2.5 characters a token.
+            if len(documents[-1]) > 2.5 * seq_len / DOCUMENTS_PER_ROW:
+                documents.append("")
+            documents[-1] += paragraph
+        return documents
+
+    def num_rows(self, seq_len: int) -> int:
+        """Return the number of rows of `seq_len` tokens."""
+        return (self.num_tokens - 1) // seq_len
+
+    def row(self, i: int, seq_len: int, cross_documents: bool = False) -> Row:
+        """Return row `i`."""
+        start, stop = i * seq_len, (i + 1) * seq_len + 1
+        first, last = np.searchsorted(self._starts, (start + 1, stop - 1))
+        starts = self._starts[first:last] - start
+        return pack_row(self._tokens[start:stop], starts, np.zeros(len(starts) + 1, np.uint8), seq_len, cross_documents)
+
+
+def make_loader(text: Text, size: Size, *, whole_rows: bool) -> Loader:
+    """Return the loader that training uses, for one rank."""
+    return Loader(
+        text,  # type: ignore[arg-type]
+        seq_len=size.seq_len,
+        global_batch=size.rows,
+        accumulation=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+        cross_documents=whole_rows,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def configuration(model: ModelConfig, size: Size, device: torch.device, recompute: str) -> Config:
+    """Return the configuration that a run of this model would have."""
+    return Config(
+        run=RunConfig("benchmark"),
+        model=model,
+        router=RouterConfig(),
+        data=DataConfig("embedded"),
+        train=TrainConfig(
+            steps=1000,
+            seq_len=size.seq_len,
+            global_batch=size.rows,
+            device=device.type,  # type: ignore[arg-type]
+        ),
+        optim=OptimConfig(lr=LR),
+        parallel=ParallelConfig(recompute=recompute),  # type: ignore[arg-type]
+        checkpoint=CheckpointConfig(),
+        tracking=TrackingConfig(wandb="disabled"),
+        launch=LaunchConfig(),
+    )
+
+
+@torch.no_grad()
+def initialize(model: Transformer) -> None:
+    """Draw the initial weights on the device, with the standard deviations of `moe.init`."""
+    for buffer in model.buffers():
+        buffer.zero_()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            residual = name.removesuffix(".weight").endswith((".wo", ".w_down"))
+            parameter.normal_(std=model.config.init_std / (math.sqrt(2 * model.config.num_layers) if residual else 1))
+
+
+def build(config: Config, mesh: Mesh) -> Engine:
+    """Return the engine of the whole model with initial weights."""
+    torch.manual_seed(0)
+    parts = build_parts(config, config.model, mesh, compute_dtype(config.train.precision, mesh.device), seed=None)
+    for part in parts:
+        initialize(part)
+    return build_engine(config, parts, mesh)
+
+
+class Run:
+    """A model in training: its engine and its data."""
+
+    def __init__(
+        self, name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, recompute: str, *, compiled: bool
+    ) -> None:
+        model = tiny(MODELS[name]) if stage.tiny else MODELS[name]
+        self.name, self.stage, self.mesh, self.size, self.recompute = name, stage, mesh, size, recompute
+        self.config = configuration(model, size, stage.device, recompute)
+        self.loader = make_loader(text, size, whole_rows=False)
+        self.costs: MatmulCosts = matmul_costs(meta_model(model, self.config.router))
+        self.engine = build(self.config, mesh)
+        if compiled:
+            self.compile()
+        self.steps = 0
+        if stage.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2 if stage.tiny else WARM_UP):
+            self.step()
+
+    def compile(self) -> None:
+        """Compile every block of the model by itself."""
+        compile_layers((block for part in self.engine.parts for block in part.layers), self.stage.device)
+
+    def step(self) -> StepResult:
+        """Do one optimizer step, with a linear warm-up of the learning rate."""
+        self.steps += 1
+        lr = LR * min(1.0, self.steps / WARM_UP)
+        return train_step(self.engine, self.loader.next_step(), self.config.router, lr)
+
+    def measure(self, variant: str) -> None:
+        """Add a row with the speed and the memory of steps, and rows with their time by groups."""
+        timed = 2 if self.stage.tiny else TIMED
+        for _ in range(3):
+            self.step()
+        seconds, results = [], []
+        for _ in range(2):
+            synchronize(self.stage.device)
+            start = time.perf_counter()
+            results += [self.step() for _ in range(timed)]
+            synchronize(self.stage.device)
+            seconds.append(time.perf_counter() - start)
+        total, tokens = sum(seconds), sum(result.tokens for result in results)
+        result = results[-1]
+        peak = peak_flops(self.stage.device, torch.bfloat16, None)
+        flops = sum(step_flops(one, self.costs) for one in results) / total
+        memory = torch.cuda.max_memory_allocated() / 1e9 if self.stage.device.type == "cuda" else math.nan
+        counts_LE = result.counts_LE
+        assert counts_LE is not None
+        self.stage.row(
+            model=self.name,
+            variant=variant,
+            tokens_per_s=round(tokens / total),
+            ms=total / len(results) * 1e3,
+            spread=abs(seconds[0] - seconds[1]) / min(seconds),
+            tflops=flops / 1e12,
+            mfu=math.nan if peak is None else flops / peak,
+            pairs_share=result.pairs / (self.whole_pairs() * self.config.model.num_layers),
+            gb=memory,
+            planned_gb=self.planned_bytes() / 1e9,
+            max_vio=router_metrics(counts_LE, result.dropped)["router/max_vio"],
+            loss=result.loss,
+            recompute=self.recompute,
+        )
+        self.stage.attempt(f"profile of {self.name} {variant}", partial(self.profile, variant))
+
+    def whole_pairs(self) -> int:
+        """Return the query-key pairs of one layer if each row were one document."""
+        return self.size.rows * attended_pairs(None, self.size.seq_len)
+
+    def planned_bytes(self) -> int:
+        """Return the memory that the plan of this run predicts."""
+        workload = build_workload(self.config, self.config.model)
+        return plan(Layout(), self.config.parallel, workload).fullest.device
+
+    def profile(self, variant: str) -> None:
+        """Trace some steps, and add a row for each group of operators."""
+        results = []
+        with mark_parts(self.engine.parts):
+            trace = traced(self.stage, f"step-{self.name}-{variant}", lambda: results.append(self.step()))
+        summary = summarize_trace(read_trace(trace), PROFILED)
+        known = flops_by_group(results[-1], self.costs, self.config.model)
+        add_groups(self.stage, self.name, variant, summary, known)
+
+
+def traced(stage: Stage, name: str, step: Callable[[], Any]) -> Path:
+    """Return the trace of some calls of `step`, after one that the profiler does not record."""
+    folder = stage.out.parent / "traces"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{re.sub('[^-A-Za-z0-9]+', '-', name)}.json.gz"
+    wait = torch.profiler.schedule(wait=0, warmup=1, active=PROFILED)
+    with torch.profiler.profile(activities=activities(stage.device), schedule=wait) as profiler:
+        for number in range(1 + PROFILED):
+            step()
+            if number == 0 or number == PROFILED:
+                synchronize(stage.device)
+            if number < PROFILED:
+                profiler.step()
+    profiler.export_chrome_trace(str(path))
+    stage.keep(path)
+    return path
+
+
+def add_groups(stage: Stage, model: str, variant: str, summary: Any, flops: dict[str, float]) -> None:
+    """Add a row for each group of operators, and one for each of the longest kernels."""
+    peak = peak_flops(stage.device, torch.bfloat16, None)
+    for group, ms in summary.group_ms.items():
+        speed = flops[group] / ms / 1e9 if flops.get(group) else math.nan
+        of_peak = math.nan if peak is None else speed * 1e12 / peak
+        share = ms / summary.step_ms
+        stage.row(model=model, of=variant, group=group, ms=ms, share=share, tflops=speed, of_peak=of_peak)
+    for group, kernel, ms in summary.names[:12]:
+        stage.row(model=model, of=variant, in_group=group, ms=ms, kernel=kernel[:100])
+
+
+# ------------------------------------------------------------------------------------------------------------- peer
+
+
+def measure_peer(stage: Stage, size: Size, text: Text) -> None:
+    """Train transformers' Mixtral with the shape of model A, and add rows as `Run.measure` does."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = tiny(MODELS["A"]) if stage.tiny else MODELS["A"]
+    config = MixtralConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.dim,
+        intermediate_size=model.hidden_dim,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        num_local_experts=model.num_experts,
+        num_experts_per_tok=model.top_k,
+        max_position_embeddings=size.seq_len,
+        use_cache=False,
+        sliding_window=None,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    kernels = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
+    with stage.device:
+        peer = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16, **kernels)
+    stage.check("the peer has bf16 weights", {weight.dtype for weight in peer.parameters()} == {torch.bfloat16})
+    peer.train()
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    loader = make_loader(text, size, whole_rows=True)
+    costs = matmul_costs(meta_model(model, RouterConfig()))
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min(1.0, done / WARM_UP)
+        (batch,) = loader.next_step()
+        batch = Batch.to(batch, stage.device)
+        # The labels are shifted by the model.
+        loss = peer(input_ids=batch.tokens_BS, labels=batch.tokens_BS).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def measure(variant: str) -> None:
+        timed = 2 if stage.tiny else TIMED
+        if stage.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2 if stage.tiny else 5):
+            step()
+        seconds = []
+        for _ in range(2):
+            synchronize(stage.device)
+            start = time.perf_counter()
+            for _ in range(timed):
+                step()
+            synchronize(stage.device)
+            seconds.append(time.perf_counter() - start)
+        total, tokens = sum(seconds), size.rows * size.seq_len
+        pairs = size.rows * attended_pairs(None, size.seq_len) * model.num_layers
+        flops = costs.training_flops(tokens, tokens * (model.top_k or 0) * model.num_layers, pairs) * 2 * timed / total
+        peak = peak_flops(stage.device, torch.bfloat16, None)
+        stage.row(
+            model="A, transformers",
+            variant=variant,
+            tokens_per_s=round(tokens * 2 * timed / total),
+            ms=total / (2 * timed) * 1e3,
+            spread=abs(seconds[0] - seconds[1]) / min(seconds),
+            tflops=flops / 1e12,
+            mfu=math.nan if peak is None else flops / peak,
+            gb=torch.cuda.max_memory_allocated() / 1e9 if stage.device.type == "cuda" else math.nan,
+        )
+
+    def profile(variant: str) -> None:
+        summary = summarize_trace(read_trace(traced(stage, f"peer-{variant}", step)), PROFILED)
+        add_groups(stage, "A, transformers", variant, summary, {})
+
+    stage.attempt("peer eager", partial(measure, "eager, whole rows, bf16 weights"))
+    if stage.remaining_s > 40 or stage.tiny:
+        compile_layers(peer.model.layers, stage.device)
+        stage.attempt("peer compiled", partial(measure, "compiled layers, whole rows, bf16 weights"))
+    if stage.remaining_s > 15:
+        stage.attempt("profile of the peer", partial(profile, "compiled layers, whole rows"))
+
+
+# ------------------------------------------------------------------------------------------------------------- stage
+
+
+def compile_layers(layers: Iterable[torch.nn.Module], device: torch.device) -> None:
+    """Compile every layer by itself. On CPUs, which check the stage only, no code is generated."""
+    for layer in layers:
+        layer.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
+
+
+def build_run(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *, compiled: bool) -> Run:
+    """Return a model that has done its warm-up. What does not fit without recomputation gets it."""
+    try:
+        return Run(name, stage, mesh, size, text, "none", compiled=compiled)
+    except torch.OutOfMemoryError as error:
+        stage.row(model=name, compiled=compiled, recompute="none", message=str(error).splitlines()[0][:200])
+    free_memory()
+    return Run(name, stage, mesh, size, text, "selective", compiled=compiled)
+
+
+def measure_model(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *, whole_rows: bool) -> None:
+    """Add the rows of one model: eager, compiled, and compiled with rows of one document."""
+    run: Run | None = stage.attempt(f"{name} eager", lambda: build_run(name, stage, mesh, size, text, compiled=False))
+    if run is not None:
+        stage.attempt(f"{name} eager", lambda: run.measure("eager"))
+    if stage.remaining_s < 45 and not stage.tiny:
+        return
+    if run is not None and run.recompute == "none":
+        run.compile()
+    else:
+        run = None  # The compiled model may need less memory.
+        free_memory()
+        run = stage.attempt(f"{name} compiled", lambda: build_run(name, stage, mesh, size, text, compiled=True))
+    if run is None:
+        return
+    stage.attempt(f"{name} compiled", lambda: run.measure("compiled"))
+    if whole_rows and (stage.remaining_s > 30 or stage.tiny):
+        run.loader = make_loader(text, size, whole_rows=True)
+        stage.attempt(f"{name} whole rows", lambda: run.measure("compiled, whole rows"))
+
+
+def main(stage: Stage) -> None:
+    """Measure model A, the peer, and model B, in the order of their importance."""
+    size = TINY if stage.tiny else FULL
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine without a network may not know its own name
+    if stage.device.type == "cuda":
+        torch.cuda.set_device(0)
+        stage.device = torch.device("cuda", 0)
+    init_process_group(dist.HashStore(), 0, 1, stage.device, 300.0)
+    mesh = build_mesh(stage.device, Layout())
+    vocabulary = 2048 if stage.tiny else 32_000
+    text = Text(vocabulary, size.seq_len, tokens=(20 if stage.tiny else 60) * size.rows * size.seq_len)
+    batches = make_loader(text, size, whole_rows=False).next_step()
+    documents = sum(int((batch.positions_BS == 0).sum()) for batch in batches) / size.rows
+    stage.about |= {"tokens a step": size.rows * size.seq_len, "documents a row": round(documents, 1), "lr": LR}
+    stage.attempt("model A", partial(measure_model, "A", stage, mesh, size, text, whole_rows=True))
+    free_memory()
+    torch._dynamo.reset()
+    if stage.remaining_s > 30:
+        stage.attempt("peer", partial(measure_peer, stage, size, text))
+        free_memory()
+        torch._dynamo.reset()
+    if stage.remaining_s > 25:
+        stage.attempt("model B", partial(measure_model, "B", stage, mesh, size, text, whole_rows=False))
+    del mesh
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_stage(main))
