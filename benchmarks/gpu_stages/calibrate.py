@@ -105,9 +105,11 @@ class Rates:
         grad, device = torch.randn_like(forward()), self.stage.device
         forward_ms = milliseconds(forward, device, rounds=5, warm_up=2)
         both_ms = milliseconds(lambda: torch.autograd.grad(forward(), leaves, grad), device, rounds=5, warm_up=2)
-        backward_ms = max(both_ms - forward_ms, 1e-6)
+        backward_ms = both_ms - forward_ms
         times = {"forward_ms": forward_ms, "backward_ms": backward_ms, "forward_tflops": flops / forward_ms / 1e9}
-        self.add(kind, columns | times | {"backward_tflops": backward_ratio * flops / backward_ms / 1e9})
+        # Noise can make the difference of two short times negative.
+        backward_tflops = backward_ratio * flops / backward_ms / 1e9 if backward_ms > 0 else None
+        self.add(kind, columns | times | {"backward_tflops": backward_tflops})
 
     def add(self, kind: str, row: dict[str, Any]) -> None:
         """Add a row."""
@@ -130,7 +132,7 @@ class Rates:
         """
         rates = {}
         for kind, column, unit in RATES:
-            values = [row[column] for row in self.kinds.get(kind, []) if column in row]
+            values = [row[column] for row in self.kinds.get(kind, []) if row.get(column)]
             if values:
                 name = kind if column in ("tflops", "GB_per_s", "operators_per_s") else f"{kind}_{column.split('_')[0]}"
                 rates[name] = (values[-1] if "GB" in column else max(values)) * unit

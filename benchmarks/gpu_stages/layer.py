@@ -16,7 +16,8 @@ Shapes: T tokens, D model, F expert width, E experts, K top-k, R = T·K routed r
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from stage import Stage, balanced_experts, free_memory, milliseconds, relative_error, run_stage, skewed_logits
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import ModelConfig, RouterConfig
-from moe.feedforward import FeedForward
+from moe.feedforward import FeedForward, gated
+from moe.kernels import eager_kernels
 from moe.layer import MoELayer
 from moe.token_context import TokenContext
 
+Result = TypeVar("Result")
 DTYPE = torch.bfloat16
 ROUNDS, WARM_UP = 5, 2
 DENSE = "dense SwiGLU"
@@ -174,7 +177,19 @@ def mixwright_layer(shape: Shape, weights: Weights, dtype: torch.dtype) -> MoELa
     return layer
 
 
-def mixwright(shape: Shape, weights: Weights, dtype: torch.dtype, compiled: bool = False) -> Implementation:
+def without_kernels(call: Callable[..., Result]) -> Callable[..., Result]:
+    """Return `call` without Mixwright's kernels for GPUs: torch's operators instead."""
+
+    def eager(*arguments: Any) -> Result:
+        with eager_kernels():
+            return call(*arguments)
+
+    return eager
+
+
+def mixwright(
+    shape: Shape, weights: Weights, dtype: torch.dtype, compiled: bool = False, kernels: bool = True
+) -> Implementation:
     layer = mixwright_layer(shape, weights, dtype)
     # Without a GPU, compiling takes long and needs a C++ compiler.
     backend = "inductor" if weights.router_ED.is_cuda else "aot_eager"
@@ -183,6 +198,9 @@ def mixwright(shape: Shape, weights: Weights, dtype: torch.dtype, compiled: bool
     def call(x_BSD: Tensor) -> Tensor:
         y_BSD: Tensor = module(x_BSD, TokenContext())[0]
         return y_BSD
+
+    if not kernels:
+        call = without_kernels(call)
 
     return Implementation(call, list(layer.parameters()), shape.flops(shape.width))
 
@@ -295,7 +313,8 @@ class Table:
             forward_ms=forward_ms,
             backward_ms=both_ms - forward_ms,
             forward_tflops=flops / forward_ms / 1e9,
-            backward_tflops=2 * flops / max(both_ms - forward_ms, 1e-6) / 1e9,
+            # Noise can make the difference of two short times negative.
+            backward_tflops=2 * flops / (both_ms - forward_ms) / 1e9 if both_ms > forward_ms else None,
             both_tflops=3 * flops / both_ms / 1e9,
             x_dense=both_ms / flops / self.dense_s_per_flop if self.dense_s_per_flop else None,
             memory_GB=memory,
@@ -369,6 +388,10 @@ def builders(shape: Shape, weights: Weights) -> Iterator[tuple[str, Callable[[],
     yield "Mixwright, bf16 weights", lambda: mixwright(shape, weights, DTYPE)
     yield "Mixwright, fp32 weights", lambda: mixwright(shape, weights, torch.float32)
     yield "transformers, grouped_mm", lambda: transformers_block(shape, weights)
+    yield (
+        "Mixwright, fp32 weights, no kernels",
+        lambda: mixwright(shape, weights, torch.float32, kernels=False),
+    )
     yield "plain loop over experts", lambda: plain_loop(shape, weights)
 
 
@@ -387,6 +410,8 @@ def measure_shape(stage: Stage, shape: Shape) -> None:
     free_memory()
     weights = Weights(shape, stage.device)
     xs = inputs(shape, weights, sequence_length(shape))
+    stage.attempt(f"{shape.name}: grouped", lambda: measure_grouped(table, weights, xs))
+    free_memory()
     reference_BSD: Tensor | None = None
     for name, build in builders(shape, weights):
         if not stage.fits(f"{shape.name}: {name}", 5):
@@ -404,9 +429,6 @@ def measure_shape(stage: Stage, shape: Shape) -> None:
             stage.check(f"{shape.name}: {name} computes the same", error < 2e-2, f"relative difference {error:.1e}")
         del built, y_BSD
         free_memory()
-        if name.startswith("Mixwright, fp32"):
-            stage.attempt(f"{shape.name}: grouped", lambda: measure_grouped(table, weights, xs))
-            free_memory()
     stage.attempt(f"{shape.name}: dense", lambda: measure_dense(table, f"{DENSE}, again"))
     table.add_published()
     for routing, x_BSD in xs.items():
@@ -458,20 +480,30 @@ def measure_parts(stage: Stage, shape: Shape) -> None:
             lambda: matmuls(rows_RD, experts.w_gate, experts.w_up),
             [rows_RD, experts.w_gate, experts.w_up],
         ),
-        "experts: SwiGLU without a kernel": (lambda: F.silu(gate_RF) * up_RF, [gate_RF, up_RF]),
+        "experts: SwiGLU": (lambda: gated(F.silu, gate_RF, up_RF), [gate_RF, up_RF]),
         "experts: down, with the cast": (lambda: matmuls(gate_RF, experts.w_down)[0], [gate_RF, experts.w_down]),
         "combine": (lambda: dispatcher.combine(y_RD, routing, plan), [y_RD, routing.weights_TK]),
     }
 
-    def measure_part(name: str, forward: Callable[[], Any], leaves: list[Tensor]) -> None:
+    def measure_part(name: str, kernels: bool, forward: Callable[[], Any], leaves: list[Tensor]) -> None:
+        forward = forward if kernels else without_kernels(forward)
         outs = forward()
         grads = [torch.randn_like(out) for out in (outs if isinstance(outs, list) else [outs])]
         del outs
         forward_ms, both_ms, _ = time_passes(stage, forward, leaves, grads)
-        stage.row(shape=shape.name, part=name, forward_ms=forward_ms, backward_ms=both_ms - forward_ms, both_ms=both_ms)
+        stage.row(
+            shape=shape.name,
+            part=name,
+            kernels=kernels,
+            forward_ms=forward_ms,
+            backward_ms=both_ms - forward_ms,
+            both_ms=both_ms,
+        )
 
     for name, (forward, leaves) in parts.items():
-        stage.attempt(f"part: {name}", lambda item=(name, forward, leaves): measure_part(*item))
+        for kernels in (True, False):
+            action = partial(measure_part, name, kernels, forward, leaves)
+            stage.attempt(f"part: {name}", action)
     if stage.fits("kernels of the layer", 10):
         stage.attempt("kernels of the layer", lambda: list_kernels(stage, shape, layer, x_BSD))
 
