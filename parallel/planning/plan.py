@@ -21,7 +21,7 @@ from parallel.layout import Layout
 from parallel.planning.traffic import Axis, fetched_positions, routed_rows, traffic
 from parallel.planning.workload import Workload
 from parallel.stages import Schedule, stage_layers
-from parallel.weight_specs import WeightSpec, count_weights, ranks_per_shard_group
+from parallel.weight_specs import WeightSpec, block_weights, count_weights, ranks_per_shard_group
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class MemoryEstimate:
     """Weights in the compute dtype while they are used (estimate)."""
     activations: int
     """Tensors that are stored for the backward pass (estimate)."""
+    accumulates: bool
+    """Whether the gradients of one micro-batch are stored beside the activations of another one."""
 
     @property
     def state(self) -> int:
@@ -49,8 +51,15 @@ class MemoryEstimate:
 
     @property
     def device(self) -> int:
-        """Device memory."""
-        return self.casts + self.activations + (0 if self.offloaded else self.state)
+        """Device memory at its peak.
+
+        The backward pass of the only micro-batch of a step frees activations while it makes gradients, so that the
+        larger of the two counts.
+        """
+        if self.offloaded:
+            return self.casts + self.activations
+        passes = self.gradients + self.activations if self.accumulates else max(self.gradients, self.activations)
+        return self.weights + self.moments + self.casts + passes
 
     @property
     def host(self) -> int:
@@ -129,8 +138,9 @@ def estimate_memory(layout: Layout, parallel: ParallelConfig, workload: Workload
                 gradients=trained * itemsize,
                 moments=workload.moments * trained * itemsize,
                 offloaded=parallel.offload,
-                casts=_cast_bytes(weights, layout, parallel, workload, len(layers)),
+                casts=_cast_bytes(layout, parallel, workload, layers),
                 activations=round(micro_batch * in_flight),
+                accumulates=workload.accumulation > 1,
             )
         )
     return tuple(estimates)
@@ -147,55 +157,70 @@ def micro_batches_in_flight(rank: int, ranks: int, micro_batches: int, schedule:
     return min(2 * micro_batches, 2 * (ranks - 1 - rank) + ranks + 1) / 2
 
 
-def _cast_bytes(
-    weights: Counter[WeightSpec], layout: Layout, parallel: ParallelConfig, workload: Workload, layers: int
-) -> int:
-    """Return the bytes of the weights in the compute dtype on a rank with this number of layers.
+def _cast_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, layers: Sequence[int]) -> int:
+    """Return the bytes of the weights in the compute dtype on a rank with these layers.
 
     With FSDP they are those of the root and of two blocks, one in use and one being gathered; a pipeline keeps all
-    weights gathered. Without FSDP, autograd stores the weights that the forward pass casts, under full recompute those
-    of one block.
+    weights gathered. Without FSDP, autograd stores the weights that the forward pass casts. What is recomputed stores
+    none but those of one block. The lookup in the embedding casts the rows that it finds, not the embedding.
     """
     if layout.shard == 1 and workload.itemsize >= workload.weight_itemsize:
         return 0
-    total = 0.0
-    for weight, number in weights.items():
-        if weight.kind == "router":
-            continue
-        elements = math.prod(weight.local_shape(layout)) * number
-        at_once = 1.0
-        if not weight.root and layout.shard > 1 and layout.pipeline == 1:
-            at_once = min(2, layers) / layers
-        elif not weight.root and layout.shard == 1 and parallel.recompute == "full":
-            at_once = 1 / layers
-        total += elements * at_once
-    return round(total * workload.itemsize)
+    model, router = workload.model, workload.router
+    stored, of_block, total = 0, 0, 0
+    for is_moe, number in Counter(map(model.is_moe_layer, layers)).items():
+        recomputed = 0
+        for name, weight in block_weights(model, router, is_moe):
+            if weight.kind == "router":
+                continue
+            elements = math.prod(weight.local_shape(layout))
+            total += elements * number
+            # All weights of a feed-forward network or of experts belong to a hidden layer.
+            if parallel.recompute == "full" or (parallel.recompute == "selective" and name.startswith("ffn.")):
+                recomputed += elements
+            else:
+                stored += elements * number
+        of_block = max(of_block, recomputed)
+    root = [weight for weight in count_weights(model, router, layers).elements() if weight.root]
+    sizes = [math.prod(weight.local_shape(layout)) for weight in root]
+    if layout.shard == 1:
+        head = max(sizes) if model.num_layers - 1 in layers else 0
+        return round((stored + of_block + head) * workload.itemsize)
+    gathered = total if layout.pipeline > 1 else total * min(2, len(layers)) / len(layers)
+    return round((gathered + sum(sizes)) * workload.itemsize)
 
 
 def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, layers: Sequence[int]) -> float:
     """Return the bytes that autograd stores for one micro-batch in these layers (estimate).
 
     These are the inputs of matmuls, norms and products. `recompute=selective` stores no hidden layers. `full` stores
-    the input of each block, and all tensors of one block while it is recomputed.
+    the input of each block, and all tensors of one block while it is recomputed. The gradient of the logits is freed
+    before the first block is recomputed.
     """
+    wide = max(4, workload.itemsize) / workload.itemsize  # a router computes in at least fp32
     model, tokens = workload.model, workload.tokens(layout)
     gathered_tokens = tokens * layout.tensor
     dim, heads, kv_heads = model.dim, model.num_heads, model.num_kv_heads * layout.kv_copies
     rows = routed_rows(workload, layout) * layout.expert_tensor if model.is_moe else 0.0
     stored, largest = 0.0, 0.0
     for (is_moe, window), number in Counter(map(_layer_kinds(model).__getitem__, layers)).items():
-        # The inputs and outputs of two norms; queries and mixed values, keys and values, and the fetched ones.
-        block = 4.0 * tokens * dim + 2 * gathered_tokens * model.head_dim * (heads + kv_heads) / layout.tensor
+        # The inputs of two norms and the output of one; queries and mixed values, keys and values, and the fetched ones.
+        block = 3.0 * tokens * dim + 2 * gathered_tokens * model.head_dim * (heads + kv_heads) / layout.tensor
         length = workload.seq_len // layout.context
         positions = fetched_positions(window, length, layout.context) * workload.rows(layout)
         block += 2 * positions * kv_heads * model.head_dim / layout.tensor
         hidden = 0.0
         networks = [(model.hidden_dim, model.ffn)] if not is_moe else []
+        # The output of the other norm, as the input of the router, of shared experts, or of a dense network.
         if is_moe:
+            shares_input = wide == 1 or not model.num_shared_experts
+            block += tokens * dim * (wide if shares_input else wide + 1)
             # The rows at the experts, and their results on the rank of the token; scores and probabilities.
-            block += rows * dim * (1 + 1 / layout.expert_tensor) + 3 * tokens * (model.num_experts or 0)
+            block += rows * dim * (1 + 1 / layout.expert_tensor) + 3 * wide * tokens * (model.num_experts or 0)
             hidden += rows * _hidden_tensors(model.expert_kind) * model.expert_width / layout.expert_tensor
             networks = [(model.num_shared_experts * model.expert_width, model.expert_kind)]
+        else:
+            block += tokens * dim
         for width, kind in networks:
             hidden += gathered_tokens * _hidden_tensors(kind) * width / layout.tensor
         if layout.tensor > 1:
@@ -204,7 +229,7 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
         stored += number * {"none": everything, "selective": block, "full": tokens * dim}[parallel.recompute]
         largest = max(largest, {"none": 0.0, "selective": hidden, "full": everything}[parallel.recompute])
     if model.num_layers - 1 in layers:  # the logits and their gradient
-        largest += gathered_tokens * (dim + 2 * (model.vocab_size or 0) / layout.tensor)
+        largest = max(largest, gathered_tokens * (dim + 2 * (model.vocab_size or 0) / layout.tensor))
     return (stored + largest) * workload.itemsize
 
 
