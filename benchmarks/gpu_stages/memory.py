@@ -101,8 +101,9 @@ def measure(
         result=result,
     )
     if saved_shapes:
-        largest = ", ".join(f"{key} {size / unit:.2f}" for key, size in saved_shapes.most_common(14))
-        stage.row(model=name, recompute=recompute, saved_by_shape=largest)
+        largest = [f"{key} {size / unit:.2f}" for key, size in saved_shapes.most_common(16)]
+        for first in range(0, len(largest), 4):
+            stage.row(model=name, recompute=recompute, saved_by_shape=", ".join(largest[first : first + 4]))
     return not result.startswith("out of memory")
 
 

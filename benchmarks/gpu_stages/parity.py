@@ -7,6 +7,7 @@ no narrower ones.
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 import torch._dynamo
 
 from benchmarks.gpu_stages.stage import Stage, first_line, free_memory, one_process, run_stage
+from moe.kernels import eager_kernels
 from moe.recompute import Recompute
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
@@ -33,6 +35,7 @@ class Variant(NamedTuple):
     model: str
     precision: str
     recompute: Recompute = "none"
+    kernels: str = "on"
 
 
 def main(stage: Stage) -> None:
@@ -54,9 +57,9 @@ def main(stage: Stage) -> None:
                 return
             bounds = BOUNDS[variant.precision]
             try:
-                exact = reference(variant._replace(recompute="none", precision="fp64"))
+                exact = reference(variant._replace(recompute="none", precision="fp64", kernels="on"))
                 if variant.precision == "bf16":
-                    rounded = reference(variant._replace(recompute="none"))
+                    rounded = reference(variant._replace(recompute="none", kernels="on"))
                     bounds = bounds[0], 3 * compare(rounded, exact).gradients + 2e-2
                 found = compare(train(variant, mesh), exact)
             except Exception as error:
@@ -72,6 +75,7 @@ def main(stage: Stage) -> None:
                 model=variant.model,
                 precision=variant.precision,
                 recompute=variant.recompute,
+                kernels=variant.kernels,
                 figures=f"{figures:.0e}/{bounds[0]:.0e}",
                 gradients=f"{found.gradients:.0e}/{bounds[1]:.0e}",
                 counts="equal" if found.same_counts else "differ",
@@ -83,6 +87,8 @@ def variants() -> Iterator[Variant]:
     """Yield the combinations, the most telling ones first."""
     for precision in ("fp64", "bf16", "fp32"):
         yield from (Variant(model, precision) for model in CASES)
+    for precision in ("bf16", "fp32"):
+        yield from (Variant(model, precision, kernels="off") for model in ("mixtral", "capacity", "deepseek"))
     for recompute in ("full", "selective"):
         yield from (Variant(model, "fp64", recompute) for model in CASES)
         yield from (Variant(model, "bf16", recompute) for model in ("mixtral", "capacity", "deepseek"))
@@ -95,7 +101,8 @@ def train(variant: Variant, mesh: Mesh) -> Result:
     parallel = ParallelConfig(expert=1, recompute=variant.recompute)
     precision = variant.precision
     config = configuration(case, parallel, rows=rows_for(1), steps=STEPS, precision=precision)  # type: ignore[arg-type]
-    return run_case(case, config, mesh)
+    with eager_kernels() if variant.kernels == "off" else nullcontext():
+        return run_case(case, config, mesh)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import sys
+import textwrap
 import time
 import traceback
 import zipfile
@@ -25,6 +26,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
 
+DETAIL_WIDTH = 110
+"""Characters of a line of the table that holds the details of a check."""
 TRACE_LINES = 6
 """Calls of a traceback that are printed, the innermost ones. The result of a remote run holds few lines."""
 
@@ -57,7 +60,10 @@ class Stage:
     def check(self, name: str, passed: bool, detail: str = "") -> None:
         """Add the result of a check. A check that failed makes the stage fail."""
         self.failures += not passed
-        self.row(check=name, result="passed" if passed else "FAILED", detail=detail)
+        first, *rest = textwrap.wrap(detail, DETAIL_WIDTH) or [""]
+        self.row(check=name, result="passed" if passed else "FAILED", detail=first)
+        for line in rest:
+            self.row(check="", result="", detail=line)
 
     def fits(self, name: str, seconds: float) -> bool:
         """Return whether at least `seconds` remain. If not, add a row that says that `name` was left out."""

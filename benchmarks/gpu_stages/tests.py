@@ -87,6 +87,7 @@ def main(stage: Stage) -> None:
         checks: list[tuple[str, Callable[[], Any]]] = [
             ("experts", partial(check_experts, stage, low)),
             ("dispatch", partial(check_dispatch, stage, low)),
+            ("kernels", partial(check_triton, stage, low)),
             ("losses", partial(check_losses, stage, low)),
             ("routers", partial(check_routers, stage)),
             ("norm, linear, rotary", partial(check_small_modules, stage, low)),
@@ -186,7 +187,7 @@ def _experts(
 def check_dispatch(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
     comparison = Comparison(stage, "dispatch, combine: k x width x drops x static")
     for dtype, (tokens, top_k), dim, dropped, static in itertools.product(
-        dtypes, ((257, 2), (1, 1), (40, 8), (130, 7)), (128, 13), (False, True), (False, True)
+        dtypes, ((257, 2), (1, 1), (40, 8), (130, 7)), (128, 13, 2048), (False, True), (False, True)
     ):
         name = f"{NAMES[dtype]} T={tokens} k={top_k} D={dim}{' drops' * dropped}{' static' * static}"
         pairs = partial(_dispatch, stage.device, dtype, tokens, top_k, dim, dropped, static)
@@ -220,6 +221,66 @@ def _dispatch(
     if dropped:  # the weight of a dropped assignment has no gradient
         reference[2] = reference[2].masked_fill(experts_TK == 8, 0.0)
     yield from zip(("output", "tokens", "weights", "factors"), found, reference, strict=True)
+
+
+def check_triton(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
+    """The Triton kernels by themselves, with shapes and values that models rarely have."""
+    if stage.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from moe.kernels import group, swiglu, top_k
+
+    comparison = Comparison(stage, "Triton: SwiGLU, top-k, sort by expert")
+    device = stage.device
+
+    def activated(gate: Tensor, up: Tensor) -> Tensor:
+        if gate.dtype == torch.float64:
+            return nn.functional.silu(gate) * up
+        return swiglu.swiglu(gate, up)
+
+    def activated_joined(joined: Tensor) -> Tensor:
+        if joined.dtype == torch.float64:
+            gate, up = joined.chunk(2, dim=-1)
+            return nn.functional.silu(gate) * up
+        return swiglu.swiglu_joined(joined)
+
+    for dtype, (rows, width) in itertools.product(dtypes, ((1, 1), (300, 1408), (17, 131), (33, 3584))):
+        shape, name = (rows, width), f"{NAMES[dtype]} SwiGLU {rows}x{width}"
+        inputs = random_tensors(11, dtype, shape, shape)
+        comparison.case(name, BOUND[dtype], partial(compared, activated, inputs, device, "gate up"))
+        inputs = random_tensors(11, dtype, (rows, 2 * width))
+        comparison.case(f"{name} joined", BOUND[dtype], partial(compared, activated_joined, inputs, device, "joined"))
+
+    def chosen(scores: Tensor, k: int) -> Iterator[Any]:
+        expected = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        yield "indices", top_k.top_k(scores.to(device), k), expected
+
+    generator = torch.Generator().manual_seed(0)
+    for experts, k in ((1, 1), (8, 2), (8, 8), (64, 6), (130, 8), (256, 8), (1024, 32)):
+        if stage.tiny and experts > 200:
+            continue
+        for label in ("random", "ties", "special"):
+            scores = torch.randn(3, 37, experts, generator=generator)
+            scores = scores.round() if label == "ties" else scores
+            if label == "special":
+                values = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-40])
+                scores = values[torch.randint(0, 6, scores.shape, generator=generator)]
+            for dtype in dtypes:
+                name = f"{NAMES[dtype]} top-{k} of {experts} {label}"
+                comparison.case(name, 0.0, partial(chosen, scores.to(dtype), k))
+
+    def sorted_by_expert(assigned: Tensor, experts: int) -> Iterator[Any]:
+        order, slots, counts = group.group_by_expert(assigned.to(device), experts)
+        expected = assigned.argsort(stable=True)
+        yield "order", order, expected
+        yield "slots", slots, expected.argsort()
+        yield "counts", counts, assigned.bincount(minlength=experts + 1)[:experts]
+
+    for assignments, experts in ((1, 1), (63, 8), (64, 8), (65, 64), (500, 64), (98_304, 256)):
+        if stage.tiny and assignments > 1000:
+            continue
+        assigned = torch.randint(0, experts + 1, (assignments,), generator=generator)
+        comparison.case(f"sort {assignments} by {experts}", 0.0, partial(sorted_by_expert, assigned, experts))
+    comparison.finish()
 
 
 def check_losses(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:

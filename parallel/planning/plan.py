@@ -204,7 +204,7 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
     rows = routed_rows(workload, layout) * layout.expert_tensor if model.is_moe else 0.0
     stored, largest = 0.0, 0.0
     for (is_moe, window), number in Counter(map(_layer_kinds(model).__getitem__, layers)).items():
-        # The inputs of two norms and the output of one; queries and mixed values, keys and values, and the fetched ones.
+        # The inputs of two norms and the output of one; queries, mixed values, keys and values, and the fetched ones.
         block = 3.0 * tokens * dim + 2 * gathered_tokens * model.head_dim * (heads + kv_heads) / layout.tensor
         length = workload.seq_len // layout.context
         positions = fetched_positions(window, length, layout.context) * workload.rows(layout)
@@ -242,9 +242,10 @@ def _layer_kinds(model: ModelConfig) -> tuple[tuple[bool, int | None], ...]:
 def _hidden_tensors(kind: str) -> int:
     """Return the tensors that autograd stores of a hidden layer.
 
-    With a gate: the gate, its activation, `up` and the product. Without: `up` and its activation.
+    With a gate: the gate, its activation, `up` and the product. Without: `up` and its activation. The kernel of SwiGLU
+    for GPUs (`moe.kernels.swiglu`) computes the activation again.
     """
-    return 4 if is_gated(kind) else 2
+    return 3 if kind == "swiglu" else 4 if is_gated(kind) else 2
 
 
 HEADER = ("stage", "layers", "parameters", "weights", "gradients", "moments", "casts ~", "activations ~", "in all ~")
