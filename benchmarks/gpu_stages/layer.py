@@ -264,7 +264,8 @@ def plain_loop(shape: Shape, weights: Weights) -> Implementation:
 
 
 def dense_swiglu(shape: Shape, device: torch.device) -> Implementation:
-    layer = FeedForward(shape.dim, shape.width * shape.hidden, "swiglu").to(device, DTYPE)
+    with device:
+        layer = FeedForward(shape.dim, shape.width * shape.hidden, "swiglu").to(DTYPE)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     return Implementation(layer, list(layer.parameters()), shape.flops(shape.width))
