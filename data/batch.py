@@ -84,8 +84,16 @@ class Batch:
         return self._map(lambda tensor: torch.cat([tensor.chunk(of, dim=1)[piece] for piece in pieces], dim=1))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return a copy on `device`, as `torch.Tensor.to` does."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return a copy on `device`.
+
+        A copy from the CPU to another device is one packed tensor in pinned memory, and the host does not wait for it.
+        """
+        if torch.device(device).type == "cpu" or not self.tokens_BS.is_cpu:
+            return self._map(lambda tensor: tensor.to(device))
+        tensors = {name: getattr(self, name) for name in DTYPES if getattr(self, name) is not None}
+        packed = torch.stack([tensor.long() for tensor in tensors.values()]).pin_memory()
+        parts = packed.to(device, non_blocking=True).unbind()
+        return Batch(**{name: part.to(DTYPES[name]) for name, part in zip(tensors, parts, strict=True)})
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Return the batch in which `function` has been applied to every tensor."""

@@ -22,7 +22,7 @@ class LocalPlan(NamedTuple):
     """Which row belongs to which token and assignment."""
 
     tokens_R: Tensor
-    """The token that each row is a copy of; T for an empty row."""
+    """The token that each row is a copy of; T for an empty row, which is zeros."""
     assignments_R: Tensor
     """The assignment (token·K + choice) of each row; T·K for an empty row."""
     slots_TK: Tensor
@@ -59,11 +59,17 @@ class LocalDispatcher(nn.Module):
     The rows of an expert keep the order of their tokens.
     """
 
-    def dispatch(self, x_TD: Tensor, routing: Routing, static: bool = False) -> tuple[Tensor, Tensor, LocalPlan]:
+    def dispatch(
+        self, x_TD: Tensor, routing: Routing, static: bool = False, count_rows: bool | None = None
+    ) -> tuple[Tensor, Tensor, LocalPlan]:
         """Copy each token once per assignment, grouped by expert.
 
         Args:
             static: give every expert exactly `routing.capacity` rows. Rows without an assignment are zeros.
+            count_rows: read the number of dispatched assignments if it is not known, so that there are no empty rows.
+                On a GPU, the host would have to wait for it. If this is False, there are rows for all assignments that
+                could be dispatched. The empty ones are zeros at the end, and count as rows of the last expert. None:
+                True on CPUs, False on other devices.
 
         Returns:
             As `Dispatcher.dispatch`. The rows are complete already.
@@ -73,9 +79,18 @@ class LocalDispatcher(nn.Module):
         if static:
             return self._dispatch_static(x_TD, routing, experts)
         order, slots, counts_E = group_by_expert(experts, routing.num_experts, use_kernels(x_TD))
-        rows = tokens * top_k if routing.complete else int(counts_E.sum())
-        full = rows == tokens * top_k
-        plan = LocalPlan(order[:rows] // top_k, order[:rows], slots.clamp_(max=rows).view(tokens, top_k), full)
+        rows, full = len(experts), routing.complete
+        if not full:
+            if x_TD.is_cpu if count_rows is None else count_rows:
+                rows = int(counts_E.sum())
+                full = rows == len(experts)
+            else:
+                if routing.capacity is not None:
+                    rows = min(rows, routing.num_experts * routing.capacity)
+                counts_E[-1] += rows - counts_E.sum()
+            missing = experts == routing.num_experts
+            order, slots = order.masked_fill(missing[order], len(experts)), slots.masked_fill_(missing, rows)
+        plan = LocalPlan(order[:rows] // top_k, order[:rows], slots.view(tokens, top_k), full)
         return _scatter(x_TD, plan), counts_E, plan
 
     def _dispatch_static(self, x_TD: Tensor, routing: Routing, experts: Tensor) -> tuple[Tensor, Tensor, LocalPlan]:

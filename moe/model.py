@@ -125,10 +125,11 @@ class Transformer(nn.Module):
         return Output(x_BSD if self.norm is None else self._logits(self.gather(self.norm(x_BSD))), stacked)
 
     @property
-    def moe_layers(self) -> list[int]:
-        """The indices, among the model's MoE layers, of those that this module has."""
+    def moe_layers(self) -> slice:
+        """The range, among the model's MoE layers, of those that this module has. (Its layers are consecutive.)"""
         numbers = filter(self.config.is_moe_layer, range(self.config.num_layers))
-        return [place for place, number in enumerate(numbers) if self.layers[number] is not None]
+        places = [place for place, number in enumerate(numbers) if self.layers[number] is not None]
+        return slice(places[0], places[-1] + 1) if places else slice(0, 0)
 
     @property
     def is_last(self) -> bool:

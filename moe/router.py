@@ -203,7 +203,8 @@ class Router(nn.Module):
             weights_BSK = weights_BSK * kept_BSK
             experts_BSK = experts_BSK.where(kept_BSK.bool(), num_experts)
         if not self.tokens_choose:
-            # Any number of experts can take a token; columns that no token of this rank needs are cut off.
+            # Any number of experts can take a token; columns that no token of this rank needs are cut off. The host
+            # waits for a GPU here: with all E columns, `combine` would need E rows of memory for every token.
             used = max(1, int(kept_BSK.sum(dim=-1).max())) if kept_BSK.numel() else 1
             experts_BSK, weights_BSK = experts_BSK[..., :used], weights_BSK[..., :used]
         capacity = self._bound(x_BSD.shape[0], x_BSD.shape[1])
@@ -372,16 +373,21 @@ class Router(nn.Module):
         return f"{dim} -> {experts}, {kind}{groups}, {capacity}{noise}"
 
 
-def update_routers(model: nn.Module, counts_LE: Tensor) -> None:
+def update_routers(model: nn.Module, counts_LE: Tensor, applied: Tensor) -> None:
     """Let every router of `model` update itself from the counts of an optimizer step.
 
     Args:
         counts_LE: assignments over all micro-batches and ranks before any drop, int64, one row per MoE layer of `model`
             in model order.
+        applied: whether the step has changed the weights, a boolean scalar. If it has not, the buffers keep their
+            values. The host does not read it, because it would wait for a GPU.
     """
     routers = [module for module in model.modules() if isinstance(module, Router)]
     for router, counts_E in zip(routers, counts_LE, strict=True):
+        before = {name: buffer.clone() for name, buffer in router.named_buffers()}
         router.update_after_step(counts_E)
+        for name, buffer in router.named_buffers():
+            buffer.copy_(torch.where(applied, buffer, before[name]))
 
 
 def positive(total: Tensor) -> Tensor:

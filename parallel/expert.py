@@ -65,7 +65,8 @@ class AllToAllDispatcher(nn.Module):
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, AllToAllPlan]:
         """Start the exchange of rows; `wait_rows` waits for it. See `moe.dispatch.Dispatcher`."""
-        rows_RD, counts_E, local = self.local.dispatch(x_TD, routing, static=routing.capacity is not None)
+        static = routing.capacity is not None
+        rows_RD, counts_E, local = self.local.dispatch(x_TD, routing, static=static, count_rows=True)
         ranks = self.group.size()
         if routing.capacity is None:
             # received_E[p * e + i]: the rows of this rank's expert i that rank p sends.

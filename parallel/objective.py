@@ -1,6 +1,5 @@
 """The interface between an engine or a pipeline and the loss. `training.step` has the loss itself."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -14,5 +13,5 @@ class Objective(Protocol):
     def compute_prediction_loss(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
         """Return the part of the loss that depends on the logits of the micro-batch, a scalar."""
 
-    def compute_routing_loss(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
-        """Return the part of the loss that depends on the router statistics of these MoE layers, a scalar."""
+    def compute_routing_loss(self, stats: RouterStats, layers: slice, micro_batch: int) -> Tensor:
+        """Return the part of the loss that depends on the router statistics of this range of MoE layers, a scalar."""

@@ -36,8 +36,8 @@ class Engine(Protocol):
     def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
         """Run one batch through all parts without gradients; returns each part of this rank with its output."""
 
-    def step(self, lr: float) -> float:
-        """Reduce, clip and apply the gradients; returns their global norm before clipping.
+    def step(self, lr: float) -> Tensor:
+        """Reduce, clip and apply the gradients; returns their global norm before clipping, an fp64 scalar.
 
         If the norm is not finite, no weight changes on any rank.
         """
@@ -83,7 +83,11 @@ class NativeEngine:
         self.kind, self.moments = config.kind, OPTIMIZERS[config.kind].moments
         tied = frozenset(["embedding"] if pipeline is not None and self.parts[0].config.tie_embeddings else [])
         self.gradients = GradientReducer(self.parameters, mesh, tied)
-        self._updates = 0
+        self.updates_on_device = config.kind == "adamw" and all(
+            parameter.dtype == torch.float32 and not parameter.is_cpu for parameter in self.parameters.values()
+        )
+        """Whether the optimizer clips without the host. Its factor is fp32, which is too coarse for fp64 weights."""
+        self._updates = torch.zeros((), dtype=torch.int64, device=mesh.device)
 
     def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
         if self.pipeline is not None:
@@ -104,21 +108,38 @@ class NativeEngine:
         free_gathered_weights(model)
         return [(model, output)]
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         self.trainable.collect_gradients()
         self.gradients.sum()
         norm = self.gradients.norm()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.updates_on_device:
+            self._update_on_device(norm)
+        else:
+            self._update(norm)
+        self._check_state()
+        self._updates += norm.isfinite()
+        self.trainable.clear_gradients()
+        return norm
+
+    def _update(self, norm: Tensor) -> None:
+        """Clip the gradients and update the weights, unless `norm` is not finite. The host reads `norm`."""
         value = norm.item()
         if math.isfinite(value):
             if self.max_grad_norm is not None and value > self.max_grad_norm:
                 self.gradients.scale(self.max_grad_norm / norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
             self.optimizer.step()
-            self._check_state()
-            self._updates += 1
-        self.trainable.clear_gradients()
-        return value
+
+    def _update_on_device(self, norm: Tensor) -> None:
+        """The same as `_update`, up to rounding, but the host does not wait for a GPU.
+
+        torch's fused AdamW divides the gradients by `grad_scale`. If `found_inf` is 1, it changes nothing.
+        """
+        if self.max_grad_norm is not None:
+            self.optimizer.grad_scale = (norm / self.max_grad_norm).clamp(min=1).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+        self.optimizer.step()
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """The shards of all weights and persistent buffers, and the optimizer state of the trainable weights.
@@ -139,10 +160,10 @@ class NativeEngine:
 
     @property
     def updates(self) -> int:
-        return self._updates
+        return int(self._updates)
 
     def finish_loading(self, tensors: Mapping[str, Tensor | LocalShard], updates: int) -> None:
-        self._updates = updates
+        self._updates.fill_(updates)
         for state in self.optimizer.state.values():
             state["step"].fill_(updates)
 

@@ -1,8 +1,8 @@
 """The training loop: one run in one worker process, from its configuration to its last checkpoint.
 
 `train` is meant to be read from top to bottom. Its small parts are below it. The large ones are modules: `agree` (what
-the ranks agree on first), `build` (model and engine), `step` (the optimizer step and the evaluation), `report` (what
-is printed and written).
+the ranks agree on first), `build` (model and engine), `steps` (the order of the optimizer steps), `step` (the
+optimizer step and the evaluation), `report` (what is printed and written).
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import record_function
 
 from common.errors import DataError
 from common.plugins import loaded_plugins
@@ -39,7 +38,7 @@ from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up
 from training.engine import Engine
 from training.formats.reader import open_model
 from training.report.metrics import router_metrics, telemetry_metrics
-from training.report.profile import DATA, StepProfiler
+from training.report.profile import StepProfiler
 from training.report.run_report import (
     RunSummary,
     evaluation_row,
@@ -50,8 +49,8 @@ from training.report.run_report import (
 )
 from training.report.trackers import Recorder
 from training.run import save_config
-from training.schedule import learning_rate
-from training.step import Evaluation, StepResult, evaluate, train_step
+from training.step import Evaluation, StepResult, evaluate
+from training.steps import run_steps
 
 MAX_NONFINITE_STEPS = 5
 """A step whose gradient norm is not finite changes no weight. After this many in a row the run fails."""
@@ -122,7 +121,7 @@ def train(config: Config) -> dict[str, Any]:
     # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
 
-    # 6. The loop.
+    # 6. The loop over optimizer steps, which `run_steps` runs.
     first_step = run.state["step"] if run.state else 0
     resumed_step = first_step if run.state else None
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
@@ -132,18 +131,16 @@ def train(config: Config) -> dict[str, Any]:
         Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder,
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
     ):
-        for step in range(first_step, steps):
-            done = step + 1
-            lr = learning_rate(step, steps, run.config.optim)
-            step_start = time.monotonic()
 
-            # ---------------------------------- one optimizer step ----------------------------------
-            with record_function(DATA):
-                batches = loader.next_step()
-            result = train_step(engine, batches, config.router, lr, config.run.seed)
-            # -----------------------------------------------------------------------------------------
+        def pauses_after(done: int) -> bool:
+            evaluates = is_due(done, config.train.eval_every, steps)
+            saves = is_due(done, config.checkpoint.every, steps)
+            return evaluates or saves or (profiler is not None and profiler.pauses_after(done))
 
-            throughput.add(result.tokens, step_flops(result, run.costs), time.monotonic() - step_start)
+        for done, lr, result, seconds in run_steps(
+            engine, loader, run.config, first_step, ahead=device.type != "cpu", pauses_after=pauses_after
+        ):
+            throughput.add(result.tokens, step_flops(result, run.costs), seconds)
             if profiler is not None:
                 profiler.step(result)
             nonfinite_steps = 0 if math.isfinite(result.grad_norm) else nonfinite_steps + 1

@@ -136,7 +136,7 @@ class StepLoss:
             self.sums[0] += ce_sum.detach()
         return ce_sum / self.labels
 
-    def compute_routing_loss(self, stats: RouterStats, layers: Sequence[int], micro_batch: int) -> Tensor:
+    def compute_routing_loss(self, stats: RouterStats, layers: slice, micro_batch: int) -> Tensor:
         """The auxiliary losses of one micro-batch on this rank, divided by the tokens of the step."""
         aux = auxiliary_losses(stats, self.router, self.reductions, self.layers)
         self.sums[1] += aux.balance_sum.detach()
@@ -157,42 +157,96 @@ class StepLoss:
                 _all_reduce(counted, self.mesh.pipeline)
 
 
-def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: float, seed: int = 0) -> StepResult:
-    """Run the forward and backward passes of this rank's micro-batches, one update, then the routers' own updates.
+class StepInputs(NamedTuple):
+    """The micro-batches of one optimizer step on this rank, and counts over all ranks."""
+
+    inputs: list[ModelInputs]
+    batches: list[Batch]
+    """This rank's part of every micro-batch, on the device."""
+    labels: int
+    tokens: int
+    """Non-padding tokens."""
+    pairs: int
+    """`StepResult.pairs`."""
+
+
+def prepare_step(engine: Engine, batches: list[Batch], router: RouterConfig, seed: int = 0) -> StepInputs:
+    """Move the micro-batches of one optimizer step to the device, and count their tokens. Collective.
+
+    The host does not wait for the device, which may still be computing an earlier step.
 
     Args:
         batches: this data rank's micro-batches, whole rows on the CPU.
-        router: coefficients and scopes of the auxiliary losses.
-        lr: learning rate of this step.
         seed: the run's seed, for the routers' noise.
     """
-    mesh, config = engine.mesh, engine.parts[0].config
     noise_seed = seed if router.draws_noise else None
-    prepared = [move_to_device(batch, mesh, noise_seed) for batch in batches]
-    labels, tokens, pairs = _count(batches, config, mesh)
-    loss = StepLoss([batch for _, batch in prepared], router, config, mesh, (labels, tokens))
-    engine.run([inputs for inputs, _ in prepared], loss)
+    counted = _count(batches, engine.parts[0].config, engine.mesh)
+    prepared = [move_to_device(batch, engine.mesh, noise_seed) for batch in batches]
+    return StepInputs([inputs for inputs, _ in prepared], [batch for _, batch in prepared], *counted)
+
+
+class PendingResult:
+    """The figures of an optimizer step that a GPU may still be computing. The host gets them in one copy."""
+
+    def __init__(self, loss: StepLoss, grad_norm: Tensor, inputs: StepInputs) -> None:
+        self.router, self.is_moe = loss.router, loss.layers > 0
+        self.labels, self.loss_tokens = loss.labels, loss.tokens
+        self.tokens, self.pairs = inputs.tokens, inputs.pairs
+        figures = (loss.sums, grad_norm, loss.dropped, loss.counts_LE, loss.extra_LX)
+        self._shapes = [figure.shape for figure in figures]
+        # fp64 represents every count below 2**53.
+        packed = torch.cat([figure.flatten().double() for figure in figures])
+        self._packed = packed.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
+        self._copied = torch.cuda.current_stream(packed.device).record_event() if packed.is_cuda else None
+
+    def read(self) -> StepResult:
+        """Wait for the device to finish the step, and return its figures."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        parts = self._packed.split([shape.numel() for shape in self._shapes])
+        sums, grad_norm, dropped, counts_LE, extra_LX = (
+            part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)
+        )
+        ce, norm = sums[0].item() / self.labels, grad_norm.item()
+        if not self.is_moe:
+            return StepResult(ce, ce, None, None, norm, self.tokens, self.pairs, None, 0)
+        balance, z, *extra = (total / self.loss_tokens for total in sums[1:].tolist())
+        total = ce + self.router.balance_coef * balance + self.router.z_coef * z + sum(extra)
+        result = StepResult(total, ce, balance, z, norm, self.tokens, self.pairs, counts_LE.long(), int(dropped))
+        if not extra:
+            return result
+        # The last columns of the router kind's own sums have names.
+        names = ROUTERS[self.router.kind].TELEMETRY
+        means_XL = (extra_LX / self.loss_tokens).t().tolist()
+        telemetry = dict(zip(names, means_XL[len(means_XL) - len(names) :], strict=True))
+        return result._replace(router=extra[0], telemetry=telemetry)
+
+
+def start_step(engine: Engine, inputs: StepInputs, router: RouterConfig, lr: float) -> PendingResult:
+    """Run the forward and backward passes of this rank's micro-batches, one update, then the routers' own updates.
+
+    On a GPU, the host only queues them. (It waits for the device in dropless expert parallelism, whose exchanges need
+    their sizes on the host, with `router.kind=expert_choice`, in fp64, with offloaded weights, with an optimizer other
+    than AdamW, and with `engine=deepspeed`.)
+
+    Args:
+        router: coefficients and scopes of the auxiliary losses.
+        lr: learning rate of this step.
+    """
+    mesh, config = engine.mesh, engine.parts[0].config
+    loss = StepLoss(inputs.batches, router, config, mesh, (inputs.labels, inputs.tokens))
+    engine.run(inputs.inputs, loss)
     grad_norm = engine.step(lr)
-
     loss.reduce_over_stages()
-    if config.is_moe and math.isfinite(grad_norm):
-        for model in engine.parts:
-            update_routers(model, loss.counts_LE[model.moe_layers])
-    sums = _all_reduce(loss.sums, mesh.world).tolist()
-    ce = sums[0] / loss.labels
-    if not config.is_moe:
-        return StepResult(ce, ce, None, None, grad_norm, tokens, pairs, None, 0)
-    balance, z, *extra = (total / loss.tokens for total in sums[1:])
-    total = ce + router.balance_coef * balance + router.z_coef * z + sum(extra)
-    result = StepResult(total, ce, balance, z, grad_norm, tokens, pairs, loss.counts_LE.cpu(), int(loss.dropped))
-    return result._replace(router=extra[0], telemetry=_telemetry(loss)) if extra else result
+    for model in engine.parts if config.is_moe else []:
+        update_routers(model, loss.counts_LE[model.moe_layers], grad_norm.isfinite())
+    _all_reduce(loss.sums, mesh.world)
+    return PendingResult(loss, grad_norm, inputs)
 
 
-def _telemetry(loss: StepLoss) -> dict[str, list[float]]:
-    """The last columns of the router kind's own sums, which it names, as means over tokens."""
-    names = ROUTERS[loss.router.kind].TELEMETRY
-    means_XL = (loss.extra_LX / loss.tokens).t().tolist()
-    return dict(zip(names, means_XL[len(means_XL) - len(names) :], strict=True))
+def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: float, seed: int = 0) -> StepResult:
+    """Run one optimizer step and wait for its figures. The arguments are those of `prepare_step` and `start_step`."""
+    return start_step(engine, prepare_step(engine, batches, router, seed), router, lr).read()
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -201,13 +255,18 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _count(batches: list[Batch], config: ModelConfig, mesh: Mesh) -> tuple[int, int, int]:
-    """Labels, tokens and query-key pairs of the whole step. The ranks that share a data rank's rows count them once."""
+    """Labels, tokens and query-key pairs of the whole step. The ranks that share a data rank's rows count them once.
+
+    The counts are summed on the CPUs, so that no device has to be waited for.
+    """
     local = [0, 0, 0]
     if mesh.sequence.rank() == 0 and mesh.pipeline.rank() == 0:
         layers = Counter(map(config.window, range(config.num_layers)))
         pairs = sum(number * b.attended_pairs(window) for b in batches for window, number in layers.items())
         local = [sum(b.num_labels for b in batches), sum(b.num_valid for b in batches), pairs]
-    labels, tokens, pairs = _all_reduce(torch.tensor(local, device=mesh.device), mesh.world).tolist()
+    if mesh.world.size() > 1:
+        local = _all_reduce(torch.tensor(local), mesh.world).tolist()
+    labels, tokens, pairs = local
     return labels, tokens, pairs
 
 
@@ -280,12 +339,13 @@ def evaluate(
 def _load_by_domain(
     experts_LBSK: Tensor, domains_BS: Tensor, valid_BS: Tensor, num_domains: int, num_experts: int
 ) -> Tensor:
-    valid_N = valid_BS.flatten()
-    domain_N = domains_BS.flatten().long()[valid_N]
-    experts_LNK = experts_LBSK.flatten(1, 2)[:, valid_N]
-    cell_LNK = domain_N.view(1, -1, 1) * num_experts + experts_LNK
-    counts = [
-        torch.bincount(cells[experts < num_experts], minlength=num_domains * num_experts)
-        for cells, experts in zip(cell_LNK, experts_LNK, strict=True)
-    ]
-    return torch.stack(counts).view(experts_LBSK.shape[0], num_domains, num_experts).transpose(0, 1).contiguous()
+    """Count the assignments of every domain to every expert, int64 [G, L, E], without those of padding.
+
+    Args:
+        experts_LBSK: E where nothing is assigned.
+    """
+    experts_LBSK = experts_LBSK.where(valid_BS.unsqueeze(-1), num_experts)
+    cells_LN = (domains_BS.long().unsqueeze(-1) * (num_experts + 1) + experts_LBSK).flatten(1)
+    counts = cells_LN.new_zeros(len(cells_LN), num_domains * (num_experts + 1))
+    counts.scatter_add_(1, cells_LN, torch.ones_like(cells_LN))
+    return counts.view(-1, num_domains, num_experts + 1)[..., :num_experts].transpose(0, 1)

@@ -57,7 +57,8 @@ class Chooser:
         if self.sampling.temperature == 0:
             return logits_BV.argmax(dim=-1).tolist()
         draws = [torch.rand((), generator=self._streams[row], dtype=torch.float64) for row in rows]
-        return pick(logits_BV, self.sampling, torch.stack(draws).to(logits_BV.device)).tolist()
+        # On a GPU, torch has no cumulative sum that is the same in every run.
+        return pick(logits_BV.cpu(), self.sampling, torch.stack(draws)).tolist()
 
 
 def pick(logits_BV: Tensor, sampling: Sampling, draws_B: Tensor) -> Tensor:

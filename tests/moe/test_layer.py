@@ -1,6 +1,7 @@
 """The MoE layer: dispatch, experts and combine against a loop over tokens in float64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -82,9 +83,11 @@ def loop_over_tokens(layer, x, valid):
     ],
 )
 @pytest.mark.parametrize("padded", [False, True])
-def test_layer_equals_a_loop_over_tokens(batch, length, experts, top_k, router, padded):
+@pytest.mark.parametrize("count_rows", [True, False])
+def test_layer_equals_a_loop_over_tokens(batch, length, experts, top_k, router, padded, count_rows):
     torch.manual_seed(length)
     layer = build(experts, top_k, **router)
+    layer.dispatcher.dispatch = partial(layer.dispatcher.dispatch, count_rows=count_rows)
     x = torch.randn(batch, length, DIM, dtype=torch.float64, requires_grad=True)
     valid = torch.rand(batch, length) < 0.7 if padded else None
     grad = torch.randn_like(x)
@@ -112,8 +115,20 @@ def test_dispatch_by_hand():
     x = torch.tensor([[10.0], [20.0], [30.0]])
     rows, counts, plan = LocalDispatcher().dispatch(x, routing)
     assert rows.flatten().tolist() == [10, 10, 20, 30] and counts.tolist() == [1, 3, 0]
-    out = LocalDispatcher().combine(rows, routing._replace(weights_TK=torch.tensor([[1.0, 2], [0, 3], [4, 0]])), plan)
-    assert out.flatten().tolist() == [30, 60, 120]
+    weighted = routing._replace(weights_TK=torch.tensor([[1.0, 2], [0, 3], [4, 0]]))
+    assert LocalDispatcher().combine(rows, weighted, plan).flatten().tolist() == [30, 60, 120]
+
+
+@pytest.mark.parametrize(("capacity", "rows"), [(None, 6), (1, 3)])
+def test_dispatch_with_empty_rows_by_hand(capacity, rows):
+    """Where the number of rows is not read, the last expert gets the empty ones, which are zeros."""
+    routing = Routing(
+        torch.tensor([[1, 0], [3, 3], [3, 3]]), torch.tensor([[2.0, 1], [0, 0], [0, 0]]), 3, False, capacity
+    )
+    x = torch.tensor([[10.0], [20.0], [30.0]])
+    found, counts, plan = LocalDispatcher().dispatch(x, routing, count_rows=False)
+    assert found.flatten().tolist() == [10, 10] + [0] * (rows - 2) and counts.tolist() == [1, 1, rows - 2]
+    assert LocalDispatcher().combine(found + 1, routing, plan).flatten().tolist() == [33, 0, 0]
 
 
 def test_layer_gradient_is_right_numerically():

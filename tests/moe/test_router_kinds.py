@@ -207,7 +207,10 @@ def test_noise_is_uniform_and_its_streams_are_unrelated():
 def test_the_bias_moves_by_the_sign_of_what_is_missing():
     router = build(4, 4, 2, kind="sigmoid_topk", bias_update_rate=0.1)
     router.bias.zero_()
-    update_routers(torch.nn.ModuleList([router]), torch.tensor([[5, 1, 3, 3]]))
+    routers, counts_LE = torch.nn.ModuleList([router]), torch.tensor([[5, 1, 3, 3]])
+    update_routers(routers, counts_LE, torch.tensor(True))
+    torch.testing.assert_close(router.bias, torch.tensor([-0.1, 0.1, 0.0, 0.0]).double())
+    update_routers(routers, counts_LE, torch.tensor(False))  # the gradient norm was not finite
     torch.testing.assert_close(router.bias, torch.tensor([-0.1, 0.1, 0.0, 0.0]).double())
 
 
@@ -220,7 +223,7 @@ def test_loss_free_balancing_balances():
     for _ in range(300):
         counts = router(x, None)[1].counts_BE
         first = counts if first is None else first
-        update_routers(torch.nn.ModuleList([router]), counts)
+        update_routers(torch.nn.ModuleList([router]), counts, torch.tensor(True))
     assert first.max() / first.double().mean() > 1.5
     assert counts.max() / counts.double().mean() < 1.1
 

@@ -129,7 +129,9 @@ def steps_of(train: str | tuple[str, ...]) -> Outcome:
 def norm_by_hand(engine: NativeEngine, train: str | tuple[str, ...]) -> float:
     """From the gradients of a model of which everything trains, caught before the step uses them."""
     caught = {}
-    engine.step = lambda lr: caught.update({n: p.grad for n, p in engine.parts[0].named_parameters()}) or 0.0
+    engine.step = lambda lr: (
+        caught.update({n: p.grad for n, p in engine.parts[0].named_parameters()}) or torch.zeros(())
+    )
     train_step(engine, [batch(0)], ROUTER, 1e-2)
     squares = 0.0
     for name in chosen(train):

@@ -98,14 +98,14 @@ class DeepSpeedEngine:
     def _begin_backward(self, _: Tensor) -> None:
         self.deepspeed._backward_prologue()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
         # DeepSpeed reports a norm that is not finite as infinite. No rank has changed its weights then.
         norm = float(self.deepspeed.get_global_grad_norm())
         self._updates += math.isfinite(norm)
-        return norm
+        return torch.tensor(norm, dtype=torch.float64, device=self.mesh.device)
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Return weights, buffers and moments under the native engine's names. Collective, because they are gathered.

@@ -432,6 +432,10 @@ class StepProfiler:
         self._open.callback(self._profile.stop)
         return self
 
+    def pauses_after(self, done: int) -> bool:
+        """Return whether the trace begins or ends after step `done`, so that no later step may have been started."""
+        return done - self.first_step in (self.untraced, self.untraced + self.traced)
+
     def step(self, result: StepResult) -> None:
         """Receive the result of the optimizer step that has just been done."""
         last = self.untraced + self.traced

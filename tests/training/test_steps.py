@@ -1,0 +1,138 @@
+"""Steps that are started before the figures of the step before are read, and clipping inside the optimizer."""
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from data.batch import Batch
+from moe.config import ModelConfig, RouterConfig
+from parallel.apply import build_model
+from parallel.mesh import mesh_of_one
+from training.config import OptimConfig
+from training.engine import NativeEngine
+from training.step import train_step
+from training.steps import run_steps
+
+MODEL = ModelConfig(
+    dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=12, num_experts=4, top_k=2, vocab_size=20,
+    first_k_dense=1, init_std=0.3,
+)  # fmt: skip
+ROUTER = RouterConfig(kind="sigmoid_topk", bias_update_rate=0.01)
+OPTIM = OptimConfig(lr=1e-2, max_grad_norm=0.05)
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def process_group() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def batch(step: int) -> Batch:
+    rows = torch.randint(0, 20, (2, 2, 8), generator=torch.Generator().manual_seed(step))
+    zeros = torch.zeros(2, 8, dtype=torch.int64)
+    return Batch(rows[0], rows[1], torch.arange(8).expand(2, 8), zeros.int(), zeros.byte())
+
+
+def engine(max_grad_norm: float | None = OPTIM.max_grad_norm) -> NativeEngine:
+    mesh = mesh_of_one(torch.device("cpu"))
+    model = build_model(MODEL, ROUTER, mesh, compute_dtype=torch.float32, seed=1)
+    return NativeEngine([model], OptimConfig(lr=1e-2, max_grad_norm=max_grad_norm), mesh)
+
+
+def state(engine: NativeEngine) -> dict[str, torch.Tensor]:
+    tensors = {name: getattr(value, "local", value).detach().clone() for name, value in engine.tensors().items()}
+    steps = {f"step.{number}": state["step"] for number, state in enumerate(engine.optimizer.state.values())}
+    return tensors | {name: step.clone() for name, step in steps.items()} | {"updates": torch.tensor(engine.updates)}
+
+
+def spoil(engine: NativeEngine) -> None:
+    """Make one gradient of the next step infinite."""
+    backward = engine.backward
+
+    def spoiled(loss: torch.Tensor) -> None:
+        engine.backward = backward  # type: ignore[method-assign]
+        backward(loss)
+        engine.parts[0].norm.weight.grad[3] = math.inf
+
+    engine.backward = spoiled  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("bound", [OPTIM.max_grad_norm, 1e3, None])
+def test_clipping_inside_the_optimizer_equals_clipping_before_it(bound):
+    on_host, on_device = engine(bound), engine(bound)
+    assert not on_host.updates_on_device
+    on_device.updates_on_device = True
+    for step in range(STEPS):
+        if step == 2:
+            before = state(on_host), state(on_device)
+            for spoiled in (on_host, on_device):
+                spoil(spoiled)
+        results = [train_step(e, [batch(step)], ROUTER, 1e-2) for e in (on_host, on_device)]
+        assert math.isfinite(results[0].grad_norm) == math.isfinite(results[1].grad_norm) == (step != 2)
+        if step == 2:
+            for old, new in zip(before, (state(on_host), state(on_device)), strict=True):
+                torch.testing.assert_close(new, old, rtol=0, atol=0)
+        else:
+            assert results[0].grad_norm > OPTIM.max_grad_norm
+    assert on_host.updates == on_device.updates == STEPS - 1
+    torch.testing.assert_close(state(on_device), state(on_host), rtol=1e-5, atol=1.5e-8 * STEPS)
+
+
+class Rows:
+    """A loader whose steps take one second each."""
+
+    def __init__(self, clock: list[float], broken: int = STEPS) -> None:
+        self.clock, self.broken, self.done = clock, broken, 0
+
+    def next_step(self) -> list[Batch]:
+        if self.done == self.broken:
+            raise OSError("the disk is gone")
+        self.done += 1
+        self.clock[0] += 1
+        return [batch(self.done)]
+
+
+def config() -> SimpleNamespace:
+    return SimpleNamespace(train=SimpleNamespace(steps=STEPS), run=SimpleNamespace(seed=0), router=ROUTER, optim=OPTIM)
+
+
+def run(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> list:
+    """All steps, with a pause of 100 seconds after the third one."""
+    clock = [0.0]
+    monkeypatch.setattr("training.steps.time.monotonic", lambda: clock[0])
+    rows, found = Rows(clock), []
+    trained = engine()
+    for step in run_steps(trained, rows, config(), 0, ahead=ahead, pauses_after=lambda done: done == 3):
+        if step.done == 3:
+            assert rows.done == trained.updates == 3
+            clock[0] += 100
+        started = min(step.done + 2, 3 if step.done < 3 else STEPS) if ahead else step.done
+        assert rows.done == (3 if step.done == 3 else started), step.done
+        found.append(step._replace(seconds=0, result=step.result._replace(counts_LE=step.result.counts_LE.tolist())))
+        found[-1] = (found[-1], step.seconds)
+    assert sum(seconds for _, seconds in found) == STEPS
+    if not ahead:
+        assert [seconds for _, seconds in found] == [1] * STEPS
+    return [step for step, _ in found]
+
+
+def test_steps_ahead_give_the_results_of_steps_one_by_one(monkeypatch):
+    ahead = run(True, monkeypatch)
+    assert [step.done for step in ahead] == [1, 2, 3, 4, 5, 6]
+    assert ahead == run(False, monkeypatch)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_the_caller_gets_every_step_before_one_that_fails(ahead):
+    done = []
+    steps = run_steps(engine(), Rows([0.0], broken=4), config(), 0, ahead=ahead, pauses_after=lambda done: False)
+    with pytest.raises(OSError, match="the disk is gone"):
+        done.extend(step.done for step in steps)
+    assert done == [1, 2, 3, 4]
