@@ -369,6 +369,8 @@ def check_attention(
         queries, keys, heads, groups, width = size
         if (not packed and window is None and queries < keys) or stage.remaining_s < 10:
             continue  # context parallelism alone has parts of rows
+        if size == sizes[0]:
+            torch._dynamo.reset()  # the limit of recompilations is that of one model, and these are many
         name = f"{NAMES[dtype]} {'packed' if packed else 'whole'} window={window} {queries}/{keys} H={heads}/{groups}"
         shapes = [(2, heads, queries, width), (2, groups, keys, width), (2, groups, keys, width)]
         bound = 1e-4 if dtype == torch.float32 else BOUND[dtype]
@@ -574,7 +576,7 @@ def synchronizing_lines(action: Callable[[], Any], device: torch.device) -> Coun
     root = str(Path(__file__).resolve().parents[2])
 
     def note(message: Warning | str, *_: Any) -> None:
-        if "synchroniz" not in str(message):
+        if "called a synchronizing" not in str(message):
             return
         frames = [f for f in traceback.extract_stack() if f.filename.startswith(root) and f.filename != __file__]
         sites[f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"] += 1
