@@ -7,12 +7,15 @@ every device and in every precision.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moe.model import Transformer
-from moe.noise import fill_part
+from moe.noise import ROW_BLOCK, fill_part
 from moe.region import Region
 
 
@@ -26,6 +29,7 @@ def init_parameters(model: Transformer, seed: int) -> None:
     """
     config = model.config
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    tasks: list[Callable[[], None]] = []
     with torch.no_grad():
         for buffer in model.buffers():
             buffer.zero_()
@@ -39,14 +43,41 @@ def init_parameters(model: Transformer, seed: int) -> None:
                 local.fill_(1.0)
             else:
                 is_residual = name.removesuffix(".weight").endswith((".wo", ".w_down"))
-                _fill(local, region, shape[-1], f"{seed}/{name}", residual_std if is_residual else config.init_std)
+                std = residual_std if is_residual else config.init_std
+                tasks += _tasks(local.detach(), region, shape[-1], f"{seed}/{name}", std)
+    _run(tasks)
 
 
-def _fill(local: Tensor, region: Region, columns: int, identity: str, std: float) -> None:
-    """Fill `local`, the region `region` of a matrix, or of matrices that are stacked along dim 0 (experts)."""
-    if local.dim() == 2:
-        fill_part(local, region, columns, identity, std)
+def _tasks(local: Tensor, region: Region, columns: int, identity: str, std: float) -> Iterator[Callable[[], None]]:
+    """Yield functions that fill `local` part by part. They can be called in any order, and at the same time.
+
+    Args:
+        local: the region `region` of a matrix, or of matrices that are stacked along dim 0 (experts).
+    """
+    if local.dim() == 3:
+        matrix = Region(region.offset[1:], region.shape[1:])
+        for index, weight in enumerate(local):
+            yield from _tasks(weight, matrix, columns, f"{identity}/{region.offset[0] + index}", std)
         return
-    matrix = Region(region.offset[1:], region.shape[1:])
-    for index, weight in enumerate(local):
-        fill_part(weight, matrix, columns, f"{identity}/{region.offset[0] + index}", std)
+    (first, column), (rows, width) = region
+    start = 0
+    while start < rows:
+        stop = min(rows, start + ROW_BLOCK - (first + start) % ROW_BLOCK)  # A part of one block of rows.
+        part = Region((first + start, column), (stop - start, width))
+        yield partial(fill_part, local[start:stop], part, columns, identity, std)
+        start = stop
+
+
+def _run(tasks: list[Callable[[], None]]) -> None:
+    """Call the tasks with as many threads as torch uses.
+
+    torch draws the numbers of a generator with one thread, which takes 8 ns per weight.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # Threads of threads would be too many. New threads take this number over.
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for result in [pool.submit(task) for task in tasks]:
+                result.result()
+    finally:
+        torch.set_num_threads(threads)

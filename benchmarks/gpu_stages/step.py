@@ -14,7 +14,6 @@ import os
 
 # Before torch is imported: large allocations of changing sizes would otherwise leave holes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import math
 import re

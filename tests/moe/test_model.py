@@ -65,6 +65,24 @@ def test_initial_weights_have_the_documented_scale_and_depend_on_identity_only()
     assert len(distinct) == 5
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_initial_weights_are_drawn_part_by_part_with_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = build(dataclasses.replace(SMALL, hidden_dim=600, vocab_size=300), dtype=torch.float32, seed=5)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    expected = torch.empty(300, 24)
+    fill_rows(expected, "5/embedding", 0.02)
+    assert torch.equal(model.embedding, expected)
+    expected = torch.empty(600, 24)
+    for expert, weight in enumerate(model.layers[1].ffn.experts.w_up):
+        fill_rows(expected, f"5/layers.1.ffn.experts.w_up/{expert}", 0.02)
+        assert torch.equal(weight, expected)
+
+
 def test_a_part_of_a_matrix_is_drawn_as_within_the_whole():
     whole, part = torch.empty(700, 3), torch.empty(300, 3)
     fill_rows(whole, "name", 0.5)

@@ -53,14 +53,14 @@ _MATMUL = re.compile(r"\b(mm|addmm|bmm|baddbmm|matmul|linear)\b|gemm|nvjet|cutla
 _BY_NAME = (
     (COMMUNICATION, re.compile(r"nccl|c10d::|gloo", re.I)),
     (OPTIMIZER, re.compile(r"optimizer\.step|adamw|_foreach_|multi_tensor|vector_norm|lpnorm", re.I)),
-    (EXPERTS, re.compile(r"grouped_mm|grouped_gemm|groupproblemshape", re.I)),
+    (EXPERTS, re.compile(r"grouped_mm|grouped_gemm|groupproblemshape|loop_matmul", re.I)),
     (ATTENTION, re.compile(r"flash|fmha|flex|scaled_dot_product|sdpa|varlen|attention", re.I)),
-    (HEAD, re.compile(r"entropy|softmax_backward_data|log_softmax|nll_loss|logsumexp|token_nats", re.I)),
+    (HEAD, re.compile(r"entropy|softmax_backward_data|log_softmax|nll_loss|logsumexp|softmax_statistics|logit_grad", re.I)),
 )
 """Names that decide wherever they are found, in this order."""
 _BY_WORD = (
-    (DISPATCH, re.compile(r"_scatter\b|_scatterbackward|_combine|dispatch|combine|index_select|gather_rows", re.I)),
-    (ROUTING, re.compile(r"sort|topk|router|routing|searchsorted|bincount|cumsum", re.I)),
+    (DISPATCH, re.compile(r"_scatter\b|_scatterbackward|_combine|combine_rows|scatter_rows|group_by|index_select", re.I)),
+    (ROUTING, re.compile(r"sort|top_?k|router|routing|searchsorted|bincount|cumsum", re.I)),
     (NORMS, re.compile(r"rms_?norm|layer_norm|rsqrt|rope|rotary|_cos|_sin", re.I)),
     (ELEMENTWISE, re.compile(r"silu|gelu|swiglu|relu|sigmoid", re.I)),
 )
@@ -202,11 +202,12 @@ def _parts_by_sequence(host: Iterable[_Event]) -> dict[int, str]:
     """Return autograd's sequence number -> the part of the model of the forward operator that has it.
 
     Operators that autograd does not record have the number of the next one that it does record, which comes last.
+    Forward operators that the backward pass repeats have numbers of another thread's count, and are left out.
     """
     parts: dict[int, str] = {}
     for event in host:
         number = event.arguments.get("Sequence number")
-        if number is None or event.arguments.get("Fwd thread id"):
+        if number is None or any(above.arguments.get("Fwd thread id") for above in event.ancestors()):
             continue
         part = next((above.name for above in event.ancestors() if above.name.startswith(PREFIX)), None)
         if part is None:
@@ -366,8 +367,9 @@ def _closer(regions: list[Any]) -> Any:
 
 def _parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
     """Yield modules and their parts. Compiled blocks have none, because a hook would compile them again."""
+    compiled = getattr(model, "run_block", Block.__call__) is not Block.__call__
     for block in model.layers:
-        if not isinstance(block, Block) or block._compiled_call_impl is not None:
+        if not isinstance(block, Block) or compiled or block._compiled_call_impl is not None:
             continue
         yield from ((block.attention_norm, "norm"), (block.ffn_norm, "norm"))
         yield from ((block.attention, "attention"), (block.attention.core, "core"))
