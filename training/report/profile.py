@@ -55,11 +55,11 @@ _BY_NAME = (
     (OPTIMIZER, re.compile(r"optimizer\.step|adamw|_foreach_|multi_tensor|vector_norm|lpnorm", re.I)),
     (EXPERTS, re.compile(r"grouped_mm|grouped_gemm|groupproblemshape|loop_matmul", re.I)),
     (ATTENTION, re.compile(r"flash|fmha|flex|scaled_dot_product|sdpa|varlen|attention", re.I)),
-    (HEAD, re.compile(r"entropy|softmax_backward_data|log_softmax|nll_loss|logsumexp|softmax_statistics|logit_grad", re.I)),
+    (HEAD, re.compile(r"entropy|log_softmax|nll_loss|logsumexp|softmax_statistics|logit_grad", re.I)),
 )
 """Names that decide wherever they are found, in this order."""
 _BY_WORD = (
-    (DISPATCH, re.compile(r"_scatter\b|_scatterbackward|_combine|combine_rows|scatter_rows|group_by|index_select", re.I)),
+    (DISPATCH, re.compile(r"_scatter(backward)?\b|_combine|combine_rows|scatter_rows|group_by|index_select", re.I)),
     (ROUTING, re.compile(r"sort|top_?k|router|routing|searchsorted|bincount|cumsum", re.I)),
     (NORMS, re.compile(r"rms_?norm|layer_norm|rsqrt|rope|rotary|_cos|_sin", re.I)),
     (ELEMENTWISE, re.compile(r"silu|gelu|swiglu|relu|sigmoid", re.I)),
