@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch._dynamo
 
-from benchmarks.gpu_stages.stage import Stage, first_line, free_memory, one_process, run_stage
+from benchmarks.gpu_stages.stage import Stage, first_line, free_memory, one_process, run_stage, with_compile
 from moe.kernels import eager_kernels
 from moe.recompute import Recompute
 from parallel.config import ParallelConfig
@@ -102,7 +102,7 @@ def train(variant: Variant, mesh: Mesh) -> Result:
     precision = variant.precision
     config = configuration(case, parallel, rows=rows_for(1), steps=STEPS, precision=precision)  # type: ignore[arg-type]
     with eager_kernels() if variant.kernels == "off" else nullcontext():
-        return run_case(case, config, mesh)
+        return run_case(case, with_compile(config, False), mesh)
 
 
 if __name__ == "__main__":

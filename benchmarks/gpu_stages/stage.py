@@ -16,7 +16,7 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
+    from training.config import Config
 
 DETAIL_WIDTH = 110
 """Characters of a line of the table that holds the details of a check."""
@@ -198,6 +199,12 @@ def one_process(device: torch.device) -> "Iterator[Mesh]":
         yield mesh_of_one(device)
     finally:
         close_process_group()
+
+
+def with_compile(config: "Config", on: bool) -> "Config":
+    """Return the configuration of a run whose blocks run through torch.compile or do not."""
+    changes = {"compile": on} if hasattr(config.train, "compile") else {}
+    return replace(config, train=replace(config.train, **changes))
 
 
 def synchronize(device: torch.device) -> None:

@@ -22,7 +22,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the checks wi
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_stages.stage import Comparison, Stage, one_process, run_stage
+from benchmarks.gpu_stages.stage import Comparison, Stage, one_process, run_stage, with_compile
 from data.batch import IGNORE, Batch
 from moe.attention.attention import AttentionCore
 from moe.config import ModelConfig, RouterConfig
@@ -98,6 +98,7 @@ def main(stage: Stage) -> None:
             ("steps", partial(check_steps, stage, mesh)),
             ("same bits", partial(check_determinism, stage, mesh)),
             ("resume", partial(check_resume, stage, mesh)),
+            ("run.deterministic", partial(check_deterministic_mode, stage, mesh)),
             ("optimizer", partial(check_optimizer, stage, mesh)),
             ("attention bf16", partial(check_attention, stage, low[:1], (True, False), (None, 100))),
             ("generation", partial(check_generation, stage)),
@@ -108,7 +109,6 @@ def main(stage: Stage) -> None:
             ("attention fp64", partial(check_attention, stage, (torch.float64,), (True, False), (None, 100))),
             ("attention fp32", partial(check_attention, stage, low[1:], (True, False), (None, 100))),
             ("model window fp32", partial(check_model, stage, torch.float32, ("window",))),
-            ("run.deterministic", partial(check_deterministic_mode, stage, mesh)),
         ]  # fmt: skip
         stage.run_checks(checks)
 
@@ -536,6 +536,7 @@ class Training:
 
     def __init__(self, mesh: Mesh, case: Case, precision: str, *, packed: bool, padded: bool, seed: int = 3) -> None:
         config = configuration(case, ONE_PROCESS, rows=4, precision=precision)  # type: ignore[arg-type]
+        config = with_compile(config, False)
         parts = build_parts(config, case.model, mesh, compute_dtype(precision, mesh.device), seed)
         self.engine, self.router = build_engine(config, parts, mesh), case.router
         self.batches = [small_inputs(case.model.vocab_size or 0, rows, packed=packed, padded=padded) for rows in (2, 4)]
@@ -646,7 +647,7 @@ def check_determinism(stage: Stage, mesh: Mesh, label: str = "two runs of 3 step
     stage.check(label, not failures, f"{cases - len(failures)}/{cases}: {'; '.join(failures)}")
 
 
-def check_resume(stage: Stage, mesh: Mesh) -> None:
+def check_resume(stage: Stage, mesh: Mesh, label: str = "") -> None:
     """A run that is saved after two steps and loaded into a new engine goes on as one that was not interrupted."""
     for precision in ("bf16", "fp32"):
         whole = Training(mesh, CASES["deepseek"], precision, packed=False, padded=True)
@@ -661,7 +662,7 @@ def check_resume(stage: Stage, mesh: Mesh) -> None:
         losses = [[training.step().loss for _ in range(2)] for training in (whole, resumed)]
         changed = different(whole.tensors(), resumed.tensors())
         passed = not changed and losses[0] == losses[1]
-        stage.check(f"resume {precision}: same bits", passed, ", ".join(changed[:4]))
+        stage.check(f"resume {precision}: same bits{label}", passed, ", ".join(changed[:4]))
 
 
 def check_optimizer(stage: Stage, mesh: Mesh) -> None:
@@ -756,8 +757,9 @@ def check_evaluation(stage: Stage, mesh: Mesh) -> None:
 def check_deterministic_mode(stage: Stage, mesh: Mesh) -> None:
     make_deterministic()
     try:
-        check_determinism(stage, mesh, "the same with run.deterministic")
-        check_generation(stage)
+        stage.attempt("run.deterministic", partial(check_determinism, stage, mesh, "the same, run.deterministic"))
+        stage.attempt("resume", partial(check_resume, stage, mesh, ", run.deterministic"))
+        stage.attempt("generation", partial(check_generation, stage))
     finally:
         torch.use_deterministic_algorithms(False)
 
