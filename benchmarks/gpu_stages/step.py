@@ -55,7 +55,7 @@ from training.report.profile import (
     read_trace,
     summarize_trace,
 )
-from training.step import StepResult, train_step
+from training.step import PendingResult, prepare_step, start_step
 
 ROOT = Path(__file__).resolve().parents[2]
 LR, WARM_UP, TIMED, PROFILED = 3e-4, 12, 8, 2
@@ -227,24 +227,26 @@ class Run:
         """Compile every block of the model by itself."""
         compile_layers((block for part in self.engine.parts for block in part.layers), self.stage.device)
 
-    def step(self) -> StepResult:
-        """Do one optimizer step, with a linear warm-up of the learning rate."""
+    def step(self) -> PendingResult:
+        """Start one optimizer step, with a linear warm-up of the learning rate. On a GPU, the host does not wait."""
         self.steps += 1
         lr = LR * min(1.0, self.steps / WARM_UP)
-        return train_step(self.engine, self.loader.next_step(), self.config.router, lr)
+        router = self.config.router
+        return start_step(self.engine, prepare_step(self.engine, self.loader.next_step(), router), router, lr)
 
     def measure(self, variant: str) -> None:
         """Add a row with the speed and the memory of steps, and rows with their time by groups."""
         timed = 2 if self.stage.tiny else TIMED
         for _ in range(3):
             self.step()
-        seconds, results = [], []
+        seconds, started = [], []
         for _ in range(2):
             synchronize(self.stage.device)
             start = time.perf_counter()
-            results += [self.step() for _ in range(timed)]
+            started += [self.step() for _ in range(timed)]
             synchronize(self.stage.device)
             seconds.append(time.perf_counter() - start)
+        results = [step.read() for step in started]
         total, tokens = sum(seconds), sum(result.tokens for result in results)
         result = results[-1]
         peak = peak_flops(self.stage.device, torch.bfloat16, None)
@@ -284,7 +286,7 @@ class Run:
         with mark_parts(self.engine.parts):
             trace = traced(self.stage, f"step-{self.name}-{variant}", lambda: results.append(self.step()))
         summary = summarize_trace(read_trace(trace), PROFILED)
-        known = flops_by_group(results[-1], self.costs, self.config.model)
+        known = flops_by_group(results[-1].read(), self.costs, self.config.model)
         add_groups(self.stage, self.name, variant, summary, known)
 
 
