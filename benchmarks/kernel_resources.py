@@ -21,8 +21,9 @@ if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moe.kernels import combine, group, swiglu, top_k
+from moe.kernels import combine, group, join, swiglu, top_k
 
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROW_WORD_BYTES = 16
 
 
@@ -38,10 +39,10 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    for dtype in ("bf16", "fp16", "fp32"):
+    for dtype in ("bf16", "fp32"):
         yield Case(swiglu.forward_kernel, f"*{dtype} " * 3 + "i32 " * 3, swiglu.BLOCKS, dtype)
         yield Case(swiglu.backward_kernel, f"*{dtype} " * 5 + "i32 " * 3, swiglu.BLOCKS, dtype)
-        for dim, top in ((512, 1), (2048, 2), (4096, 6), (7168, 8), (16384, 24)):
+        for dim, top in ((512, 1), (2048, 2), (7168, 8), (16384, 24)):
             constants = combine.blocks(top, dim)
             for weighted in (False, True):
                 constants = {**constants, "WEIGHTED": weighted}
@@ -50,6 +51,9 @@ def cases() -> Iterator[Case]:
                 yield Case(combine.gather_kernel, types, constants, f"{dtype} D={dim} K={top} {weighted=}")
                 types = f"*{dtype} *i64 {weights} *{dtype} *{dtype} {weights} i32 i32 i32"
                 yield Case(combine.scatter_kernel, types, constants, f"{dtype} D={dim} K={top} {weighted=}")
+    for split in (False, True):
+        constants = {"BLOCK": join.BLOCK, "SPLIT": split, "num_warps": 4}
+        yield Case(join.join_kernel, "*fp32 *fp32 *bf16 i32", constants, f"{split=}")
     for experts, top in ((8, 2), (64, 6), (256, 8), (1024, 32)):
         constants = {**top_k.blocks(experts), "K": top}
         yield Case(top_k.top_k_kernel, "*fp32 *i64 i32 i32", constants, f"E={experts} K={top}", 4)
@@ -59,7 +63,7 @@ def cases() -> Iterator[Case]:
 
 
 def resources(case: Case) -> tuple[int, int, int]:
-    """Return registers a thread, spilled bytes a thread (the stack), and the bytes of the widest access."""
+    """Return registers a thread, instructions that spill them, and the bytes of the widest access."""
     constants = dict(case.constants)
     warps = constants.pop("num_warps")
     names = [name for name in case.kernel.arg_names if name not in constants]
@@ -72,7 +76,7 @@ def resources(case: Case) -> tuple[int, int, int]:
         attrs={
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(case.kernel.arg_names)
-            if name in ("width", "stride", "experts") or types.get(name, "").startswith("*")
+            if name in ("width", "stride", "experts", "size") or types.get(name, "").startswith("*")
         },
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
@@ -80,25 +84,24 @@ def resources(case: Case) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        report = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", report))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"]), max(
-        int(vector or 1) * int(bits) // 8 for vector, bits in accesses
-    )  # fmt: skip
+        usage = subprocess.check_output([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], text=True)
+        code = subprocess.check_output([TOOLS / "nvdisasm", "-c", file.name], text=True)
+    (registers,) = re.findall(r"REG:(\d+)", usage)
+    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    return int(registers), spills, max(int(vector or 1) * int(bits) // 8 for vector, bits in accesses)
 
 
 def main() -> int:
     print(f"triton {triton.__version__}")
     failed = 0
     for case in cases():
-        registers, spilled, word = resources(case)
-        wrong = spilled > 0 or word < case.word_bytes
+        registers, spills, word = resources(case)
+        wrong = spills > 0 or word < case.word_bytes
         failed += wrong
         name = f"{case.kernel.__module__.rpartition('.')[2]}.{case.kernel.__name__}"
         warps = case.constants["num_warps"]
         print(
-            f"{name:<24} {case.label:<34} warps={warps:<2} registers={registers:<3} spilled={spilled} bytes "
+            f"{name:<24} {case.label:<34} warps={warps:<2} registers={registers:<3} spills={spills} "
             f"word={word} bytes{'  FAILED' if wrong else ''}"
         )
     return 1 if failed else 0

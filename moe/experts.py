@@ -1,11 +1,11 @@
 """The experts: feed-forward networks with stacked weights, applied to rows that are grouped by expert.
 
 Shapes: R routed rows, D model, F expert hidden width, e experts on this rank, O and I output and input width of one
-matmul.
+matmul, G = 2F.
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,32 +57,6 @@ def auto_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor
 KERNELS: dict[str, Kernel] = {"auto": auto_kernel, "grouped": grouped_kernel, "loop": loop_kernel}
 
 
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_eFD: Tensor, up_eFD: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtypes = gate_eFD.dtype, up_eFD.dtype
-        experts, width, dim = gate_eFD.shape
-        joined = gate_eFD.new_empty(experts, 2 * width, dim, dtype=dtype)
-        joined[:, :width], joined[:, width:] = gate_eFD, up_eFD
-        return joined
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parts = zip(grad.chunk(2, dim=1), ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
-        return *(part.to(dtype) if needed else None for part, dtype, needed in parts), None
-
-
-def join(gate_eFD: Tensor, up_eFD: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast two weights of the experts into one tensor [e, 2F, D] of `dtype`, without another copy.
-
-    One matmul with it computes both results, and in the backward pass one computes the gradient of the input. Use this
-    where the weights need a cast. If they do not, the joined copy costs more than it saves, and weights that FSDP has
-    gathered would stay in memory until the backward pass.
-    """
-    joined: Tensor = _Join.apply(gate_eFD, up_eFD, dtype)
-    return joined
-
-
 class Experts(nn.Module):
     """The experts of one MoE layer on this rank. Each is a feed-forward network (`moe.feedforward.FeedForward`).
 
@@ -122,9 +96,12 @@ class Experts(nn.Module):
             return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
 
         if self.activation is F.silu and self.gated and use_kernels(rows_RD) and self.w_up.dtype != rows_RD.dtype:
-            from moe.kernels import swiglu
+            # One matmul with both weights, which need a cast anyway. If they need none, the joined copy would cost more
+            # than it saves, and it would keep weights that FSDP has gathered in memory until the backward pass.
+            from moe.kernels import join, swiglu
 
-            hidden_RF = swiglu.swiglu_joined(apply(rows_RD, join(self.w_gate, self.w_up, rows_RD.dtype)))
+            weight_eGD = join.join(self.w_gate, self.w_up, rows_RD.dtype)
+            hidden_RF = swiglu.swiglu_joined(apply(rows_RD, weight_eGD))
         elif self.gated:
             hidden_RF = gated(self.activation, apply(rows_RD, self.w_gate), apply(rows_RD, self.w_up))
         else:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 
 def blocks(top_k: int, dim: int) -> dict[str, Any]:
-    """Return the constants of both kernels: assignments are unrolled in chunks of up to eight."""
-    chunk, columns = min(8, triton.next_power_of_2(top_k)), triton.next_power_of_2(max(dim, 1))
-    warps = min(max(columns // 512, 1), 16)  # 16 elements a thread
+    """Return the constants of both kernels: chunks of assignments are unrolled, a thread has 16 elements of a row."""
+    columns = triton.next_power_of_2(max(dim, 1))
+    chunk = min(8 if columns <= 8192 else 4, triton.next_power_of_2(top_k))  # registers: a thread of wide rows has more
+    warps = min(max(columns // 512, 1), 16)
     return {"CHUNK": chunk, "CHUNKS": triton.cdiv(top_k, chunk), "COLUMNS": columns, "num_warps": warps}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "top_k"])
 def gather_kernel(
     y, slots, weights, out, rows, width, top_k,
     WEIGHTED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -43,7 +44,7 @@ def gather_kernel(
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "top_k"])
 def scatter_kernel(
     x, slots, weights, y, out, grad_weights, rows, width, top_k,
     WEIGHTED: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -15,7 +15,7 @@ RANK_BLOCK = 64
 """Assignments of a program, which compares each one with each other one."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments", "programs"])
 def rank_kernel(experts, ranks, counts, assignments, programs, BLOCK: tl.constexpr):
     """Write how many earlier assignments of the block have the same expert, and the counts [E + 1, P] of the block."""
     block = tl.program_id(0)
@@ -30,7 +30,7 @@ def rank_kernel(experts, ranks, counts, assignments, programs, BLOCK: tl.constex
     tl.store(counts + expert * programs + block, rank + 1, (row_index < assignments) & (later == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["assignments", "programs"])
 def place_kernel(experts, ranks, counts, ends, order, slots, assignments, programs, BLOCK: tl.constexpr):
     """Write the place of every assignment in the sorted list, and the list. `ends` is the prefix sum of `counts`."""
     block = tl.program_id(0)

@@ -18,7 +18,7 @@ BLOCKS = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
 """A program computes a tile of this size: each thread loads 16 elements, and each row of a tile is contiguous."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(gate, up, out, rows, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Compute a tile of `out` [R, F]. `stride` is the distance of two rows of `gate` and of `up`."""
     column_blocks = tl.cdiv(width, COLUMNS)
@@ -33,7 +33,7 @@ def forward_kernel(gate, up, out, rows, width, stride, ROWS: tl.constexpr, COLUM
     tl.store(out + first_row.to(tl.int64) * width + (row * width + columns), result.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def backward_kernel(grad, gate, up, grad_gate, grad_up, rows, width, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Compute a tile of the gradients of `gate` and `up`, which are `stride` from row to row like their inputs."""
     column_blocks = tl.cdiv(width, COLUMNS)

@@ -19,7 +19,7 @@ def blocks(experts: int) -> dict[str, Any]:
     return {"TOKENS": max(2048 // columns, 1), "EXPERTS": columns, "num_warps": 4}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def top_k_kernel(scores, out, tokens, experts, K: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
     """Write the indices of the K largest scores of `TOKENS` tokens, best first.
 

@@ -21,8 +21,8 @@ from moe.selection import top_k_stable
 from moe.token_context import TokenContext
 
 pytest.importorskip("triton")
-combine, group, swiglu, top_k = (
-    pytest.importorskip(f"moe.kernels.{name}") for name in ("combine", "group", "swiglu", "top_k")
+combine, group, join, swiglu, top_k = (
+    pytest.importorskip(f"moe.kernels.{name}") for name in ("combine", "group", "join", "swiglu", "top_k")
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,20 +137,26 @@ def test_group_by_expert(assignments, experts):
         assert mine.dtype == reference.dtype and mine.equal(reference)
 
 
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+"""The check that traces each operator takes seconds; the slow test below compiles them."""
+
+
 def test_operators_are_as_torch_expects():
     """Their fake results have the right form, nothing is mutated, and the gradients are registered."""
     torch.manual_seed(4)
     plan = plan_of(4, 2, 3, 0.7)
-    gate_up, x, y, weights = draw(3, 4), draw(4, 4), draw(len(plan.tokens_R), 4), draw(4, 2)
+    gate_up, x, y, weights = draw(4, 4), draw(4, 4), draw(len(plan.tokens_R), 4), draw(4, 2)
     slots = plan.slots_TK
     for operator, inputs in (
+        (swiglu.swiglu, (x, gate_up)),
         (swiglu.swiglu_joined, (gate_up,)),
+        (join.join, (gate_up[None], gate_up[None], torch.float16)),
         (combine.scatter_rows, (x, slots, len(y), False)),
         (combine.combine_rows, (y, slots, weights, False)),
         (top_k.top_k, (x.detach(), 2)),
         (group.group_by_expert, (slots.flatten(), len(y))),
     ):
-        torch.library.opcheck(operator, inputs)
+        torch.library.opcheck(operator, inputs, test_utils=OPCHECKS)
 
 
 def layer_of(**config):
@@ -232,6 +238,40 @@ def test_a_recomputed_layer_takes_the_stored_choice(kernels, monkeypatch):
     network(scores).sum().backward()
     assert len(chosen) == 2 and chosen[0].equal(chosen[1])
     assert chosen[0].equal(top_k_stable(scores.detach(), 2))
+
+
+class Routed(torch.nn.Module):
+    """Top-k, dispatch, experts and combine."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.dispatcher = layer_of(expert_kernel="grouped", hidden_dim=16).experts, LocalDispatcher()
+
+    def forward(self, x, scores):
+        weights, experts = scores, top_k_stable(scores.detach(), 2)
+        routing = Routing(experts, weights.gather(-1, experts), scores.shape[-1], complete=True)
+        rows, counts, plan = self.dispatcher.dispatch(x, routing)
+        return self.dispatcher.combine(self.experts(rows, counts), routing, plan)
+
+
+@pytest.mark.slow
+def test_torch_compile_keeps_them_in_one_graph(kernels):
+    torch.manual_seed(8)
+    routed = Routed()
+    x, scores = draw(9, 24, dtype=torch.bfloat16), draw(9, 6)
+    operators = set()
+
+    def backend(graph, inputs):
+        operators.update(str(node.target) for node in graph.graph.nodes if "mixwright" in str(node.target))
+        return graph
+
+    results = []
+    for function in (routed, torch.compile(routed, backend=backend, fullgraph=True)):
+        out = function(x, scores)
+        results.append((out, *torch.autograd.grad(out, (x, scores, *routed.parameters()), torch.ones_like(out))))
+    names = "combine_rows group_by_expert join scatter_rows swiglu_joined top_k"
+    assert operators == {f"mixwright.{name}.default" for name in names.split()}
+    assert all(mine.equal(reference) for mine, reference in zip(*results, strict=True))
 
 
 @pytest.mark.slow
