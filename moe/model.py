@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.attention.cache import Cache
+from moe.attention.varlen import Segments
 from moe.config import ModelConfig, RouterConfig
 from moe.layer import Block
 from moe.linear import Linear, RMSNorm
@@ -32,6 +33,8 @@ class ModelInputs(NamedTuple):
     """False on padding; None: no padding."""
     noise_keys_BS: Tensor | None = None
     """One key per token (`moe.noise.noise_keys`), from which routers draw noise in training."""
+    segments: Segments | None = None
+    """Where documents begin and end (`segments_of`). GPUs compute attention faster with it; None: not known."""
 
 
 class Output(NamedTuple):
@@ -107,6 +110,7 @@ class Transformer(nn.Module):
         context = TokenContext(
             rotary=rotary_table(inputs.positions_BS, config.head_dim, config.rope_theta, self.compute_dtype),
             documents_BS=inputs.documents_BS,
+            segments=inputs.segments,
             valid_BS=self.slice_local(inputs.valid_BS),
             noise_keys_BS=self.slice_local(inputs.noise_keys_BS),
         )

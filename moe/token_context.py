@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from moe.attention.varlen import Segments
+
 T = TypeVar("T")
 
 
@@ -22,6 +24,7 @@ class TokenContext:
         rotary: cosine and sine of the rotary angles, two tensors [B, 1, S, C] (`rotary_table`); None where no
             layer applies rotary embedding.
         documents_BS: attention stays between equal numbers; None: each row is one document.
+        segments: where the documents or the rows of the batch begin and end; None if this is not known on the host.
         valid_BS: False on padding, for the tokens that this rank routes; None: no padding.
         noise_keys_BS: one key per routed token (`moe.noise.noise_keys`); None outside training.
     """
@@ -31,11 +34,13 @@ class TokenContext:
         *,
         rotary: tuple[Tensor, Tensor] | None = None,
         documents_BS: Tensor | None = None,
+        segments: Segments | None = None,
         valid_BS: Tensor | None = None,
         noise_keys_BS: Tensor | None = None,
     ) -> None:
         self.rotary = rotary
         self.documents_BS = documents_BS
+        self.segments = segments
         self.valid_BS = valid_BS
         self.noise_keys_BS = noise_keys_BS
         self._shared: dict[Hashable, Any] = {}

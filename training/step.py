@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import IGNORE, Batch
+from moe.attention.varlen import segments_of
 from moe.config import ModelConfig, RouterConfig
 from moe.losses import Reductions, TokenNats, auxiliary_losses
 from moe.losses import token_nats as whole_token_nats
@@ -69,6 +70,9 @@ def move_to_device(batch: Batch, mesh: Mesh, seed: int | None = None) -> tuple[M
     """
     padded = bool((batch.documents_BS < 0).any())
     packed = bool((batch.documents_BS != 0).any())
+    # Context parallelism splits documents between ranks, and only GPUs have a kernel that takes segments.
+    has_segments = mesh.device.type == "cuda" and mesh.layout.context == 1
+    segments = segments_of(batch.documents_BS, mesh.device) if has_segments else None
     if mesh.layout.context > 1:
         batch = batch.part(mesh.layout.pieces_of(mesh.context.rank()), mesh.layout.pieces)
     batch = batch.to(mesh.device)
@@ -78,6 +82,7 @@ def move_to_device(batch: Batch, mesh: Mesh, seed: int | None = None) -> tuple[M
         documents_BS=batch.documents_BS if packed else None,
         valid_BS=batch.documents_BS >= 0 if padded else None,
         noise_keys_BS=None if seed is None or batch.numbers_BS is None else noise_keys(seed, batch.numbers_BS),
+        segments=segments,
     )
     return inputs, batch
 

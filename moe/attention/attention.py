@@ -6,6 +6,8 @@ The part of attention that mixes positions is the *core*, `core(q, k, v, context
 device, and context parallelism installs another.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,10 +15,35 @@ from torch.nn import functional as F
 from moe.attention.cache import LayerCache
 from moe.attention.flex import flex
 from moe.attention.masked import masked_attention
+from moe.attention.varlen import takes, varlen
 from moe.attention.window import windowed_attention
 from moe.config import ModelConfig
 from moe.linear import Linear
 from moe.token_context import TokenContext, apply_rotary
+
+Kernel = Literal["sdpa", "varlen", "flex", "blocks", "masked"]
+
+
+def choose_kernel(q_BHSC: Tensor, k_BGXC: Tensor, window: int | None, context: TokenContext) -> Kernel:
+    """Return which kernel computes attention.
+
+    - `sdpa`: rows of one document without a window. On an H100, torch chooses cuDNN's kernel.
+    - `varlen`: documents and windows on GPUs in bf16 and fp16, for whole rows whose segments are known.
+    - `flex`: everything else on GPUs, but not in fp64.
+    - `blocks`: windows on CPUs and in fp64.
+    - `masked`: documents on CPUs and in fp64.
+
+    Args:
+        window: None if no query has as many keys before it.
+    """
+    whole_rows = q_BHSC.shape[2] == k_BGXC.shape[2]
+    if window is None and context.documents_BS is None and whole_rows:
+        # With grouped heads in fp32, torch has no fused kernel and would store all scores.
+        grouped = q_BHSC.shape[1] != k_BGXC.shape[1]
+        return "flex" if q_BHSC.is_cuda and q_BHSC.dtype == torch.float32 and grouped else "sdpa"
+    if q_BHSC.is_cuda and q_BHSC.dtype != torch.float64:
+        return "varlen" if whole_rows and context.segments is not None and takes(q_BHSC) else "flex"
+    return "masked" if window is None else "blocks"
 
 
 class AttentionCore(nn.Module):
@@ -39,25 +66,33 @@ class AttentionCore(nn.Module):
             context: its `documents_BS` has the documents of all X key positions, or is None if each row is one
                 document.
         """
-        documents_BX = context.documents_BS
-        length, places = q_BHSC.shape[2], k_BGXC.shape[2]
-        window = None if self.window is None or self.window >= places else self.window
-        if window is None and documents_BX is None and length == places:
+        window = None if self.window is None or self.window >= k_BGXC.shape[2] else self.window
+        kernel = choose_kernel(q_BHSC, k_BGXC, window, context)
+        if kernel == "sdpa":
             return _causal(q_BHSC, k_BGXC, v_BGXC)
-        if q_BHSC.is_cuda and q_BHSC.dtype != torch.float64:  # the fused kernel has no fp64
+        if kernel == "varlen":
+            assert context.segments is not None
+            return varlen(q_BHSC, k_BGXC, v_BGXC, context.segments, window)
+        if kernel == "flex":
             return flex(q_BHSC, k_BGXC, v_BGXC, context, window)
         if window is not None:
-            return windowed_attention(q_BHSC, k_BGXC, v_BGXC, documents_BX, window)
-        earlier = places - length
-        if documents_BX is None:
-            same_BSX = torch.ones(1, length, places, dtype=torch.bool, device=q_BHSC.device)
-        else:
-            same_BSX = documents_BX[:, earlier:].unsqueeze(2) == documents_BX.unsqueeze(1)
-        return masked_attention(q_BHSC, k_BGXC, v_BGXC, same_BSX.tril(earlier).unsqueeze(1))
+            return windowed_attention(q_BHSC, k_BGXC, v_BGXC, context.documents_BS, window)
+        return masked_attention(q_BHSC, k_BGXC, v_BGXC, _mask(q_BHSC, k_BGXC, context.documents_BS))
 
     def extra_repr(self) -> str:
         """Return what `repr` shows in the parentheses: the window, or `full` without one."""
         return "full" if self.window is None else f"window={self.window}"
+
+
+def _mask(q_BHSC: Tensor, k_BGXC: Tensor, documents_BX: Tensor | None) -> Tensor:
+    """Return True where a query attends to a key, [B, 1, S, X]."""
+    length, places = q_BHSC.shape[2], k_BGXC.shape[2]
+    earlier = places - length
+    if documents_BX is None:
+        same_BSX = torch.ones(1, length, places, dtype=torch.bool, device=q_BHSC.device)
+    else:
+        same_BSX = documents_BX[:, earlier:].unsqueeze(2) == documents_BX.unsqueeze(1)
+    return same_BSX.tril(earlier).unsqueeze(1)
 
 
 def _causal(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe.attention.attention import Attention, AttentionCore
 from moe.attention.flex import block_mask, flex
+from moe.attention.varlen import segments_of
 from moe.config import ModelConfig
 from moe.token_context import TokenContext, apply_rotary, rotary_table
 
@@ -188,7 +189,8 @@ def test_mask_of_the_gpu_kernel_is_made_once_for_all_layers():
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("queries", [500, 300])
-def test_gpu_kernels_forward_and_backward(dtype, tolerance, window, packed, queries):
+@pytest.mark.parametrize("known", [True, False])
+def test_gpu_kernels_forward_and_backward(dtype, tolerance, window, packed, queries, known):
     torch.manual_seed(1)
     shapes = [(2, 8, queries, 64), (2, 2, 500, 64), (2, 2, 500, 64)]
     inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
@@ -196,7 +198,9 @@ def test_gpu_kernels_forward_and_backward(dtype, tolerance, window, packed, quer
     grad = torch.randn(2, 8, queries, 64, device="cuda", dtype=dtype)
     wide = [x.detach().double().cpu().requires_grad_() for x in inputs]
     expected = masked_reference(*wide, documents.cpu() * packed, window)
-    got = AttentionCore(window)(*inputs, TokenContext(documents_BS=documents if packed else None))
+    segments = segments_of(documents.cpu() * packed, "cuda") if known else None
+    context = TokenContext(documents_BS=documents if packed else None, segments=segments)
+    got = AttentionCore(window)(*inputs, context)
     torch.testing.assert_close(got.double().cpu(), expected, rtol=tolerance, atol=tolerance)
     pairs = zip(
         torch.autograd.grad(got, inputs, grad), torch.autograd.grad(expected, wide, grad.double().cpu()), strict=True
