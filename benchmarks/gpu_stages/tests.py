@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks.gpu_stages.stage import Comparison, Stage, one_process, run_stage, with_compile
 from data.batch import IGNORE, Batch
 from moe.attention.attention import AttentionCore
+from moe.attention.varlen import segments_of
 from moe.config import ModelConfig, RouterConfig
 from moe.dispatch import LocalDispatcher
 from moe.experts import KERNELS, Experts
@@ -107,6 +108,7 @@ def main(stage: Stage) -> None:
             ("model expert choice", partial(check_model, stage, torch.float32, ("expert choice",))),
             ("model window bf16", partial(check_model, stage, torch.bfloat16, ("window",))),
             ("attention fp64", partial(check_attention, stage, (torch.float64,), (True, False), (None, 100))),
+            ("attention flex", partial(check_attention, stage, low[:1], (True,), (100,), segmented=False)),
             ("attention fp32", partial(check_attention, stage, low[1:], (True, False), (None, 100))),
             ("model window fp32", partial(check_model, stage, torch.float32, ("window",))),
         ]  # fmt: skip
@@ -359,9 +361,14 @@ def _rotary(device: torch.device, dtype: torch.dtype) -> Iterator[Any]:
 
 
 def check_attention(
-    stage: Stage, dtypes: Sequence[torch.dtype], packings: Sequence[bool], windows: Sequence[int | None]
+    stage: Stage,
+    dtypes: Sequence[torch.dtype],
+    packings: Sequence[bool],
+    windows: Sequence[int | None],
+    segmented: bool = True,
 ) -> None:
-    kinds = "packed and whole rows" if True in packings else "whole rows"
+    """With `segmented`, the host knows where documents begin, as in training on one context rank."""
+    kinds = ("packed and whole rows" if True in packings else "whole rows") + ", no segments" * (not segmented)
     comparison = Comparison(stage, f"attention {'/'.join(NAMES[dtype] for dtype in dtypes)}, {kinds}")
     sizes = ((500, 500, 8, 2, 64), (256, 256, 4, 4, 128), (1, 1, 8, 2, 64), (131, 131, 4, 1, 64), (300, 500, 8, 2, 64))
     """Queries, keys, heads, key/value heads, and the width of a head."""
@@ -374,12 +381,17 @@ def check_attention(
         name = f"{NAMES[dtype]} {'packed' if packed else 'whole'} window={window} {queries}/{keys} H={heads}/{groups}"
         shapes = [(2, heads, queries, width), (2, groups, keys, width), (2, groups, keys, width)]
         bound = 1e-4 if dtype == torch.float32 else BOUND[dtype]
-        comparison.case(name, bound, partial(_attention, stage.device, dtype, shapes, packed, window))
+        comparison.case(name, bound, partial(_attention, stage.device, dtype, shapes, packed, window, segmented))
     comparison.finish()
 
 
 def _attention(
-    device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, ...]], packed: bool, window: int | None
+    device: torch.device,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, ...]],
+    packed: bool,
+    window: int | None,
+    segmented: bool,
 ) -> Iterator[Any]:
     keys, queries = shapes[1][2], shapes[0][2]
     documents = (torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.01).cumsum(1).int()
@@ -389,7 +401,8 @@ def _attention(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.dtype == torch.float64 and q.device == CPU:
             return _attend_by_mask(q, k, v, documents, window)
-        context = TokenContext(documents_BS=documents.to(q.device) if packed else None)
+        segments = segments_of(documents, q.device) if segmented and queries == keys else None
+        context = TokenContext(documents_BS=documents.to(q.device) if packed else None, segments=segments)
         return AttentionCore(window)(q, k, v, context)
 
     valid = (documents[:, keys - queries :] >= 0).view(2, 1, queries, 1)
