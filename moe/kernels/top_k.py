@@ -32,9 +32,9 @@ def top_k_kernel(scores, out, tokens, experts, K: tl.constexpr, TOKENS: tl.const
     mask = (token < tokens)[:, None] & (expert < experts)[None, :]
     score = tl.load(scores + token[:, None] * experts + expert[None, :], mask, other=0.0).to(tl.float32)
     bits = score.to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ordered = tl.where(score == 0, 0, ordered)
-    ordered = tl.where(score != score, 0x7FFFFFFF, ordered)
+    size = bits & 0x7FFFFFFF  # comparisons of integers: those of floats can take small numbers for 0
+    ordered = tl.where(bits < 0, -size, size)
+    ordered = tl.where(size > 0x7F800000, 0x7FFFFFFF, ordered)
     key = (ordered.to(tl.int64) << 32) | (EXPERTS - 1 - expert)[None, :]
     key = tl.where(mask, key, LOWEST)
     for k in range(K):

@@ -119,6 +119,7 @@ def test_top_k(dtype, experts, k):
     scores = torch.randn(3, 13, experts, device=DEVICE).round(decimals=1).to(dtype)
     scores[0, :4] = 0.0
     scores[0, 1, ::2] = -0.0
+    scores[0, 2, ::3] = 1e-40
     scores[1, :5, : max(1, experts // 2)] = -torch.inf
     scores[2, 0, -1], scores[2, 1], scores[2, 2, 0] = torch.nan, -torch.nan, torch.inf
     with eager_kernels():
