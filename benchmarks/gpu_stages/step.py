@@ -15,6 +15,7 @@ import os
 # Before torch is imported: large allocations of changing sizes would otherwise leave holes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+import importlib.util
 import math
 import re
 import time
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from stage import Stage, free_memory, run_stage, synchronize
+from stage import Stage, free_memory, run_stage, synchronize, with_compile
 
 from data.batch import Batch
 from data.config import DataConfig
@@ -36,6 +37,7 @@ from data.loader import Loader
 from data.packing import Row, pack_row
 from moe.accounting.flops import MatmulCosts, attended_pairs, matmul_costs, meta_model
 from moe.config import ModelConfig, RouterConfig
+from moe.kernels import eager_kernels
 from moe.model import Transformer
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
@@ -55,7 +57,8 @@ from training.report.profile import (
     read_trace,
     summarize_trace,
 )
-from training.step import PendingResult, prepare_step, start_step
+from training.step import StepResult
+from training.steps import run_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 LR, WARM_UP, TIMED, PROFILED = 3e-4, 12, 8, 2
@@ -161,24 +164,25 @@ def make_loader(text: Text, size: Size, *, whole_rows: bool) -> Loader:
 
 
 def configuration(model: ModelConfig, size: Size, device: torch.device, recompute: str) -> Config:
-    """Return the configuration that a run of this model would have."""
-    return Config(
+    """Return the configuration that a run of this model would have, without torch.compile."""
+    config = Config(
         run=RunConfig("benchmark"),
         model=model,
         router=RouterConfig(),
         data=DataConfig("embedded"),
         train=TrainConfig(
-            steps=1000,
+            steps=1_000_000,
             seq_len=size.seq_len,
             global_batch=size.rows,
             device=device.type,  # type: ignore[arg-type]
         ),
-        optim=OptimConfig(lr=LR),
+        optim=OptimConfig(lr=LR, schedule="constant", warmup_steps=WARM_UP),
         parallel=ParallelConfig(recompute=recompute),  # type: ignore[arg-type]
         checkpoint=CheckpointConfig(),
         tracking=TrackingConfig(wandb="disabled"),
         launch=LaunchConfig(),
     )
+    return with_compile(config, False)
 
 
 @torch.no_grad()
@@ -204,49 +208,58 @@ def build(config: Config, mesh: Mesh) -> Engine:
 
 
 class Run:
-    """A model in training: its engine and its data."""
+    """A model in training: its engine, its data and its steps, which `training.steps.run_steps` runs."""
 
     def __init__(
         self, name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, recompute: str, *, compiled: bool
     ) -> None:
         model = tiny(MODELS[name]) if stage.tiny else MODELS[name]
-        self.name, self.stage, self.mesh, self.size, self.recompute = name, stage, mesh, size, recompute
+        self.name, self.stage, self.size, self.text, self.recompute = name, stage, size, text, recompute
         self.config = configuration(model, size, stage.device, recompute)
-        self.loader = make_loader(text, size, whole_rows=False)
         self.costs: MatmulCosts = matmul_costs(meta_model(model, self.config.router))
         self.engine = build(self.config, mesh)
         if compiled:
             self.compile()
-        self.steps = 0
+        self.start(whole_rows=False)
         if stage.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         for _ in range(2 if stage.tiny else WARM_UP):
             self.step()
 
+    def start(self, *, whole_rows: bool) -> None:
+        """Begin at the first row, with the learning rate's warm-up."""
+        loader = make_loader(self.text, self.size, whole_rows=whole_rows)
+        ahead = self.stage.device.type == "cuda"
+        self.steps = run_steps(self.engine, loader, self.config, 0, ahead=ahead, pauses_after=lambda done: False)
+
     def compile(self) -> None:
         """Compile every block of the model by itself."""
-        compile_layers((block for part in self.engine.parts for block in part.layers), self.stage.device)
+        if importlib.util.find_spec("moe.compiled") is None:
+            compile_layers((block for part in self.engine.parts for block in part.layers), self.stage.device)
+            return
+        from moe.compiled import CompiledBlocks
 
-    def step(self) -> PendingResult:
-        """Start one optimizer step, with a linear warm-up of the learning rate. On a GPU, the host does not wait."""
-        self.steps += 1
-        lr = LR * min(1.0, self.steps / WARM_UP)
-        router = self.config.router
-        return start_step(self.engine, prepare_step(self.engine, self.loader.next_step(), router), router, lr)
+        for part in self.engine.parts:
+            part.run_block = CompiledBlocks(backend(self.stage.device))
 
-    def measure(self, variant: str) -> None:
+    def step(self) -> StepResult:
+        """Do one optimizer step. With a GPU, the next one is then queued."""
+        return next(self.steps).result
+
+    def measure(self, variant: str, *, profiled: bool = True) -> None:
         """Add a row with the speed and the memory of steps, and rows with their time by groups."""
         timed = 2 if self.stage.tiny else TIMED
+        if self.stage.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             self.step()
-        seconds, started = [], []
+        seconds, results = [], []
         for _ in range(2):
             synchronize(self.stage.device)
             start = time.perf_counter()
-            started += [self.step() for _ in range(timed)]
+            results += [self.step() for _ in range(timed)]
             synchronize(self.stage.device)
             seconds.append(time.perf_counter() - start)
-        results = [step.read() for step in started]
         total, tokens = sum(seconds), sum(result.tokens for result in results)
         result = results[-1]
         peak = peak_flops(self.stage.device, torch.bfloat16, None)
@@ -269,7 +282,8 @@ class Run:
             loss=result.loss,
             recompute=self.recompute,
         )
-        self.stage.attempt(f"profile of {self.name} {variant}", partial(self.profile, variant))
+        if profiled and self.stage.remaining_s > 10:
+            self.stage.attempt(f"profile of {self.name} {variant}", partial(self.profile, variant))
 
     def whole_pairs(self) -> int:
         """Return the query-key pairs of one layer if each row were one document."""
@@ -286,7 +300,7 @@ class Run:
         with mark_parts(self.engine.parts):
             trace = traced(self.stage, f"step-{self.name}-{variant}", lambda: results.append(self.step()))
         summary = summarize_trace(read_trace(trace), PROFILED)
-        known = flops_by_group(results[-1].read(), self.costs, self.config.model)
+        known = flops_by_group(results[-1], self.costs, self.config.model)
         add_groups(self.stage, self.name, variant, summary, known)
 
 
@@ -412,10 +426,15 @@ def measure_peer(stage: Stage, size: Size, text: Text) -> None:
 # ------------------------------------------------------------------------------------------------------------- stage
 
 
+def backend(device: torch.device) -> str:
+    """Return torch.compile's backend. On CPUs, which check the stage only, no code is generated."""
+    return "inductor" if device.type == "cuda" else "aot_eager"
+
+
 def compile_layers(layers: Iterable[torch.nn.Module], device: torch.device) -> None:
-    """Compile every layer by itself. On CPUs, which check the stage only, no code is generated."""
+    """Compile every layer by itself."""
     for layer in layers:
-        layer.compile(backend="inductor" if device.type == "cuda" else "aot_eager")
+        layer.compile(backend=backend(device))
 
 
 def build_run(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *, compiled: bool) -> Run:
@@ -433,6 +452,9 @@ def measure_model(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *
     run: Run | None = stage.attempt(f"{name} eager", lambda: build_run(name, stage, mesh, size, text, compiled=False))
     if run is not None:
         stage.attempt(f"{name} eager", lambda: run.measure("eager"))
+        if whole_rows:
+            with eager_kernels():
+                stage.attempt(f"{name} without kernels", lambda: run.measure("eager, no Triton kernels"))
     if stage.remaining_s < 45 and not stage.tiny:
         return
     if run is not None and run.recompute == "none":
@@ -445,8 +467,8 @@ def measure_model(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *
         return
     stage.attempt(f"{name} compiled", lambda: run.measure("compiled"))
     if whole_rows and (stage.remaining_s > 30 or stage.tiny):
-        run.loader = make_loader(text, size, whole_rows=True)
-        stage.attempt(f"{name} whole rows", lambda: run.measure("compiled, whole rows"))
+        run.start(whole_rows=True)
+        stage.attempt(f"{name} whole rows", lambda: run.measure("compiled, whole rows", profiled=False))
 
 
 def main(stage: Stage) -> None:

@@ -79,6 +79,7 @@ def test_operators_of_a_real_trace_belong_to_the_part_of_the_model_that_calls_th
         (["top_k_kernel", "mixwright::top_k"], None, profiles.ROUTING),
         (["forward_kernel", "mixwright::swiglu"], None, profiles.ELEMENTWISE),
         (["gradient_kernel", "mixwright::write_logit_gradient"], None, profiles.HEAD),
+        (["indexSelectLargeIndex<>", "aten::index_select", "aten::embedding"], "embedding", profiles.EMBEDDING),
         (["DeviceRadixSortOnesweepKernel", "aten::sort"], None, profiles.ROUTING),
         (["CatArrayBatchedCopy<>", "aten::cat"], "attention", profiles.NORMS),
         (["ncclDevKernel_AllReduce_Sum_f32_RING_LL"], None, profiles.COMMUNICATION),

@@ -37,13 +37,13 @@ DATA = f"{PREFIX}data"
 EXPERTS, DENSE, ATTENTION, HEAD = "experts' matmul", "dense matmul", "attention", "head and cross-entropy"
 ROUTING, DISPATCH, OPTIMIZER = "routing", "dispatch and combine", "optimizer and clipping"
 ELEMENTWISE, NORMS, CASTS, COPIES = "activations, elementwise", "norms and RoPE", "casts", "copies"
-COMMUNICATION, OTHER, MAKING_DATA = "communication", "other", "data"
+EMBEDDING, COMMUNICATION, MAKING_DATA, OTHER = "embedding", "communication", "data", "other"
 IDLE = "idle"
 """Time in which the device has nothing to do. On a CPU: time outside of all operators, which Python spends."""
 GROUPS = (
-    EXPERTS, DENSE, ATTENTION, HEAD, ROUTING, DISPATCH, ELEMENTWISE, NORMS, OPTIMIZER, CASTS, COPIES, COMMUNICATION,
-    MAKING_DATA, OTHER, IDLE,
-)  # fmt: skip
+    *(EXPERTS, DENSE, ATTENTION, EMBEDDING, HEAD, ROUTING, DISPATCH, ELEMENTWISE, NORMS, OPTIMIZER),
+    *(CASTS, COPIES, COMMUNICATION, MAKING_DATA, OTHER, IDLE),
+)
 """The groups, in the order of the table."""
 
 WAIT_STEPS, WARM_UP_STEPS, TRACED_STEPS = 3, 1, 3
@@ -67,7 +67,14 @@ _BY_WORD = (
 """Names that decide where no part of the model is known."""
 _COPY = re.compile(r"aten::(copy_|clone|cat|stack|contiguous|fill_|zero_|zeros|ones|pad|constant_pad_nd)\b", re.I)
 _ONLY_CAST = re.compile(r"triton_\w+?_fused(_(_to_copy|view|_unsafe_view|t|transpose|permute|clone|unsqueeze))+(_\d+)?")
-_PART_GROUP = {"routing": ROUTING, "dispatch": DISPATCH, "norm": NORMS, "attention": NORMS, "data": MAKING_DATA}
+_PART_GROUP = {
+    "embedding": EMBEDDING,
+    "routing": ROUTING,
+    "dispatch": DISPATCH,
+    "norm": NORMS,
+    "attention": NORMS,
+    "data": MAKING_DATA,
+}
 """The group of what is neither a matmul nor a cast in a part."""
 _MATMUL_GROUP = {"experts": EXPERTS, "routing": ROUTING, "dispatch": DISPATCH}
 
@@ -90,7 +97,7 @@ def group_of(names: Sequence[str], part: str | None, *, copies: bool = False) ->
         return ATTENTION if part == "core" else HEAD
     if any(map(_MATMUL.search, names[:2])):
         return _MATMUL_GROUP.get(part or "", DENSE)
-    if "aten::_to_copy" in names or _ONLY_CAST.fullmatch(names[0]):
+    if "aten::_to_copy" in names or "join_kernel" in names[0] or _ONLY_CAST.fullmatch(names[0]):
         return CASTS
     if part in _PART_GROUP:
         return _PART_GROUP[part]
