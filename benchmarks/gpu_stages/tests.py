@@ -33,8 +33,8 @@ from moe.feedforward import FeedForward
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
 from moe.init import init_parameters
-from moe.linear import Linear, RMSNorm
-from moe.losses import auxiliary_losses, token_nats
+from moe.linear import Linear, RMSNorm, linear
+from moe.losses import auxiliary_losses, linear_cross_entropy, softmax_statistics, write_logit_gradient
 from moe.model import ModelInputs, Transformer
 from moe.noise import noise_keys
 from moe.router import Routing
@@ -304,14 +304,25 @@ def _losses(
     labels = labels.masked_fill(ignored, IGNORE)
     (logits,) = random_tensors(4, dtype, (batch, length, vocab))
     logits = logits * 3
-    leaf, wide = logits.to(device).requires_grad_(), logits.double().requires_grad_()
-    found = token_nats(leaf, labels.to(device))
+    wide = logits.double().clone().requires_grad_()
     nats = nn.functional.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
     count = max(1, int((~ignored).sum()))
-    yield "nats", found.nats_BS, nats.view_as(labels)
-    yield "sum", found.sum, nats.sum()
     (expected,) = torch.autograd.grad(nats.sum() / count, wide)
-    yield "gradient", torch.autograd.grad(found.sum / count, leaf)[0], expected
+    gradient, labels = logits.flatten(0, 1).to(device), labels.flatten().to(device)
+    stats = softmax_statistics(gradient, labels, 0)
+    largest, total, label = stats
+    yield "nats", (total.log() - (label - largest)) * (labels != IGNORE), nats
+    write_logit_gradient(gradient, labels, 0, stats, (labels != IGNORE).to(stats.dtype) / count, 0)
+    yield "gradient", gradient.view_as(logits), expected
+    x, weight = (tensor / 4 for tensor in random_tensors(5, dtype, (batch, length, 24), (vocab, 24)))
+    leaves = [tensor.to(device).requires_grad_() for tensor in (x, weight)]
+    wide_leaves = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    found = linear_cross_entropy(*leaves, labels.view(batch, length), 1 / count).total
+    wide_logits = nn.functional.linear(*wide_leaves).flatten(0, 1)
+    exact = nn.functional.cross_entropy(wide_logits, labels.cpu(), ignore_index=IGNORE, reduction="sum") / count
+    yield "loss", found, exact
+    gradients = (torch.autograd.grad(total, tensors) for total, tensors in ((found, leaves), (exact, wide_leaves)))
+    yield from zip(("gradient of x", "gradient of the head"), *gradients, strict=True)
 
 
 def check_small_modules(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
@@ -523,6 +534,13 @@ def _model_tensors(device: torch.device, dtype: torch.dtype, case: Case, batch: 
     on_device = batch.to(device)
     packed, padded = bool((batch.documents_BS != 0).any()), bool((batch.documents_BS < 0).any())
     assert on_device.numbers_BS is not None
+    tensors = {}
+
+    def predict(x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+        tensors["logits"] = linear(x_BSD.detach(), weight_VD.detach())[on_device.documents_BS >= 0]
+        result, tensors["nats"] = linear_cross_entropy(x_BSD, weight_VD, on_device.labels_BS, 1 / batch.num_labels)
+        return result
+
     output = model(
         ModelInputs(
             on_device.tokens_BS,
@@ -530,17 +548,17 @@ def _model_tensors(device: torch.device, dtype: torch.dtype, case: Case, batch: 
             on_device.documents_BS if packed else None,
             on_device.documents_BS >= 0 if padded else None,
             noise_keys(0, on_device.numbers_BS),
-        )
+        ),
+        predict=predict,
     )
-    nats = token_nats(output.logits_BSV, on_device.labels_BS)
     aux = auxiliary_losses(output.stats, case.router)
-    loss = nats.sum / batch.num_labels + (0.05 * aux.balance_sum + 0.01 * aux.z_sum) / batch.num_valid
+    loss = output.result + (0.05 * aux.balance_sum + 0.01 * aux.z_sum) / batch.num_valid
     loss.backward()
-    valid = on_device.documents_BS >= 0
-    tensors = {"logits": output.logits_BSV.detach()[valid], "nats": nats.nats_BS, "loss": loss.detach()}
-    return tensors | {
-        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
-    }
+    return (
+        tensors
+        | {"loss": loss.detach()}
+        | {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    )
 
 
 # Optimizer steps
