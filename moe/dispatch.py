@@ -69,7 +69,7 @@ class LocalDispatcher(nn.Module):
             count_rows: read the number of dispatched assignments if it is not known, so that there are no empty rows.
                 On a GPU, the host would have to wait for it. If this is False, there are rows for all assignments that
                 could be dispatched. The empty ones are zeros at the end, and count as rows of the last expert. None:
-                True on CPUs, False on other devices.
+                True on CPUs, False on other devices and in compiled graphs.
 
         Returns:
             As `Dispatcher.dispatch`. The rows are complete already.
@@ -81,7 +81,8 @@ class LocalDispatcher(nn.Module):
         order, slots, counts_E = group_by_expert(experts, routing.num_experts, use_kernels(x_TD))
         rows, full = len(experts), routing.complete
         if not full:
-            if x_TD.is_cpu if count_rows is None else count_rows:
+            fixed = not x_TD.is_cpu or torch.compiler.is_compiling()  # shapes of a graph do not depend on values
+            if not fixed if count_rows is None else count_rows:
                 rows = int(counts_E.sum())
                 full = rows == len(experts)
             else:

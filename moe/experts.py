@@ -5,7 +5,7 @@ matmul, G = 2F.
 """
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,56 @@ grouped by expert, and `counts_e` is the number of rows of each."""
 
 def loop_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
     """Multiply with one matmul per expert. This is the readable reference, and as fast as `grouped_kernel` on CPUs."""
+    if torch.compiler.is_compiling():
+        y_RO: Tensor = _loop(rows_RI, weight_eOI, counts_e)
+        return y_RO
     pairs = list(zip(rows_RI.split(counts_e.tolist()), weight_eOI.unbind(), strict=True))
     if not torch.is_grad_enabled():
         # In generation most experts get no row, and a call costs more than its work. With gradients every expert is
         # called, so that every weight gets a gradient.
         pairs = [pair for pair in pairs if pair[0].shape[0]] or pairs[:1]
     return torch.cat([F.linear(rows, weight) for rows, weight in pairs])
+
+
+@torch.library.custom_op("mixwright::loop_matmul", mutates_args=())
+def _loop(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
+    """Compute `loop_kernel` as one operator of a compiled graph, whose shapes cannot depend on the counts."""
+    return loop_kernel(rows_RI, weight_eOI, counts_e)
+
+
+@torch.library.custom_op("mixwright::loop_matmul_weight", mutates_args=())
+def _loop_weight(grad_RO: Tensor, rows_RI: Tensor, counts_e: Tensor) -> Tensor:
+    """Return the gradient of the weights [e, O, I] for `_loop`."""
+    counts = counts_e.tolist()
+    parts = zip(grad_RO.split(counts), rows_RI.split(counts), strict=True)
+    return torch.stack([grad.t() @ rows for grad, rows in parts])
+
+
+@_loop.register_fake
+def _(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
+    return rows_RI.new_empty(rows_RI.shape[0], weight_eOI.shape[1])
+
+
+@_loop_weight.register_fake
+def _(grad_RO: Tensor, rows_RI: Tensor, counts_e: Tensor) -> Tensor:
+    return grad_RO.new_empty(counts_e.shape[0], grad_RO.shape[1], rows_RI.shape[1])
+
+
+def _save_for_loop(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _loop_gradients(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    rows_RI, weight_eOI, counts_e = ctx.saved_tensors
+    of_rows, of_weight, _ = ctx.needs_input_grad
+    return (
+        _loop(grad_RO, weight_eOI.transpose(1, 2), counts_e) if of_rows else None,
+        _loop_weight(grad_RO, rows_RI, counts_e) if of_weight else None,
+        None,
+    )
+
+
+_loop.register_autograd(_loop_gradients, setup_context=_save_for_loop)
 
 
 def grouped_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:

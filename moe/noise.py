@@ -45,12 +45,12 @@ def noise_keys(seed: int, numbers_BS: Tensor) -> Tensor:
     return mix(numbers_BS * GOLDEN + root)
 
 
-def uniform(keys_BS: Tensor, salt: int, channels: int, dtype: torch.dtype) -> Tensor:
+def uniform(keys_BS: Tensor, salt: int | Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Return uniform random numbers in [0, 1), multiples of 2^-24.
 
     Args:
         keys_BS: `noise_keys` of the tokens.
-        salt: the layer; different values give unrelated numbers.
+        salt: the layer, a number or a tensor with one element; different values give unrelated numbers.
         channels: D.
 
     Returns:
@@ -61,7 +61,7 @@ def uniform(keys_BS: Tensor, salt: int, channels: int, dtype: torch.dtype) -> Te
     return _shift_right(bits_BSD, 40).to(dtype) * 2.0**-24
 
 
-def normal(keys_BS: Tensor, salt: int, channels: int, dtype: torch.dtype) -> Tensor:
+def normal(keys_BS: Tensor, salt: int | Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Return standard normal random numbers [B, S, D]; the arguments are those of `uniform`."""
     # uniform() is a multiple of 2^-24; the half step keeps the quantile away from 0 and 1.
     quantiles = uniform(keys_BS, salt, channels, torch.float64) + 2.0**-25

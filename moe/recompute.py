@@ -11,14 +11,15 @@ counted twice.
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial
+from functools import cache
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -31,7 +32,17 @@ def set_recompute(model: nn.Module, mode: Recompute) -> None:
     for module in model.modules():
         name = getattr(module, "RECOMPUTE", {}).get(mode)
         if name is not None:
-            setattr(module, name, partial(recomputed, getattr(module, name)))
+            setattr(module, name, MethodType(_recomputing(getattr(type(module), name)), module))
+
+
+@cache
+def _recomputing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method that recomputes `method`: one per class, so that modules of a class share compiled code."""
+
+    def recompute(module: nn.Module, *arguments: Any) -> Any:
+        return recomputed(method, module, *arguments)
+
+    return recompute
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -39,11 +50,16 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*arguments)
     # The model draws from no random generator (`moe.noise` hashes instead), so there is no random state to restore.
-    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=_sort_once)
+    contexts = _sort_once_compiled if torch.compiler.is_compiling() else _sort_once
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 DECISIONS = ("aten.sort", "mixwright.top_k")
 """The operators whose results decide where tokens go. What follows from them is computed with integers."""
+
+
+def _decides(operator: Any) -> bool:
+    return str(getattr(operator, "overloadpacket", None)) in DECISIONS
 
 
 class _StoredSorts(TorchDispatchMode):
@@ -62,7 +78,7 @@ class _StoredSorts(TorchDispatchMode):
         self.recomputing = recomputing
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if str(getattr(function, "overloadpacket", None)) not in DECISIONS:
+        if not _decides(function):
             return function(*args, **kwargs or {})
         if self.recomputing:
             return self.results.popleft()
@@ -75,3 +91,12 @@ def _sort_once() -> tuple[_StoredSorts, _StoredSorts]:
     """Return the contexts of the forward pass and of the recomputation."""
     results: deque[Any] = deque()
     return _StoredSorts(results, recomputing=False), _StoredSorts(results, recomputing=True)
+
+
+def _sort_once_compiled() -> Any:
+    """Return the contexts for a graph that torch.compile traces. The recomputation is a part of the same graph."""
+    return create_selective_checkpoint_contexts(_save_decisions)
+
+
+def _save_decisions(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if _decides(operator) else CheckpointPolicy.PREFER_RECOMPUTE

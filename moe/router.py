@@ -139,7 +139,7 @@ class Router(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.layer = layer
+        self.layer = torch.tensor(layer, device="cpu")  # as a number, each layer would be compiled separately
         self.num_experts = num_experts
         self.top_k = top_k
         self.normalize = config.normalizes(top_k)
@@ -202,7 +202,7 @@ class Router(nn.Module):
         if not complete:
             weights_BSK = weights_BSK * kept_BSK
             experts_BSK = experts_BSK.where(kept_BSK.bool(), num_experts)
-        if not self.tokens_choose:
+        if not self.tokens_choose and not torch.compiler.is_compiling():  # Shapes of a graph do not depend on values.
             # Any number of experts can take a token; columns that no token of this rank needs are cut off. The host
             # waits for a GPU here: with all E columns, `combine` would need E rows of memory for every token.
             used = max(1, int(kept_BSK.sum(dim=-1).max())) if kept_BSK.numel() else 1

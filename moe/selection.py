@@ -30,12 +30,29 @@ def first_equal_rows(weight_ED: Tensor) -> Tensor | None:
         None if all rows differ, and on devices other than CPUs: there, a matmul rounds all columns of its result in
         the same way.
     """
-    if weight_ED.device.type != "cpu" or len(weight_ED[:, 0].unique()) == len(weight_ED):
+    if weight_ED.device.type != "cpu":
+        return None
+    if torch.compiler.is_compiling():
+        first_of_row_E: Tensor = _first_equal_rows(weight_ED)
+        return first_of_row_E
+    if len(weight_ED[:, 0].unique()) == len(weight_ED):
         return None
     unique_UD, unique_of_row_E = weight_ED.unique(dim=0, return_inverse=True)
     rows_E = torch.arange(len(weight_ED))
     first_U = rows_E.new_full((len(unique_UD),), len(weight_ED)).scatter_reduce_(0, unique_of_row_E, rows_E, "amin")
     return first_U[unique_of_row_E]
+
+
+@torch.library.custom_op("mixwright::first_equal_rows", mutates_args=())
+def _first_equal_rows(weight_ED: Tensor) -> Tensor:
+    """Compute `first_equal_rows` as one operator of a compiled graph, whose shapes cannot depend on the values."""
+    first_E = first_equal_rows(weight_ED)
+    return torch.arange(len(weight_ED)) if first_E is None else first_E
+
+
+@_first_equal_rows.register_fake
+def _(weight_ED: Tensor) -> Tensor:
+    return weight_ED.new_empty(len(weight_ED), dtype=torch.int64)
 
 
 def limit_to_groups(scores_BSE: Tensor, num_groups: int, topk_groups: int, best_of_group: int) -> Tensor:
@@ -118,6 +135,12 @@ def expert_capacity(capacity_factor: float, top_k: int, seq_len: int, num_expert
     >>> expert_capacity(1.1, 1, 3200, 16)
     220
     """
+    capacity: int = _expert_capacity(capacity_factor, top_k, seq_len, num_experts)
+    return capacity
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it cannot trace fractions
+def _expert_capacity(capacity_factor: float, top_k: int, seq_len: int, num_experts: int) -> int:
     return math.ceil(Fraction(repr(float(capacity_factor))) * top_k * seq_len / num_experts)
 
 

@@ -24,6 +24,7 @@ from parallel.startup.launch import World
 from parallel.startup.preflight import check_ranks_agree, collect_properties, flatten
 from parallel.startup.rendezvous import choose_on_rank0, wait_for_all
 from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified
+from training.compilation import choose_compilation
 from training.config import Config, with_vocabulary
 from training.device import Process, check_memory, memory_of_a_rank
 from training.formats.reader import open_model
@@ -120,8 +121,9 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
     saved = {} if checkpoint is None or state is None else saved_values(state, directory, checkpoint)
     done = 0 if state is None else state["step"]
     resolved = replace(resolved, optim=resolve_schedule(config, saved, done))
+    compilation = choose_compilation(resolved, plan.layout, process.device)
     recorded = recorded_values(resolved, model, plan.layout, process)
-    notes = [] if warning is None else [warning]
+    notes = [note for note in (warning, compilation.note) if note is not None]
     if checkpoint is not None and state is not None:
         same_tokens = state["loader"]["corpus"] == tokens.train.key
         changes = changed_keys(recorded, saved, config.router, checkpoint, same_tokens=same_tokens)

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from moe.compiled import CompiledBlocks
 from moe.config import ModelConfig
 from moe.model import Transformer
 from parallel.apply import build_model
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from parallel.stages import stage_layers, stages_of
+from training.compilation import choose_compilation
 from training.config import Config
 from training.deepspeed.settings import deepspeed_settings
 from training.engine import Engine, NativeEngine
@@ -29,7 +31,7 @@ def build_parts(
     if mesh.pipeline.size() > 1:
         by_stage = stage_layers(model, config.router, parallel.num_stages(mesh.layout), parallel.stage_layers)
         layers = [by_stage[stage] for stage in stages_of(mesh.pipeline.rank(), mesh.layout, parallel.schedule)]
-    return [
+    parts = [
         build_model(
             model,
             config.router,
@@ -42,6 +44,10 @@ def build_parts(
         )
         for layers_of_part in layers
     ]
+    if choose_compilation(config, mesh.layout, mesh.device).on:
+        for part in parts:
+            part.run_block = CompiledBlocks()
+    return parts
 
 
 def build_engine(config: Config, parts: Sequence[Transformer], mesh: Mesh) -> Engine:

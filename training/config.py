@@ -75,6 +75,9 @@ class TrainConfig:
     Weights and optimizer state are fp32 (fp64 with `fp64`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: GPUs if this host has one for each of its ranks, else CPUs."""
+    compile: Literal["auto"] | bool = "auto"
+    """Whether blocks run through torch.compile. `auto`: on GPUs. Compilation takes a minute or so, once per machine and
+    model; results can differ from those of uncompiled blocks by rounding."""
     log_every: int = 10
     """Steps between printed rows; `metrics.jsonl` has every step."""
     eval_every: int = 0

@@ -33,6 +33,7 @@ from training.agree import AgreedRun, agree_on_run
 from training.build import build_engine, build_parts
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import CHECKPOINTS
+from training.compilation import CompilationReport
 from training.config import Config
 from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
 from training.engine import Engine
@@ -125,6 +126,7 @@ def train(config: Config) -> dict[str, Any]:
     first_step = run.state["step"] if run.state else 0
     resumed_step = first_step if run.state else None
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
+    compilation = CompilationReport(engine.parts)
     evaluation, newest_checkpoint, nonfinite_steps = None, run.checkpoint, 0
     profiling = config.train.profile and process.is_main and first_step < steps
     with (
@@ -158,6 +160,7 @@ def train(config: Config) -> dict[str, Any]:
                 evaluation = evaluator.evaluate()
                 row |= evaluation_row(evaluation)
                 write = True
+            recorder.note(*compilation.lines())
             recorder.step(row, done, write=write)
 
             if is_due(done, config.checkpoint.every, steps, at_end=config.checkpoint.at_end):
@@ -166,7 +169,7 @@ def train(config: Config) -> dict[str, Any]:
                 root = run.directory / CHECKPOINTS
                 directory = checkpoint.save(root, done, engine.tensors(), state, keep=config.checkpoint.keep)
                 newest_checkpoint = str(directory)
-                recorder.saved(newest_checkpoint)
+                recorder.note(f"saved {newest_checkpoint}")
 
         recorder.end_progress()
 

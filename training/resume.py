@@ -18,6 +18,7 @@ from moe.config import ModelConfig, RouterConfig
 from parallel.layout import Layout
 from parallel.startup.preflight import flatten
 from training.checkpoint.manifest import read_state
+from training.compilation import choose_compilation
 from training.config import Config, OptimConfig
 from training.device import DTYPE_NAMES, Process
 from training.initial import FREE_MODEL_KEYS
@@ -60,7 +61,7 @@ RULES: dict[str, dict[str, str]] = {
     },
     "train": {
         FIXED: "seq_len",
-        LISTED: "steps global_batch accumulation precision device",
+        LISTED: "steps global_batch accumulation precision device compile",
         FREE: "log_every eval_every peak_tflops profile",
     },
     "optim": {
@@ -107,10 +108,12 @@ def recorded_values(config: Config, model: ModelConfig, layout: Layout, process:
         process: its device and data type replace `auto`.
     """
     values = to_dict(replace(config, model=model))
+    compiled = choose_compilation(config, layout, process.device).on
     axes = {key: getattr(layout, key) for key in values["parallel"] if hasattr(layout, key)}
     return values | {
         "parallel": values["parallel"] | axes,
-        "train": values["train"] | {"device": process.device.type, "precision": DTYPE_NAMES[process.dtype]},
+        "train": values["train"]
+        | {"device": process.device.type, "precision": DTYPE_NAMES[process.dtype], "compile": compiled},
         "router": values["router"] | {"normalize": config.router.normalizes(model.top_k or 1)},
     }
 

@@ -24,9 +24,9 @@ from training.parity.driver import compare
 from training.parity.trial import Result, run_case
 
 STEPS = 3
-BOUNDS = {"fp64": (1e-9, 1e-9), "fp32": (1e-5, 2e-4), "bf16": (1e-2, 2e-2)}
+BOUNDS = {"fp64": (1e-9, 1e-9), "fp32": (1e-5, 2e-4), "bf16": (3e-2, 0.0)}
 """Precision -> largest differences of figures and of gradients. In bf16, rounding changes which experts some tokens
-take, so that three times what bf16 on the CPU changes is added."""
+take, so that the bound of gradients is three times what bf16 on the CPU changes, plus 0.02."""
 
 
 class Variant(NamedTuple):
@@ -57,13 +57,10 @@ def main(stage: Stage) -> None:
                 return
             bounds = BOUNDS[variant.precision]
             try:
-                # Experts that choose take scores as equal that differ by less than fp32 resolves.
-                wide = "fp32" if variant.precision == "fp32" and variant.model == "expert_choice" else "fp64"
-                exact = reference(Variant(variant.model, wide))
+                exact = reference(variant._replace(recompute="none", precision="fp64", kernels="on"))
                 if variant.precision == "bf16":
-                    rounded = compare(reference(Variant(variant.model, "bf16")), exact)
-                    figures = max(rounded.figures, rounded.grad_norm)
-                    bounds = bounds[0] + 3 * figures, bounds[1] + 3 * rounded.gradients
+                    rounded = reference(variant._replace(recompute="none", kernels="on"))
+                    bounds = bounds[0], 3 * compare(rounded, exact).gradients + 2e-2
                 found = compare(train(variant, mesh), exact)
             except Exception as error:
                 stage.check(" ".join(variant), False, first_line(error))

@@ -378,10 +378,11 @@ class Recorder(ExitStack):
         if "eval/loss" in row and step < self.progress.total_steps:  # A table shows the last evaluation.
             self.progress.print(evaluation_line(row))
 
-    def saved(self, checkpoint: str) -> None:
-        """Print that a checkpoint has been written."""
+    def note(self, *lines: str) -> None:
+        """Print lines above the progress bar."""
         if self.active:
-            self.progress.print(f"saved {checkpoint}")
+            for line in lines:
+                self.progress.print(line)
 
     def sync(self) -> None:
         """Flush the rows to the disk. A checkpoint must not be newer than the rows of its steps."""

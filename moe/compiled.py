@@ -1,0 +1,97 @@
+"""torch.compile of the blocks: identical blocks share one compiled graph, because their weights are its inputs.
+
+A graph is traced for each kind of block (dense or MoE, its window) and each kind of call: with or without gradients,
+padding, packed documents and noise, and for each shape. All sizes are constants of a graph, so a call is computed by
+the same graph in every run, whatever was computed before it. Functions whose shapes depend on values, such as the loop
+over the rows of each expert on a CPU, are operators that torch.compile does not look into (`torch.library`).
+
+Rounding can differ from that of eager code: a compiled graph adds up in another order, and it does not round
+intermediate results that it keeps in registers.
+"""
+
+import time
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
+from torch._dynamo.exc import TorchDynamoException
+
+from moe.attention.cache import LayerCache
+from moe.layer import Block
+from moe.router import RouterStats
+from moe.token_context import TokenContext
+
+MAX_GRAPHS = 64
+"""The largest number of graphs of one process. torch raises an error beyond it; it does not run the block eagerly."""
+
+
+class CompiledBlocks:
+    """Calls blocks through torch.compile (`Transformer.run_block`). Calls with a cache, in generation, are eager.
+
+    Attributes:
+        refusal: why torch.compile cannot compile a block, e.g. of a plugin's router. All calls are eager from then on.
+            None: it can.
+    """
+
+    def __init__(self, backend: Any = "inductor") -> None:
+        """
+        Args:
+            backend: as in torch.compile.
+        """
+        self.refusal: str | None = None
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
+        compile_clock().listen()
+        self._compiled: Any = torch.compile(_call, backend=backend, fullgraph=True, dynamic=False)
+
+    def __call__(
+        self, block: Block, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None
+    ) -> tuple[Tensor, RouterStats | None]:
+        """Return what `block(x_BSD, context, cache)` returns."""
+        if cache is None and self.refusal is None:
+            try:
+                compiled: tuple[Tensor, RouterStats | None] = self._compiled(block, x_BSD, context)
+                return compiled
+            except TorchDynamoException as error:
+                self.refusal = str(error).strip().partition("\n")[0]
+        eager: tuple[Tensor, RouterStats | None] = block(x_BSD, context, cache)
+        return eager
+
+
+def _call(block: Block, x_BSD: Tensor, context: TokenContext) -> Any:
+    return block(x_BSD, context)
+
+
+class CompileClock:
+    """Counts what torch.compile has compiled in this process, and how long it took.
+
+    Attributes:
+        graphs: number of graphs of forward passes.
+        seconds: time of compilation, forward and backward passes.
+    """
+
+    def __init__(self) -> None:
+        self.graphs = 0
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def listen(self) -> None:
+        """Count from now on. (`torch.compiler.reset` ends it.)"""
+        if self._begin not in callback_handler.start_callbacks:
+            callback_handler.register_start_callback(self._begin)
+            callback_handler.register_end_callback(self._end)
+
+    def _begin(self, args: CallbackArgs) -> None:
+        self._start = time.monotonic()
+        self.graphs += args.callback_trigger == CallbackTrigger.DYNAMO
+
+    def _end(self, args: CallbackArgs) -> None:
+        self.seconds += time.monotonic() - self._start
+
+
+@cache
+def compile_clock() -> CompileClock:
+    """Return the clock of this process."""
+    return CompileClock()
