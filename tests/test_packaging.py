@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,8 @@ def test_every_module_imports_from_the_unpacked_wheel(wheel: Path, tmp_path: Pat
     """
     names = [".".join(path.relative_to(wheel).with_suffix("").parts) for path in sorted(wheel.rglob("*.py"))]
     names = [name.removesuffix(".__init__") for name in names]
+    if find_spec("triton") is None:
+        names = [name for name in names if not name.startswith("moe.kernels.")]
     command = [sys.executable, "-I", "-S", "-c", IMPORT, str(wheel), sysconfig.get_paths()["purelib"], *names]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

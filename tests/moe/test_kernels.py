@@ -175,6 +175,7 @@ def test_the_layer_uses_them_and_computes_the_same(kernels, monkeypatch, kind, p
     layer = layer_of(num_shared_experts=1, expert_ffn=kind)
     x = draw(2, 9, 24)
     context = TokenContext(valid_BS=torch.rand(2, 9, device=DEVICE) < 0.7 if padded else None)
+    assert use_kernels(x) and not use_kernels(x.double())
     called = []
     for module, name in ((combine, "scatter_rows"), (combine, "combine_rows"), (top_k, "top_k"), (swiglu, "swiglu"),
                          (group, "group_by_expert")):  # fmt: skip
