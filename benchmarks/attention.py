@@ -1,7 +1,8 @@
-"""Time and memory of windowed attention from 1k to 32k tokens, forward and backward.
+"""Time and memory of windowed attention from 1k to 32k tokens, and the kernels for packed documents on a GPU.
 
     python benchmarks/attention.py                     # the device and dtype that train.py would choose
     python benchmarks/attention.py --window 1024 --rounds 5
+    python benchmarks/attention.py --packed            # documents and windows, by kernel
 
 The time per token should not depend on the length, and the memory should be linear in it.
 
@@ -11,19 +12,27 @@ machine can only add time. With one CPU thread (`OMP_NUM_THREADS=1`), the CPU ti
 other work disturbs least. Memory is the largest number of bytes that exist at once in the tensors that forward and
 backward create, without the inputs, and on CPUs without the memory that a kernel allocates internally. Implementations
 that need a mask of S x S run up to `--full-up-to` tokens.
+
+With `--packed`, rows of one document and rows of about ten documents are measured, with and without a window, with
+every kernel that can compute them. Times are medians on the device's clock. TFLOP/s count 4·H·C FLOPs of the forward
+pass and 10·H·C of the backward pass for each pair of a query and a key that it attends to: an implementation that
+computes hidden pairs gets no credit for them.
 """
 
 import argparse
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -31,7 +40,10 @@ if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu_stages.stage import milliseconds
 from moe.attention.attention import AttentionCore
+from moe.attention.flex import flex
+from moe.attention.varlen import segments_of, varlen
 from moe.token_context import TokenContext
 from training.device import compute_dtype, pick_device
 
@@ -82,6 +94,10 @@ def implementations(window: int, device: torch.device) -> dict[str, tuple[Attend
     """Name -> (function of q, k, v; whether its time grows with S x S)."""
     windowed, full = AttentionCore(window), AttentionCore(None)
 
+    @cache
+    def context(length: int) -> TokenContext:
+        return TokenContext(segments=segments_of(torch.zeros(1, length), device))
+
     def transformers_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -98,11 +114,86 @@ def implementations(window: int, device: torch.device) -> dict[str, tuple[Attend
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     return {
-        f"Mixwright, W={window}": (lambda q, k, v: windowed(q, k, v, TokenContext()), False),
+        f"Mixwright, W={window}": (lambda q, k, v: windowed(q, k, v, context(q.shape[2])), False),
         "full causal SDPA": (lambda q, k, v: full(q, k, v, TokenContext()), True),
         f"SDPA, mask of W={window}": (masked, True),
         f"transformers' sdpa, W={window}": (transformers_sdpa, True),
     }
+
+
+def kernels(documents_BS: Tensor, window: int | None, device: torch.device) -> dict[str, Attend]:
+    """Return the implementations that compute attention within the documents and the window, by name."""
+    one_document = not documents_BS.any()
+    segments = segments_of(documents_BS, device)
+    context = TokenContext(documents_BS=None if one_document else documents_BS.to(device), segments=segments)
+
+    def expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return varlen(q, k, v, segments, window)
+
+    def fused(backend: SDPBackend) -> Attend:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+        return attend
+
+    found: dict[str, Attend] = {"Mixwright's choice": lambda q, k, v: AttentionCore(window)(q, k, v, context)}
+    if device.type == "cuda":
+        found["FlashAttention 2, segments"] = lambda q, k, v: varlen(q, k, v, segments, window)
+        found["the same, deterministic"] = found["FlashAttention 2, segments"]
+        found["the same, keys and values expanded"] = expanded
+        found["flex"] = lambda q, k, v: flex(q, k, v, context, window)
+        if one_document and window is None:
+            found["SDPA, FlashAttention 2"] = fused(SDPBackend.FLASH_ATTENTION)
+            found["SDPA, cuDNN"] = fused(SDPBackend.CUDNN_ATTENTION)
+    return found
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Let torch choose deterministic kernels within the context."""
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def attended_pairs(documents_BS: Tensor, window: int | None) -> int:
+    """Return the number of pairs of a query and a key that it attends to."""
+    sizes = segments_of(documents_BS, "cpu").offsets.diff().tolist()
+    return sum(sum(min(place + 1, window or place + 1) for place in range(size)) for size in sizes)
+
+
+def compare_kernels(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
+    """Print the time and the rate of every kernel for rows of one document and of about ten."""
+    rows, length, heads, groups = options.rows, options.length, options.heads, options.kv_heads
+    generator = torch.Generator().manual_seed(0)
+    packed_BS = (torch.rand(rows, length, generator=generator) < 9 / length).cumsum(1)
+    shapes = [(rows, length, h, options.head_dim) for h in (heads, groups, groups)]
+    # Projections have the heads last.
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True).transpose(1, 2) for shape in shapes)
+    grad = torch.randn_like(q)
+    print("| rows | kernel | forward ms | TFLOP/s | both ms | TFLOP/s |\n|---|---|---|---|---|---|")
+    for title, documents_BS in (("one document", torch.zeros_like(packed_BS)), ("packed", packed_BS)):
+        for window in (None, options.window):
+            flops = 4e-9 * heads * options.head_dim * attended_pairs(documents_BS, window)
+            for name, attend in kernels(documents_BS, window, device).items():
+
+                def both(attend: Attend = attend) -> None:
+                    torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
+
+                try:
+                    with deterministic("deterministic" in name):
+                        with torch.no_grad():
+                            forward = milliseconds(lambda attend=attend: attend(q, k, v), device, options.rounds)
+                        whole = milliseconds(both, device, options.rounds)
+                except RuntimeError as error:
+                    print(f"| {title}, {window=} | {name} | {str(error).splitlines()[0]} | | | |")
+                    continue
+                times = f"{forward:.3f} | {flops / forward:.0f} | {whole:.3f} | {3.5 * flops / whole:.0f}"
+                print(f"| {title}, {window=} | {name} | {times} |", flush=True)
 
 
 def measure(attend: Attend, inputs: list[Tensor], grad: Tensor) -> float:
@@ -133,18 +224,27 @@ def peak_bytes(attend: Attend, inputs: list[Tensor], grad: Tensor) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--heads", type=int, help="default: 8, with --packed 16")
+    parser.add_argument("--kv-heads", type=int, help="default: 2, with --packed 4")
+    parser.add_argument("--head-dim", type=int, help="default: 64, with --packed 128")
     parser.add_argument("--dtype", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full-up-to", type=int, default=8192)
+    parser.add_argument("--packed", action="store_true", help="compare the kernels for packed documents")
+    parser.add_argument("--rows", type=int, default=4, help="with --packed")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a row, with --packed")
     options = parser.parse_args()
+    options.heads = options.heads or (16 if options.packed else 8)
+    options.kv_heads = options.kv_heads or (4 if options.packed else 2)
+    options.head_dim = options.head_dim or (128 if options.packed else 64)
     device = pick_device("auto", 0, 1)
     dtype = compute_dtype(options.dtype, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     heads, groups, channels = options.heads, options.kv_heads, options.head_dim
     print(f"torch {torch.__version__}, {name}, {dtype}, {heads} heads on {groups}, head_dim {channels}\n")
+    if options.packed:
+        compare_kernels(options, device, dtype)
+        return
     calls = implementations(options.window, device)
     data = {}
     for length in LENGTHS:

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moe.kernels import combine, group, join, swiglu, top_k
+from moe.kernels import combine, cross_entropy, group, join, swiglu, top_k
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROW_WORD_BYTES = 16
@@ -51,6 +51,11 @@ def cases() -> Iterator[Case]:
                 yield Case(combine.gather_kernel, types, constants, f"{dtype} D={dim} K={top} {weighted=}")
                 types = f"*{dtype} *i64 {weights} *{dtype} *{dtype} {weights} i32 i32 i32"
                 yield Case(combine.scatter_kernel, types, constants, f"{dtype} D={dim} K={top} {weighted=}")
+        types = f"*{dtype} *i64 *fp32 i32 i32 i32"
+        yield Case(cross_entropy.statistics_kernel, types, cross_entropy.STATISTICS, dtype)
+        constants = {**cross_entropy.GRADIENT, "IN_TURN": dtype == "bf16"}
+        types = f"*{dtype} *i64 *fp32 i32 *fp32 i32 i32 i32"
+        yield Case(cross_entropy.gradient_kernel, types, constants, dtype)
     for split in (False, True):
         constants = {"BLOCK": join.BLOCK, "SPLIT": split, "num_warps": 4}
         yield Case(join.join_kernel, "*fp32 *fp32 *bf16 i32", constants, f"{split=}")

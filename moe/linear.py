@@ -1,12 +1,22 @@
-"""The two elementary modules: a linear map without bias, and RMSNorm.
+"""The elementary modules: a linear map without bias, the head, the embedding's lookup, and RMSNorm.
 
-Both compute in the dtype of the activations. An fp32 weight is cast where it is used, so its gradient is fp32 too.
-autocast is not used: the precision of a line of code does not depend on a global state.
+Matmuls and norms compute in the dtype of the activations. An fp32 weight is cast where it is used, so its gradient is
+fp32 too. autocast is not used: the precision of a line of code does not depend on a global state.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""Computes (hidden states [B, S, D], weight of the head [V, D]) -> the model's result."""
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T in the dtype of `x`."""
+    return F.linear(x, weight.to(x.dtype))
 
 
 class Linear(nn.Linear):
@@ -20,7 +30,31 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
+
+
+class Head(Linear):
+    """The last linear map, from hidden states to logits.
+
+    The weight is used inside of the module's forward pass only, because FSDP and ZeRO gather it for that time. What is
+    computed from it, such as the loss, is therefore passed to `forward`.
+    """
+
+    def forward(self, x: Tensor, predict: Predict = linear) -> Tensor:
+        """Return `predict(x, weight)`: by default, map [..., in_features] to [..., out_features]."""
+        return predict(x, self.weight)
+
+
+class Lookup(nn.Module):
+    """Looks up rows of the embedding [V, D], in the compute dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, tokens_BS: Tensor, embedding_VD: Tensor) -> Tensor:
+        """Return the rows of `embedding_VD` for the token ids, [B, S, D] in the compute dtype."""
+        return F.embedding(tokens_BS, embedding_VD).to(self.dtype)
 
 
 class RMSNorm(nn.Module):

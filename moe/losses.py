@@ -1,6 +1,7 @@
 """Every term of the loss (docs/losses.md has the formulas and their sources).
 
-Shapes: B batch (sequences), S sequence, V vocabulary, L MoE layers, E experts; N tokens of the global micro-batch.
+Shapes: B batch (sequences), S sequence, T tokens (B · S, or a chunk of them), D model, V vocabulary (or this rank's
+part of it), L MoE layers, E experts; N tokens of the global micro-batch.
 
 All functions return *sums* over the tokens of this rank. `training.step` divides them, once, by the number of tokens
 of the whole optimizer step. A plain sum over ranks and micro-batches is therefore the loss of the global batch.
@@ -11,104 +12,236 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from common.errors import expect
 from moe.config import RouterConfig
+from moe.kernels import use_kernels
 from moe.router import ROUTERS, RouterStats
 
 IGNORE = -100
 """Label of positions that are not predicted."""
-CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
-"""Logits that are processed at once: on CPUs they fit into a core's cache; on GPUs this bounds the fp32 copies."""
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+"""Logits that exist at once. With more of them, adding the products of all chunks to the gradient of the head's weight
+takes a smaller share of the time: 2 to 8 % for a vocabulary of 32,000."""
+EAGER_ELEMENTS = {"cpu": 2**18, "cuda": 2**27}
+"""Logits that eager code has in fp32 at once; on CPUs they fit into a core's cache."""
 
 
-class TokenNats(NamedTuple):
+class CrossEntropy(NamedTuple):
     """The cross-entropy of the tokens of this rank, in nats, in at least fp32."""
 
+    total: Tensor
+    """`factor` times the sum of all entries of `nats_BS`. Carries the gradient."""
     nats_BS: Tensor
     """-log softmax(logits)[label]; 0 where there is no label. No gradient."""
-    sum: Tensor
-    """The sum of all entries; carries the gradient."""
 
 
-def token_nats(logits_BSV: Tensor, labels_BS: Tensor) -> TokenNats:
-    """Return the cross-entropy -log softmax(logits)[label] of every position, for logits of the whole vocabulary."""
-    total, nats_T = _CrossEntropy.apply(logits_BSV.flatten(0, 1), labels_BS.flatten())
-    return TokenNats(nats_T.view_as(labels_BS), total)
+class Vocabulary(NamedTuple):
+    """The entries of the vocabulary whose logits this rank computes. The default is one rank with all of them."""
+
+    first: int = 0
+    """The index in the vocabulary of this rank's first entry."""
+    join: Callable[[Tensor], Tensor] = lambda stats_3T: stats_3T
+    """Joins the results of `softmax_statistics` of all ranks. Collective."""
+    most: int | None = None
+    """Entries of the rank that has most, on which the number of chunks depends; None: as many as this rank."""
 
 
-class _CrossEntropy(torch.autograd.Function):
-    """Works chunk by chunk and computes the gradient in the forward pass: there is no fp32 copy of all logits."""
+def linear_cross_entropy(
+    x_BSD: Tensor,
+    weight_VD: Tensor,
+    labels_BS: Tensor,
+    factor: float | Tensor = 1.0,
+    vocabulary: Vocabulary | None = None,
+) -> CrossEntropy:
+    """Return the cross-entropy of the logits x W^T, of which only one chunk of tokens exists at a time.
 
-    @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        p_TV = torch.empty_like(logits_TV) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK_ELEMENTS.get(logits_TV.device.type, 2**27) // logits_TV.shape[1])
-        total = torch.zeros((), dtype=wide, device=logits_TV.device)
-        nats_T = torch.zeros(logits_TV.shape[0], dtype=wide, device=logits_TV.device)
-        label_grad_T = torch.empty_like(nats_T)
-        for start in range(0, logits_TV.shape[0], rows):
-            labels = labels_T[start : start + rows].unsqueeze(1)
-            counted = labels != IGNORE
-            target = labels.clamp(min=0)
-            log_p = logits_TV[start : start + rows].to(wide).log_softmax(dim=-1)
-            label_log_p = log_p.gather(1, target) * counted
-            nats_T[start : start + rows] -= label_log_p.squeeze(1)
-            total -= label_log_p.sum()
-            if p_TV is not None:
-                p = log_p.exp_().mul_(counted)
-                label_grad_T[start : start + rows] = (p.gather(1, target) - counted.to(wide)).squeeze(1)
-                p_TV[start : start + rows] = p
-        ctx.save_for_backward(p_TV, label_grad_T, labels_T)
-        ctx.mark_non_differentiable(nats_T)
-        return total, nats_T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None]:
-        p_TV, label_grad_T, labels_T = ctx.saved_tensors
-        return scaled_gradient(p_TV, label_grad_T, labels_T.clamp(min=0), grad), None
-
-
-def scaled_gradient(p_TV: Tensor, label_grad_T: Tensor, target_T: Tensor, grad: Tensor) -> Tensor:
-    """Return the gradient of the logits: `grad` times the probabilities, and times `label_grad_T` in place of those of
-    the labels.
-
-    The products are computed in at least fp32 and rounded once. A factor that is rounded to bf16, such as 1 / M for M
-    label tokens, would change all gradients of the model by up to 0.4 %. The numbers of the labels are rounded up or
-    down in turn, because they are nearly equal in a model that has not learned yet, and would all be rounded in the
-    same direction.
+    The gradients are computed in the forward pass, while the logits exist, and one backward pass takes them. They are
+    multiplied by `factor` in fp32 before the gradient of the logits is rounded to the compute dtype. A factor that is
+    rounded to bf16, such as 1 / M for M label tokens, would change all gradients of the model by up to 0.4 %. The
+    gradient of the weight is summed over chunks in at least fp32.
 
     Args:
-        p_TV: probabilities in the dtype of the logits.
-        label_grad_T: p - 1 of the labels, in at least fp32; 0 for other tokens.
-        target_T: the index in V of each label.
-        grad: gradient of the sum, a scalar in at least fp32.
+        x_BSD: hidden states after the last norm. Their dtype is that of the matmuls.
+        weight_VD: the weight of the head.
+        labels_BS: indices in the vocabulary, or `IGNORE`.
+        factor: a number, or a scalar on the device.
+        vocabulary: seam: the part of the vocabulary that `weight_VD` belongs to; None: all of it.
     """
-    label_grad_T = label_grad_T * grad
-    if p_TV.dtype == torch.bfloat16:
-        label_grad_T = round_in_turn(label_grad_T)
-    if p_TV.dtype == grad.dtype:
-        grad_TV = p_TV * grad
-    elif p_TV.device.type == "cpu":
-        grad_TV = p_TV * grad.item()  # the kernel computes in fp32 if the other factor is a number
-    else:
-        grad_TV = torch.empty_like(p_TV)
-        rows = max(1, CHUNK_ELEMENTS["cuda"] // p_TV.shape[1])
-        for chunk, p in zip(grad_TV.split(rows), p_TV.split(rows), strict=True):
-            chunk.copy_(p.to(grad.dtype) * grad)
-    grad_TV[torch.arange(len(target_T), device=target_T.device), target_T] = label_grad_T.to(p_TV.dtype)
-    return grad_TV
+    vocabulary = vocabulary or Vocabulary()
+    wide = _wide(x_BSD)
+    counted_T = labels_BS.flatten() != IGNORE
+    factor_T = counted_T.to(wide) * factor
+    x_needs, weight_needs = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (x_BSD, weight_VD))
+    with torch.no_grad():
+        x_TD, labels_T, weight = x_BSD.flatten(0, 1), labels_BS.flatten(), weight_VD.to(x_BSD.dtype)
+        stats_3T = torch.empty(3, len(x_TD), dtype=wide, device=x_TD.device)
+        grad_TD = torch.empty_like(x_TD) if x_needs else None
+        grad_VD = torch.empty_like(weight, dtype=wide) if weight_needs else None
+        for rows in _chunks(len(x_TD), vocabulary.most or len(weight), CHUNK_ELEMENTS[x_TD.device.type]):
+            logits_TV = F.linear(x_TD[rows], weight)
+            stats_3T[:, rows] = vocabulary.join(softmax_statistics(logits_TV, labels_T[rows], vocabulary.first))
+            if x_needs or weight_needs:
+                write_logit_gradient(
+                    logits_TV, labels_T[rows], vocabulary.first, stats_3T[:, rows], factor_T[rows], rows.start
+                )
+            if grad_TD is not None:
+                torch.mm(logits_TV, weight, out=grad_TD[rows])
+            if grad_VD is not None:
+                _add_product(grad_VD, logits_TV, x_TD[rows], first=rows.start == 0)
+            del logits_TV  # before the next chunk is allocated
+        largest_T, sum_T, label_T = stats_3T
+        nats_T = (sum_T.log() - (label_T - largest_T)).masked_fill(~counted_T, 0)
+        total = nats_T.sum() * factor
+    if grad_TD is not None:
+        total = total + _StoredGradient.apply(x_BSD, grad_TD.view_as(x_BSD))
+    if grad_VD is not None:
+        total = total + _StoredGradient.apply(weight_VD, grad_VD)
+    return CrossEntropy(total, nats_T.view_as(labels_BS))
 
 
-def round_in_turn(x_T: Tensor) -> Tensor:
+def _chunks(rows: int, width: int, elements: int) -> list[slice]:
+    """Divide rows of `width` numbers into equal chunks of up to about `elements` numbers, at least one."""
+    chunks = max(1, -(-rows * width // elements))
+    size = max(1, -(-rows // chunks))
+    return [slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size)]
+
+
+def softmax_statistics(logits_TV: Tensor, labels_T: Tensor, first: int) -> Tensor:
+    """Return, in at least fp32 [3, T]: the largest logit, Σ exp(logit - largest), and the logit of the label.
+
+    Args:
+        logits_TV: logits of the entries first, first + 1, ... of the vocabulary. Without entries, the results are -inf,
+            0 and 0.
+        labels_T: indices in the vocabulary. The logit of a label that is not among the entries is 0.
+    """
+    if use_kernels(logits_TV):
+        from moe.kernels import cross_entropy
+
+        stats: Tensor = cross_entropy.softmax_statistics(logits_TV, labels_T, first)
+        return stats
+    stats_3T = torch.zeros(3, len(logits_TV), dtype=_wide(logits_TV), device=logits_TV.device)
+    entries = logits_TV.shape[1]
+    if not entries:
+        stats_3T[0] = -torch.inf
+        return stats_3T
+    target_T1, here_T1 = _targets(labels_T, first, entries)
+    for rows in _chunks(len(logits_TV), entries, EAGER_ELEMENTS[logits_TV.device.type]):
+        x_TV = logits_TV[rows].to(stats_3T.dtype)
+        largest_T1 = x_TV.amax(dim=1, keepdim=True)
+        label_T1 = x_TV.gather(1, target_T1[rows]).masked_fill(~here_T1[rows], 0)
+        sum_T1 = (x_TV - largest_T1).exp_().sum(dim=1, keepdim=True)
+        stats_3T[:, rows] = torch.cat((largest_T1, sum_T1, label_T1), dim=1).t()
+    return stats_3T
+
+
+def write_logit_gradient(
+    logits_TV: Tensor, labels_T: Tensor, first: int, stats_3T: Tensor, factor_T: Tensor, number: int
+) -> None:
+    """Overwrite the logits by the gradient factor · (softmax(logits) - [entry is the label]), rounded once.
+
+    The numbers of the labels are rounded to bf16 up or down in turn (`round_in_turn`), because they are nearly equal in
+    a model that has not learned yet, and would all be rounded in the same direction.
+
+    Args:
+        logits_TV, labels_T, first: as for `softmax_statistics`.
+        stats_3T: the statistics over the whole vocabulary.
+        factor_T: the factor of each row, in at least fp32; 0 without a label.
+        number: the number of the first row among all tokens, on which the rounding in turn depends.
+    """
+    if use_kernels(logits_TV):
+        from moe.kernels import cross_entropy
+
+        cross_entropy.write_logit_gradient(logits_TV, labels_T, first, stats_3T, factor_T, number)
+        return
+    entries = logits_TV.shape[1]
+    if not entries:
+        return
+    target_T1, here_T1 = _targets(labels_T, first, entries)
+    largest_T1, sum_T1, _ = stats_3T.unsqueeze(-1)
+    factor_T1 = factor_T.unsqueeze(1)
+    for rows in _chunks(len(logits_TV), entries, EAGER_ELEMENTS[logits_TV.device.type]):
+        chunk_TV = logits_TV[rows]
+        grad_TV = chunk_TV.to(stats_3T.dtype)  # `chunk_TV` itself if it has this dtype
+        grad_TV.sub_(largest_T1[rows]).exp_().mul_(factor_T1[rows] / sum_T1[rows])
+        other_T1 = grad_TV.gather(1, target_T1[rows])
+        label_T1 = other_T1 - factor_T1[rows]
+        if chunk_TV.dtype == torch.bfloat16:
+            label_T1 = round_in_turn(label_T1.squeeze(1), number + rows.start).unsqueeze(1)
+        chunk_TV.copy_(grad_TV)
+        chunk_TV.scatter_(1, target_T1[rows], label_T1.where(here_T1[rows], other_T1).to(chunk_TV.dtype))
+
+
+def _targets(labels_T: Tensor, first: int, entries: int) -> tuple[Tensor, Tensor]:
+    """Return the index of each label among this rank's entries [T, 1], and whether it is one of them, else index 0."""
+    local_T1 = (labels_T - first).unsqueeze(1)
+    here_T1 = (local_T1 >= 0) & (local_T1 < entries)
+    return local_T1.masked_fill(~here_T1, 0), here_T1
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def round_in_turn(x_T: Tensor, number: int = 0) -> Tensor:
     """Round fp32 numbers to bf16 such that the errors of neighbours cancel out. The mean has no systematic error.
 
     A number between two bf16 numbers is rounded up for as large a share of the indices as its distance from the lower
     one is of the distance between the two. The thresholds of these indices are a Weyl sequence, which is evenly spread.
+
+    Args:
+        number: the index of the first number.
     """
-    thresholds_T = torch.arange(len(x_T), dtype=torch.int32, device=x_T.device) * 40503 & 0xFFFF
-    return (x_T.view(torch.int32) + thresholds_T & -0x10000).view(torch.float32).bfloat16()
+    index_T = torch.arange(number, number + len(x_T), dtype=torch.int32, device=x_T.device)
+    return (x_T.view(torch.int32) + (index_T * 40503 & 0xFFFF) & -0x10000).view(torch.float32).bfloat16()
+
+
+def _add_product(sum_VD: Tensor, grad_TV: Tensor, x_TD: Tensor, first: bool) -> None:
+    """Add `grad_TV^T x_TD` to `sum_VD`, which has at least fp32, or write it there if it is the first one."""
+    beta = 0 if first else 1
+    if sum_VD.dtype == x_TD.dtype:
+        torch.addmm(sum_VD, grad_TV.t(), x_TD, beta=beta, out=sum_VD)
+    elif x_TD.is_cuda:
+        _add_bf16_product(sum_VD, grad_TV, x_TD, beta)
+    elif first:
+        sum_VD.copy_(grad_TV.t() @ x_TD)
+    else:
+        sum_VD.add_(grad_TV.t() @ x_TD)
+
+
+@torch.library.custom_op("mixwright::add_bf16_product", mutates_args=("sum_VD",))
+def _add_bf16_product(sum_VD: Tensor, grad_TV: Tensor, x_TD: Tensor, beta: int) -> None:
+    """Compute `sum_VD = beta * sum_VD + grad_TV^T x_TD` with a matmul that adds to fp32 numbers, without rounding.
+
+    It is an operator of its own because torch cannot trace the one that it calls.
+    """
+    torch.ops.aten.addmm.dtype_out(sum_VD, grad_TV.t(), x_TD, torch.float32, beta=beta, out=sum_VD)
+
+
+@_add_bf16_product.register_fake
+def _(sum_VD: Tensor, grad_TV: Tensor, x_TD: Tensor, beta: int) -> None:
+    """Do nothing, because the shape of `sum_VD` does not change."""
+
+
+class _StoredGradient(torch.autograd.Function):
+    """Returns 0, whose gradient with respect to `x` is known. One backward pass multiplies it in place and returns it.
+
+    Every input has a function of its own, because a zero bubble schedule computes the gradients of hidden states and of
+    weights in two backward passes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.gradient, ctx.dtype = gradient, x.dtype
+        return torch.zeros((), dtype=_wide(x), device=x.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("linear_cross_entropy: expected one backward pass, found a second")
+        return gradient.to(grad.dtype).mul_(grad).to(ctx.dtype), None
 
 
 class Auxiliary(NamedTuple):

@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moe.attention.cache import Cache
 from moe.attention.varlen import Segments
 from moe.config import ModelConfig, RouterConfig
 from moe.layer import Block
-from moe.linear import Linear, RMSNorm
+from moe.linear import Head, Lookup, Predict, RMSNorm, linear
 from moe.region import LocalShard, whole_shard
 from moe.router import RouterStats
 from moe.token_context import TokenContext, rotary_table
@@ -40,22 +39,15 @@ class ModelInputs(NamedTuple):
 class Output(NamedTuple):
     """The result of one forward pass."""
 
-    logits_BSV: Tensor
-    """In the compute dtype. A pipeline stage that is not the last returns its hidden states [B, S, D] here."""
+    result: Tensor
+    """What `predict` returned. A pipeline stage that is not the last returns its hidden states [B, S, D] here."""
     stats: RouterStats | None
     """Router statistics, stacked over the MoE layers of this module (a leading L); None if it has no MoE layer."""
 
-
-class Lookup(nn.Module):
-    """Looks up rows of the embedding [V, D], in the compute dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, tokens_BS: Tensor, embedding_VD: Tensor) -> Tensor:
-        """Return the rows of `embedding_VD` for the token ids, [B, S, D] in the compute dtype."""
-        return F.embedding(tokens_BS, embedding_VD).to(self.dtype)
+    @property
+    def logits_BSV(self) -> Tensor:
+        """The result of a forward pass without `predict`, in the compute dtype."""
+        return self.result
 
 
 class Transformer(nn.Module):
@@ -74,7 +66,7 @@ class Transformer(nn.Module):
 
     embedding: nn.Parameter
     norm: RMSNorm
-    head: Linear | None
+    head: Head | None
 
     def __init__(self, config: ModelConfig, router: RouterConfig, compute_dtype: torch.dtype) -> None:
         """
@@ -94,18 +86,26 @@ class Transformer(nn.Module):
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(Block(config, router, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.dim, config.vocab_size)
+        self.head = None if config.tie_embeddings else Head(config.dim, config.vocab_size)
         self.run_block: Callable[..., tuple[Tensor, RouterStats | None]] = Block.__call__
         self.lookup: nn.Module = Lookup(compute_dtype)
         self.gather: nn.Module = nn.Identity()
         self.slice_local: nn.Module = nn.Identity()
 
-    def forward(self, inputs: ModelInputs, *, cache: Cache | None = None, hidden_BSD: Tensor | None = None) -> Output:
-        """Compute the logits of the next token at every position.
+    def forward(
+        self,
+        inputs: ModelInputs,
+        *,
+        cache: Cache | None = None,
+        hidden_BSD: Tensor | None = None,
+        predict: Predict = linear,
+    ) -> Output:
+        """Compute the logits of the next token at every position, or what `predict` makes of the last hidden states.
 
         Args:
             cache: keys and values of earlier tokens, while text is generated; those of these tokens are added.
             hidden_BSD: the hidden states that the previous pipeline stage returned, in place of embedded tokens.
+            predict: called with the hidden states after the last norm, and the weight of the head.
         """
         config = self.config
         x_BSD = self.lookup(inputs.tokens_BS, self.embedding) if hidden_BSD is None else hidden_BSD
@@ -128,7 +128,10 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance()
         stacked = RouterStats(*(torch.stack(field) for field in zip(*collected, strict=True))) if collected else None
-        return Output(x_BSD if self.norm is None else self._logits(self.gather(self.norm(x_BSD))), stacked)
+        if self.norm is None:
+            return Output(x_BSD, stacked)
+        x_BSD = self.gather(self.norm(x_BSD))
+        return Output(predict(x_BSD, self.embedding) if self.head is None else self.head(x_BSD, predict), stacked)
 
     @property
     def moe_layers(self) -> slice:
@@ -139,7 +142,7 @@ class Transformer(nn.Module):
 
     @property
     def is_last(self) -> bool:
-        """Whether the output is logits: True except in a pipeline stage that another stage follows."""
+        """Whether the last norm and the head are here: True except in a pipeline stage that another stage follows."""
         return self.norm is not None
 
     def keep_layers(self, layers: Sequence[int]) -> None:
@@ -152,9 +155,3 @@ class Transformer(nn.Module):
             self.embedding = None  # type: ignore[assignment]
         if not last:
             self.norm = self.head = None  # type: ignore[assignment]
-
-    def _logits(self, x_BSD: Tensor) -> Tensor:
-        if self.head is not None:
-            logits_BSV: Tensor = self.head(x_BSD)
-            return logits_BSV
-        return F.linear(x_BSD, self.embedding.to(x_BSD.dtype))

@@ -8,6 +8,7 @@ Shapes: B rows of a micro-batch, S sequence of this context rank, s the part of 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
 )
 
+from moe.linear import Predict, linear
 from moe.model import ModelInputs, Output, Transformer
 from parallel.fsdp import free_gathered_weights
 from parallel.mesh import Mesh
@@ -68,8 +70,11 @@ class Pipeline:
                 stage.clear_runtime_states()
 
     @torch.no_grad()
-    def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
+    def forward(self, inputs: ModelInputs, predict: Predict = linear) -> list[tuple[Transformer, Output]]:
         """Pass one batch of any size through all stages, without gradients.
+
+        Args:
+            predict: the argument of the last part's forward pass.
 
         Returns:
             Each part of this rank with its output.
@@ -82,9 +87,9 @@ class Pipeline:
                 shape = self._hidden_shape(inputs.tokens_BS.shape)
                 hidden_BsD = torch.empty(shape, dtype=part.compute_dtype, device=self.mesh.device)
                 dist.recv(hidden_BsD, group=group, group_src=(number - 1) % ranks)
-            output: Output = part(inputs, hidden_BSD=hidden_BsD)
+            output: Output = part(inputs, hidden_BSD=hidden_BsD, predict=predict)
             if number < self.total - 1:
-                dist.send(output.logits_BSV.contiguous(), group=group, group_dst=(number + 1) % ranks)
+                dist.send(output.result.contiguous(), group=group, group_dst=(number + 1) % ranks)
             free_gathered_weights(part)
             results.append((part, output))
         return results
@@ -141,14 +146,15 @@ class _Stage(PipelineStage):
         micro_batches, objective = self.work
         micro_batch = int(number)
         hidden_BsD = _with_contiguous_gradient(received[0]) if received else None
-        output: Output = self.part(micro_batches[micro_batch], hidden_BSD=hidden_BsD)
+        predict = partial(objective.compute_prediction_loss, micro_batch=micro_batch)
+        output: Output = self.part(micro_batches[micro_batch], hidden_BSD=hidden_BsD, predict=predict)
         losses = []
         if output.stats is not None:
             losses.append(objective.compute_routing_loss(output.stats, self.part.moe_layers, micro_batch))
         if self.part.is_last:
-            losses.append(objective.compute_prediction_loss(output.logits_BSV, micro_batch))
+            losses.append(output.result)
             return torch.stack([loss.to(self.loss_dtype) for loss in losses]).sum(dim=0, keepdim=True)
-        hidden_BsD = output.logits_BSV
+        hidden_BsD = output.result
         for loss in losses:
             hidden_BsD = _CarryLoss.apply(hidden_BsD, loss)
         if not hidden_BsD.requires_grad:  # nothing up to this stage trains, but torch needs a gradient to send back

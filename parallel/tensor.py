@@ -5,10 +5,10 @@ entries of it on each rank, rounded up. If P does not divide V, the last ranks h
 
 (Megatron-LM, arXiv 1909.08053, with sequence parallelism, 2205.05198.) Attention and dense networks gather the
 sequence, compute with their shard of the weights, and scatter the sum of all ranks' results. Norms, routers and experts
-work on [B, s, D]. Logits are never gathered: the cross-entropy is computed on [B, S, v].
+work on [B, s, D]. Logits are never gathered: ranks exchange the sums of the cross-entropy of their entries.
 """
 
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from moe.attention.attention import Attention
 from moe.feedforward import FeedForward
-from moe.losses import IGNORE, TokenNats, scaled_gradient
-from moe.model import Lookup, Transformer
+from moe.linear import Lookup
+from moe.losses import Vocabulary
+from moe.model import Transformer
 from parallel.collectives import GatherSequence, ScatterSequence, SliceSequence
 from parallel.mesh import Mesh
 from parallel.weight_shards import local_slice
@@ -65,48 +66,24 @@ def shard_tensors(model: Transformer, mesh: Mesh) -> None:
     model.gather, model.slice_local = GatherSequence(group), SliceSequence(group)
 
 
-def sharded_token_nats(logits_BSv: Tensor, labels_BS: Tensor, group: dist.ProcessGroup, vocab_size: int) -> TokenNats:
-    """Compute `moe.losses.token_nats` for logits that are sharded over the vocabulary. Collective over `group`.
+def vocabulary_part(group: dist.ProcessGroup, vocab_size: int) -> Vocabulary:
+    """Return the part of the vocabulary that this rank of `group` has, for `moe.losses.linear_cross_entropy`.
 
     Args:
-        logits_BSv: this rank's shard of the logits.
-        vocab_size: V, the logits of all ranks.
-
-    Returns:
-        The same values on every rank. The gradient of the sum is that of this rank's shard of the logits.
+        vocab_size: V, the entries of all ranks.
     """
-    first, entries = part_of(vocab_size, group.size(), group.rank())
-    if not entries:  # One masked logit, so that this rank takes part in every sum.
-        logits_BSv = F.pad(logits_BSv, (0, 1), value=-torch.inf)
-    total, nats_BS = _ShardedCrossEntropy.apply(logits_BSv, labels_BS - first, labels_BS != IGNORE, group)
-    return TokenNats(nats_BS, total)
+    if group.size() == 1:
+        return Vocabulary()
+    first, _ = part_of(vocab_size, group.size(), group.rank())
+    _, most = part_of(vocab_size, group.size(), 0)
+    return Vocabulary(first=first, join=partial(_join_statistics, group), most=most)
 
 
-class _ShardedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits_BSv: Tensor, local_BS: Tensor, counted_BS: Tensor, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(logits_BSv.dtype, torch.float32)
-        logits = logits_BSv.to(wide)
-        largest_BS = logits.amax(dim=-1)
-        dist.all_reduce(largest_BS, op=dist.ReduceOp.MAX, group=group)
-        p_BSv = (logits - largest_BS.unsqueeze(-1)).exp_()
-        on_rank_BS = (local_BS >= 0) & (local_BS < logits.shape[-1]) & counted_BS
-        target_BS1 = local_BS.masked_fill(~on_rank_BS, 0).unsqueeze(-1)
-        logit_BS = logits.gather(-1, target_BS1).squeeze(-1).masked_fill(~on_rank_BS, 0)
-        sums = torch.stack((p_BSv.sum(dim=-1), logit_BS))
-        dist.all_reduce(sums, group=group)
-        nats_BS = (sums[0].log() + largest_BS - sums[1]) * counted_BS
-        p_BSv.div_(sums[0].unsqueeze(-1)).mul_(counted_BS.unsqueeze(-1))
-        # Where the label is in the shard of another rank, this is the number at index 0, which stays as it is.
-        label_grad_BS1 = p_BSv.gather(-1, target_BS1) - on_rank_BS.to(wide).unsqueeze(-1)
-        ctx.save_for_backward(p_BSv.to(logits_BSv.dtype), label_grad_BS1, target_BS1)
-        ctx.mark_non_differentiable(nats_BS)
-        return nats_BS.sum(), nats_BS
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
-        p_BSv, label_grad_BS1, target_BS1 = ctx.saved_tensors
-        grad_Tv = scaled_gradient(p_BSv.flatten(0, 1), label_grad_BS1.flatten(), target_BS1.flatten(), grad)
-        return grad_Tv.view_as(p_BSv), None, None, None
+def _join_statistics(group: dist.ProcessGroup, stats_3T: Tensor) -> Tensor:
+    """Return the softmax statistics of the whole vocabulary (`moe.losses.softmax_statistics`). Collective."""
+    local_T, sum_T, label_T = stats_3T
+    largest_T = local_T.clone()
+    dist.all_reduce(largest_T, op=dist.ReduceOp.MAX, group=group)
+    sums_2T = torch.stack((sum_T * (local_T - largest_T).exp(), label_T))
+    dist.all_reduce(sums_2T, group=group)
+    return torch.cat((largest_T.unsqueeze(0), sums_2T))

@@ -5,12 +5,14 @@ The optimizer step (`training.step`) is written against the protocol `Engine`, s
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from common.errors import ConfigError
+from moe.linear import Predict, linear
 from moe.model import ModelInputs, Output, Transformer
 from moe.region import LocalShard
 from parallel.fsdp import free_gathered_weights
@@ -33,8 +35,12 @@ class Engine(Protocol):
     def run(self, micro_batches: Sequence[ModelInputs], objective: Objective) -> None:
         """Run the forward and backward passes of all micro-batches, and add their gradients."""
 
-    def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
-        """Run one batch through all parts without gradients; returns each part of this rank with its output."""
+    def forward(self, inputs: ModelInputs, predict: Predict = linear) -> list[tuple[Transformer, Output]]:
+        """Run one batch through all parts without gradients; returns each part of this rank with its output.
+
+        Args:
+            predict: the argument of the last part's forward pass (`moe.model.Transformer.forward`).
+        """
 
     def step(self, lr: float) -> Tensor:
         """Reduce, clip and apply the gradients; returns their global norm before clipping, an fp64 scalar.
@@ -100,11 +106,11 @@ class NativeEngine:
         loss.backward()
 
     @torch.no_grad()
-    def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
+    def forward(self, inputs: ModelInputs, predict: Predict = linear) -> list[tuple[Transformer, Output]]:
         if self.pipeline is not None:
-            return self.pipeline.forward(inputs)
+            return self.pipeline.forward(inputs, predict)
         (model,) = self.parts
-        output = model(inputs)
+        output = model(inputs, predict=predict)
         free_gathered_weights(model)
         return [(model, output)]
 
@@ -189,8 +195,8 @@ def run_whole(
         backward: called with the loss of every micro-batch.
     """
     for number, inputs in enumerate(micro_batches):
-        output: Output = model(inputs)
-        loss = objective.compute_prediction_loss(output.logits_BSV, number)
+        output: Output = model(inputs, predict=partial(objective.compute_prediction_loss, micro_batch=number))
+        loss = output.result
         if output.stats is not None:
             loss = loss + objective.compute_routing_loss(output.stats, model.moe_layers, number)
         backward(loss)

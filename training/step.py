@@ -7,7 +7,7 @@
 contribution of its own tokens. Gradients are therefore *summed* over ranks, never averaged, and no number depends on
 the layout. L_router is the term that a kind of router can add (`Router.auxiliary_loss`); the built-in kinds add none.
 
-Shapes: B batch, S sequence, V vocabulary, L MoE layers, E experts, K top-k, G domains,
+Shapes: B batch, S sequence, D model, V vocabulary, L MoE layers, E experts, K top-k, G domains,
 X columns of a router's own sums.
 """
 
@@ -23,13 +23,12 @@ from torch import Tensor
 from data.batch import IGNORE, Batch
 from moe.attention.varlen import segments_of
 from moe.config import ModelConfig, RouterConfig
-from moe.losses import Reductions, TokenNats, auxiliary_losses
-from moe.losses import token_nats as whole_token_nats
+from moe.losses import Reductions, auxiliary_losses, linear_cross_entropy
 from moe.model import ModelInputs
 from moe.noise import noise_keys
 from moe.router import ROUTERS, RouterStats, update_routers
 from parallel.mesh import Mesh
-from parallel.tensor import sharded_token_nats
+from parallel.tensor import vocabulary_part
 from training.engine import Engine
 
 
@@ -87,21 +86,6 @@ def move_to_device(batch: Batch, mesh: Mesh, seed: int | None = None) -> tuple[M
     return inputs, batch
 
 
-def token_nats(logits_BSV: Tensor, labels_BS: Tensor, group: dist.ProcessGroup, vocab_size: int) -> TokenNats:
-    """The cross-entropy of every position, in training and in evaluation. Collective over `group`.
-
-    Args:
-        logits_BSV: [B, S, V], or, if `group` has several ranks, this rank's shard of the vocabulary.
-        group: the tensor-parallel ranks.
-        vocab_size: V.
-    """
-    return (
-        whole_token_nats(logits_BSV, labels_BS)
-        if group.size() == 1
-        else sharded_token_nats(logits_BSV, labels_BS, group, vocab_size)
-    )
-
-
 class StepLoss:
     """The loss of one optimizer step, term by term, and the sums that the figures of the step are made of.
 
@@ -118,7 +102,7 @@ class StepLoss:
         """
         self.batches, self.router, self.mesh = batches, router, mesh
         self.labels, self.tokens = (max(1, number) for number in counted)
-        self.layers, self.vocab_size = model.num_moe_layers, model.vocab_size or 0
+        self.layers, self.vocabulary = model.num_moe_layers, vocabulary_part(mesh.tensor, model.vocab_size or 0)
         experts = model.num_experts or 0
         columns = router.num_extra(experts) if model.is_moe else 0
         self.sums = torch.zeros(4 if columns else 3, dtype=torch.float64, device=mesh.device)
@@ -134,12 +118,13 @@ class StepLoss:
             sequence_parts=mesh.sequence.size(),
         )
 
-    def compute_prediction_loss(self, logits_BSV: Tensor, micro_batch: int) -> Tensor:
+    def compute_prediction_loss(self, x_BSD: Tensor, weight_VD: Tensor, micro_batch: int) -> Tensor:
         """The cross-entropy of one micro-batch on this rank, divided by the labels of the step."""
-        ce_sum = token_nats(logits_BSV, self.batches[micro_batch].labels_BS, self.mesh.tensor, self.vocab_size).sum
+        labels_BS = self.batches[micro_batch].labels_BS
+        loss, nats_BS = linear_cross_entropy(x_BSD, weight_VD, labels_BS, 1 / self.labels, self.vocabulary)
         if self.mesh.tensor.rank() == 0:
-            self.sums[0] += ce_sum.detach()
-        return ce_sum / self.labels
+            self.sums[0] += nats_BS.sum()
+        return loss
 
     def compute_routing_loss(self, stats: RouterStats, layers: slice, micro_batch: int) -> Tensor:
         """The auxiliary losses of one micro-batch on this rank, divided by the tokens of the step."""
@@ -310,12 +295,17 @@ def evaluate(
     nats, labels, size = (torch.zeros(len(domains), dtype=torch.float64, device=mesh.device) for _ in range(3))
     shape = (len(domains), config.num_moe_layers, config.num_experts or 0)
     load_GLE = torch.zeros(shape, dtype=torch.int64, device=mesh.device)
+    vocabulary = vocabulary_part(mesh.tensor, config.vocab_size or 0)
     for batch in batches:
         inputs, batch = move_to_device(batch, mesh)
-        for model, output in engine.forward(inputs):
-            # Ranks of `mesh.tensor` have shards of the logits of the same tokens: one of them counts the tokens.
+
+        def predict(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor = batch.labels_BS) -> Tensor:
+            return linear_cross_entropy(x_BSD, weight_VD, labels_BS, vocabulary=vocabulary).nats_BS
+
+        for model, output in engine.forward(inputs, predict):
+            # Ranks of `mesh.tensor` have the same tokens: one of them counts them.
             if model.is_last:
-                nats_BS = token_nats(output.logits_BSV, batch.labels_BS, mesh.tensor, config.vocab_size or 0).nats_BS
+                nats_BS = output.result
                 if mesh.tensor.rank() == 0:
                     predicted_BS = batch.labels_BS != IGNORE
                     domain_N = batch.domains_BS.flatten().long()

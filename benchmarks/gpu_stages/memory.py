@@ -173,7 +173,7 @@ class Step:
 
     def count_saved(self, model: torch.nn.Module, batch: Batch) -> None:
         """Count the bytes that autograd saves in a forward pass, by dtype and shape. Weights do not count."""
-        from moe.losses import token_nats
+        from moe.losses import linear_cross_entropy
         from moe.model import ModelInputs
 
         weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -187,11 +187,14 @@ class Step:
                 self.shapes[f"{str(tensor.dtype).removeprefix('torch.')} {shape}"] += storage.nbytes()
             return tensor
 
+        def predict(x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+            pack(x_BSD.detach().clone())  # the gradient of x, which the loss keeps beside autograd
+            return linear_cross_entropy(x_BSD, weight_VD, on_device.labels_BS).total
+
         self.phase = "counting"
         on_device = batch.to(self.device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = model(ModelInputs(on_device.tokens_BS, on_device.positions_BS))
-            token_nats(output.logits_BSV, on_device.labels_BS)
+            model(ModelInputs(on_device.tokens_BS, on_device.positions_BS), predict=predict)
         if self.device.type != "cuda":
             self.found["saved"] = sum(self.shapes.values())
 

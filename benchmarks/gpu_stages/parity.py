@@ -24,9 +24,9 @@ from training.parity.driver import compare
 from training.parity.trial import Result, run_case
 
 STEPS = 3
-BOUNDS = {"fp64": (1e-9, 1e-9), "fp32": (1e-5, 2e-4), "bf16": (3e-2, 0.0)}
+BOUNDS = {"fp64": (1e-9, 1e-9), "fp32": (1e-5, 2e-4), "bf16": (1e-2, 2e-2)}
 """Precision -> largest differences of figures and of gradients. In bf16, rounding changes which experts some tokens
-take, so that the bound of gradients is three times what bf16 on the CPU changes, plus 0.02."""
+take, so that three times what bf16 on the CPU changes is added."""
 
 
 class Variant(NamedTuple):
@@ -57,10 +57,13 @@ def main(stage: Stage) -> None:
                 return
             bounds = BOUNDS[variant.precision]
             try:
-                exact = reference(variant._replace(recompute="none", precision="fp64", kernels="on"))
+                # Experts that choose take scores as equal that differ by less than fp32 resolves.
+                wide = "fp32" if variant.precision == "fp32" and variant.model == "expert_choice" else "fp64"
+                exact = reference(Variant(variant.model, wide))
                 if variant.precision == "bf16":
-                    rounded = reference(variant._replace(recompute="none", kernels="on"))
-                    bounds = bounds[0], 3 * compare(rounded, exact).gradients + 2e-2
+                    rounded = compare(reference(Variant(variant.model, "bf16")), exact)
+                    figures = max(rounded.figures, rounded.grad_norm)
+                    bounds = bounds[0] + 3 * figures, bounds[1] + 3 * rounded.gradients
                 found = compare(train(variant, mesh), exact)
             except Exception as error:
                 stage.check(" ".join(variant), False, first_line(error))

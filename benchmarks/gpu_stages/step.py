@@ -28,8 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from stage import Stage, free_memory, run_stage, synchronize, with_compile
+from stage import Stage, free_memory, one_process, run_stage, synchronize, with_compile
 
 from data.batch import Batch
 from data.config import DataConfig
@@ -41,12 +40,12 @@ from moe.kernels import eager_kernels
 from moe.model import Transformer
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
-from parallel.mesh import Mesh, build_mesh, init_process_group
+from parallel.mesh import Mesh
 from parallel.planning.plan import plan
-from training.build import build_engine, build_parts
+from training.build import build_parts
 from training.config import CheckpointConfig, Config, LaunchConfig, OptimConfig, RunConfig, TrackingConfig, TrainConfig
 from training.device import compute_dtype, peak_flops
-from training.engine import Engine
+from training.engine import NativeEngine
 from training.layout import build_workload
 from training.loop import step_flops
 from training.report.metrics import router_metrics
@@ -198,13 +197,13 @@ def initialize(model: Transformer) -> None:
             parameter.normal_(std=model.config.init_std / (math.sqrt(2 * model.config.num_layers) if residual else 1))
 
 
-def build(config: Config, mesh: Mesh) -> Engine:
+def build(config: Config, mesh: Mesh) -> NativeEngine:
     """Return the engine of the whole model with initial weights."""
     torch.manual_seed(0)
     parts = build_parts(config, config.model, mesh, compute_dtype(config.train.precision, mesh.device), seed=None)
     for part in parts:
         initialize(part)
-    return build_engine(config, parts, mesh)
+    return NativeEngine(parts, config.optim, mesh)
 
 
 class Run:
@@ -246,8 +245,10 @@ class Run:
         """Do one optimizer step. With a GPU, the next one is then queued."""
         return next(self.steps).result
 
-    def measure(self, variant: str, *, profiled: bool = True) -> None:
+    def measure(self, variant: str, *, whole_rows: bool = False, profiled: bool = True) -> None:
         """Add a row with the speed and the memory of steps, and rows with their time by groups."""
+        self.engine.trainable.clear_gradients()  # An earlier variant may have failed in the middle of a step.
+        self.start(whole_rows=whole_rows)
         timed = 2 if self.stage.tiny else TIMED
         if self.stage.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -467,35 +468,31 @@ def measure_model(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *
         return
     stage.attempt(f"{name} compiled", lambda: run.measure("compiled"))
     if whole_rows and (stage.remaining_s > 30 or stage.tiny):
-        run.start(whole_rows=True)
-        stage.attempt(f"{name} whole rows", lambda: run.measure("compiled, whole rows", profiled=False))
+        whole = partial(run.measure, "compiled, whole rows", whole_rows=True, profiled=False)
+        stage.attempt(f"{name} whole rows", whole)
 
 
 def main(stage: Stage) -> None:
     """Measure model A, the peer, and model B, in the order of their importance."""
     size = TINY if stage.tiny else FULL
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine without a network may not know its own name
     if stage.device.type == "cuda":
-        torch.cuda.set_device(0)
         stage.device = torch.device("cuda", 0)
-    init_process_group(dist.HashStore(), 0, 1, stage.device, 300.0)
-    mesh = build_mesh(stage.device, Layout())
+        torch.cuda.set_device(stage.device)
     vocabulary = 2048 if stage.tiny else 32_000
     text = Text(vocabulary, size.seq_len, tokens=(20 if stage.tiny else 60) * size.rows * size.seq_len)
     batches = make_loader(text, size, whole_rows=False).next_step()
     documents = sum(int((batch.positions_BS == 0).sum()) for batch in batches) / size.rows
     stage.about |= {"tokens a step": size.rows * size.seq_len, "documents a row": round(documents, 1), "lr": LR}
-    stage.attempt("model A", partial(measure_model, "A", stage, mesh, size, text, whole_rows=True))
-    free_memory()
-    torch._dynamo.reset()
-    if stage.remaining_s > 30:
-        stage.attempt("peer", partial(measure_peer, stage, size, text))
+    with one_process(stage.device) as mesh:
+        stage.attempt("model A", partial(measure_model, "A", stage, mesh, size, text, whole_rows=True))
         free_memory()
         torch._dynamo.reset()
-    if stage.remaining_s > 25:
-        stage.attempt("model B", partial(measure_model, "B", stage, mesh, size, text, whole_rows=False))
-    del mesh
-    dist.destroy_process_group()
+        if stage.remaining_s > 30:
+            stage.attempt("peer", partial(measure_peer, stage, size, text))
+            free_memory()
+            torch._dynamo.reset()
+        if stage.remaining_s > 25:
+            stage.attempt("model B", partial(measure_model, "B", stage, mesh, size, text, whole_rows=False))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ def command(stage: Stage, text: Path, runs: Path, steps: int) -> list[str]:
 
 def run(arguments: list[str], log: Path, timeout: float) -> int | None:
     """Run a command with its output in a file. Return its exit status, or None if the time was over."""
-    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
+    # The machine may have no network, and no name that can be resolved.
+    defaults = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", **defaults, **os.environ}
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(
             arguments, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True

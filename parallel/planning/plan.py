@@ -23,6 +23,9 @@ from parallel.planning.workload import Workload
 from parallel.stages import Schedule, stage_layers
 from parallel.weight_specs import WeightSpec, block_weights, count_weights, ranks_per_shard_group
 
+CHUNK_LOGITS = 2**27
+"""Logits that exist at once on GPUs (`moe/losses.py:CHUNK_ELEMENTS`). On CPUs they are fewer."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -194,8 +197,8 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
     """Return the bytes that autograd stores for one micro-batch in these layers (estimate).
 
     These are the inputs of matmuls, norms and products. `recompute=selective` stores no hidden layers. `full` stores
-    the input of each block, and all tensors of one block while it is recomputed. The gradient of the logits is freed
-    before the first block is recomputed.
+    the input of each block, and all tensors of one block while it is recomputed. The loss computes the
+    gradients of the head in the forward pass, from a chunk of logits at a time.
     """
     wide = max(4, workload.itemsize) / workload.itemsize  # a router computes in at least fp32
     model, tokens = workload.model, workload.tokens(layout)
@@ -228,8 +231,11 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
         everything = block + hidden
         stored += number * {"none": everything, "selective": block, "full": tokens * dim}[parallel.recompute]
         largest = max(largest, {"none": 0.0, "selective": hidden, "full": everything}[parallel.recompute])
-    if model.num_layers - 1 in layers:  # the logits and their gradient
-        largest = max(largest, gathered_tokens * (dim + 2 * (model.vocab_size or 0) / layout.tensor))
+    if model.num_layers - 1 in layers:
+        # The input of the last norm. The gradients of the head's input and weight, computed from a chunk of logits.
+        entries = (model.vocab_size or 0) / layout.tensor
+        stored += (tokens + gathered_tokens) * dim + entries * dim * workload.weight_itemsize / workload.itemsize
+        largest = max(largest, min(gathered_tokens * entries, CHUNK_LOGITS))
     return (stored + largest) * workload.itemsize
 
 

@@ -6,29 +6,34 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from moe.attention.attention import AttentionCore
-from moe.losses import IGNORE
+from moe.losses import IGNORE, linear_cross_entropy
 from moe.token_context import TokenContext
 from parallel.collectives import all_gather_rows, all_to_all_rows, gather_dim, reduce_scatter_rows, scatter_dim
 from parallel.context import ContextCore
 from parallel.expert import _Permute
 from parallel.pipeline import _CarryLoss
-from parallel.tensor import sharded_token_nats
+from parallel.tensor import vocabulary_part
 from tests.distributed.harness import run_ranks
-from tests.moe.test_bf16_gradients import LABELS, assert_projects_to_one
+from tests.moe.test_bf16_gradients import LABELS, assert_projects_to_one, head_inputs
 
 
 def cross_entropy(rank, world, group):
-    labels = torch.randint(0, 100, (2, 8192))
-    labels[:, ::9] = IGNORE
+    """The gradients of a sharded head are those of the shards; those of the hidden states are summed over ranks."""
+    vocabulary = vocabulary_part(group, 100)
     for skill in (0.0, 8.0):
-        logits = 0.02 * torch.randn(2, 8192, 100)
-        logits.scatter_add_(2, labels.clamp(min=0).unsqueeze(2), skill * torch.rand(2, 8192, 1))
-        shard = logits.bfloat16().chunk(world, 2)[rank].clone().requires_grad_()
-        exact = logits.bfloat16().double().requires_grad_()
-        F.cross_entropy(exact.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum").backward()
+        x, weight, labels = head_inputs(skill)
+        exact = [leaf.double().requires_grad_() for leaf in (x, weight)]
+        logits = (exact[0] @ exact[1].T)[0]
+        total = F.cross_entropy(logits, labels[0], ignore_index=IGNORE, reduction="sum")
+        expected = torch.autograd.grad(total, exact)
         for count in LABELS:
-            (gradient,) = torch.autograd.grad(sharded_token_nats(shard, labels, group, 100).sum / count, shard)
-            assert_projects_to_one(gradient, exact.grad.chunk(world, 2)[rank] / count, 2e-4)
+            leaves = x.clone().requires_grad_(), weight.chunk(world)[rank].clone().requires_grad_()
+            got = linear_cross_entropy(*leaves, labels, 1 / count, vocabulary)
+            grad_x, grad_weight = torch.autograd.grad(got.total, leaves)
+            grad_x = grad_x.double()
+            dist.all_reduce(grad_x, group=group)
+            assert_projects_to_one(grad_x, expected[0] / count, 5e-4)
+            assert_projects_to_one(grad_weight, expected[1].chunk(world)[rank] / count, 5e-4)
 
 
 def fetched_keys(rank, world, group):

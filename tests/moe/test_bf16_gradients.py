@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from moe import losses
 from moe.attention.window import windowed_attention
 from moe.dispatch import LocalDispatcher
-from moe.losses import IGNORE, token_nats
+from moe.losses import IGNORE, linear_cross_entropy
 from moe.router import Routing
 
 LABELS = (1000, 1237, 1285, 1793, 2047, 5555, 9973)
@@ -24,20 +25,35 @@ def assert_projects_to_one(gradient, exact, tolerance=1e-4):
     assert abs(projection - 1) < tolerance, projection
 
 
-@pytest.mark.parametrize("skill", [0.0, 8.0])
-def test_cross_entropy(skill):
-    """Of a new model, whose probabilities are all nearly 1/V, and of one that predicts some labels well."""
+def head_inputs(skill: float, rows: int = 8192, width: int = 64, entries: int = 100):
+    """Hidden states and a head of a new model, whose probabilities are all nearly 1/V, or of one with some skill."""
     torch.manual_seed(0)
-    labels = torch.randint(0, 100, (1, 8192))
+    labels = torch.randint(0, entries, (1, rows))
+    weight = torch.randn(entries, width) / width**0.5
+    x = 0.02 * torch.randn(1, rows, width) + skill * torch.rand(1, rows, 1) * weight[labels]
     labels[0, ::9] = IGNORE
-    logits = 0.02 * torch.randn(1, 8192, 100)
-    logits.scatter_add_(2, labels.clamp(min=0).unsqueeze(2), skill * torch.rand(1, 8192, 1))
-    logits = logits.bfloat16().requires_grad_()
-    exact_logits = logits.detach().double().requires_grad_()
-    F.cross_entropy(exact_logits[0], labels[0], ignore_index=IGNORE, reduction="sum").backward()
+    return x.bfloat16(), weight.bfloat16(), labels
+
+
+@pytest.mark.parametrize("skill", [0.0, 8.0])
+def test_cross_entropy(skill, monkeypatch):
+    """With an fp32 weight and with a bf16 weight, in four chunks."""
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 2048 * 100)
+    x, weight, labels = head_inputs(skill)
+    exact = [leaf.double().requires_grad_() for leaf in (x, weight)]
+    logits = (exact[0] @ exact[1].T)[0]
+    total = F.cross_entropy(logits, labels[0], ignore_index=IGNORE, reduction="sum")
+    expected = torch.autograd.grad(total, (*exact, logits))
     for count in LABELS:
-        (gradient,) = torch.autograd.grad(token_nats(logits, labels).sum / count, logits)
-        assert_projects_to_one(gradient, exact_logits.grad / count)
+        for dtype in (torch.float32, torch.bfloat16):
+            leaves = x.clone().requires_grad_(), weight.to(dtype, copy=True).requires_grad_()
+            got = torch.autograd.grad(linear_cross_entropy(*leaves, labels, 1 / count).total, leaves)
+            for gradient, reference in zip(got, expected, strict=False):
+                assert_projects_to_one(gradient, reference / count, 4e-4)  # the logits are rounded to bf16, too
+        stats = losses.softmax_statistics(logits.bfloat16(), labels[0], 0)
+        gradient = logits.bfloat16()
+        losses.write_logit_gradient(gradient, labels[0], 0, stats, (labels[0] != IGNORE) / count, 0)
+        assert_projects_to_one(gradient, expected[2] / count)
 
 
 @pytest.mark.parametrize("top_k", [2, 3, 7])

@@ -1,12 +1,15 @@
 """Each loss term against its definition in float64."""
 
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import ConfigError
 from moe import losses
 from moe.config import RouterConfig
-from moe.losses import IGNORE, Reductions, auxiliary_losses, token_nats
+from moe.losses import IGNORE, Reductions, auxiliary_losses, linear_cross_entropy
 from moe.router import Router, RouterStats
 from moe.routers import build_router
 
@@ -144,28 +147,79 @@ def test_hf_pooled_is_blind_to_layers_that_overload_different_experts():
     assert (auxiliary_losses(stats, RouterConfig()).balance_sum / tokens).item() == pytest.approx(experts / 2)
 
 
-def test_cross_entropy_in_chunks_equals_torch_with_its_gradient(monkeypatch):
-    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 3 * 7)  # chunks of three rows of four
-    logits = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 7, (2, 5))
-    labels[0, 1] = labels[1, 4] = IGNORE
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    nats, got = token_nats(logits, labels)
-    torch.testing.assert_close(got, expected)
-    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    torch.testing.assert_close(nats, each.detach().view(2, 5))
-    torch.testing.assert_close(
-        torch.autograd.grad(0.3 * got, logits)[0], torch.autograd.grad(0.3 * expected, logits)[0], rtol=0, atol=1e-14
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("ignored", ["none", "some", "all"])
+@pytest.mark.parametrize(("rows", "elements"), [(1, 10), (10, 3 * 7), (10, 1), (10, 1000)])
+def test_linear_cross_entropy_equals_torch_on_all_logits(monkeypatch, rows, elements, ignored, dtype, tolerance):
+    """In chunks of three rows, of one row, and of all; `factor` is part of both gradients."""
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(losses.EAGER_ELEMENTS, "cpu", 14)
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, rows, 5, dtype=dtype), 3 * torch.randn(7, 5, dtype=dtype)
+    labels = torch.randint(0, 7, (2, rows))
+    labels[{"none": slice(0), "some": 0, "all": slice(None)}[ignored]] = IGNORE
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    nats = torch.nn.functional.cross_entropy(
+        (exact[0] @ exact[1].T).flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
     )
+    got = linear_cross_entropy(*leaves, labels, 0.3)
+    expected = [nats.view(2, rows), 0.3 * nats.sum(), *torch.autograd.grad(0.6 * nats.sum(), exact)]
+    results = [got.nats_BS, got.total, *torch.autograd.grad(2 * got.total, leaves)]
+    for mine, reference in zip(results, expected, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), reference, rtol=0, atol=tolerance)
+    assert not got.nats_BS.requires_grad
 
 
-def test_cross_entropy_sums_over_labels_only():
-    logits = torch.randn(2, 3, 7, dtype=torch.float64)
-    labels = torch.tensor([[1, IGNORE, 6], [IGNORE, IGNORE, 0]])
-    log_p = logits.log_softmax(-1)
-    expected = -(log_p[0, 0, 1] + log_p[0, 2, 6] + log_p[1, 2, 0])
-    torch.testing.assert_close(token_nats(logits, labels).sum, expected)
-    assert token_nats(logits, torch.full((2, 3), IGNORE)).sum.item() == 0
+def test_large_logits_and_confident_tokens_keep_their_digits():
+    """The nats of a confident token are small; logits of 1e4 neither overflow nor cost digits."""
+    x = torch.tensor([[[1e4, 1e4 - 12.0], [-1e4, 1e4]]])
+    labels = torch.tensor([[0, 0]])
+    nats = linear_cross_entropy(x, torch.eye(2), labels).nats_BS
+    torch.testing.assert_close(nats, torch.tensor([[math.log1p(math.exp(-12)), 2e4]]), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight"])
+def test_only_the_gradients_that_are_needed_are_computed(frozen, monkeypatch):
+    x, weight = torch.randn(1, 4, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    labels = torch.randint(0, 7, (1, 4))
+    expected = torch.autograd.grad(linear_cross_entropy(x, weight, labels).total, (x, weight))
+    (x if frozen == "x" else weight).requires_grad_(False)
+    if frozen == "weight":
+        monkeypatch.setattr(losses, "_add_product", None)
+    trained, gradient = (weight, expected[1]) if frozen == "x" else (x, expected[0])
+    assert torch.equal(torch.autograd.grad(linear_cross_entropy(x, weight, labels).total, trained)[0], gradient)
+    monkeypatch.setattr(losses, "write_logit_gradient", None)
+    with torch.no_grad():
+        assert not linear_cross_entropy(x, weight, labels).total.requires_grad
+
+
+def test_the_gradients_can_be_taken_once():
+    x, weight, labels = torch.randn(1, 4, 5, requires_grad=True), torch.randn(7, 5), torch.zeros(1, 4, dtype=torch.long)
+    total = linear_cross_entropy(x, weight, labels).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"^linear_cross_entropy: expected one backward pass, found a second$"):
+        total.backward()
+
+
+def test_memory_is_that_of_one_chunk_of_logits(monkeypatch):
+    """The largest tensor is a chunk of 32 of the 512 rows of logits, or the gradient of the weight."""
+    monkeypatch.setitem(losses.CHUNK_ELEMENTS, "cpu", 2**18)
+    monkeypatch.setitem(losses.EAGER_ELEMENTS, "cpu", 2**17)
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            sizes.extend(t.untyped_storage().nbytes() for t in (result,) if isinstance(t, torch.Tensor))
+            return result
+
+    x, weight = torch.randn(1, 512, 8, requires_grad=True), torch.randn(8192, 8, requires_grad=True)
+    labels = torch.randint(0, 8192, (1, 512))
+    with Sizes():
+        linear_cross_entropy(x, weight, labels).total.backward()
+    assert max(sizes) <= 32 * 8192 * 4
 
 
 def test_a_router_that_returns_one_loss_for_all_layers_is_refused(monkeypatch):

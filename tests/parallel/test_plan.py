@@ -13,7 +13,7 @@ from common.errors import ModelError
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
-from moe.losses import token_nats
+from moe.losses import CHUNK_ELEMENTS
 from moe.model import ModelInputs, Transformer
 from moe.recompute import Recompute, set_recompute
 from parallel.apply import build_model
@@ -24,6 +24,7 @@ from parallel.mesh import build_mesh
 from parallel.planning.auto import Choice, resolve
 from parallel.planning.check import check_layout
 from parallel.planning.plan import (
+    CHUNK_LOGITS,
     HEADER,
     Plan,
     activation_bytes,
@@ -347,8 +348,10 @@ def test_activations_are_about_what_autograd_stores(model: ModelConfig, mode: Re
 
     tokens = torch.randint(0, 40, (2, 64))
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        token_nats(built(ModelInputs(tokens, torch.arange(64).expand(2, -1))).logits_BSV, tokens)
-    size = sum(tensor.untyped_storage().nbytes() for pointer, tensor in stored.items() if pointer not in weights)
+        x = built(ModelInputs(tokens, torch.arange(64).expand(2, -1)), predict=lambda x, weight: x).result
+    # The gradients of the hidden states and of the head, and a chunk of logits.
+    size = x.nbytes + 4 * 40 * 64 + 4 * 40 * x.shape[1] * 2
+    size += sum(tensor.untyped_storage().nbytes() for pointer, tensor in stored.items() if pointer not in weights)
     parallel = ParallelConfig(recompute=mode)
     step = workload(Layout(), model, seq_len=64, accumulation=1)
     estimate = activation_bytes(Layout(), parallel, step, range(model.num_layers))
@@ -366,30 +369,31 @@ LARGE = {
 @pytest.mark.parametrize(
     ("name", "mode", "activations", "casts"),
     [
-        ("few", "none", 7.110, 1.624),
-        ("few", "selective", 4.292, 0.215),
-        ("few", "full", 1.451, 0.131),
-        ("many", "none", 9.277, 3.695),
-        ("many", "selective", 5.955, 0.269),
-        ("many", "full", 1.984, 0.206),
+        ("few", "none", 6.061, 1.624),
+        ("few", "selective", 3.243, 0.215),
+        ("few", "full", 0.402, 0.131),
+        ("many", "none", 7.629, 3.695),
+        ("many", "selective", 4.307, 0.269),
+        ("many", "full", 0.336, 0.206),
     ],
 )
 def test_a_plan_in_bf16_has_what_autograd_stores_on_a_gpu(
     name: str, mode: Recompute, activations: float, casts: float
 ) -> None:
     """The numbers are GB of saved tensors after a forward pass of 4 x 4,096 tokens on a fake CUDA device, where norms
-    and attention take other paths than on a CPU. The plan adds what only the backward pass makes."""
+    and attention take other paths than on a CPU. They do not have what the loss makes, and what is recomputed."""
     model = LARGE[name]
     step = Workload(model, RouterConfig(), global_batch=4, accumulation=1, seq_len=4096)
     found = plan(Layout(), ParallelConfig(recompute=mode), step).fullest
-    logits = 2 * 4 * 4096 * (model.vocab_size or 0)
     of_block = sum(
         weight.numel() for key, weight in meta_model(model, RouterConfig()).layers[0].named_parameters()
         if ("ffn." in key and "router" not in key) or (mode == "full" and "router" not in key)
     )  # fmt: skip
     assert found.casts == pytest.approx(1e9 * casts + (0 if mode == "none" else 2 * of_block), rel=2e-3)
-    # The gradient of the logits is larger than what is made when a block is recomputed.
-    assert found.activations - logits == pytest.approx(1e9 * activations, rel=0.06)
+    one, two = (activation_bytes(Layout(), ParallelConfig(recompute=mode), step, range(n)) for n in (1, 2))
+    recomputed = 2 * one - two
+    loss = 4 * (model.vocab_size or 0) * model.dim + max(recomputed, 2 * CHUNK_LOGITS)
+    assert found.activations - loss == pytest.approx(1e9 * activations, rel=0.06)
 
 
 def test_gradients_replace_activations_in_the_only_micro_batch() -> None:
@@ -397,6 +401,16 @@ def test_gradients_replace_activations_in_the_only_micro_batch() -> None:
     assert once.activations == twice.activations
     assert once.device == once.weights + once.moments + max(once.gradients, once.activations)
     assert twice.device == twice.state + twice.activations
+
+
+def test_a_chunk_of_logits_counts_whatever_the_vocabulary() -> None:
+    assert CHUNK_ELEMENTS["cuda"] == CHUNK_LOGITS
+    large = replace(DENSE, vocab_size=2**20)
+    step = workload(Layout(), large, seq_len=512, accumulation=1)
+    more = workload(Layout(), replace(large, vocab_size=2**21), seq_len=512, accumulation=1)
+    sizes = [activation_bytes(Layout(), ParallelConfig(), each, range(large.num_layers)) for each in (step, more)]
+    assert sizes[0] > step.itemsize * CHUNK_LOGITS
+    assert sizes[1] - sizes[0] == 4 * 2**20 * large.dim  # the gradient of the head's weight
 
 
 AUTO = ParallelConfig(tensor="auto", pipeline="auto", context="auto", shard="auto")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.accounting.flops import meta_model
+from moe.linear import Predict, linear
 from moe.model import ModelInputs, Output, Transformer
 from moe.region import LocalShard
 from parallel.mesh import Mesh
@@ -83,8 +84,8 @@ class DeepSpeedEngine:
         run_whole(self.model, micro_batches, objective, self.backward)
 
     @torch.no_grad()
-    def forward(self, inputs: ModelInputs) -> list[tuple[Transformer, Output]]:
-        return [(self.model, self.model(inputs))]
+    def forward(self, inputs: ModelInputs, predict: Predict = linear) -> list[tuple[Transformer, Output]]:
+        return [(self.model, self.model(inputs, predict=predict))]
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass of `loss` through DeepSpeed, which adds the gradients."""
