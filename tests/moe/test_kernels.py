@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 import moe.kernels
 from moe.config import ModelConfig, RouterConfig
 from moe.dispatch import LocalDispatcher, LocalPlan, _Combine, _Scatter, group_by_expert
-from moe.feedforward import FeedForward
 from moe.kernels import DTYPES, eager_kernels, use_kernels
 from moe.layer import MoELayer
 from moe.recompute import set_recompute
@@ -224,22 +224,27 @@ def test_experts_of_fp32_weights_multiply_once_for_gate_and_up(kernels):
     assert experts.w_gate.grad is None and experts.w_up.grad is not None
 
 
-def test_a_recomputed_layer_takes_the_stored_choice(kernels, monkeypatch):
+class Chooser(torch.nn.Module):
+    """Takes the two largest scores, and in a second pass the two smallest."""
+
+    RECOMPUTE: ClassVar[dict[str, str]] = {"full": "forward"}
+
+    def __init__(self):
+        super().__init__()
+        self.chosen = []
+
+    def forward(self, x):
+        self.chosen.append(top_k_stable(x.detach() * (1 - 2 * len(self.chosen)), 2))
+        return x.square().gather(-1, self.chosen[-1])
+
+
+def test_a_recomputed_layer_takes_the_stored_choice(kernels):
     torch.manual_seed(7)
-    network = FeedForward(8, 8, "swiglu").to(DEVICE)
-    network.RECOMPUTE = {"full": "forward"}
-    chosen = []
-
-    def forward(x):
-        chosen.append(top_k_stable(x.detach() * (1 - 2 * len(chosen)), 2))  # the opposite order when recomputed
-        return x.square().gather(-1, chosen[-1])
-
-    network.forward = forward
-    set_recompute(network, "full")
-    scores = draw(4, 8)
-    network(scores).sum().backward()
-    assert len(chosen) == 2 and chosen[0].equal(chosen[1])
-    assert chosen[0].equal(top_k_stable(scores.detach(), 2))
+    module, scores = Chooser(), draw(4, 8)
+    set_recompute(module, "full")
+    module(scores).sum().backward()
+    first, second = module.chosen
+    assert first.equal(second) and first.equal(top_k_stable(scores.detach(), 2))
 
 
 class Routed(torch.nn.Module):
