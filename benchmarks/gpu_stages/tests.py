@@ -35,7 +35,7 @@ from moe.generation.sampling import Sampling
 from moe.init import init_parameters
 from moe.linear import Linear, RMSNorm, linear
 from moe.losses import auxiliary_losses, linear_cross_entropy, softmax_statistics, write_logit_gradient
-from moe.model import ModelInputs, Transformer
+from moe.model import Transformer
 from moe.noise import noise_keys
 from moe.router import Routing
 from moe.routers import build_router
@@ -47,7 +47,7 @@ from training.config import OptimConfig
 from training.device import compute_dtype, make_deterministic
 from training.engine import NativeEngine
 from training.parity.config import ONE_PROCESS, Case, configuration
-from training.step import evaluate, train_step
+from training.step import evaluate, move_to_device, train_step
 
 CPU = torch.device("cpu")
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -84,7 +84,7 @@ def main(stage: Stage) -> None:
     device = stage.device
     if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"):
         torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond the limit, kernels run unfused in silence
-    low = (torch.bfloat16, torch.float32)
+    low, models = (torch.bfloat16, torch.float32), ("mixtral", "deepseek", "switch", "unaligned")
     with one_process(device) as mesh:
         checks: list[tuple[str, Callable[[], Any]]] = [
             ("experts", partial(check_experts, stage, low)),
@@ -93,8 +93,8 @@ def main(stage: Stage) -> None:
             ("routers", partial(check_routers, stage)),
             ("norm, linear, rotary", partial(check_small_modules, stage, low)),
             ("attention bf16", partial(check_attention, stage, low[:1], (True, False), (None, 100))),
-            ("model fp32", partial(check_model, stage, torch.float32, ("mixtral", "deepseek", "switch", "unaligned"))),
-            ("model bf16", partial(check_model, stage, torch.bfloat16, ("all experts", "mixtral", "deepseek"))),
+            ("model fp32", partial(check_model, stage, mesh, torch.float32, models)),
+            ("model bf16", partial(check_model, stage, mesh, torch.bfloat16, ("all experts", *models[:2]))),
             ("host syncs", partial(check_syncs, stage, mesh)),
             ("steps", partial(check_steps, stage, mesh)),
             ("same bits", partial(check_determinism, stage, mesh)),
@@ -105,12 +105,12 @@ def main(stage: Stage) -> None:
             ("generation", partial(check_generation, stage)),
             ("evaluation", partial(check_evaluation, stage, mesh)),
             ("experts without rows", partial(check_no_rows, stage, low)),
-            ("model expert choice", partial(check_model, stage, torch.float32, ("expert choice",))),
-            ("model window bf16", partial(check_model, stage, torch.bfloat16, ("window",))),
+            ("model expert choice", partial(check_model, stage, mesh, torch.float32, ("expert choice",))),
+            ("model window bf16", partial(check_model, stage, mesh, torch.bfloat16, ("window",))),
             ("attention fp64", partial(check_attention, stage, (torch.float64,), (True, False), (None, 100))),
             ("attention flex", partial(check_attention, stage, low[:1], (True,), (100,), segmented=False)),
             ("attention fp32", partial(check_attention, stage, low[1:], (True, False), (None, 100))),
-            ("model window fp32", partial(check_model, stage, torch.float32, ("window",))),
+            ("model window fp32", partial(check_model, stage, mesh, torch.float32, ("window",))),
         ]  # fmt: skip
         stage.run_checks(checks)
 
@@ -497,43 +497,40 @@ def small_inputs(vocab: int, rows: int = 2, length: int = 64, *, packed: bool, p
     return Batch(tokens, labels, positions, documents, domains, numbers)
 
 
-def check_model(stage: Stage, dtype: torch.dtype, names: Sequence[str]) -> None:
+def check_model(stage: Stage, mesh: Mesh, dtype: torch.dtype, names: Sequence[str]) -> None:
     comparison = Comparison(stage, f"model {NAMES[dtype]}: forward and gradients")
     for name, (packed, padded) in itertools.product(names, ((False, False), (True, True))):
         if packed and dtype == torch.float32 and name != "window" and stage.device.type == "cuda":
             continue  # packed rows in fp32 compile kernels, which takes long: "window" alone has them
         discrete = dtype == torch.bfloat16 and name != "all experts"
         bound = 1.0 if discrete else 2e-4 if dtype == torch.float32 else 3e-2
-        pairs = partial(_model, stage.device, dtype, CASES[name], packed, padded, discrete)
+        pairs = partial(_model, mesh, dtype, CASES[name], packed, padded, discrete)
         comparison.case(f"{name}{' packed padded' * packed}", bound, pairs)
     comparison.finish()
 
 
-def _model(
-    device: torch.device, dtype: torch.dtype, case: Case, packed: bool, padded: bool, discrete: bool
-) -> Iterator[Any]:
+def _model(mesh: Mesh, dtype: torch.dtype, case: Case, packed: bool, padded: bool, discrete: bool) -> Iterator[Any]:
     """With `discrete`, rounding to bf16 changes which experts some tokens take. The error is then that of the device
     divided by three times that of the CPU in the same dtype."""
     batch = small_inputs(case.model.vocab_size or 0, packed=packed, padded=padded)
-    found = _model_tensors(device, dtype, case, batch)
-    expected = _model_tensors(CPU, torch.float64, case, batch)
+    cpu = replace(mesh, device=CPU)
+    found = _model_tensors(mesh, dtype, case, batch)
+    expected = _model_tensors(cpu, torch.float64, case, batch)
     if not discrete:
         yield from ((name, found[name], expected[name]) for name in expected)
         return
-    on_cpu = _model_tensors(CPU, dtype, case, batch)
+    on_cpu = _model_tensors(cpu, dtype, case, batch)
     for name, exact in expected.items():
         scale = 3 * (on_cpu[name].double() - exact).norm() + 1e-2 * exact.norm()
         ratio = (found[name].double().cpu() - exact).norm() / scale.clamp(min=1e-300)
         yield name, ratio + 1, torch.ones(())
 
 
-def _model_tensors(device: torch.device, dtype: torch.dtype, case: Case, batch: Batch) -> dict[str, Tensor]:
+def _model_tensors(mesh: Mesh, dtype: torch.dtype, case: Case, batch: Batch) -> dict[str, Tensor]:
     model = Transformer(case.model, case.router, dtype)
     init_parameters(model, 0)
-    model.to(device, torch.promote_types(dtype, torch.float32)).train()
-    on_device = batch.to(device)
-    packed, padded = bool((batch.documents_BS != 0).any()), bool((batch.documents_BS < 0).any())
-    assert on_device.numbers_BS is not None
+    model.to(mesh.device, torch.promote_types(dtype, torch.float32)).train()
+    inputs, on_device = move_to_device(batch, mesh, seed=0)
     tensors = {}
 
     def predict(x_BSD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -541,16 +538,7 @@ def _model_tensors(device: torch.device, dtype: torch.dtype, case: Case, batch: 
         result, tensors["nats"] = linear_cross_entropy(x_BSD, weight_VD, on_device.labels_BS, 1 / batch.num_labels)
         return result
 
-    output = model(
-        ModelInputs(
-            on_device.tokens_BS,
-            on_device.positions_BS,
-            on_device.documents_BS if packed else None,
-            on_device.documents_BS >= 0 if padded else None,
-            noise_keys(0, on_device.numbers_BS),
-        ),
-        predict=predict,
-    )
+    output = model(inputs, predict=predict)
     aux = auxiliary_losses(output.stats, case.router)
     loss = output.result + (0.05 * aux.balance_sum + 0.01 * aux.z_sum) / batch.num_valid
     loss.backward()
