@@ -36,6 +36,7 @@ class Variant(NamedTuple):
     precision: str
     recompute: Recompute = "none"
     kernels: str = "on"
+    compiled: str = "no"
 
 
 def main(stage: Stage) -> None:
@@ -50,7 +51,7 @@ def main(stage: Stage) -> None:
             return references[variant]
 
         longest = 2.0
-        for variant in variants():
+        for variant in variants(stage.tiny):
             start = time.monotonic()
             if stage.remaining_s < 1.5 * longest:
                 stage.row(check="left out", result="no time", detail=f"from {' '.join(variant)} on")
@@ -79,6 +80,7 @@ def main(stage: Stage) -> None:
                 precision=variant.precision,
                 recompute=variant.recompute,
                 kernels=variant.kernels,
+                compiled=variant.compiled,
                 figures=f"{figures:.0e}/{bounds[0]:.0e}",
                 gradients=f"{found.gradients:.0e}/{bounds[1]:.0e}",
                 counts="equal" if found.same_counts else "differ",
@@ -86,15 +88,20 @@ def main(stage: Stage) -> None:
             )
 
 
-def variants() -> Iterator[Variant]:
-    """Yield the combinations, the most telling ones first."""
+def variants(tiny: bool) -> Iterator[Variant]:
+    """Yield the combinations, the most telling ones first. Compilation takes long on CPUs, so `tiny` leaves it out."""
     for precision in ("fp64", "bf16", "fp32"):
         yield from (Variant(model, precision) for model in CASES)
     for precision in ("bf16", "fp32"):
         yield from (Variant(model, precision, kernels="off") for model in ("mixtral", "capacity", "deepseek"))
+    if not tiny:
+        yield from (Variant(model, "bf16", compiled="yes") for model in ("mixtral", "deepseek", "capacity"))
+        yield from (Variant(model, "fp32", compiled="yes") for model in ("mixtral", "switch"))
     for recompute in ("full", "selective"):
         yield from (Variant(model, "fp64", recompute) for model in CASES)
         yield from (Variant(model, "bf16", recompute) for model in ("mixtral", "capacity", "deepseek"))
+        if not tiny:
+            yield Variant("mixtral", "bf16", recompute, compiled="yes")
 
 
 def train(variant: Variant, mesh: Mesh) -> Result:
@@ -105,7 +112,7 @@ def train(variant: Variant, mesh: Mesh) -> Result:
     precision = variant.precision
     config = configuration(case, parallel, rows=rows_for(1), steps=STEPS, precision=precision)  # type: ignore[arg-type]
     with eager_kernels() if variant.kernels == "off" else nullcontext():
-        return run_case(case, with_compile(config, False), mesh)
+        return run_case(case, with_compile(config, variant.compiled == "yes"), mesh)
 
 
 if __name__ == "__main__":

@@ -203,8 +203,7 @@ def one_process(device: torch.device) -> "Iterator[Mesh]":
 
 def with_compile(config: "Config", on: bool) -> "Config":
     """Return the configuration of a run whose blocks run through torch.compile or do not."""
-    changes = {"compile": on} if hasattr(config.train, "compile") else {}
-    return replace(config, train=replace(config.train, **changes))
+    return replace(config, train=replace(config.train, compile=on))
 
 
 def synchronize(device: torch.device) -> None:

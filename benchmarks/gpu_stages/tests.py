@@ -82,8 +82,7 @@ CASES = {
 
 def main(stage: Stage) -> None:
     device = stage.device
-    if hasattr(torch._dynamo.config, "fail_on_recompile_limit_hit"):
-        torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond the limit, kernels run unfused in silence
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond the limit, kernels run unfused in silence
     low, models = (torch.bfloat16, torch.float32), ("mixtral", "deepseek", "switch", "unaligned")
     with one_process(device) as mesh:
         checks: list[tuple[str, Callable[[], Any]]] = [
