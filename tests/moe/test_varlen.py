@@ -10,6 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from moe.attention.attention import choose_kernel
 from moe.attention.varlen import _attend as varlen_operator
 from moe.attention.varlen import _options, flash_backward, flash_forward, segments_of, varlen
+from moe.config import ModelConfig, RouterConfig
+from moe.init import init_parameters
+from moe.model import ModelInputs, Transformer
 from moe.token_context import TokenContext
 from tests.moe.test_attention import masked_reference
 
@@ -109,6 +112,38 @@ def test_segments_give_the_attention_of_documents(window, kv_heads, monkeypatch)
         pairs = zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (got, expected)), strict=True)
         for mine, reference in pairs:
             torch.testing.assert_close(mine, reference, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_model_with_segments_is_the_model_without(packed, monkeypatch):
+    """`ModelInputs.segments` reaches the layers: loss and gradients are those of the kernels for CPUs."""
+    monkeypatch.setattr("moe.attention.varlen.flash_forward", forward)
+    monkeypatch.setattr("moe.attention.varlen.flash_backward", backward)
+    config = ModelConfig(
+        dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, hidden_dim=8, vocab_size=9,
+        sliding_window=(5, None), num_experts=None, top_k=None,
+    )  # fmt: skip
+    model = Transformer(config, RouterConfig(), torch.float64).double()
+    init_parameters(model, 0)
+    torch.manual_seed(0)
+    documents = (torch.rand(3, 20) < 0.2).cumsum(1).int() * packed
+    tokens, positions = torch.randint(9, (3, 20)), torch.arange(20).expand(3, -1)
+    inputs = ModelInputs(tokens, positions, documents if packed else None)
+    results, used = [], []
+
+    def choose(q, k, window, context):
+        if context.segments is None or (window is None and not packed):
+            return choose_kernel(q, k, window, context)
+        used.append(window)
+        return "varlen"
+
+    monkeypatch.setattr("moe.attention.attention.choose_kernel", choose)
+    for given in (inputs, inputs._replace(segments=segments_of(documents, "cpu"))):
+        loss = model(given).logits_BSV.square().sum()
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert used == ([5, None] if packed else [5])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_torch_has_the_kernel_with_these_arguments():

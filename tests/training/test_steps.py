@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from parallel.apply import build_model
 from parallel.mesh import mesh_of_one
 from training.config import OptimConfig
 from training.engine import NativeEngine
-from training.step import train_step
+from training.step import move_to_device, train_step
 from training.steps import run_steps
 
 MODEL = ModelConfig(
@@ -136,3 +137,16 @@ def test_the_caller_gets_every_step_before_one_that_fails(ahead):
     with pytest.raises(OSError, match="the disk is gone"):
         done.extend(step.done for step in steps)
     assert done == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("device", "context", "known"), [("cuda", 1, True), ("cuda", 2, False), ("cpu", 1, False)])
+def test_gpus_get_the_segments_of_whole_rows(
+    device: str, context: int, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Batch, "to", lambda self, device: self)
+    monkeypatch.setattr("training.step.segments_of", lambda documents_BS, device: (documents_BS, device))
+    layout = SimpleNamespace(context=context, pieces=context, pieces_of=lambda rank: [rank])
+    mesh: Any = SimpleNamespace(device=torch.device(device), layout=layout, context=SimpleNamespace(rank=lambda: 0))
+    rows = batch(0)
+    inputs, _ = move_to_device(rows, mesh)
+    assert inputs.segments == ((rows.documents_BS, mesh.device) if known else None)
