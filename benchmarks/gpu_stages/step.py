@@ -15,12 +15,11 @@ import os
 # Before torch is imported: large allocations of changing sizes would otherwise leave holes.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-import importlib.util
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from data.config import DataConfig
 from data.loader import Loader
 from data.packing import Row, pack_row
 from moe.accounting.flops import MatmulCosts, attended_pairs, matmul_costs, meta_model
+from moe.compiled import CompiledBlocks
 from moe.config import ModelConfig, RouterConfig
 from moe.kernels import eager_kernels
 from moe.model import Transformer
@@ -233,11 +233,6 @@ class Run:
 
     def compile(self) -> None:
         """Compile every block of the model by itself."""
-        if importlib.util.find_spec("moe.compiled") is None:
-            compile_layers((block for part in self.engine.parts for block in part.layers), self.stage.device)
-            return
-        from moe.compiled import CompiledBlocks
-
         for part in self.engine.parts:
             part.run_block = CompiledBlocks(backend(self.stage.device))
 
@@ -418,7 +413,8 @@ def measure_peer(stage: Stage, size: Size, text: Text) -> None:
 
     stage.attempt("peer eager", partial(measure, "eager, whole rows, bf16 weights"))
     if stage.remaining_s > 40 or stage.tiny:
-        compile_layers(peer.model.layers, stage.device)
+        for layer in peer.model.layers:
+            layer.compile(backend=backend(stage.device))
         stage.attempt("peer compiled", partial(measure, "compiled layers, whole rows, bf16 weights"))
     if stage.remaining_s > 15:
         stage.attempt("profile of the peer", partial(profile, "compiled layers, whole rows"))
@@ -430,12 +426,6 @@ def measure_peer(stage: Stage, size: Size, text: Text) -> None:
 def backend(device: torch.device) -> str:
     """Return torch.compile's backend. On CPUs, which check the stage only, no code is generated."""
     return "inductor" if device.type == "cuda" else "aot_eager"
-
-
-def compile_layers(layers: Iterable[torch.nn.Module], device: torch.device) -> None:
-    """Compile every layer by itself."""
-    for layer in layers:
-        layer.compile(backend=backend(device))
 
 
 def build_run(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *, compiled: bool) -> Run:

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOMAIN_BYTES = {"stdlib": 8_000_000, "torch": 7_000_000, "transformers": 7_000_000, "mixwright": 3_000_000}
 """Domain -> the most bytes of it."""
 TINY_BYTES = 300_000
-START_S, END_S, STEP_S = 45.0, 15.0, 0.25
+START_S, END_S, STEP_S = 75.0, 15.0, 0.25
 """Estimated seconds before the first step, after the last, and of a step. They decide the number of steps."""
 STEPS = (60, 400)
 """The least and the largest number of steps."""

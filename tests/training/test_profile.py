@@ -58,6 +58,14 @@ def test_operators_of_a_real_trace_belong_to_the_part_of_the_model_that_calls_th
     assert {profiles.OPTIMIZER, profiles.NORMS, profiles.ATTENTION} <= summary.group_ms.keys()
 
 
+def test_blocks_that_are_compiled_get_no_hooks():
+    model = Transformer(MODEL, RouterConfig(), torch.float32)
+    model.run_block = lambda block, *arguments: block(*arguments)
+    with mark_parts([model]):
+        hooked = [name for name, module in model.named_modules() if module._forward_hooks]
+    assert hooked == ["norm", "head", "lookup"]
+
+
 @pytest.mark.parametrize(
     ("names", "part", "group"),
     [

@@ -374,9 +374,8 @@ def _closer(regions: list[Any]) -> Any:
 
 def _parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
     """Yield modules and their parts. Compiled blocks have none, because a hook would compile them again."""
-    compiled = getattr(model, "run_block", Block.__call__) is not Block.__call__
-    for block in model.layers:
-        if not isinstance(block, Block) or compiled or block._compiled_call_impl is not None:
+    for block in model.layers if model.run_block is Block.__call__ else ():
+        if not isinstance(block, Block):  # A pipeline stage has None in place of other layers.
             continue
         yield from ((block.attention_norm, "norm"), (block.ffn_norm, "norm"))
         yield from ((block.attention, "attention"), (block.attention.core, "core"))
