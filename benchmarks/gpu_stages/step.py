@@ -34,7 +34,7 @@ from data.config import DataConfig
 from data.loader import Loader
 from data.packing import Row, pack_row
 from moe.accounting.flops import MatmulCosts, attended_pairs, matmul_costs, meta_model
-from moe.compiled import CompiledBlocks
+from moe.compiled import CompiledBlocks, compile_clock
 from moe.config import ModelConfig, RouterConfig
 from moe.kernels import eager_kernels
 from moe.model import Transformer
@@ -281,6 +281,14 @@ class Run:
         if profiled and self.stage.remaining_s > 10:
             self.stage.attempt(f"profile of {self.name} {variant}", partial(self.profile, variant))
 
+    def check_compiled(self) -> None:
+        """Check that the blocks ran through torch.compile, which runs what it cannot trace eagerly."""
+        clock = compile_clock()
+        for part in self.engine.parts:
+            refusal = part.run_block.refusal if isinstance(part.run_block, CompiledBlocks) else "eager"
+            detail = f"{clock.graphs} graphs in {clock.seconds:.0f} s" if refusal is None else refusal[:200]
+            self.stage.check(f"{self.name}: blocks are compiled", refusal is None, detail)
+
     def whole_pairs(self) -> int:
         """Return the query-key pairs of one layer if each row were one document."""
         return self.size.rows * attended_pairs(None, self.size.seq_len)
@@ -306,7 +314,7 @@ def traced(stage: Stage, name: str, step: Callable[[], Any]) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"{re.sub('[^-A-Za-z0-9]+', '-', name)}.json.gz"
     wait = torch.profiler.schedule(wait=0, warmup=1, active=PROFILED)
-    with torch.profiler.profile(activities=activities(stage.device), schedule=wait) as profiler:
+    with torch.profiler.profile(activities=activities(stage.device), schedule=wait, acc_events=True) as profiler:
         for number in range(1 + PROFILED):
             step()
             if number == 0 or number == PROFILED:
@@ -457,6 +465,7 @@ def measure_model(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *
     if run is None:
         return
     stage.attempt(f"{name} compiled", lambda: run.measure("compiled"))
+    run.check_compiled()
     if whole_rows and (stage.remaining_s > 30 or stage.tiny):
         whole = partial(run.measure, "compiled, whole rows", whole_rows=True, profiled=False)
         stage.attempt(f"{name} whole rows", whole)
