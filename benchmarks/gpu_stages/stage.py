@@ -163,7 +163,7 @@ class Comparison:
 def run_stage(main: Callable[[Stage], None]) -> int:
     """Run `main` with the options on the command line (JSON, from `benchmarks/gpu.py`). Return the exit status."""
     options = json.loads(sys.argv[1])
-    device = torch.device(options["device"])
+    device = torch.device(options["device"], 0)  # a process group needs the index
     deadline = time.monotonic() + options["seconds"]
     stage = Stage(Path(options["out"]), deadline, device, options["size"] == "tiny")
     stage.about = {
