@@ -16,6 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from moe.token_context import TokenContext
 
+MAX_GRAPHS = 64
+"""The largest number of graphs of the compiled functions: one for each dtype, kind of mask and kind of call."""
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -81,4 +83,9 @@ def _make(can_attend: MaskMod, batch: int | None, length: int, positions: int, d
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    """Return the compiled function. It raises an error beyond the limit of graphs: uncompiled, it would store all
+    scores."""
+    if not torch.compiler.is_compiling():
+        config: Any = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
+    return torch.compile(function, fullgraph=True)

@@ -6,10 +6,11 @@ import weakref
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe.attention.attention import Attention, AttentionCore
-from moe.attention.flex import block_mask, flex
+from moe.attention.flex import _compiled, block_mask, flex
 from moe.attention.varlen import segments_of
 from moe.config import ModelConfig
 from moe.token_context import TokenContext, apply_rotary, rotary_table
@@ -180,6 +181,17 @@ def test_mask_of_the_gpu_kernel_is_made_once_for_all_layers():
     whole_rows = TokenContext()
     assert block_mask(whole_rows, 5, 150, 150, device) is block_mask(TokenContext(), 5, 150, 150, device)
     assert block_mask(whole_rows, 5, 140, 150, device) is not block_mask(whole_rows, 5, 150, 150, device)
+
+
+def test_the_gpu_kernel_never_runs_uncompiled():
+    """torch would run a function without a graph, or with too many, in plain operators, which store all scores."""
+    torch._dynamo.reset()
+    compiled = _compiled(lambda x, size: x.new_ones([4] * size).sum())
+    assert torch._dynamo.config.recompile_limit >= 64
+    with torch._dynamo.config.patch(recompile_limit=2), pytest.raises(FailOnRecompileLimitHit):
+        for size in range(5):
+            compiled(torch.ones(2), size)
+    torch._dynamo.reset()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
