@@ -68,7 +68,7 @@ def inputs(
     """Return hidden states in the compute dtype, an fp32 weight and labels."""
     torch.manual_seed(0)
     x = torch.randn(1, tokens, dim, device=device).to(dtype).requires_grad_()
-    weight = (0.02 * torch.randn(vocabulary, dim, device=device)).requires_grad_()
+    weight = torch.randn(vocabulary, dim, device=device).mul_(0.02).requires_grad_()
     return x, weight, torch.randint(0, vocabulary, (1, tokens), device=device)
 
 
@@ -88,8 +88,9 @@ def run(loss: Loss, data: tuple[Tensor, Tensor, Tensor]) -> float:
 def peak_bytes(name: str, sizes: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> int:
     """Return the peak of the memory of one forward and backward pass, with the gradients."""
     data = inputs(*sizes, device, dtype)
-    run(by_torch, (data[0][:, :8].detach().requires_grad_(), *data[1:2], data[2][:, :8]))  # loads the libraries
-    data[1].grad = None
+    x, weight, labels = data
+    few = x[:, :8].detach().requires_grad_(), weight[:64].detach().requires_grad_(), labels[:, :8] % 64
+    run(by_torch, few)  # loads the libraries
     loss = implementations(device)[name]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

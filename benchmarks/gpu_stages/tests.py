@@ -313,6 +313,8 @@ def _losses(
     yield "nats", (total.log() - (label - largest)) * (labels != IGNORE), nats
     write_logit_gradient(gradient, labels, 0, stats, (labels != IGNORE).to(stats.dtype) / count, 0)
     yield "gradient", gradient.view_as(logits), expected
+    if vocab > 10_000:
+        return  # the exact gradients of the head take seconds on a CPU
     x, weight = (tensor / 4 for tensor in random_tensors(5, dtype, (batch, length, 24), (vocab, 24)))
     leaves = [tensor.to(device).requires_grad_() for tensor in (x, weight)]
     wide_leaves = [tensor.double().requires_grad_() for tensor in (x, weight)]
