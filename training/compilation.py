@@ -66,9 +66,8 @@ def _missing_compiler(device: torch.device) -> str | None:
     variable, names = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
     named = os.environ.get(variable)
     if not any(map(shutil.which, (named,) if named else names)):
-        return f"a C compiler ({variable}, {', '.join(names)})".replace(
-            "a C ", "a C++ " if variable == "CXX" else "a C "
-        )
+        language = "C" if device.type == "cuda" else "C++"
+        return f"a {language} compiler ({f'{variable}={named}' if named else ' or '.join(names)})"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "the header files of Python (Python.h)"
     return None

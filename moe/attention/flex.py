@@ -43,6 +43,9 @@ def block_mask(
     sizes only, and the masks of the last few sizes are stored for the whole process.
     """
     documents_BX = context.documents_BS
+    if torch.compiler.is_compiling():  # The mask is a part of the graph of each layer, and costs little there.
+        can_attend = mask_mod(documents_BX, window, positions - length)
+        return _make(can_attend, None if documents_BX is None else len(documents_BX), length, positions, device)
     if documents_BX is None:
         return _mask_of_one_document(window, length, positions, device)
     can_attend = mask_mod(documents_BX, window, positions - length)

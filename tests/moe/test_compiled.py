@@ -1,5 +1,6 @@
 """Compiled blocks: one graph per kind of block and kind of call, and the numbers of eager blocks."""
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,3 +121,19 @@ def test_recomputation_is_a_part_of_the_graph(mode: Recompute) -> None:
     assert compile_clock().graphs - before == 2
     assert compiled.run_block.refusal is None
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles kernels for CPUs with g++")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
+)
+def test_generated_kernels_differ_by_rounding_and_repeat_bit_for_bit(dtype: torch.dtype, tolerance: float) -> None:
+    eager, compiled = build(RouterConfig(), dtype=dtype, num_layers=2), build(RouterConfig(), dtype=dtype, num_layers=2)
+    compiled.run_block = CompiledBlocks()
+    expected, found = losses_and_gradients(eager, inputs(0)), losses_and_gradients(compiled, inputs(0))
+    assert compiled.run_block.refusal is None
+    for x, y in zip(found, expected, strict=True):
+        assert (x.double() - y.double()).norm() <= tolerance * y.double().norm()
+    again = losses_and_gradients(compiled, inputs(0))
+    assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))

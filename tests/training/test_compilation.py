@@ -1,0 +1,83 @@
+"""`train.compile`: when blocks are compiled, and what the user is told if they are not."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from common.errors import ConfigError
+from moe.config import RouterConfig
+from parallel.config import ParallelConfig
+from parallel.layout import Layout
+from tests.moe.test_compiled import build
+from tests.training.test_resume import config_of
+from training import compilation
+from training.compilation import CompilationReport, choose_compilation
+from training.config import Config, EngineConfig
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def config() -> Config:
+    return config_of()
+
+
+@pytest.fixture(autouse=True)
+def _has_compilers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "_missing_compiler", lambda device: None)
+
+
+def wanted(config: Config, value: bool) -> Config:
+    return replace(config, train=replace(config.train, compile=value))
+
+
+def test_auto_compiles_on_gpus_only(config: Config) -> None:
+    assert choose_compilation(config, Layout(), GPU) == (True, None)
+    assert choose_compilation(config, Layout(), CPU) == (False, None)
+    assert choose_compilation(wanted(config, False), Layout(), GPU) == (False, None)
+    assert choose_compilation(wanted(config, True), Layout(replicate=2, pipeline=2), CPU) == (True, None)
+
+
+@pytest.mark.parametrize("axis", ["tensor", "context", "shard", "expert"])
+def test_blocks_that_communicate_stay_eager_and_a_line_says_so(config: Config, axis: str) -> None:
+    layout = Layout(**{"replicate": 2, axis: 2})
+    on, note = choose_compilation(wanted(config, True), layout, CPU)
+    assert not on and note == f"parallel.{axis}=2: the blocks run without torch.compile (train.compile)"
+    assert choose_compilation(config, layout, GPU) == (False, note)
+
+
+def test_zero_bubble_and_deepspeed_stay_eager(config: Config) -> None:
+    zero_bubble = replace(config, parallel=ParallelConfig(schedule="zero_bubble"))
+    assert str(choose_compilation(zero_bubble, Layout(pipeline=2), GPU).note).startswith(
+        "parallel.schedule=zero_bubble:"
+    )
+    deepspeed = replace(config, engine=EngineConfig(kind="deepspeed"))
+    assert str(choose_compilation(deepspeed, Layout(), GPU).note).startswith("engine.kind=deepspeed:")
+
+
+def test_a_missing_compiler_is_one_line(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"^train.compile=true: expected a C\+\+ compiler \(CXX=no-such-compiler\)"):
+        choose_compilation(wanted(config, True), Layout(), CPU)
+    monkeypatch.setattr(compilation, "find_spec", lambda name: object())
+    on, note = choose_compilation(config, Layout(), GPU)
+    assert not on and "needs a C compiler (CC=no-such-compiler)" in str(note)
+    monkeypatch.setattr(compilation, "find_spec", lambda name: None)
+    assert "needs Triton" in str(choose_compilation(config, Layout(), GPU).note)
+
+
+def test_the_report_has_a_line_for_new_graphs_and_for_a_block_that_cannot_be_compiled() -> None:
+    model = build(RouterConfig())
+    assert CompilationReport([model]).lines() == []
+    blocks = compilation.CompiledBlocks("eager")
+    model.run_block = blocks
+    report = CompilationReport([model])
+    compilation.compile_clock().graphs += 2
+    compilation.compile_clock().seconds += 31
+    assert report.lines() == ["torch.compile: 2 graphs of blocks in 31 s"]
+    blocks.refusal = "an operator"
+    assert report.lines() == ["warning: the blocks run without torch.compile, which cannot compile one: an operator"]
+    assert report.lines() == []
