@@ -202,7 +202,9 @@ class _Combine(torch.autograd.Function):
         ctx.save_for_backward(y_RD, weights_TK)
         y_TKD = _rows_of_assignments(y_RD, plan)
         if y_RD.device.type == "cpu":  # where a small matmul is faster in fp32 than in bf16
-            return torch.bmm(weights_TK.unsqueeze(1), y_TKD.to(weights_TK.dtype)).squeeze(1).to(y_RD.dtype)
+            y_TD = torch.bmm(weights_TK.unsqueeze(1), y_TKD.to(weights_TK.dtype)).squeeze(1)
+            # torch.compile of torch 2.11 computes wrong gradients if `to` does nothing here.
+            return y_TD if y_TD.dtype == y_RD.dtype else y_TD.to(y_RD.dtype)
         return torch.bmm(torch.stack(_in_parts(weights_TK, y_RD.dtype), dim=1), y_TKD).sum(dim=1)
 
     @staticmethod
