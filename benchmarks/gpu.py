@@ -2,9 +2,12 @@
 
     python benchmarks/gpu.py                                 # all stages, at most 8 minutes on one H100
     python benchmarks/gpu.py stages=layer,step minutes=4 out=/tmp/gpu
+    python benchmarks/gpu.py stages=step:100,tests:45        # seconds of each stage
     python benchmarks/gpu.py device=cpu size=tiny            # checks the script itself, without a GPU
 
-Every stage is a file in `benchmarks/gpu_stages/` and runs in its own process with its own share of the time. Each row
+Every stage is a file in `benchmarks/gpu_stages/` and runs in its own process with its own share of the time: the share
+in `SHARES`, or the seconds after its name. With seconds, `minutes` is their sum unless it is given, too. It then scales
+them. Time that a stage leaves goes to the next ones. Each row
 of its result is written to `<out>/<stage>.json` when it is measured, so that a run that is cut off keeps what it has.
 The table of a stage is printed when the stage ends. Stages put traces and plots into `<out>/files.zip`. The exit status
 is 1 if a check failed or a stage did not finish.
@@ -23,10 +26,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SHARES = {"tests": 0.2, "layer": 0.2, "step": 0.2, "train": 0.2, "memory": 0.08, "parity": 0.06, "calibrate": 0.06}
-"""Stage -> its share of the time, in the order in which stages run. Time that a stage leaves goes to the next ones."""
+"""Stage -> its share of the time, in the order in which stages run."""
 DEFAULTS = {"stages": ",".join(SHARES), "minutes": "8", "out": "runs/gpu", "device": "cuda", "size": "full"}
 CHOICES = {"device": ("cuda", "cpu"), "size": ("full", "tiny")}
-GRACE_S = 5.0
+GRACE_S = 3.0
 """Seconds between the signals that ask a stage to end and that end it."""
 
 
@@ -41,12 +44,13 @@ def main() -> int:
     out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "files.zip").unlink(missing_ok=True)
-    stages = options["stages"].split(",")
+    shares = read_stages(options["stages"])
+    assert not isinstance(shares, str)
     deadline = time.monotonic() + float(options["minutes"]) * 60
     failed = []
-    for number, stage in enumerate(stages):
+    for number, (stage, share) in enumerate(shares):
         left = deadline - time.monotonic()
-        budget = left * SHARES[stage] / sum(SHARES[later] for later in stages[number:])
+        budget = left * share / sum(later for _, later in shares[number:])
         print(f"== {stage}: at most {budget:.0f} s", flush=True)
         start = time.monotonic()
         status = run_stage(stage, budget, options)
@@ -61,14 +65,18 @@ def main() -> int:
 def read_options(arguments: list[str]) -> dict[str, str] | str:
     """Return the options `key=value` with their defaults, or a line that says what is wrong with them."""
     options = dict(DEFAULTS)
+    given = set()
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if key not in options or not equals:
             return f"{argument}: expected key=value with one of the keys {', '.join(options)}"
         options[key] = value
-    unknown = [stage for stage in options["stages"].split(",") if stage not in SHARES]
-    if unknown:
-        return f"stages={options['stages']}: expected some of {', '.join(SHARES)}, found {', '.join(unknown)}"
+        given.add(key)
+    shares = read_stages(options["stages"])
+    if isinstance(shares, str):
+        return f"stages={options['stages']}: expected {shares}"
+    if ":" in options["stages"] and "minutes" not in given:
+        options["minutes"] = str(sum(seconds for _, seconds in shares) / 60)
     for key, allowed in CHOICES.items():
         if options[key] not in allowed:
             return f"{key}={options[key]}: expected {' or '.join(allowed)}"
@@ -81,14 +89,31 @@ def read_options(arguments: list[str]) -> dict[str, str] | str:
     return options
 
 
+def read_stages(text: str) -> list[tuple[str, float]] | str:
+    """Return the stages with the seconds of each, or with its share of the time. A text says what was expected."""
+    names, _, numbers = zip(*(part.partition(":") for part in text.split(",")), strict=True)
+    unknown = [name for name in names if name not in SHARES]
+    if unknown:
+        return f"some of {', '.join(SHARES)}, found {', '.join(unknown)}"
+    if not any(numbers):
+        return [(name, SHARES[name]) for name in names]
+    try:
+        seconds = [float(number) for number in numbers]
+    except ValueError:
+        seconds = [0.0]
+    if not all(0 < number < 1e6 for number in seconds):
+        return "seconds > 0 after each stage or after none, as in step:100,tests:45"
+    return list(zip(names, seconds, strict=True))
+
+
 def run_stage(stage: str, budget: float, options: dict[str, str]) -> str:
     """Run a stage in a process of its own. Return `passed`, `failed`, or `cut off` if it outran its budget."""
     result = Path(options["out"]) / f"{stage}.json"
     result.unlink(missing_ok=True)
     # The stage ends itself before it is killed, so that it can leave out what no longer fits.
-    own = json.dumps(
-        {"out": str(result), "seconds": budget - 2 * GRACE_S, "device": options["device"], "size": options["size"]}
-    )
+    # Its imports take seconds, which count.
+    times = {"start": time.time(), "end": time.time() + budget - 2 * GRACE_S}
+    own = json.dumps({"out": str(result), **times, "device": options["device"], "size": options["size"]})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
         [sys.executable, str(HERE / "gpu_stages" / f"{stage}.py"), own], env=environment, start_new_session=True

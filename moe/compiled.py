@@ -1,6 +1,6 @@
 """torch.compile of the blocks: identical blocks share one compiled graph, because their weights are its inputs.
 
-A graph is traced for each kind of block (dense or MoE, its window) and each kind of call: with or without gradients,
+A graph is traced for each kind of block (dense or MoE, its window) and each kind of call in training: with or without
 padding, packed documents and noise, and for each shape. All sizes are constants of a graph, so a call is computed by
 the same graph in every run, whatever was computed before it. Functions whose shapes depend on values, such as the loop
 over the rows of each expert on a CPU, are operators that torch.compile does not look into (`torch.library`).
@@ -27,7 +27,10 @@ MAX_GRAPHS = 64
 
 
 class CompiledBlocks:
-    """Calls blocks through torch.compile (`Transformer.run_block`). Calls with a cache, in generation, are eager.
+    """Calls blocks through torch.compile (`Transformer.run_block`).
+
+    Calls in evaluation mode and with a cache are eager: an evaluation has batches with and without padding, and would
+    wait for graphs that it calls a few times.
 
     Attributes:
         refusal: why torch.compile cannot compile a block, e.g. of a plugin's router. All calls are eager from then on.
@@ -51,7 +54,7 @@ class CompiledBlocks:
         self, block: Block, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None
     ) -> tuple[Tensor, RouterStats | None]:
         """Return what `block(x_BSD, context, cache)` returns."""
-        if cache is None and self.refusal is None:
+        if block.training and cache is None and self.refusal is None:
             try:
                 compiled: tuple[Tensor, RouterStats | None] = self._compiled(block, x_BSD, context)
                 return compiled

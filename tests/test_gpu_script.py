@@ -14,6 +14,11 @@ from benchmarks import gpu
     ("argument", "line"),
     [
         ("stages=layer,lyer", "stages=layer,lyer: expected some of "),
+        ("stages=layer:20,lyer:5", "stages=layer:20,lyer:5: expected some of "),
+        *(
+            (f"stages={value}", f"stages={value}: expected seconds > 0 after each stage or after none")
+            for value in ("layer:0", "layer:x", "layer:-1", "layer:inf", "layer:nan", "layer:20,step", "step,layer:20")
+        ),
         ("stage=layer", "stage=layer: expected key=value with one of the keys stages, minutes, out, device, size"),
         ("tiny", "tiny: expected key=value with one of the keys"),
         ("size=small", "size=small: expected full or tiny"),
@@ -52,6 +57,31 @@ def run_fake_stage(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str, min
     arguments = ["gpu.py", "stages=layer", f"minutes={minutes}", f"out={folder / 'out'}"]
     monkeypatch.setattr(sys, "argv", arguments)
     return gpu.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "budgets"),
+    [
+        (["stages=step:100,train:75,tests:45"], [100, 87.5, 52.5]),  # The first stage leaves 20 seconds.
+        (["stages=step:100,train:75,tests:45", "minutes=5.5"], [150, 156.25, 93.75]),
+        (["stages=tests,memory", "minutes=1"], [60 * 0.2 / 0.28, 60 * 0.08 / 0.28]),
+    ],
+)
+def test_stages_get_their_seconds_and_what_earlier_ones_leave(
+    arguments: list[str], budgets: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    now, found = [0.0], []
+
+    def run_stage(stage: str, budget: float, options: dict[str, str]) -> str:
+        now[0] += 80 if stage == "step" else budget
+        found.append(budget)
+        return "passed"
+
+    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", f"out={tmp_path}", *arguments])
+    assert gpu.main() == 0
+    assert found == pytest.approx(budgets)
 
 
 @pytest.mark.parametrize("body", ["time.sleep(60)", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"])
@@ -110,6 +140,42 @@ def test_inputs_make_the_router_choose_the_wanted_experts(
     y_BSD = layer.mixwright(shape, weights, torch.float32).call(xs["skewed"])
     loop_BSD = layer.plain_loop(shape, weights).call(xs["skewed"])
     assert stage.relative_error(loop_BSD, y_BSD) < 0.05  # The routers differ in precision and choose alike, mostly.
+
+
+def test_short_calls_are_measured_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(gpu.HERE / "gpu_stages"))
+    import stage
+
+    now, durations = [0.0], iter([0.5, 0.02, 0.02, 0.02, 0.08] + [0.02] * 7)
+    monkeypatch.setattr(stage.time, "perf_counter", lambda: now[0])
+
+    def call() -> None:
+        now[0] += next(durations)
+
+    times = stage.times_of(call, torch.device("cpu"), rounds=5, warm_up=2, least_ms=200.0)
+    assert times == pytest.approx([20, 20, 80] + [20] * 7)
+    durations = iter([0.5] * 8)
+    assert len(stage.times_of(call, torch.device("cpu"), rounds=5, warm_up=3, least_ms=200.0)) == 5
+
+
+def test_the_seconds_of_the_parts_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(gpu.HERE / "gpu_stages"))
+    import train
+
+    lines = [
+        (10.0, "reading the corpus"),
+        (14.0, "corpus files-199cda in /tmp/cache"),
+        (17.0, "run directory /tmp/run"),
+        (38.0, "step  1/30  loss 9.9"),
+        (43.0, "step 25/30  loss 7.0"),
+        (46.0, "step 30/30  loss 6.9"),
+        (48.0, "Held-out text: loss 6.8"),
+    ]
+    rows = [{"step": 25}, {"step": 30, "speed/tokens_per_s": 5000.0}]
+    assert train.evaluation_seconds(lines, rows, tokens=1000) == 2.0
+    assert list(train.phases(lines, 55.0).values()) == [10, 4, 3, 21, 8, 2, 7]
+    # A run that was killed in its evaluation.
+    assert list(train.phases(lines[:5], 63.0).items())[-1] == ("steps, unfinished", 25.0)
 
 
 @pytest.mark.slow

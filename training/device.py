@@ -1,6 +1,7 @@
 """This process: its rank, its device and data type, and the memory and peak speed of the device."""
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,30 @@ class Process:
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes the run's files and prints."""
         return self.world.rank == 0
+
+
+class Moment:
+    """The time at which a device has done everything that was queued before: on a GPU by its own clock, on a CPU now.
+
+    The host's clock would not do on a GPU, because the host can read the figures of a step long after its end.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._host_s, self._event = time.monotonic(), None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Wait for the device."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, earlier: "Moment") -> float:
+        """Return the time since an earlier moment of the same device, which must have done the work before this one."""
+        if self._event is None or earlier._event is None:
+            return self._host_s - earlier._host_s
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
 
 
 def set_up_process(config: Config) -> Process:

@@ -29,6 +29,7 @@ from moe.noise import noise_keys
 from moe.router import ROUTERS, RouterStats, update_routers
 from parallel.mesh import Mesh
 from parallel.tensor import vocabulary_part
+from training.device import Moment
 from training.engine import Engine
 
 
@@ -187,12 +188,11 @@ class PendingResult:
         # fp64 represents every count below 2**53.
         packed = torch.cat([figure.flatten().double() for figure in figures])
         self._packed = packed.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
-        self._copied = torch.cuda.current_stream(packed.device).record_event() if packed.is_cuda else None
+        self.end = Moment(packed.device)
 
     def read(self) -> StepResult:
         """Wait for the device to finish the step, and return its figures."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        self.end.wait()
         parts = self._packed.split([shape.numel() for shape in self._shapes])
         sums, grad_norm, dropped, counts_LE, extra_LX = (
             part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)

@@ -5,7 +5,6 @@ the next step, and only then reads the figures of this one, so that the GPU alwa
 the model is evaluated or saved, nothing is queued ahead.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from torch.profiler import record_function
 
 from data.loader import Loader
 from training.config import Config
+from training.device import Moment
 from training.engine import Engine
 from training.report.profile import DATA
 from training.schedule import learning_rate
@@ -28,7 +28,7 @@ class FinishedStep(NamedTuple):
     lr: float
     result: StepResult
     seconds: float
-    """The time between the end of the step before, or of the pause before, and the end of this step."""
+    """The time on the device between the end of the step before, or of the pause before, and the end of this step."""
 
 
 class Started(NamedTuple):
@@ -62,18 +62,18 @@ def run_steps(
     steps, seed = config.train.steps, config.run.seed
     inputs: StepInputs | None = None
     unread: deque[Started] = deque()
-    clock = time.monotonic()
+    before = Moment(engine.mesh.device)
 
     def next_inputs() -> StepInputs:
         with record_function(DATA):
             return prepare_step(engine, loader.next_step(), config.router, seed)
 
     def read_next() -> FinishedStep:
-        nonlocal clock
+        nonlocal before
         step = unread.popleft()
         result = step.pending.read()
-        start, clock = clock, time.monotonic()
-        return FinishedStep(step.done, step.lr, result, clock - start)
+        start, before = before, step.pending.end
+        return FinishedStep(step.done, step.lr, result, before.seconds_since(start))
 
     try:
         for step in range(first_step, steps):
@@ -88,7 +88,7 @@ def run_steps(
             while len(unread) > (0 if pause else 1):
                 yield read_next()
             if pause:
-                clock = time.monotonic()
+                before = Moment(engine.mesh.device)
     except (Exception, KeyboardInterrupt):
         while unread:  # The steps before the one that failed.
             yield read_next()

@@ -14,13 +14,14 @@ Shapes: T tokens, D model, F expert width, E experts, K top-k, R = T·K routed r
 """
 
 import itertools
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from stage import Stage, balanced_experts, free_memory, milliseconds, relative_error, run_stage, skewed_logits
+from stage import Stage, balanced_experts, free_memory, relative_error, run_stage, skewed_logits, times_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +33,8 @@ from moe.token_context import TokenContext
 
 Result = TypeVar("Result")
 DTYPE = torch.bfloat16
-ROUNDS, WARM_UP = 5, 2
+ROUNDS, WARM_UP, LEAST_MS = 5, 2, 200.0
+"""The least number of measured calls, the number of calls before, and the least time of the measured calls together."""
 DENSE = "dense SwiGLU"
 PARTS_OF = "Qwen3-30B-A3B"
 """The shape whose parts and GPU kernels are measured too."""
@@ -271,10 +273,20 @@ def dense_swiglu(shape: Shape, device: torch.device) -> Implementation:
     return Implementation(layer, list(layer.parameters()), shape.flops(shape.width))
 
 
-def time_passes(
-    stage: Stage, forward: Callable[[], Any], leaves: Sequence[Tensor], grads: Sequence[Tensor]
-) -> tuple[float, float, float | None]:
-    """Return the milliseconds of the forward pass and of both, and the peak memory of both in GB.
+class Times(NamedTuple):
+    """The times of a layer."""
+
+    forward_ms: float
+    both_ms: float
+    """Of the forward and the backward pass. Both are medians."""
+    spread: float
+    """The longest time of a call relative to the shortest one, of the forward pass or of both, the larger."""
+    memory_GB: float | None
+    """The peak of both passes."""
+
+
+def time_passes(stage: Stage, forward: Callable[[], Any], leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Times:
+    """Measure the forward pass and both passes.
 
     Args:
         forward: returns as many tensors as `grads` has, or a tensor.
@@ -285,14 +297,16 @@ def time_passes(
         torch.autograd.grad(forward(), leaves, grads if len(grads) > 1 else grads[0], allow_unused=True)
 
     cuda = stage.device.type == "cuda"
-    forward_ms = milliseconds(forward, stage.device, ROUNDS, WARM_UP)
+    forward_times = times_of(forward, stage.device, ROUNDS, WARM_UP, LEAST_MS)
     before = 0
     if cuda:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    both_ms = milliseconds(both, stage.device, ROUNDS, WARM_UP)
-    return forward_ms, both_ms, (torch.cuda.max_memory_allocated() - before) / 1e9 if cuda else None
+    both_times = times_of(both, stage.device, ROUNDS, WARM_UP, LEAST_MS)
+    spread = max(max(times) / min(times) for times in (forward_times, both_times))
+    memory = (torch.cuda.max_memory_allocated() - before) / 1e9 if cuda else None
+    return Times(statistics.median(forward_times), statistics.median(both_times), spread, memory)
 
 
 class Table:
@@ -302,9 +316,9 @@ class Table:
         self.stage, self.shape = stage, shape
         self.dense_s_per_flop: float | None = None
 
-    def add(self, routing: str, name: str, flops: float, times: tuple[float, float, float | None]) -> None:
+    def add(self, routing: str, name: str, flops: float, times: Times) -> None:
         """Add the times of both passes. `flops` are those of the forward pass."""
-        forward_ms, both_ms, memory = times
+        forward_ms, both_ms, spread, memory = times
         if name == DENSE:
             self.dense_s_per_flop = both_ms / flops
         self.stage.row(
@@ -319,6 +333,7 @@ class Table:
             both_tflops=3 * flops / both_ms / 1e9,
             x_dense=both_ms / flops / self.dense_s_per_flop if self.dense_s_per_flop else None,
             memory_GB=memory,
+            spread=spread,
             source="measured",
         )
 
@@ -336,6 +351,7 @@ class Table:
                 both_tflops=figure.both,
                 x_dense=None,
                 memory_GB=None,
+                spread=None,
                 source=figure.source,
             )
 
@@ -491,7 +507,7 @@ def measure_parts(stage: Stage, shape: Shape) -> None:
         outs = forward()
         grads = [torch.randn_like(out) for out in (outs if isinstance(outs, list) else [outs])]
         del outs
-        forward_ms, both_ms, _ = time_passes(stage, forward, leaves, grads)
+        forward_ms, both_ms, spread, _ = time_passes(stage, forward, leaves, grads)
         stage.row(
             shape=shape.name,
             part=name,
@@ -499,6 +515,7 @@ def measure_parts(stage: Stage, shape: Shape) -> None:
             forward_ms=forward_ms,
             backward_ms=both_ms - forward_ms,
             both_ms=both_ms,
+            spread=spread,
         )
 
     for name, (forward, leaves) in parts.items():

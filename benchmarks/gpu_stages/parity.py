@@ -25,8 +25,11 @@ from training.parity.trial import Result, run_case
 
 STEPS = 3
 BOUNDS = {"fp64": (1e-9, 1e-9), "fp32": (1e-5, 2e-4), "bf16": (1e-2, 2e-2)}
-"""Precision -> largest differences of figures and of gradients. In bf16, rounding changes which experts some tokens
-take, so that three times what bf16 on the CPU changes is added."""
+"""Precision -> largest differences of figures and of gradients. In bf16, three times what bf16 on the CPU changes is
+added. Rounding then changes which experts some tokens take, and one such change can change a gradient of an expert by
+half. So gradients in bf16 are compared with a bound in `ALL_EXPERTS` only, where every token takes every expert."""
+ALL_EXPERTS = "all_experts"
+MODELS = {ALL_EXPERTS: replace(CASES["mixtral"], model=replace(CASES["mixtral"].model, top_k=8)), **CASES}
 
 
 class Variant(NamedTuple):
@@ -73,7 +76,8 @@ def main(stage: Stage) -> None:
             longest = max(longest, time.monotonic() - start)
             figures = max(found.figures, found.grad_norm)
             counts = found.same_counts or variant.precision == "bf16"
-            passed = figures <= bounds[0] and found.gradients <= bounds[1] and counts
+            bounded = variant.precision != "bf16" or variant.model == ALL_EXPERTS
+            passed = figures <= bounds[0] and (not bounded or found.gradients <= bounds[1]) and counts
             stage.failures += not passed
             stage.row(
                 model=variant.model,
@@ -82,7 +86,7 @@ def main(stage: Stage) -> None:
                 kernels=variant.kernels,
                 compiled=variant.compiled,
                 figures=f"{figures:.0e}/{bounds[0]:.0e}",
-                gradients=f"{found.gradients:.0e}/{bounds[1]:.0e}",
+                gradients=f"{found.gradients:.0e}/{f'{bounds[1]:.0e}' if bounded else '-'}",
                 counts="equal" if found.same_counts else "differ",
                 result="passed" if passed else "FAILED",
             )
@@ -90,23 +94,29 @@ def main(stage: Stage) -> None:
 
 def variants(tiny: bool) -> Iterator[Variant]:
     """Yield the combinations, the most telling ones first. Compilation takes long on CPUs, so `tiny` leaves it out."""
+    yield Variant(ALL_EXPERTS, "bf16")
+    if not tiny:
+        yield Variant(ALL_EXPERTS, "bf16", compiled="yes")
+        yield Variant("mixtral", "bf16", "selective", compiled="yes")
+        yield Variant("deepseek", "bf16", compiled="yes")
+    yield Variant(ALL_EXPERTS, "bf16", "full")
     for precision in ("fp64", "bf16", "fp32"):
         yield from (Variant(model, precision) for model in CASES)
     for precision in ("bf16", "fp32"):
         yield from (Variant(model, precision, kernels="off") for model in ("mixtral", "capacity", "deepseek"))
     if not tiny:
-        yield from (Variant(model, "bf16", compiled="yes") for model in ("mixtral", "deepseek", "capacity"))
+        yield from (Variant(model, "bf16", compiled="yes") for model in ("mixtral", "capacity"))
         yield from (Variant(model, "fp32", compiled="yes") for model in ("mixtral", "switch"))
     for recompute in ("full", "selective"):
         yield from (Variant(model, "fp64", recompute) for model in CASES)
         yield from (Variant(model, "bf16", recompute) for model in ("mixtral", "capacity", "deepseek"))
         if not tiny:
-            yield Variant("mixtral", "bf16", recompute, compiled="yes")
+            yield Variant(ALL_EXPERTS, "bf16", recompute, compiled="yes")
 
 
 def train(variant: Variant, mesh: Mesh) -> Result:
     """Train the model of `variant` for a few steps."""
-    case: Case = CASES[variant.model]
+    case: Case = MODELS[variant.model]
     case = replace(case, model=replace(case.model, head_dim=16))
     parallel = ParallelConfig(expert=1, recompute=variant.recompute)
     precision = variant.precision

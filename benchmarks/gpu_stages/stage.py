@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 DETAIL_WIDTH = 110
 """Characters of a line of the table that holds the details of a check."""
+MAX_ROUNDS = 200
+"""The largest number of calls that are timed."""
 TRACE_LINES = 6
 """Calls of a traceback that are printed, the innermost ones. The result of a remote run holds few lines."""
 
@@ -85,6 +87,16 @@ class Stage:
             self.check(name, False, first_line(error))
         free_memory()
         return None
+
+    @contextmanager
+    def timed(self, item: str) -> Iterator[None]:
+        """Add a row with the seconds that the statements in the block take."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            synchronize(self.device)
+            self.row(item=item, seconds=round(time.monotonic() - start, 1))
 
     def run_checks(self, checks: Sequence[tuple[str, Callable[[], Any]]], reserve_s: float = 5.0) -> None:
         """Run named checks in order of importance, each with `attempt`, while at least `reserve_s` seconds are left."""
@@ -164,13 +176,14 @@ def run_stage(main: Callable[[Stage], None]) -> int:
     """Run `main` with the options on the command line (JSON, from `benchmarks/gpu.py`). Return the exit status."""
     options = json.loads(sys.argv[1])
     device = torch.device(options["device"], 0)  # a process group needs the index
-    deadline = time.monotonic() + options["seconds"]
+    deadline = time.monotonic() + options["end"] - time.time()
     stage = Stage(Path(options["out"]), deadline, device, options["size"] == "tiny")
     stage.about = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
+        "start_s": round(time.time() - options["start"], 1),
     }
     stage.write()
     stage.attempt("stage", lambda: main(stage))
@@ -223,15 +236,32 @@ def free_memory() -> None:
 
 def milliseconds(call: Callable[[], Any], device: torch.device, rounds: int = 10, warm_up: int = 3) -> float:
     """Return the median time of `call`, measured on the device. The calls follow each other without a wait."""
-    for _ in range(warm_up):
+    return statistics.median(times_of(call, device, rounds, warm_up))
+
+
+def times_of(
+    call: Callable[[], Any], device: torch.device, rounds: int = 10, warm_up: int = 3, least_ms: float = 0.0
+) -> list[float]:
+    """Return the milliseconds of each of several calls, as `milliseconds` measures them.
+
+    Args:
+        rounds: number of calls. There are more if they take less than `least_ms` together, but at most `MAX_ROUNDS`.
+        warm_up: number of calls before, at least 1.
+    """
+    for _ in range(warm_up - 1):
         call()
+    (last,) = _times_of(call, device, 1)
+    wanted = min(MAX_ROUNDS, math.ceil(least_ms / max(last, 1e-3)))
+    return _times_of(call, device, max(rounds, wanted))
+
+
+def _times_of(call: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
     if device.type == "cpu":
-        times = []
+        times = [time.perf_counter()]
         for _ in range(rounds):
-            start = time.perf_counter()
             call()
-            times.append((time.perf_counter() - start) * 1e3)
-        return statistics.median(times)
+            times.append(time.perf_counter())
+        return [(second - first) * 1e3 for first, second in itertools.pairwise(times)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
     torch.cuda.synchronize(device)
     events[0].record()
@@ -239,7 +269,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device, rounds: int = 10
         call()
         event.record()
     torch.cuda.synchronize(device)
-    return statistics.median(first.elapsed_time(second) for first, second in itertools.pairwise(events))
+    return [first.elapsed_time(second) for first, second in itertools.pairwise(events)]
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -60,8 +60,10 @@ from training.step import StepResult
 from training.steps import run_steps
 
 ROOT = Path(__file__).resolve().parents[2]
-LR, WARM_UP, TIMED, PROFILED = 3e-4, 12, 8, 2
+LR, WARM_UP, TIMED, PROFILED = 3e-4, 12, 6, 2
 """The learning rate, and the numbers of steps before the measured ones, in each of two timings, and in a trace."""
+KEPT_TRACE = "step-A-compiled"
+"""The trace that goes into `files.zip`. Of the others, only the tables are kept."""
 DOCUMENTS_PER_ROW = 10
 BOS, EOS, UNKNOWN = 1, 2, 0
 
@@ -216,14 +218,19 @@ class Run:
         self.name, self.stage, self.size, self.text, self.recompute = name, stage, size, text, recompute
         self.config = configuration(model, size, stage.device, recompute)
         self.costs: MatmulCosts = matmul_costs(meta_model(model, self.config.router))
-        self.engine = build(self.config, mesh)
+        kind = f"{name} {'compiled' if compiled else 'eager'}"
+        with stage.timed(f"{kind}: build"):
+            self.engine = build(self.config, mesh)
         if compiled:
             self.compile()
         self.start(whole_rows=False)
         if stage.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(2 if stage.tiny else WARM_UP):
+        with stage.timed(f"{kind}: first step"):
             self.step()
+        with stage.timed(f"{kind}: warm-up"):
+            for _ in range(1 if stage.tiny else WARM_UP - 1):
+                self.step()
 
     def start(self, *, whole_rows: bool) -> None:
         """Begin at the first row, with the learning rate's warm-up."""
@@ -242,6 +249,13 @@ class Run:
 
     def measure(self, variant: str, *, whole_rows: bool = False, profiled: bool = True) -> None:
         """Add a row with the speed and the memory of steps, and rows with their time by groups."""
+        with self.stage.timed(f"{self.name} {variant}: steps"):
+            self._measure(variant, whole_rows=whole_rows)
+        if profiled and self.stage.remaining_s > 6:
+            with self.stage.timed(f"{self.name} {variant}: profile"):
+                self.stage.attempt(f"profile of {self.name} {variant}", partial(self.profile, variant))
+
+    def _measure(self, variant: str, *, whole_rows: bool) -> None:
         self.engine.trainable.clear_gradients()  # An earlier variant may have failed in the middle of a step.
         self.start(whole_rows=whole_rows)
         timed = 2 if self.stage.tiny else TIMED
@@ -278,8 +292,6 @@ class Run:
             loss=result.loss,
             recompute=self.recompute,
         )
-        if profiled and self.stage.remaining_s > 10:
-            self.stage.attempt(f"profile of {self.name} {variant}", partial(self.profile, variant))
 
     def check_compiled(self) -> None:
         """Check that the blocks ran through torch.compile, which runs what it cannot trace eagerly."""
@@ -322,7 +334,8 @@ def traced(stage: Stage, name: str, step: Callable[[], Any]) -> Path:
             if number < PROFILED:
                 profiler.step()
     profiler.export_chrome_trace(str(path))
-    stage.keep(path)
+    if name == KEPT_TRACE:
+        stage.keep(path)
     return path
 
 
@@ -340,8 +353,11 @@ def add_groups(stage: Stage, model: str, variant: str, summary: Any, flops: dict
 
 # ------------------------------------------------------------------------------------------------------------- peer
 
+PROFILE_OF_PEER_S = 45.0
+"""The peer is profiled if this many seconds remain, so that model B is not left out."""
 
-def measure_peer(stage: Stage, size: Size, text: Text) -> None:
+
+def measure_peer(stage: Stage, size: Size, text: Text, *, compiled: bool) -> None:
     """Train transformers' Mixtral with the shape of model A, and add rows as `Run.measure` does."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -363,7 +379,7 @@ def measure_peer(stage: Stage, size: Size, text: Text) -> None:
     )
     torch.manual_seed(0)
     kernels = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
-    with stage.device:
+    with stage.timed("peer: build"), stage.device:
         peer = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16, **kernels)
     stage.check("the peer has bf16 weights", {weight.dtype for weight in peer.parameters()} == {torch.bfloat16})
     peer.train()
@@ -390,7 +406,9 @@ def measure_peer(stage: Stage, size: Size, text: Text) -> None:
         timed = 2 if stage.tiny else TIMED
         if stage.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(2 if stage.tiny else 5):
+        with stage.timed(f"peer {variant}: first step"):
+            step()
+        for _ in range(1 if stage.tiny else 4):
             step()
         seconds = []
         for _ in range(2):
@@ -419,13 +437,18 @@ def measure_peer(stage: Stage, size: Size, text: Text) -> None:
         summary = summarize_trace(read_trace(traced(stage, f"peer-{variant}", step)), PROFILED)
         add_groups(stage, "A, transformers", variant, summary, {})
 
-    stage.attempt("peer eager", partial(measure, "eager, whole rows, bf16 weights"))
-    if stage.remaining_s > 40 or stage.tiny:
-        for layer in peer.model.layers:
-            layer.compile(backend=backend(stage.device))
-        stage.attempt("peer compiled", partial(measure, "compiled layers, whole rows, bf16 weights"))
-    if stage.remaining_s > 15:
-        stage.attempt("profile of the peer", partial(profile, "compiled layers, whole rows"))
+    if not compiled:
+        stage.attempt("peer eager", partial(measure, "eager, whole rows, bf16 weights"))
+        return
+    torch._dynamo.utils.counters.clear()
+    for layer in peer.model.layers:
+        layer.compile(backend=backend(stage.device))
+    stage.attempt("peer compiled", partial(measure, "compiled layers, whole rows, bf16 weights"))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    stage.check("the peer's layers share compiled graphs", 0 < graphs < model.num_layers, f"{graphs} graphs")
+    if stage.tiny or stage.remaining_s > PROFILE_OF_PEER_S:
+        with stage.timed("peer compiled: profile"):
+            stage.attempt("profile of the peer", partial(profile, "compiled layers, whole rows"))
 
 
 # ------------------------------------------------------------------------------------------------------------- stage
@@ -446,29 +469,26 @@ def build_run(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *, co
     return Run(name, stage, mesh, size, text, "selective", compiled=compiled)
 
 
-def measure_model(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, *, whole_rows: bool) -> None:
-    """Add the rows of one model: eager, compiled, and compiled with rows of one document."""
-    run: Run | None = stage.attempt(f"{name} eager", lambda: build_run(name, stage, mesh, size, text, compiled=False))
-    if run is not None:
-        stage.attempt(f"{name} eager", lambda: run.measure("eager"))
-        if whole_rows:
-            with eager_kernels():
-                stage.attempt(f"{name} without kernels", lambda: run.measure("eager, no Triton kernels"))
-    if stage.remaining_s < 45 and not stage.tiny:
-        return
-    if run is not None and run.recompute == "none":
-        run.compile()
-    else:
-        run = None  # The compiled model may need less memory.
-        free_memory()
-        run = stage.attempt(f"{name} compiled", lambda: build_run(name, stage, mesh, size, text, compiled=True))
-    if run is None:
-        return
-    stage.attempt(f"{name} compiled", lambda: run.measure("compiled"))
+def measure_compiled(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text) -> None:
+    """Add the rows of one compiled model."""
+    run = build_run(name, stage, mesh, size, text, compiled=True)
+    run.measure("compiled")
     run.check_compiled()
-    if whole_rows and (stage.remaining_s > 30 or stage.tiny):
-        whole = partial(run.measure, "compiled, whole rows", whole_rows=True, profiled=False)
-        stage.attempt(f"{name} whole rows", whole)
+
+
+def measure_whole_rows(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text) -> None:
+    """Add the row of one compiled model with rows of one document, as the peer has them."""
+    run = build_run(name, stage, mesh, size, text, compiled=True)
+    run.measure("compiled, whole rows", whole_rows=True, profiled=False)
+
+
+def measure_eager(name: str, stage: Stage, mesh: Mesh, size: Size, text: Text) -> None:
+    """Add the rows of one model without torch.compile, with and without the Triton kernels."""
+    run = build_run(name, stage, mesh, size, text, compiled=False)
+    run.measure("eager")
+    if stage.tiny or stage.remaining_s > 20:
+        with eager_kernels():
+            run.measure("eager, no Triton kernels")
 
 
 def main(stage: Stage) -> None:
@@ -478,20 +498,29 @@ def main(stage: Stage) -> None:
         stage.device = torch.device("cuda", 0)
         torch.cuda.set_device(stage.device)
     vocabulary = 2048 if stage.tiny else 32_000
-    text = Text(vocabulary, size.seq_len, tokens=(20 if stage.tiny else 60) * size.rows * size.seq_len)
+    with stage.timed("text"):
+        text = Text(vocabulary, size.seq_len, tokens=(20 if stage.tiny else 60) * size.rows * size.seq_len)
     batches = make_loader(text, size, whole_rows=False).next_step()
     documents = sum(int((batch.positions_BS == 0).sum()) for batch in batches) / size.rows
     stage.about |= {"tokens a step": size.rows * size.seq_len, "documents a row": round(documents, 1), "lr": LR}
     with one_process(stage.device) as mesh:
-        stage.attempt("model A", partial(measure_model, "A", stage, mesh, size, text, whole_rows=True))
-        free_memory()
-        torch._dynamo.reset()
-        if stage.remaining_s > 30:
-            stage.attempt("peer", partial(measure_peer, stage, size, text))
-            free_memory()
-            torch._dynamo.reset()
-        if stage.remaining_s > 25:
-            stage.attempt("model B", partial(measure_model, "B", stage, mesh, size, text, whole_rows=False))
+        of_model = (stage, mesh, size, text)
+        items: dict[str, tuple[float, Callable[[], None]]] = {
+            "A compiled": (20, partial(measure_compiled, "A", *of_model)),
+            "peer compiled": (20, partial(measure_peer, stage, size, text, compiled=True)),
+            "B compiled": (20, partial(measure_compiled, "B", *of_model)),
+            "A compiled, whole rows": (35, partial(measure_whole_rows, "A", *of_model)),
+            "A eager": (20, partial(measure_eager, "A", *of_model)),
+            "B eager": (20, partial(measure_eager, "B", *of_model)),
+            "peer eager": (20, partial(measure_peer, stage, size, text, compiled=False)),
+        }
+        """Item -> the least seconds that it needs, and what measures it."""
+        for name, (seconds, measure) in items.items():
+            if stage.tiny or stage.fits(name, seconds):
+                with stage.timed(f"{name}: all"):
+                    stage.attempt(name, measure)
+                    free_memory()
+                    torch._dynamo.reset()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe.compiled import CompiledBlocks, compile_clock
 from moe.config import ModelConfig, RouterConfig
+from moe.generation.generate import generate
 from moe.init import init_parameters
 from moe.model import ModelInputs, Transformer
 from moe.noise import noise_keys
@@ -110,6 +111,25 @@ def test_equal_blocks_share_a_graph_and_other_contents_need_no_other(monkeypatch
         losses_and_gradients(model, inputs(7))
     assert clock.graphs - before == 6
     assert model.run_block.refusal is None
+
+
+def test_evaluation_and_generation_compile_nothing_and_are_eager() -> None:
+    eager, compiled = build(RouterConfig()), build(RouterConfig())
+    compiled.run_block = CompiledBlocks("aot_eager")
+    losses_and_gradients(compiled, inputs(0))
+    frames = torch._dynamo.utils.counters["frames"].copy()
+    graphs = compile_clock().graphs
+    with torch.no_grad():
+        expected = [eager.eval()(batch).logits_BSV for batch in (inputs(1), inputs(2, padded=True))]
+        found = [compiled.eval()(batch).logits_BSV for batch in (inputs(1), inputs(2, padded=True))]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    compiled.train()
+    prompts = [[1, 2, 3, 4, 5], [6, 7]]
+    assert generate(compiled, prompts, max_tokens=6) == generate(eager, prompts, max_tokens=6)
+    assert compiled.training
+    assert compile_clock().graphs == graphs and torch._dynamo.utils.counters["frames"] == frames
+    losses_and_gradients(compiled, inputs(3))
+    assert compile_clock().graphs == graphs
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -1,5 +1,6 @@
 """Steps that are started before the figures of the step before are read, and clipping inside the optimizer."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from moe.config import ModelConfig, RouterConfig
 from parallel.apply import build_model
 from parallel.mesh import mesh_of_one
 from training.config import OptimConfig
+from training.device import Moment
 from training.engine import NativeEngine
 from training.step import move_to_device, train_step
 from training.steps import run_steps
@@ -107,7 +109,7 @@ def config() -> SimpleNamespace:
 def run(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> list:
     """All steps, with a pause of 100 seconds after the third one."""
     clock = [0.0]
-    monkeypatch.setattr("training.steps.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("training.device.time.monotonic", lambda: clock[0])
     rows, found = Rows(clock), []
     trained = engine()
     for step in run_steps(trained, rows, config(), 0, ahead=ahead, pauses_after=lambda done: done == 3):
@@ -150,3 +152,30 @@ def test_gpus_get_the_segments_of_whole_rows(
     rows = batch(0)
     inputs, _ = move_to_device(rows, mesh)
     assert inputs.segments == ((rows.documents_BS, mesh.device) if known else None)
+
+
+class DeviceEvent:
+    """A CUDA event of a device whose clock only advances by its own work, here in milliseconds."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: object) -> None:
+        self.at = DeviceEvent.now
+
+    def elapsed_time(self, later: "DeviceEvent") -> float:
+        return later.at - self.at
+
+
+def test_a_moment_on_a_gpu_is_one_of_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", DeviceEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    host = iter([0.0, 10.0, 10.1])  # The host is late for the first step, and on time for the second one.
+    monkeypatch.setattr("training.device.time.monotonic", lambda: next(host))
+    moments = []
+    for now in (5.0, 155.0, 305.0):
+        monkeypatch.setattr(DeviceEvent, "now", now)
+        moments.append(Moment(torch.device("cuda")))
+    assert [later.seconds_since(earlier) for earlier, later in itertools.pairwise(moments)] == [0.15, 0.15]
