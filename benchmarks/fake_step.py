@@ -75,6 +75,8 @@ LAUNCH_S = 3e-6
 PEAK = 989e12
 RATES = {"_grouped_mm": 520e12, "mm": 650e12, "attention": 380e12, "attention_backward": 280e12}
 """FLOP/s that kernels reach in bf16."""
+ROUTER_RATE = 650e12 / 3
+"""FLOP/s of a router's matmul, for which three are executed in bf16 (`moe.kernels.wide_linear`)."""
 WIDE_RATE = 40e12
 """FLOP/s of a matmul in fp32."""
 SORT_PASSES = 8
@@ -129,6 +131,8 @@ class Operator(NamedTuple):
             return "grouped matmul"
         if self.name == "mm":
             return "dense matmul" if self.dtype == torch.bfloat16 else "router"
+        if self.name.startswith("wide_linear"):
+            return "router"
         if self.name == "_fused_adamw_":
             return "AdamW"
         if self.name == "_to_copy":
@@ -141,6 +145,8 @@ class Operator(NamedTuple):
         passes = SORT_PASSES if self.name == "sort" else 1
         wide = self.name == "mm" and self.dtype != torch.bfloat16
         rate = WIDE_RATE if wide else RATES.get(self.name, RATES["mm"])
+        if self.name.startswith("wide_linear"):
+            rate = ROUTER_RATE
         return max(passes * self.nbytes / BANDWIDTH + LAUNCH_S, self.flops / rate)
 
 
@@ -209,6 +215,8 @@ class Walk(TorchDispatchMode):
             return
         if name in ("mm", "bmm", "_grouped_mm"):
             flops = 2 * inputs[0].numel() * inputs[1].shape[-1]
+        if name.startswith("wide_linear"):
+            flops = 2 * inputs[0].numel() * inputs[1].shape[0 if name == "wide_linear" else -1]
         dtype = (outputs or inputs)[0].dtype
         self.operators.append(Operator(name, self.phase, place, _moved(name, inputs, outputs), flops, dtype))
 

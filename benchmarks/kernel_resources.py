@@ -21,10 +21,13 @@ if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from moe.kernels import combine, cross_entropy, group, join, swiglu, top_k
+from moe.kernels import combine, cross_entropy, group, join, swiglu, top_k, wide_linear
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 ROW_WORD_BYTES = 16
+MULTIPLES = ("width", "stride", "experts", "size", "columns", "inner", "a_row", "a_inner", "b_column", "b_inner",
+             "inner_per_program")  # fmt: skip
+"""Arguments that are taken to be multiples of 16."""
 
 
 class Case(NamedTuple):
@@ -65,12 +68,19 @@ def cases() -> Iterator[Case]:
     block = {"BLOCK": group.RANK_BLOCK, "num_warps": 4}
     yield Case(group.rank_kernel, "*i64 *i32 *i32 i32 i32", block, "", 4)
     yield Case(group.place_kernel, "*i64 *i32 *i32 *i32 *i64 *i64 i32 i32", block, "", 4)
+    yield Case(wide_linear.split_kernel, "*fp32 *i16 i32", wide_linear.SPLIT, "")
+    types = "*bf16 *bf16 *bf16 *bf16 *fp32 i32 i32 i32 i32 i32 i32"  # two of the strides are 1
+    for tokens, experts in ((1, 128), (4096, 8), (4096, 128)):
+        constants = {**wide_linear.blocks(tokens, experts), "a_inner": 1, "b_inner": 1}
+        yield Case(wide_linear.matmul_kernel, types, constants, f"forward T={tokens} E={experts}")
+    constants = {**wide_linear.blocks(2048, 128), "a_row": 1, "b_column": 1}
+    yield Case(wide_linear.matmul_kernel, types, constants, "gradient of the weight D=2048 E=128")
 
 
 def resources(case: Case) -> tuple[int, int, int]:
     """Return registers a thread, instructions that spill them, and the bytes of the widest access."""
     constants = dict(case.constants)
-    warps = constants.pop("num_warps")
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     names = [name for name in case.kernel.arg_names if name not in constants]
     types = dict(zip(names, case.types.split(), strict=True))
     source = ASTSource(
@@ -81,10 +91,10 @@ def resources(case: Case) -> tuple[int, int, int]:
         attrs={
             (index,): [["tt.divisibility", 16]]
             for index, name in enumerate(case.kernel.arg_names)
-            if name in ("width", "stride", "experts", "size") or types.get(name, "").startswith("*")
+            if name in types and (name in MULTIPLES or types[name].startswith("*"))
         },
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     accesses = re.findall(r"(?:ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)", compiled.asm["ptx"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -1,7 +1,8 @@
 """The elementary modules: a linear map without bias, the head, the embedding's lookup, and RMSNorm.
 
-Matmuls and norms compute in the dtype of the activations. An fp32 weight is cast where it is used, so its gradient is
-fp32 too. autocast is not used: the precision of a line of code does not depend on a global state.
+Matmuls and norms compute in the dtype of the activations, the linear maps of routers (`wide_linear`) in at least fp32.
+An fp32 weight is cast where it is used, so its gradient is fp32 too. autocast is not used: the precision of a line of
+code does not depend on a global state.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe.kernels import use_kernels
+
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Computes (hidden states [B, S, D], weight of the head [V, D]) -> the model's result."""
 
@@ -17,6 +20,22 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return x W^T in the dtype of `x`."""
     return F.linear(x, weight.to(x.dtype))
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T [..., E] in at least fp32, whatever the dtype of the tokens `x` [..., D].
+
+    On GPUs, bf16 tokens are multiplied on tensor cores with the precision of an fp32 matmul. No fp32 copy of them is
+    made (`moe.kernels.wide_linear`).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weight = weight.to(wide)
+    if x.dtype == torch.bfloat16 and use_kernels(x):
+        from moe.kernels import wide_linear as kernels
+
+        logits: Tensor = kernels.wide_linear(x, weight)
+        return logits
+    return F.linear(x.to(wide), weight)
 
 
 class Linear(nn.Linear):

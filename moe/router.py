@@ -13,12 +13,12 @@ from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from common.errors import ConfigError, expect
 from common.registry import Registry
 from common.strict import leaf_keys
 from moe.config import ROUTER_CONFIGS, RouterConfig
+from moe.linear import wide_linear
 from moe.noise import fill_rows, uniform
 from moe.selection import (
     count,
@@ -69,7 +69,7 @@ class Decision(NamedTuple):
     """The intermediate results of one routing decision, for `Router.compute_extra`."""
 
     x_BSD: Tensor
-    """The router's input, in at least fp32."""
+    """The router's input, in the compute dtype."""
     logits_BSE: Tensor
     scores_BSE: Tensor
     experts_BSK: Tensor
@@ -171,9 +171,8 @@ class Router(nn.Module):
             ValueError: jitter in training without `noise_keys_BS`.
         """
         num_experts = self.num_experts
-        compute_dtype, wide = x_BSD.dtype, torch.promote_types(x_BSD.dtype, torch.float32)
-        x_BSD, tolerance = x_BSD.to(wide), tie_tolerance(compute_dtype, wide)
         logits_BSE = self.compute_logits(x_BSD, noise_keys_BS)
+        tolerance = tie_tolerance(x_BSD.dtype, logits_BSE.dtype)
         scores_BSE, probs_BSE = self.compute_scores(logits_BSE)
         mask_BS = torch.ones_like(x_BSD[..., 0], dtype=torch.bool) if valid_BS is None else valid_BS
         mask_BS1 = mask_BS.unsqueeze(-1).long()
@@ -211,7 +210,7 @@ class Router(nn.Module):
         return Routing(experts_BSK.flatten(0, 1), weights_BSK.flatten(0, 1), num_experts, complete, capacity), stats
 
     def compute_logits(self, x_BSD: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
-        """Return the logits [B, S, E] of the input.
+        """Return the logits [B, S, E] of the input, in at least fp32 (`moe.linear.wide_linear`).
 
         In training the input is multiplied by jitter (Switch, arXiv 2101.03961). Experts with equal rows of the weight
         get equal logits. The kernel of a matmul can round them differently.
@@ -223,9 +222,10 @@ class Router(nn.Module):
         if jitter and self.training:
             if noise_keys_BS is None:
                 raise ValueError(f"router.jitter={jitter}: expected noise keys of the tokens in training")
-            draws_BSD = uniform(noise_keys_BS, self.layer, x_BSD.shape[-1], x_BSD.dtype)
+            wide = torch.promote_types(x_BSD.dtype, torch.float32)
+            draws_BSD = uniform(noise_keys_BS, self.layer, x_BSD.shape[-1], wide)
             x_BSD = x_BSD * (1 - jitter + 2 * jitter * draws_BSD)
-        logits_BSE = F.linear(x_BSD, self.weight.to(x_BSD.dtype))
+        logits_BSE = wide_linear(x_BSD, self.weight)
         first_E = first_equal_rows(self.weight.detach())
         if first_E is None:
             return logits_BSE

@@ -33,7 +33,7 @@ from moe.feedforward import FeedForward
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
 from moe.init import init_parameters
-from moe.linear import Linear, RMSNorm, linear
+from moe.linear import Linear, RMSNorm, linear, wide_linear
 from moe.losses import auxiliary_losses, linear_cross_entropy, softmax_statistics, write_logit_gradient
 from moe.model import Transformer
 from moe.noise import noise_keys
@@ -90,6 +90,7 @@ def main(stage: Stage) -> None:
             ("experts", partial(check_experts, stage, low)),
             ("losses", partial(check_losses, stage, low)),
             ("routers", partial(check_routers, stage)),
+            ("router logits bf16", partial(check_wide_linear, stage)),
             ("norm, linear, rotary", partial(check_small_modules, stage, low)),
             ("attention bf16", partial(check_attention, stage, low[:1], (True, False), (None, 100))),
             ("model fp32", partial(check_model, stage, mesh, torch.float32, models)),
@@ -489,6 +490,28 @@ def _router(device: torch.device, top_k: int, config: RouterConfig, padded: bool
         results.append((kept, weights, *counted, stats.prob_sum_BE, stats.z_sum_B, *grads))
     names = ("experts", "weights", "counts", "dropped", "tokens", "probabilities", "z", "input", "weight gradient")
     yield from zip(names, *results, strict=True)
+
+
+def check_wide_linear(stage: Stage) -> None:
+    """Logits of bf16 tokens, and gradients. That of the tokens has the precision of bf16, the others that of fp32."""
+    comparison = Comparison(stage, "router logits of bf16 tokens: sizes")
+    sizes = ((1, 64, 8), (70, 77, 9), (300, 1536, 128), (4096, 2048, 128), (4500, 4096, 8), (200, 512, 260))
+    for tokens, dim, experts in sizes[:3] if stage.tiny else sizes:
+        found, reference = _wide_linear(stage.device, tokens, dim, experts)
+        for name, bound in (("logits", 1e-6), ("tokens", BOUND[torch.bfloat16]), ("weight", 1e-6)):
+            label = f"{name} T={tokens} D={dim} E={experts}"
+            comparison.case(label, bound, partial(iter, [(name, found[name], reference[name])]))
+    comparison.finish()
+
+
+def _wide_linear(device: torch.device, tokens: int, dim: int, experts: int) -> Iterator[dict[str, Tensor]]:
+    (x,) = random_tensors(12, torch.bfloat16, (tokens, dim))
+    weight, grad = random_tensors(13, torch.float32, (experts, dim), (tokens, experts))
+    for place, dtype in ((device, None), (CPU, torch.float64)):
+        leaves = [tensor.to(place, dtype).requires_grad_() for tensor in (x, weight)]
+        logits = wide_linear(*leaves)
+        gradients = torch.autograd.grad(logits, leaves, grad.to(logits))
+        yield dict(zip(("logits", "tokens", "weight"), (logits, *gradients), strict=True))
 
 
 # Models

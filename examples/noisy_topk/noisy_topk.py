@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from common.errors import expect
 from moe.config import RouterConfig
+from moe.linear import wide_linear
 from moe.noise import normal
 from moe.router import Decision, Router, register_router
 
@@ -75,7 +76,7 @@ class NoisyTopKRouter(Router):
             return clean_BSE
         if noise_keys_BS is None:
             raise ValueError("router.kind=noisy_topk: expected noise keys of the tokens in training")
-        noise_BSE = normal(noise_keys_BS, self.layer + NOISE_SALT, self.num_experts, x_BSD.dtype)
+        noise_BSE = normal(noise_keys_BS, self.layer + NOISE_SALT, self.num_experts, clean_BSE.dtype)
         return clean_BSE + noise_BSE * self._std(x_BSD)
 
     def compute_extra(self, decision: Decision) -> Tensor:
@@ -84,7 +85,7 @@ class NoisyTopKRouter(Router):
         importance_BSE = torch.zeros_like(decision.logits_BSE)
         importance_BSE = importance_BSE.scatter_add(-1, decision.experts_BSK, decision.weights_BSK)
         std_BSE = self._std(decision.x_BSD)
-        clean_BSE = F.linear(decision.x_BSD, self.weight.to(decision.x_BSD.dtype))
+        clean_BSE = wide_linear(decision.x_BSD, self.weight)
         load_BSE = self._probability_of_top_k(clean_BSE, decision.logits_BSE, std_BSE)
         std_BS1 = std_BSE.detach().mean(dim=-1, keepdim=True)
         return (torch.cat((importance_BSE, load_BSE, std_BS1), dim=-1) * mask_BS1).sum(dim=1)
@@ -104,7 +105,7 @@ class NoisyTopKRouter(Router):
             super().init_parameter(name, tensor, identity, std)
 
     def _std(self, x_BSD: Tensor) -> Tensor:
-        return F.softplus(F.linear(x_BSD, self.noise_weight.to(x_BSD.dtype))) + self.config.noise_floor
+        return F.softplus(wide_linear(x_BSD, self.noise_weight)) + self.config.noise_floor
 
     def _probability_of_top_k(self, clean_BSE: Tensor, noisy_BSE: Tensor, std_BSE: Tensor) -> Tensor:
         """Return the probability that an expert is among the top k if only its noise is drawn again (section A.1)."""

@@ -200,30 +200,29 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
     the input of each block, and all tensors of one block while it is recomputed. The loss computes the
     gradients of the head in the forward pass, from a chunk of logits at a time.
     """
-    wide = max(4, workload.itemsize) / workload.itemsize  # a router computes in at least fp32
+    wide = max(4, workload.itemsize) / workload.itemsize  # routers compute scores, and jitter, in at least fp32
+    jitter = workload.router.jitter > 0
     model, tokens = workload.model, workload.tokens(layout)
     gathered_tokens = tokens * layout.tensor
     dim, heads, kv_heads = model.dim, model.num_heads, model.num_kv_heads * layout.kv_copies
     rows = routed_rows(workload, layout) * layout.expert_tensor if model.is_moe else 0.0
     stored, largest = 0.0, 0.0
     for (is_moe, window), number in Counter(map(_layer_kinds(model).__getitem__, layers)).items():
-        # The inputs of two norms and the output of one; queries, mixed values, keys and values, and the fetched ones.
-        block = 3.0 * tokens * dim + 2 * gathered_tokens * model.head_dim * (heads + kv_heads) / layout.tensor
+        # The inputs and outputs of two norms; queries, mixed values, keys and values, and the fetched ones.
+        block = 4.0 * tokens * dim + 2 * gathered_tokens * model.head_dim * (heads + kv_heads) / layout.tensor
         length = workload.seq_len // layout.context
         positions = fetched_positions(window, length, layout.context) * workload.rows(layout)
         block += 2 * positions * kv_heads * model.head_dim / layout.tensor
         hidden = 0.0
         networks = [(model.hidden_dim, model.ffn)] if not is_moe else []
-        # The output of the other norm, as the input of the router, of shared experts, or of a dense network.
         if is_moe:
-            shares_input = wide == 1 or not model.num_shared_experts
-            block += tokens * dim * (wide if shares_input else wide + 1)
+            if jitter:
+                # The factors and the products. Nothing stores the output of the norm, unless shared experts do.
+                block += tokens * dim * (2 * wide - (not model.num_shared_experts))
             # The rows at the experts, and their results on the rank of the token; scores and probabilities.
             block += rows * dim * (1 + 1 / layout.expert_tensor) + 3 * wide * tokens * (model.num_experts or 0)
             hidden += rows * _hidden_tensors(model.expert_kind) * model.expert_width / layout.expert_tensor
             networks = [(model.num_shared_experts * model.expert_width, model.expert_kind)]
-        else:
-            block += tokens * dim
         for width, kind in networks:
             hidden += gathered_tokens * _hidden_tensors(kind) * width / layout.tensor
         if layout.tensor > 1:

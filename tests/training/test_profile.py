@@ -85,6 +85,8 @@ def test_blocks_that_are_compiled_get_no_hooks():
         (["indexSelectLargeIndex<>", "aten::index_select", "_Scatter"], "dispatch", profiles.DISPATCH),
         (["scatter_kernel", "mixwright::scatter_rows"], None, profiles.DISPATCH),
         (["top_k_kernel", "mixwright::top_k"], None, profiles.ROUTING),
+        (["matmul_kernel", "mixwright::wide_linear_grad_weight"], None, profiles.ROUTING),
+        (["sm90_xmma_gemm_bf16bf16", "aten::mm", "mixwright::wide_linear_grad_input"], None, profiles.ROUTING),
         (["forward_kernel", "mixwright::swiglu"], None, profiles.ELEMENTWISE),
         (["gradient_kernel", "mixwright::write_logit_gradient"], None, profiles.HEAD),
         (["indexSelectLargeIndex<>", "aten::index_select", "aten::embedding"], "embedding", profiles.EMBEDDING),

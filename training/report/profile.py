@@ -55,6 +55,7 @@ _BY_NAME = (
     (OPTIMIZER, re.compile(r"optimizer\.step|adamw|_foreach_|multi_tensor|vector_norm|lpnorm", re.I)),
     (EXPERTS, re.compile(r"grouped_mm|grouped_gemm|groupproblemshape|loop_matmul", re.I)),
     (ATTENTION, re.compile(r"flash|fmha|flex|scaled_dot_product|sdpa|varlen|attention", re.I)),
+    (ROUTING, re.compile(r"mixwright::wide_linear")),
     (HEAD, re.compile(r"entropy|log_softmax|nll_loss|logsumexp|softmax_statistics|logit_grad", re.I)),
 )
 """Names that decide wherever they are found, in this order."""
