@@ -8,13 +8,17 @@ the return values of the workers, or the message of the worker that failed. When
 import contextlib
 import ctypes
 import logging
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,6 +29,9 @@ from common.text import parse_json, to_json
 
 PR_SET_PDEATHSIG = 1
 """The option of Linux's `prctl` that chooses the signal a process gets when its parent dies."""
+ROOT = Path(__file__).resolve().parents[2]
+PRELOADED = ("parallel.startup.preloaded", "torch.distributed.launcher.api")
+"""Modules that every worker needs, besides those of its function. The first handles Ctrl-C during the other imports."""
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 """Environment of the workers. When one worker ends, the sockets of the others would log warnings, which would hide the
 message about the reason."""
@@ -117,8 +124,30 @@ def interrupts_raise() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def preload_workers(modules: Sequence[str]) -> None:
+    """Start a process that imports `modules`, and from which `launch_workers(preloaded=True)` forks its workers.
+
+    This function does not wait for the imports, which take as long as those of this process at the same time, and which
+    workers need not repeat. The process ends when this one does. If it is there already, it is kept.
+
+    Args:
+        modules: importable modules. Importing them must not use a GPU.
+    """
+    multiprocessing.set_forkserver_preload([*PRELOADED, *modules])
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    # This checkout's modules come first, also before those of the current directory.
+    with _environment(_quiet() | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}):
+        multiprocessing.forkserver.ensure_running()
+
+
 def launch_workers(
-    entry: Callable[..., Any], args: tuple[Any, ...], *, nproc: int, max_restarts: int = 0, threads: int | None = None
+    entry: Callable[..., Any],
+    args: tuple[Any, ...],
+    *,
+    nproc: int,
+    max_restarts: int = 0,
+    threads: int | None = None,
+    preloaded: bool = False,
 ) -> dict[int, Any]:
     """Run `entry(*args)` in `nproc` new processes with the environment that torchrun sets, and wait for them.
 
@@ -128,6 +157,7 @@ def launch_workers(
         entry: a function of an importable module. It is pickled, and so is `args`.
         max_restarts: how often the whole group is restarted after a worker failed.
         threads: CPU threads per worker; None: as `parallel.startup.threads.set_threads` chooses.
+        preloaded: fork the workers from the process that `preload_workers` has started.
 
     Returns:
         The return value of each rank.
@@ -143,7 +173,7 @@ def launch_workers(
 
     from parallel.startup.threads import VARIABLES
 
-    environment = {name: os.environ.get(name, value) for name, value in QUIET.items()} | {
+    environment = _quiet() | {
         # Otherwise restarted workers read the addresses of dead workers from the agent's store.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
@@ -159,12 +189,14 @@ def launch_workers(
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=max_restarts,
-        start_method="spawn",
+        start_method="forkserver" if preloaded else "spawn",
     )
+    of_workers = environment | {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
     with tempfile.TemporaryDirectory(prefix="workers-") as reports:
         try:
             with _environment(environment), _signal_handlers_restored(), _logging_disabled():
-                return elastic_launch(config, _run_worker)(entry, args, os.getpid(), reports, threads)
+                run = elastic_launch(config, _run_worker)
+                return run(entry, args, os.getpid(), reports, threads, of_workers if preloaded else None)
         except ChildFailedError as error:
             raise _to_failure(error, list(Path(reports).glob(f"{max_restarts}-*.json"))) from None
         except SignalException as error:
@@ -174,12 +206,26 @@ def launch_workers(
 
 
 def _run_worker(
-    entry: Callable[..., Any], args: tuple[Any, ...], launcher_pid: int, reports: str, threads: int | None
+    entry: Callable[..., Any],
+    args: tuple[Any, ...],
+    launcher_pid: int,
+    reports: str,
+    threads: int | None,
+    environment: dict[str, str | None] | None,
 ) -> Any:
-    """Run a worker process. If `entry` fails, write the reason to a file that the launcher reads."""
+    """Run a worker process. If `entry` fails, write the reason to a file that the launcher reads.
+
+    Args:
+        environment: variables of a forked worker, which has those of an earlier launch; None: of a variable that is not
+            set. None for a worker that the launcher has spawned.
+    """
     from parallel.startup.threads import set_threads
 
-    die_with_parent(launcher_pid)
+    if environment is None:
+        die_with_parent(launcher_pid)
+    else:
+        threading.Thread(target=_die_with_launcher, daemon=True).start()
+        _set_variables(environment)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _raise_once)
     world = world_from_env()
@@ -197,6 +243,18 @@ def _run_worker(
     except Exception:
         report.write_text(to_json({"exitcode": 1, "message": traceback.format_exc()}))
         raise SystemExit(1) from None
+
+
+def _die_with_launcher() -> None:
+    """Wait for the death of the launcher, which is not the parent of a forked worker, and kill this process."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    multiprocessing.connection.wait([launcher.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _quiet() -> dict[str, str]:
+    return {name: os.environ.get(name, value) for name, value in QUIET.items()}
 
 
 def _raise_once(number: int, frame: FrameType | None) -> None:
@@ -226,11 +284,16 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        _set_variables(before)
+
+
+def _set_variables(values: Mapping[str, str | None]) -> None:
+    """Set environment variables; None: remove the variable."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -8,13 +8,25 @@ from typing import Any, TypeVar
 from common.errors import UserError
 from common.plugins import given_plugins, load_plugins
 from common.strict import from_dict, to_dict
-from parallel.startup.launch import World, die_with_parent, is_launched, launch_workers, world_from_env
+from parallel.startup.launch import (
+    World,
+    die_with_parent,
+    is_launched,
+    launch_workers,
+    preload_workers,
+    world_from_env,
+)
 from scripts.cli.command_line import UNREAD, discard_unread_output
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
 from training.run import choose_name, discard_unstarted, launched_directory, prepare_directory
 
 R = TypeVar("R")
+GPU_DRIVER = Path("/proc/driver/nvidia")
+"""Exists where NVIDIA's driver is loaded. Workers are not forked there: a forked process cannot use CUDA if its parent
+has initialised it, which an import can do."""
+TRAINING_MODULES = ("train", "training.loop")
+"""What the workers of `train.py` import."""
 
 
 def execute(
@@ -49,9 +61,12 @@ def execute(
             if started is not None:
                 _leave(started, error, config, world)
             raise
+    preloaded = _needs_workers(launch, fresh_processes) and (config.train.device == "cpu" or not GPU_DRIVER.exists())
+    if preloaded:
+        preload_workers(TRAINING_MODULES)
     named, directory = prepare_for_workers(config)
     try:
-        return in_processes(launch, train, named, fresh=fresh_processes)
+        return in_processes(launch, train, named, fresh=fresh_processes, preloaded=preloaded)
     except (Exception, KeyboardInterrupt) as error:
         _leave(directory, error, named, world)
         raise
@@ -70,7 +85,12 @@ def _leave(directory: Path, error: BaseException, config: Config, world: World) 
 
 
 def in_processes(
-    launch: LaunchConfig, function: Callable[..., R], config: Any, *arguments: Any, fresh: bool = False
+    launch: LaunchConfig,
+    function: Callable[..., R],
+    config: Any,
+    *arguments: Any,
+    fresh: bool = False,
+    preloaded: bool = False,
 ) -> R:
     """Run `function(config, *arguments)` in as many processes as `launch` asks for, and return rank 0's result.
 
@@ -81,23 +101,29 @@ def in_processes(
         function: a function of an importable module. It and `arguments` are pickled for the workers.
         config: a configuration dataclass.
         fresh: start a worker even for a single process.
+        preloaded: fork the workers from the process that `preload_workers` has started.
 
     Raises:
         WorkerFailure: a worker process failed. Its exit code is 2 if the user can correct the mistake.
     """
     from parallel.startup.threads import set_threads
 
-    if launch.nproc > 1 or launch.max_restarts > 0 or fresh:
+    if _needs_workers(launch, fresh):
         results: dict[int, R] = launch_workers(
             _in_worker,
             (given_plugins(), type(config), to_dict(config), function, arguments),
             nproc=launch.nproc,
             max_restarts=launch.max_restarts,
             threads=launch.threads,
+            preloaded=preloaded,
         )
         return results[0]
     set_threads(launch.threads, local_ranks=1)
     return function(config, *arguments)
+
+
+def _needs_workers(launch: LaunchConfig, fresh: bool) -> bool:
+    return launch.nproc > 1 or launch.max_restarts > 0 or fresh
 
 
 def prepare_launched(launch: LaunchConfig) -> None:

@@ -151,15 +151,47 @@ def test_killed_worker_is_restarted_with_its_group() -> None:
     assert launch_workers(rank_1_is_killed_once, (), nproc=2, max_restarts=1, threads=1) == {0: 104, 1: 104}
 
 
+def test_forked_workers_import_nothing_again_and_have_the_environment_of_their_launch(tmp_path: Path) -> None:
+    (tmp_path / "imported_once.py").write_text(
+        "import os\nimporter = os.getpid()\ndef is_forked():\n    return importer == os.getppid()\n"
+    )
+    (tmp_path / "parallel").mkdir()
+    (tmp_path / "parallel" / "__init__.py").write_text("raise SystemExit('the package of the current directory')")
+    script = tmp_path / "scripts" / "launcher.py"
+    script.parent.mkdir()
+    script.write_text(
+        "import os\n"
+        "from parallel.startup.launch import launch_workers, preload_workers\n"
+        "from tests.parallel.test_launch import report_place\n"
+        "if __name__ == '__main__':\n"
+        "    preload_workers(['imported_once'])\n"
+        "    os.environ['PYTHONPATH'] = 'changed'\n"
+        "    print(launch_workers(report_place, (10,), nproc=2, threads=3, preloaded=True))\n"
+        "    print(launch_workers(os.getenv, ('PYTHONPATH',), nproc=1, preloaded=True))\n"
+        "    import imported_once\n"
+        "    print(launch_workers(imported_once.is_forked, (), nproc=1, preloaded=True))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{os.getcwd()}:{tmp_path}", "OMP_NUM_THREADS": "2"}
+    result = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=120
+    )
+    expected = "{0: (10, '3', 3), 1: (11, '3', 3)}\n{0: 'changed'}\n{0: True}\n"
+    assert (result.stdout, result.stderr) == (expected, "")
+
+
+@pytest.mark.parametrize("preloaded", [False, True])
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 128 + 15, marks=pytest.mark.slow)]
 )
-def test_no_worker_outlives_the_launcher(tmp_path: Path, number: signal.Signals, status: int) -> None:
+def test_no_worker_outlives_the_launcher(tmp_path: Path, number: signal.Signals, status: int, preloaded: bool) -> None:
     code = (
-        "from parallel.startup.launch import launch_workers\n"
+        "from parallel.startup.launch import launch_workers, preload_workers\n"
         "from tests.parallel.test_launch import sleep_and_leave_pid\n"
         "if __name__ == '__main__':\n"
-        f"    launch_workers(sleep_and_leave_pid, ({str(tmp_path)!r},), nproc=2, threads=1)\n"
+        f"    if {preloaded}:\n"
+        "        preload_workers(['tests.parallel.test_launch'])\n"
+        f"    arguments = ({str(tmp_path)!r},)\n"
+        f"    launch_workers(sleep_and_leave_pid, arguments, nproc=2, threads=1, preloaded={preloaded})\n"
     )
     script = tmp_path.parent / f"{tmp_path.name}.py"
     script.write_text(code)

@@ -13,9 +13,10 @@ import pytest
 
 from common.errors import ConfigError
 from training.config import TrackingConfig
-from training.report.metrics import Row
+from training.report.metrics import Row, read_metrics
 from training.report.trackers import (
     TRACKERS,
+    Recorder,
     TrackedRun,
     Tracker,
     Trackers,
@@ -287,6 +288,26 @@ def test_a_resumed_tracker_gets_the_rows_that_it_lacks(tmp_path: Path, monkeypat
         for step in (4, 5):
             trackers.log({"train/loss": 1 / step}, step)
         assert ListTracker.calls[1:] == [(step, 1 / step) for step in expected]
+
+
+def test_trackers_start_when_the_first_row_is_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[Row]] = []
+
+    class Starting(Tracker):
+        def __init__(self, run: TrackedRun) -> None:
+            found.append(read_metrics(tmp_path / "metrics.jsonl"))
+
+    monkeypatch.setattr(TRACKERS, "_entries", {"starting": Starting})
+    tracking = TrackingConfig(wandb="disabled", trackers=("starting",))
+    config = SimpleNamespace(train=SimpleNamespace(steps=3), tracking=tracking)
+    monkeypatch.setattr("training.report.trackers.to_dict", vars)
+    row = {"train/loss": 1.0, "train/ce": 1.0, "optim/lr": 1.0, "optim/grad_norm": 1.0, "speed/tokens_per_s": 1.0}
+    with Recorder(config, tmp_path, "tiny-1", active=True, resumed_step=None) as recorder:  # type: ignore[arg-type]
+        recorder.step(row, 1, write=False)
+        assert found == []
+        recorder.step(row, 2, write=True)
+        recorder.step(row, 3, write=True)
+    assert found == [[{"step": 2} | row]]
 
 
 def test_an_unknown_tracker_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

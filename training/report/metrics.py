@@ -7,14 +7,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from common.errors import RunError
 from common.files import write_atomically
 from common.text import parse_json, to_json
+
+if TYPE_CHECKING:  # the launcher checks the section `tracking` without importing torch
+    from torch import Tensor
 
 Value: TypeAlias = float | int | list[float]
 Row: TypeAlias = dict[str, Value]
@@ -79,7 +79,7 @@ def read_metrics(path: Path) -> list[Row]:
     return [_decode_row(line, path, number) for number, line in enumerate(complete, 1)]
 
 
-def max_vio(counts_LE: Tensor) -> list[float]:
+def max_vio(counts_LE: "Tensor") -> list[float]:
     """Return MaxVio (arXiv 2408.15664) of each layer: `max_e n_e / mean_e n_e - 1` for the counts `n_e`.
 
     0 means that all experts get the same number of tokens, 1 that the fullest expert gets twice its share. The largest
@@ -89,17 +89,19 @@ def max_vio(counts_LE: Tensor) -> list[float]:
     return (counts_LE.amax(dim=1) / counts_LE.mean(dim=1) - 1).tolist()
 
 
-def load_shares(counts_LE: Tensor) -> list[list[float]]:
+def load_shares(counts_LE: "Tensor") -> list[list[float]]:
     """Return, for each layer, the share of the layer's assignments that each expert gets: L lists of E numbers."""
     counts_LE = counts_LE.double()
     return (counts_LE / counts_LE.sum(dim=1, keepdim=True)).tolist()
 
 
-def load_entropy(counts_LE: Tensor) -> list[float]:
+def load_entropy(counts_LE: "Tensor") -> list[float]:
     """Return, for each layer, the entropy of the load shares divided by ln E.
 
     1 means that all experts get the same number of tokens, 0 that one expert gets all. With E = 1 it is 1.
     """
+    import torch
+
     num_experts = counts_LE.shape[1]
     if num_experts == 1:
         return [1.0] * counts_LE.shape[0]
@@ -107,7 +109,7 @@ def load_entropy(counts_LE: Tensor) -> list[float]:
     return (torch.special.entr(load_LE).sum(dim=1) / math.log(num_experts)).tolist()
 
 
-def router_metrics(counts_LE: Tensor, dropped: float) -> Row:
+def router_metrics(counts_LE: "Tensor", dropped: float) -> Row:
     """Return the router's metrics of one optimizer step.
 
     Args:

@@ -28,7 +28,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -341,7 +341,8 @@ def _netrc_has_key() -> bool:
 class Recorder(ExitStack):
     """A context manager around the training loop. It does nothing on ranks other than 0.
 
-    At the end it closes the tracker first, then `metrics.jsonl`, then the progress bar.
+    The trackers start after the first row has been shown and written, because W&B takes a second or more to start. At
+    the end, the trackers are closed first, then `metrics.jsonl`, then the progress bar.
 
     Args:
         active: whether this is rank 0.
@@ -357,15 +358,22 @@ class Recorder(ExitStack):
         path = directory / "metrics.jsonl"
         self.metrics = MetricsWriter(path, resumed_step)
         self.callback(self.metrics.close)
-        self.tracker = start_tracking(
+        self._rows = [] if resumed_step is None else read_metrics(path)
+        self._start_tracking = partial(
+            start_tracking,
             config.tracking,
             name=name,
             directory=directory,
             resolved_config=to_dict(config),
             resumed_step=resumed_step,
-            rows=[] if resumed_step is None else read_metrics(path),
         )
-        self.callback(self.tracker.finish)
+
+    @cached_property
+    def tracker(self) -> Trackers:
+        """The trackers. The first access starts them."""
+        tracker = self._start_tracking(rows=self._rows)
+        self.callback(tracker.finish)
+        return tracker
 
     def step(self, row: dict[str, Any], step: int, *, write: bool) -> None:
         """Show the metrics of a step and its evaluation, and write them if `write`."""
