@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import TorchDynamoException, Unsupported
 
 from moe.attention.cache import LayerCache
 from moe.layer import Block
@@ -37,11 +37,15 @@ class CompiledBlocks:
             None: it can.
     """
 
-    def __init__(self, backend: Any = "inductor") -> None:
+    def __init__(self, backend: Any = "inductor", alone: bool = True) -> None:
         """
         Args:
             backend: as in torch.compile.
+            alone: whether no other rank trains the model. If one does, only failures that all ranks have in common,
+                those of tracing, make calls eager. A failure to generate code, which can be that of one rank, is
+                an error.
         """
+        self._refusing = TorchDynamoException if alone else Unsupported
         self.refusal: str | None = None
         config: Any = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
@@ -58,7 +62,7 @@ class CompiledBlocks:
             try:
                 compiled: tuple[Tensor, RouterStats | None] = self._compiled(block, x_BSD, context)
                 return compiled
-            except TorchDynamoException as error:
+            except self._refusing as error:
                 self.refusal = str(error).strip().partition("\n")[0]
         eager: tuple[Tensor, RouterStats | None] = block(x_BSD, context, cache)
         return eager

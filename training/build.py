@@ -11,7 +11,8 @@ from parallel.apply import build_model
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from parallel.stages import stage_layers, stages_of
-from training.compilation import choose_compilation
+from parallel.startup.launch import world_from_env
+from training.compilation import choose_compilation, separate_caches
 from training.config import Config
 from training.deepspeed.settings import deepspeed_settings
 from training.engine import Engine, NativeEngine
@@ -45,8 +46,9 @@ def build_parts(
         for layers_of_part in layers
     ]
     if choose_compilation(config, mesh.layout, mesh.device).on:
+        separate_caches(world_from_env())
         for part in parts:
-            part.run_block = CompiledBlocks()
+            part.run_block = CompiledBlocks(alone=mesh.world_size == 1)
     return parts
 
 

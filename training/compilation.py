@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from common.errors import ConfigError, require
 from moe.compiled import CompiledBlocks, compile_clock
 from moe.model import Transformer
 from parallel.layout import Layout
+from parallel.startup.launch import World
 from training.config import Config
 
 AXES_IN_BLOCKS = ("tensor", "context", "shard", "expert", "expert_tensor")
@@ -71,6 +73,16 @@ def _missing_compiler(device: torch.device) -> str | None:
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "the header files of Python (Python.h)"
     return None
+
+
+def separate_caches(world: World) -> None:
+    """Give every process of this machine its own cache of compiled code.
+
+    Processes that compile the same code at the same time can read each other's unfinished files in a shared one.
+    """
+    directory, own = Path(cache_dir()), f"rank-{world.local_rank}"
+    if world.local_world_size > 1 and directory.name != own:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(directory / own)
 
 
 class CompilationReport:

@@ -1,15 +1,19 @@
 """`train.compile`: when blocks are compiled, and what the user is told if they are not."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from common.errors import ConfigError
+from moe.compiled import CompiledBlocks
 from moe.config import RouterConfig
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
-from tests.moe.test_compiled import build
+from parallel.startup.launch import World
+from tests.moe.test_compiled import build, inputs, losses_and_gradients
 from tests.training.test_resume import config_of
 from training import compilation
 from training.compilation import CompilationReport, choose_compilation
@@ -72,7 +76,7 @@ def test_a_missing_compiler_is_one_line(config: Config, monkeypatch: pytest.Monk
 def test_the_report_has_a_line_for_new_graphs_and_for_a_block_that_cannot_be_compiled() -> None:
     model = build(RouterConfig())
     assert CompilationReport([model]).lines() == []
-    blocks = compilation.CompiledBlocks("eager")
+    blocks = CompiledBlocks("eager")
     model.run_block = blocks
     report = CompilationReport([model])
     compilation.compile_clock().graphs += 2
@@ -81,3 +85,25 @@ def test_the_report_has_a_line_for_new_graphs_and_for_a_block_that_cannot_be_com
     blocks.refusal = "an operator"
     assert report.lines() == ["warning: the blocks run without torch.compile, which cannot compile one: an operator"]
     assert report.lines() == []
+
+
+def test_processes_of_one_machine_have_separate_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compilation.separate_caches(World())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+    for _ in range(2):  # the second run of a sweep
+        compilation.separate_caches(World(rank=1, local_rank=1, world_size=2, local_world_size=2))
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "rank-1")
+
+
+def test_a_compiler_that_fails_on_one_of_several_ranks_is_an_error() -> None:
+    def broken(*_: object) -> None:
+        raise OSError("no space left")
+
+    model = build(RouterConfig())
+    model.run_block = CompiledBlocks(broken)
+    losses_and_gradients(model, inputs(0))
+    assert "no space left" in str(model.run_block.refusal)
+    model.run_block = CompiledBlocks(broken, alone=False)
+    with pytest.raises(Exception, match="no space left"):
+        losses_and_gradients(model, inputs(0))
