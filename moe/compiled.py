@@ -63,7 +63,8 @@ class CompiledBlocks:
                 compiled: tuple[Tensor, RouterStats | None] = self._compiled(block, x_BSD, context)
                 return compiled
             except self._refusing as error:
-                self.refusal = str(error).strip().partition("\n")[0]
+                cause = getattr(error, "inner_exception", error)
+                self.refusal = f"{type(cause).__name__}: {cause}".partition("\n")[0]
         eager: tuple[Tensor, RouterStats | None] = block(x_BSD, context, cache)
         return eager
 
