@@ -57,6 +57,7 @@ LAYOUTS = (
     "expert={}/deepspeed-2",
     "expert={}+recompute=selective",
     "expert={}+recompute=full",
+    "expert={}+overlap=true",
 )
 
 

@@ -52,6 +52,7 @@ _WORDS = {
     "parallel.recompute": "gradient_checkpointing activation_checkpointing activation_checkpoint "
     "recompute_granularity checkpoint_activations",
     "parallel.offload": "cpu_offload offload_optimizer optimizer_cpu_offload",
+    "parallel.overlap": "overlap_moe_expert_parallel_comm",
     "parallel.timeout_s": "timeout ddp_timeout nccl_timeout distributed_timeout_minutes",
     "model.dim": "hidden_size d_model n_embd embed_dim emb_dim embedding_dim model_dim",
     "model.num_layers": "num_hidden_layers n_layers n_layer layers depth",

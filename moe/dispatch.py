@@ -1,7 +1,7 @@
 """Dispatch of tokens to experts, and combination of the experts' outputs, on one device.
 
-Shapes: T tokens, K top-k, D model, E experts, e experts on this rank, R rows (one per dispatched assignment,
-and with `static` some empty ones).
+Shapes: B batch, S sequence, T = B·S tokens, K top-k, D model, E experts, e experts on this rank, R rows (one per
+dispatched assignment, and with `static` some empty ones).
 
 `dispatch` copies each token once for every expert that takes it, grouped by expert. `combine` sums the experts' outputs
 per token, weighted. Both are gathers, forward and backward: no two threads add to the same address. The result is
@@ -9,6 +9,7 @@ therefore the same bit for bit on every run, also on GPUs, without a slower dete
 computes them. The eager code here is the specification.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -31,25 +32,19 @@ class LocalPlan(NamedTuple):
     """Whether every assignment has a row and no row is empty."""
 
 
+ApplyExperts = Callable[[Tensor, Tensor], Tensor]
+"""Computes (rows [R, D] grouped by expert, number of rows of each expert [e]) -> the experts' outputs [R, D]."""
+
+
 class Dispatcher(Protocol):
     """The interface between the router and the experts (expert parallelism installs another implementation)."""
 
-    def dispatch(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Any]:
-        """Send each token to its experts.
-
-        Returns:
-            The rows [R, D] for the experts on this rank, the number of rows of each expert [e], and a plan for the
-            other methods. The exchange may not have finished: call `wait_rows` before reading the rows.
-        """
-
-    def wait_rows(self, rows_RD: Tensor, plan: Any) -> Tensor:
-        """Wait for the rows that `dispatch` returned. Return them grouped by expert."""
-
-    def combine(self, y_RD: Tensor, routing: Routing, plan: Any) -> Tensor:
-        """Return the weighted sum of the experts' outputs for each token, [T, D].
+    def run(self, x_BSD: Tensor, routing: Routing, apply_experts: ApplyExperts, shared: nn.Module | None) -> Tensor:
+        """Send each token to its experts, apply them, and return the weighted sum of their outputs, [T, D].
 
         Args:
-            y_RD: the experts' outputs, in the order of `wait_rows`.
+            apply_experts: applies the experts of this rank. It can be called more than once, with a part of the rows.
+            shared: the shared experts, whose output is added; None if there are none.
         """
 
 
@@ -58,6 +53,13 @@ class LocalDispatcher(nn.Module):
 
     The rows of an expert keep the order of their tokens.
     """
+
+    def run(self, x_BSD: Tensor, routing: Routing, apply_experts: ApplyExperts, shared: nn.Module | None) -> Tensor:
+        """Dispatch, apply the experts, and combine. See `Dispatcher.run`."""
+        rows_RD, counts_E, plan = self.dispatch(x_BSD.flatten(0, 1), routing)
+        shared_BSD = None if shared is None else shared(x_BSD)
+        y_TD = self.combine(apply_experts(rows_RD, counts_E), routing, plan)
+        return y_TD if shared_BSD is None else y_TD + shared_BSD.flatten(0, 1)
 
     def dispatch(
         self, x_TD: Tensor, routing: Routing, static: bool = False, count_rows: bool | None = None
@@ -72,7 +74,7 @@ class LocalDispatcher(nn.Module):
                 True on CPUs, False on other devices and in compiled graphs.
 
         Returns:
-            As `Dispatcher.dispatch`. The rows are complete already.
+            The rows [R, D], the number of rows of each expert [E], and the plan for `combine`.
         """
         tokens, top_k = routing.experts_TK.shape
         experts = routing.experts_TK.flatten()
@@ -108,10 +110,6 @@ class LocalDispatcher(nn.Module):
         plan = LocalPlan(assignments_R // top_k, assignments_R, slots_TK, full=False)
         counts_E = order.new_full((routing.num_experts,), routing.capacity)
         return _scatter(x_TD, plan), counts_E, plan
-
-    def wait_rows(self, rows_RD: Tensor, plan: LocalPlan) -> Tensor:
-        """Return the rows [R, D] unchanged: nothing is exchanged, so there is nothing to wait for."""
-        return rows_RD
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: LocalPlan) -> Tensor:
         """Return the weighted sum of the outputs `y_RD` for each token, [T, D]."""
@@ -203,8 +201,9 @@ class _Combine(torch.autograd.Function):
         y_TKD = _rows_of_assignments(y_RD, plan)
         if y_RD.device.type == "cpu":  # where a small matmul is faster in fp32 than in bf16
             y_TD = torch.bmm(weights_TK.unsqueeze(1), y_TKD.to(weights_TK.dtype)).squeeze(1)
-            # torch.compile of torch 2.11 computes wrong gradients if `to` does nothing here.
-            return y_TD if y_TD.dtype == y_RD.dtype else y_TD.to(y_RD.dtype)
+            # A copy, because FSDP warns if a module returns a view, and torch.compile of torch 2.11 computes wrong
+            # gradients if `to` does nothing here.
+            return y_TD.to(y_RD.dtype, copy=True)
         return torch.bmm(torch.stack(_in_parts(weights_TK, y_RD.dtype), dim=1), y_TKD).sum(dim=1)
 
     @staticmethod

@@ -1,7 +1,7 @@
 """The experts: feed-forward networks with stacked weights, applied to rows that are grouped by expert.
 
-Shapes: R routed rows, D model, F expert hidden width, e experts on this rank, O and I output and input width of one
-matmul, G = 2F.
+Shapes: B batch, S sequence, R routed rows, D model, F expert hidden width, e experts on this rank, O and I output and
+input width of one matmul, G = 2F.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import is_gated
+from moe.dispatch import Dispatcher
 from moe.feedforward import ACTIVATIONS, gated
 from moe.kernels import use_kernels
+from moe.router import Routing
 
 GROUPED_WIDTH = 8
 """Grouped matmuls need rows of a multiple of 16 bytes, which is eight bf16 numbers."""
@@ -111,7 +113,7 @@ class Experts(nn.Module):
         kernel: seam: how the experts' matmuls are computed, one of `KERNELS`.
     """
 
-    RECOMPUTE: ClassVar[dict[str, str]] = {"selective": "forward"}
+    RECOMPUTE: ClassVar[dict[str, str]] = {"selective": "apply_to"}
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, kind: str, kernel: str) -> None:
         super().__init__()
@@ -125,7 +127,16 @@ class Experts(nn.Module):
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
 
-    def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, routing: Routing, dispatcher: Dispatcher, shared: nn.Module | None) -> Tensor:
+        """Return what `dispatcher.run` returns for these experts, [B·S, D].
+
+        The weights are used inside of the module's forward pass only, because FSDP and ZeRO gather them for that time.
+        A dispatcher can call `apply_to` several times. The weights are still gathered once, and the gradients reduced
+        once.
+        """
+        return dispatcher.run(x_BSD, routing, self.apply_to, shared)
+
+    def apply_to(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
         """Apply each expert to its rows.
 
         Args:

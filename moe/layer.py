@@ -1,6 +1,6 @@
 """The MoE layer (router -> dispatch -> experts -> combine), and the transformer block that contains it.
 
-Shapes: B batch, S sequence, D model, R routed rows, e experts on this rank.
+Shapes: B batch, S sequence, D model.
 """
 
 from typing import ClassVar
@@ -40,12 +40,7 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, context: TokenContext) -> tuple[Tensor, RouterStats]:
         """Return the output [B, S, D] for the normalised input `x_BSD`, and the router's statistics."""
         routing, stats = self.router(x_BSD, context.valid_BS, context.noise_keys_BS)
-        rows_RD, counts_e, plan = self.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
-        # Under expert parallelism the rows are exchanged while the shared experts compute.
-        shared_BSD = None if self.shared is None else self.shared(x_BSD)
-        y_RD = self.experts(self.dispatcher.wait_rows(rows_RD, plan), counts_e)
-        y_BSD = self.dispatcher.combine(y_RD, routing, plan).view_as(x_BSD)
-        return y_BSD if shared_BSD is None else y_BSD + shared_BSD, stats
+        return self.experts(x_BSD, routing, self.dispatcher, self.shared).view_as(x_BSD), stats
 
 
 class Block(nn.Module):

@@ -42,6 +42,9 @@ class ParallelConfig:
     networks (which repeats no communication); or whole blocks (the routing decisions are stored)."""
     offload: bool = False
     """With `shard`: keep weights, gradients and optimizer state in CPU memory while they are not used."""
+    overlap: bool = False
+    """With `expert`: exchange the rows of one half of a rank's tokens while the experts compute the other half. (The
+    gain on GPUs has not been measured.)"""
     start_timeout_s: float = 300.0
     """Seconds that start-up (rendezvous, first collective) may take."""
     timeout_s: float = 100.0
@@ -100,6 +103,7 @@ class ParallelConfig:
             f"a divisor of {ranks}, the ranks of a stage",
         )
         expert = self._expert_size(ranks // self.expert_tensor, model)
+        expect(not self.overlap or expert > 1, "overlap", True, f"parallel.expert > 1 beside it, found {expert}")
         zigzag = seq_len is not None and self._uses_zigzag(model, layout, seq_len)
         several = layout.tensor % model.num_kv_heads == 0
         return replace(
@@ -108,6 +112,7 @@ class ParallelConfig:
             expert_tensor=self.expert_tensor,
             kv_copies=layout.tensor // model.num_kv_heads if several else 1,
             zigzag=zigzag,
+            overlap=self.overlap,
         )
 
     def _uses_zigzag(self, model: ModelConfig, layout: Layout, seq_len: int) -> bool:

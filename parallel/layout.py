@@ -46,10 +46,14 @@ class Layout:
     zigzag: bool = False
     """Each context rank has two pieces of a row, one counted from the start and one from the end, so that all ranks
     do the same amount of causal attention. Otherwise a rank has one piece, so that a window reaches few neighbours."""
+    overlap: bool = False
+    """A rank's tokens are exchanged with the ranks of other experts in two halves, each while the experts compute the
+    other half."""
 
     def __post_init__(self) -> None:
         assert self.stage % (self.expert * self.expert_tensor) == 0, self
         assert self.tensor % self.kv_copies == 0, self
+        assert self.expert > 1 or not self.overlap, self
 
     @property
     def world(self) -> int:

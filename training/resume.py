@@ -70,7 +70,8 @@ RULES: dict[str, dict[str, str]] = {
         "decay_steps min_lr_ratio",
     },
     "parallel": {
-        LISTED: "expert tensor pipeline context shard replicate expert_tensor schedule stage_layers recompute offload",
+        LISTED: "expert tensor pipeline context shard replicate expert_tensor schedule stage_layers recompute offload "
+        "overlap",
         FREE: "start_timeout_s timeout_s",
     },
     "checkpoint": {FREE: "every keep at_end"},

@@ -492,7 +492,7 @@ def measure_parts(stage: Stage, shape: Shape) -> None:
         "whole layer": (lambda: layer(x_BSD, TokenContext())[0], [x_BSD, *layer.parameters()]),
         "router": (lambda: layer.router(x_BSD, None, None)[0].weights_TK, [x_BSD, layer.router.weight]),
         "dispatch": (lambda: dispatcher.dispatch(x_TD, routing)[0], [x_TD]),
-        "experts": (lambda: experts(rows_RD, counts_E), [rows_RD, *experts.parameters()]),
+        "experts": (lambda: experts.apply_to(rows_RD, counts_E), [rows_RD, *experts.parameters()]),
         "experts: gate and up, with the cast": (
             lambda: matmuls(rows_RD, experts.w_gate, experts.w_up),
             [rows_RD, experts.w_gate, experts.w_up],

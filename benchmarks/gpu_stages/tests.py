@@ -176,8 +176,8 @@ def _experts(
     experts.to(device)
     wide = x.double().requires_grad_()
     x = x.to(device).requires_grad_()
-    output = experts(x, torch.tensor(counts, device=device))
-    expected = reference(wide, torch.tensor(counts))
+    output = experts.apply_to(x, torch.tensor(counts, device=device))
+    expected = reference.apply_to(wide, torch.tensor(counts))
     (grad,) = random_tensors(2, dtype, tuple(expected.shape))
     found = torch.autograd.grad(output, [x, *experts.parameters()], grad.to(output))
     wanted = torch.autograd.grad(expected, [wide, *reference.parameters()], grad.double())
@@ -216,8 +216,7 @@ def _dispatch(
     rows, counts, plan = dispatcher.dispatch(leaves[0], routing, static)
     # The check's own product is rounded once, and the gradient of a factor is added up in at least fp32.
     factor = leaves[2].repeat_interleave(counts, dim=0)
-    product = (dispatcher.wait_rows(rows, plan) * factor).to(dtype)
-    output = dispatcher.combine(product, routing, plan)
+    output = dispatcher.combine((rows * factor).to(dtype), routing, plan)
     found = [output, *torch.autograd.grad(output, leaves, grad_TD.to(device))]
     wide = [x.double().requires_grad_() for x in (x_TD, weights_TK, factor_E1)]
     share_T1 = (wide[1] * torch.cat((wide[2], wide[2].new_zeros(1, 1)))[experts_TK].squeeze(-1)).sum(1, keepdim=True)

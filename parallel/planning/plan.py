@@ -178,6 +178,8 @@ def _cast_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, la
                 continue
             elements = math.prod(weight.local_shape(layout))
             total += elements * number
+            if layout.overlap and weight.kind == "experts" and parallel.recompute != "selective":
+                elements *= 2  # cast for each half of the tokens
             # All weights of a feed-forward network or of experts belong to a hidden layer.
             if parallel.recompute == "full" or (parallel.recompute == "selective" and name.startswith("ffn.")):
                 recomputed += elements

@@ -150,6 +150,7 @@ def bookkeeping_bytes(workload: Workload, layout: Layout, parallel: ParallelConf
         micro += all_reduce_bytes(sequence, 8 * moe_layers * rows * (experts + 1))
     passes = 2 if parallel.recompute == "full" else 1
     per_layer = 8 * experts * (1 - 1 / layout.expert) + all_gather_bytes(layout.expert_tensor, 8 * experts)
+    per_layer *= 1 + layout.overlap  # the numbers of rows of each half
     if router.kind == "expert_choice":  # the scores of all tokens, and which tokens are padding
         per_layer += all_gather_bytes(sequence, tokens * (experts * max(4, workload.itemsize) + 1))
     elif router.capacity_factor is not None and router.drop_policy == "prob":

@@ -42,6 +42,7 @@ QUICK = {
         "tensor=2+recompute=selective",
         "shard=2+recompute=full",
         "shard=2+expert=2+offload=true",
+        "expert=2+overlap=true",
     ),
     4: (
         "expert=4",
@@ -54,6 +55,8 @@ QUICK = {
         "pipeline=2+shard=2",
         "pipeline=2+tensor=2+schedule=zero_bubble",
         "tensor=2+context=2",
+        "shard=2+expert=2+overlap=true",
+        "expert=2+expert_tensor=2+recompute=full+overlap=true",
     ),
 }
 CHOSEN = {

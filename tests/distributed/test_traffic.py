@@ -11,6 +11,7 @@ from tests.distributed.harness import run_ranks
 JOBS = [
     Job("even load", "expert=2"),
     Job("capacity", "expert=2"),
+    Job("even load", "expert=2+overlap=true"),
     Job("even load", "context=2"),
     Job("full attention", "context=2", zigzag=False),
     Job("dense, shared", "tensor=2"),

@@ -201,7 +201,7 @@ def test_experts_of_fp32_weights_multiply_once_for_gate_and_up(kernels):
     torch.manual_seed(6)
     experts = layer_of().experts.half()
     rows, counts = draw(11, 24, dtype=torch.float16), torch.tensor([3, 0, 7, 0, 0, 1], device=DEVICE)
-    want = experts(rows, counts)
+    want = experts.apply_to(rows, counts)
     experts.float()
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -209,18 +209,18 @@ def test_experts_of_fp32_weights_multiply_once_for_gate_and_up(kernels):
     calls = []
     kernel = experts.kernel
     experts.kernel = lambda *arguments: calls.append(arguments[1].shape) or kernel(*arguments)
-    got = experts(rows, counts)
+    got = experts.apply_to(rows, counts)
     assert calls == [(6, 40, 24), (6, 24, 20)]
     torch.testing.assert_close(got, want, rtol=5e-3, atol=5e-3 * want.abs().max().item())
     weights, grad = (experts.w_gate, experts.w_up, experts.w_down), torch.randn_like(got)
     mine = torch.autograd.grad(got, (rows, *weights), grad)
     with eager_kernels():
-        reference = torch.autograd.grad(experts(rows, counts), (rows, *weights), grad)
+        reference = torch.autograd.grad(experts.apply_to(rows, counts), (rows, *weights), grad)
     for first, second in zip(mine, reference, strict=True):
         assert first.dtype == second.dtype
         torch.testing.assert_close(first, second, rtol=1e-2, atol=5e-3 * second.abs().max().item())
     experts.w_gate.requires_grad_(False)
-    experts(rows, counts).sum().backward()
+    experts.apply_to(rows, counts).sum().backward()
     assert experts.w_gate.grad is None and experts.w_up.grad is not None
 
 
@@ -258,7 +258,7 @@ class Routed(torch.nn.Module):
         weights, experts = scores, top_k_stable(scores.detach(), 2)
         routing = Routing(experts, weights.gather(-1, experts), scores.shape[-1], complete=True)
         rows, counts, plan = self.dispatcher.dispatch(x, routing)
-        return self.dispatcher.combine(self.experts(rows, counts), routing, plan)
+        return self.dispatcher.combine(self.experts.apply_to(rows, counts), routing, plan)
 
 
 @pytest.mark.slow

@@ -406,6 +406,20 @@ def test_jitter_stores_its_factors_and_the_tokens_times_them_in_fp32(name: str, 
     assert more - less == pytest.approx(1e9 * gigabytes, rel=1e-3)
 
 
+@pytest.mark.parametrize(("mode", "blocks"), [("none", 4), ("full", 1), ("selective", 0)])
+def test_overlap_casts_the_experts_once_for_each_half(mode: Recompute, blocks: int) -> None:
+    """In bf16, a rank with half of the experts stores the second cast of their weights, of all blocks or of one."""
+    model = replace(LARGE["few"], num_layers=4)
+    step = Workload(model, RouterConfig(), global_batch=4, accumulation=1, seq_len=4096)
+    parallel = ParallelConfig(recompute=mode)
+    once, twice = (
+        plan(Layout(replicate=2, expert=2, overlap=overlap), parallel, step).fullest for overlap in (False, True)
+    )
+    experts = meta_model(model, RouterConfig()).layers[0].ffn.experts.parameters()
+    assert twice.casts - once.casts == blocks * 2 * sum(weight.numel() for weight in experts) // 2
+    assert twice.activations == once.activations
+
+
 def test_gradients_replace_activations_in_the_only_micro_batch() -> None:
     once, twice = (planned(ParallelConfig(), MODEL, 1, accumulation=number).fullest for number in (1, 2))
     assert once.activations == twice.activations
@@ -493,6 +507,7 @@ def test_too_large_for_all_ranks_together() -> None:
         (4, (8, 1, 512), {"expert": 3}, r"expert=3: expected a divisor of both model.num_experts=4 and"),
         (4, (8, 1, 512), {"pipeline": 4}, r"pipeline=4: expected at most"),
         (1, (8, 1, 512), {"offload": True}, r"offload=true: expected parallel.shard > 1"),
+        (1, (8, 1, 512), {"overlap": True}, r"overlap=true: expected parallel.expert > 1 beside it, found 1$"),
         (2, (7, 1, 512), {"offload": True}, r"global_batch=7: .* the 2 data-parallel ranks, the nearest: 6 or 8$"),
     ],
 )

@@ -3,6 +3,7 @@
 A layout is written like `tensor=2+expert=4`. The layouts to compare depend on the number of ranks.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -82,6 +83,11 @@ TEMPLATES = {
 }
 """The layouts of each group. a, b and c are the prime factors of the number of ranks, the smallest first, and r is the
 number of ranks divided by a. `{ab}` is a·b. A layout is left out if one of its factors does not exist."""
+TEMPLATES["overlap"] = tuple(
+    f"{template}+overlap=true"
+    for template in ("expert={a}", "expert={ab}", *itertools.chain.from_iterable(TEMPLATES.values()))
+    if re.search(r"\bexpert=", template)
+)
 
 
 def layout_groups(world_size: int) -> dict[str, list[str]]:
@@ -94,6 +100,7 @@ def layout_groups(world_size: int) -> dict[str, list[str]]:
     - `triples`: the sensible combinations of three axes.
     - `schedules`: pipeline schedules, and pipeline stages of different lengths.
     - `memory`: recompute and offload, with each axis.
+    - `overlap`: all layouts with expert parallelism, with overlapping exchanges.
     """
     sizes = [size for size in range(2, world_size + 1) if world_size % size == 0]
     groups = {"single": [f"replicate={world_size}", *(f"{axis}={size}" for axis in SPLIT_AXES for size in sizes)]}
