@@ -250,7 +250,8 @@ class Walk(TorchDispatchMode):
         frame = sys._getframe(1)
         while frame is not None:
             file = frame.f_code.co_filename
-            if file.startswith(ROOT) and file != __file__:
+            # The environment with torch can be a directory of the project.
+            if file.startswith(ROOT) and "site-packages" not in file and file != __file__:
                 place = f"{file.removeprefix(ROOT)}:{frame.f_lineno}"
                 if self.phase == "forward":
                     self._places[torch.autograd._get_sequence_nr() - 1] = place

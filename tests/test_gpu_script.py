@@ -103,6 +103,7 @@ def test_the_exit_status_is_that_of_the_stages(
     assert run_fake_stage(monkeypatch, tmp_path, body, "1") == status
 
 
+@pytest.mark.slow
 def test_a_tiny_run_of_a_stage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -83,7 +83,7 @@ ROUTERS = {
 }
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", ["jitter", *(pytest.param(name, marks=pytest.mark.slow) for name in [*ROUTERS][1:])])
 def test_compiled_blocks_compute_what_eager_blocks_compute(name: str) -> None:
     router, options = ROUTERS[name]
     eager, compiled = build(router, **options), build(router, **options)
@@ -132,7 +132,7 @@ def test_evaluation_and_generation_compile_nothing_and_are_eager() -> None:
     assert compile_clock().graphs == graphs
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", [pytest.param("selective", marks=pytest.mark.slow), "full"])
 def test_recomputation_is_a_part_of_the_graph(mode: Recompute) -> None:
     eager, compiled = build(RouterConfig(jitter=0.1)), build(RouterConfig(jitter=0.1), mode)
     compiled.run_block = CompiledBlocks("aot_eager")

@@ -57,9 +57,12 @@ SCALES = {
 }
 
 
-@pytest.mark.parametrize("scale", SCALES)
+SIZES = [(1, 1, 1), (70, 77, 9), (40, 4096, 8), (130, 64, 130), (2100, 24, 4)]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "dim", "experts"), [(1, 1, 1), (70, 77, 9), (40, 4096, 8), (130, 64, 130), (2100, 24, 4)]
+    ("scale", "tokens", "dim", "experts"),
+    [*(("random", *size) for size in SIZES), *((scale, 70, 77, 9) for scale in SCALES if scale != "random")],
 )
 def test_the_kernels_have_the_precision_of_fp32(kernels, scale, tokens, dim, experts):
     torch.manual_seed(0)
