@@ -16,6 +16,26 @@ from moe.config import ModelConfig
 from moe.token_context import TokenContext, apply_rotary, rotary_table
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rotation_has_the_bits_of_its_formula_forward_and_backward(dtype):
+    x_BHSC = torch.randn(2, 33, 3, 10, dtype=dtype).transpose(1, 2)
+    grad_BHSC = torch.randn(2, 3, 33, 10, dtype=dtype)
+    cos, sin = rotary_table(torch.randint(10_000, (2, 33)), 10, 1e4, dtype)
+
+    def formula(x, table):
+        first, second = x.chunk(2, dim=-1)
+        return x * table[0] + torch.cat((-second, first), dim=-1) * table[1]
+
+    results = []
+    for rotate in (formula, apply_rotary):
+        leaf_BHSC = x_BHSC.clone().requires_grad_()
+        y_BHSC = rotate(leaf_BHSC, (cos, sin))
+        y_BHSC.backward(grad_BHSC)
+        results.append((y_BHSC.detach(), leaf_BHSC.grad))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(expected, found)
+
+
 def masked_reference(q, k, v, documents, window):
     """Every query against every key in float64, one softmax over an explicit mask. Queries stand at the end."""
     groups, earlier = q.shape[1] // k.shape[1], k.shape[2] - q.shape[2]
