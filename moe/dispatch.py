@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moe.kernels import use_kernels
 from moe.router import Routing
@@ -178,6 +179,14 @@ def _rows_of_assignments(rows_RD: Tensor, plan: LocalPlan) -> Tensor:
     return torch.unflatten(rows_RD.index_select(0, plan.slots_TK.flatten()), 0, plan.slots_TK.shape)
 
 
+def _sum_rows(rows_RD: Tensor, plan: LocalPlan, weights_TK: Tensor | None = None) -> Tensor:
+    """Return the sum of each token's rows, [T, D], multiplied by weights of the same dtype if there are any.
+
+    torch's operator for bags of embeddings does this on a CPU without a copy of the rows.
+    """
+    return F.embedding_bag(plan.slots_TK, _with_zero(rows_RD, plan), mode="sum", per_sample_weights=weights_TK)
+
+
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: LocalPlan) -> Tensor:
@@ -186,6 +195,8 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
+        if grad_RD.is_cpu:
+            return _sum_rows(grad_RD, ctx.plan), None
         return _rows_of_assignments(grad_RD, ctx.plan).sum(dim=1), None
 
 
@@ -198,13 +209,13 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, plan: LocalPlan) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(y_RD, weights_TK)
-        y_TKD = _rows_of_assignments(y_RD, plan)
-        if y_RD.device.type == "cpu":  # where a small matmul is faster in fp32 than in bf16
-            y_TD = torch.bmm(weights_TK.unsqueeze(1), y_TKD.to(weights_TK.dtype)).squeeze(1)
-            # A copy, because FSDP warns if a module returns a view, and torch.compile of torch 2.11 computes wrong
-            # gradients if `to` does nothing here.
-            return y_TD.to(y_RD.dtype, copy=True)
-        return torch.bmm(torch.stack(_in_parts(weights_TK, y_RD.dtype), dim=1), y_TKD).sum(dim=1)
+        if y_RD.is_cpu:
+            if y_RD.dtype == weights_TK.dtype:
+                # torch.compile of torch 2.11 computes wrong gradients if `to` does nothing here.
+                return _sum_rows(y_RD, plan, weights_TK)
+            return _sum_rows(y_RD.to(weights_TK.dtype), plan, weights_TK).to(y_RD.dtype)
+        parts_TPK = torch.stack(_in_parts(weights_TK, y_RD.dtype), dim=1)
+        return torch.bmm(parts_TPK, _rows_of_assignments(y_RD, plan)).sum(dim=1)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -212,10 +223,11 @@ class _Combine(torch.autograd.Function):
         plan: LocalPlan = ctx.plan
         weight_R1 = _with_zero(weights_TK.flatten(), plan).index_select(0, plan.assignments_R).unsqueeze(1)
         grad_RD = _with_zero(grad_TD, plan).index_select(0, plan.tokens_R)
+        grad_weights_R = torch.bmm(y_RD.unsqueeze(1), grad_RD.unsqueeze(2)).flatten().to(weights_TK.dtype)
+        grad_weights_TK = _with_zero(grad_weights_R, plan).index_select(0, plan.slots_TK.flatten()).view_as(weights_TK)
         weight_R1, *rest = _in_parts(weight_R1, grad_RD.dtype)
-        grad_y_RD = torch.addcmul(grad_RD * rest[0], grad_RD, weight_R1) if rest else grad_RD * weight_R1
-        grad_weights_TK = torch.bmm(_rows_of_assignments(y_RD, plan), grad_TD.unsqueeze(2)).squeeze(2)
-        return grad_y_RD, grad_weights_TK.to(weights_TK.dtype), None
+        grad_y_RD = torch.addcmul(grad_RD * rest[0], grad_RD, weight_R1) if rest else grad_RD.mul_(weight_R1)
+        return grad_y_RD, grad_weights_TK, None
 
 
 def _in_parts(weights: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moe.config import is_gated
 from moe.dispatch import Dispatcher
+from moe.expert_loop import swiglu_loop
 from moe.feedforward import ACTIVATIONS, gated
 from moe.kernels import use_kernels
 from moe.router import Routing
@@ -26,7 +27,7 @@ grouped by expert, and `counts_e` is the number of rows of each."""
 
 
 def loop_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor:
-    """Multiply with one matmul per expert. This is the readable reference, and as fast as `grouped_kernel` on CPUs."""
+    """Multiply with one matmul per expert. This is the readable reference."""
     if torch.compiler.is_compiling():
         y_RO: Tensor = _loop(rows_RI, weight_eOI, counts_e)
         return y_RO
@@ -89,7 +90,8 @@ def auto_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor
     """Use `grouped_kernel` where torch has a fused kernel for it, else `loop_kernel` (timings: benchmarks/RESULTS.md).
 
     torch has one for bf16 on GPUs of compute capability 8 and 9, with rows of a multiple of 16 bytes. (For 10, torch
-    issue 172439 reports weight gradients that are not zero for experts without rows.)
+    issue 172439 reports weight gradients that are not zero for experts without rows.) On CPUs, `Experts` computes
+    SwiGLU by `moe.expert_loop` instead.
     """
     fused = (
         rows_RI.is_cuda
@@ -150,13 +152,17 @@ class Experts(nn.Module):
         def apply(x_RI: Tensor, weight_eOI: Tensor) -> Tensor:
             return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
 
-        if self.activation is F.silu and self.gated and use_kernels(rows_RD) and self.w_up.dtype != rows_RD.dtype:
+        swiglu = self.activation is F.silu and self.gated
+        if swiglu and rows_RD.is_cpu and self.kernel is auto_kernel and not torch.compiler.is_compiling():
+            return swiglu_loop(rows_RD, counts_e, self.w_gate, self.w_up, self.w_down)
+        if swiglu and use_kernels(rows_RD) and self.w_up.dtype != rows_RD.dtype:
             # One matmul with both weights, which need a cast anyway. If they need none, the joined copy would cost more
             # than it saves, and it would keep weights that FSDP has gathered in memory until the backward pass.
-            from moe.kernels import join, swiglu
+            from moe.kernels import join
+            from moe.kernels.swiglu import swiglu_joined
 
             weight_eGD = join.join(self.w_gate, self.w_up, rows_RD.dtype)
-            hidden_RF = swiglu.swiglu_joined(apply(rows_RD, weight_eGD))
+            hidden_RF = swiglu_joined(apply(rows_RD, weight_eGD))
         elif self.gated:
             hidden_RF = gated(self.activation, apply(rows_RD, self.w_gate), apply(rows_RD, self.w_up))
         else:

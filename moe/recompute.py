@@ -54,7 +54,7 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-DECISIONS = ("aten.sort", "mixwright.top_k")
+DECISIONS = ("aten.sort", "aten.topk", "mixwright.top_k")
 """The operators whose results decide where tokens go. What follows from them is computed with integers."""
 
 

@@ -156,3 +156,30 @@ def test_print_names_the_installed_kernel_and_dispatcher():
     text = repr(build(4, 2))
     assert "experts 0-3" in text and "kernel=auto" in text and "all experts on this device" in text
     assert isinstance(build(4, 2).experts, Experts)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "frozen"), [(torch.float64, ()), (torch.float32, ("w_up",)), (torch.bfloat16, ("w_gate", "w_down"))]
+)
+def test_swiglu_on_a_cpu_equals_the_reference(dtype, frozen):
+    """Experts without rows get zeros as gradients; the weights are cast to the dtype of the rows."""
+    torch.manual_seed(0)
+    auto, reference = (Experts(5, 16, 24, "swiglu", kernel) for kernel in ("auto", "loop"))
+    for mine, other in zip(auto.parameters(), reference.parameters(), strict=True):
+        torch.nn.init.normal_(mine)
+        other.data.copy_(mine.data)
+    counts, grad = torch.tensor([0, 7, 0, 20, 13]), torch.randn(40, 16, dtype=dtype)
+    results = []
+    for experts in (auto, reference):
+        torch.manual_seed(1)
+        experts.double() if dtype == torch.float64 else experts
+        for name in frozen:
+            getattr(experts, name).requires_grad_(False)
+        rows = torch.randn(40, 16, dtype=dtype).requires_grad_()
+        out = experts.apply_to(rows, counts)
+        out.backward(grad)
+        results.append([out, rows.grad, *(weight.grad for weight in experts.parameters())])
+    assert "SwiGLULoop" in results[0][0].grad_fn.name() and "Cat" in results[1][0].grad_fn.name()
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, **({"rtol": 0.02, "atol": 2.0} if dtype == torch.bfloat16 else {}))
+    assert all(getattr(auto, name).grad is None for name in frozen)

@@ -7,6 +7,7 @@ import torch
 
 from common.errors import ConfigError
 from moe.config import RouterConfig
+from moe.recompute import recomputed
 from moe.router import Router
 from moe.routers import build_router
 from moe.selection import expert_capacity, top_k_stable, within_capacity
@@ -66,6 +67,28 @@ def test_normalised_weights_are_the_softmax_over_the_selected_logits():
 def test_ties_go_to_the_lower_index():
     scores = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
     assert top_k_stable(scores, 2).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(("experts", "k"), [(9, 2), (64, 6)])
+def test_top_k_of_many_experts_is_that_of_a_stable_sort(experts, k):
+    """Drawn from few numbers, so that many scores are equal; some are NaN, infinite or -0."""
+    torch.manual_seed(0)
+    scores = torch.randint(0, 4 * experts, (2, 200, experts)).float()
+    for number, special in enumerate((math.nan, math.inf, -math.inf, -0.0)):
+        scores[scores == number + 1] = special
+    assert top_k_stable(scores, k).equal(scores.sort(dim=-1, descending=True, stable=True).indices[..., :k])
+
+
+def test_a_recomputed_choice_among_many_experts_is_the_stored_one():
+    chosen = []
+
+    def choose(scores):
+        """Take the two largest scores, and in a second pass the two smallest."""
+        chosen.append(top_k_stable(scores.detach() * (1 - 2 * len(chosen)), 2))
+        return scores.square().gather(-1, chosen[-1])
+
+    recomputed(choose, torch.randn(4, 16, requires_grad=True)).sum().backward()
+    assert chosen[0].equal(chosen[1])
 
 
 def test_capacity_drops_later_tokens_and_is_counted_per_sequence():
