@@ -103,13 +103,14 @@ def transformers_step(case: Setup, dtype: str, experts: str) -> Step:
         num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_kv_heads, head_dim=model.head_dim, num_local_experts=model.num_experts,
         num_experts_per_tok=model.top_k, max_position_embeddings=case.seq_len, sliding_window=model.sliding_window,
-        use_cache=False, tie_word_embeddings=False, output_router_logits=True, router_aux_loss_coef=0.01,
+        use_cache=False, tie_word_embeddings=False, output_router_logits=True,
+        router_aux_loss_coef=0.01,
     )  # fmt: skip
     torch.manual_seed(0)
     weights = torch.bfloat16 if dtype == "bf16" else torch.float32
     kernels = {"attn_implementation": "sdpa", "experts_implementation": experts}
     peer = MixtralForCausalLM._from_config(config, dtype=weights, **kernels).train()
-    optim = OptimConfig()
+    optim = OptimConfig(lr=LR)
     optimizer = torch.optim.AdamW(
         peer.parameters(), lr=LR, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, fused=True
     )
@@ -121,7 +122,7 @@ def transformers_step(case: Setup, dtype: str, experts: str) -> Step:
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss.detach())
 
     return step
 

@@ -68,7 +68,7 @@ CASES: Mapping[str, Case] = {
         RouterConfig(balance_coef=0.05, capacity_factor=0.75, balance_scope="sequence"),
     ),
     "deepseek": Case(
-        replace(MODEL, top_k=3, expert_hidden_dim=8, num_shared_experts=2, first_k_dense=1),
+        replace(MODEL, top_k=3, expert_hidden_dim=8, num_shared_experts=2, first_k_dense=1, expert_kernel="auto"),
         RouterConfig(
             kind="sigmoid_topk", scale=2.5, num_groups=4, topk_groups=2, bias_update_rate=0.01, balance_scope="sequence"
         ),
