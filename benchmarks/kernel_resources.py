@@ -5,6 +5,8 @@
 No GPU is needed. The exit status is 1 if a kernel spills registers or does not access rows in words of 16 bytes.
 """
 
+import argparse
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported: the interpreter compiles nothing
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -107,6 +111,7 @@ def resources(case: Case) -> tuple[int, int, int]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"triton {triton.__version__}")
     failed = 0
     for case in cases():
