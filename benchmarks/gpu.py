@@ -24,6 +24,12 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.text import to_json
+
 HERE = Path(__file__).resolve().parent
 SHARES = {"tests": 0.2, "layer": 0.2, "step": 0.2, "train": 0.2, "memory": 0.08, "parity": 0.06, "calibrate": 0.06}
 """Stage -> its share of the time, in the order in which stages run."""
@@ -113,7 +119,7 @@ def run_stage(stage: str, budget: float, options: dict[str, str]) -> str:
     # The stage ends itself before it is killed, so that it can leave out what no longer fits.
     # Its imports take seconds, which count.
     times = {"start": time.time(), "end": time.time() + budget - 2 * GRACE_S}
-    own = json.dumps({"out": str(result), **times, "device": options["device"], "size": options["size"]})
+    own = to_json({"out": str(result), **times, "device": options["device"], "size": options["size"]})
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
         [sys.executable, str(HERE / "gpu_stages" / f"{stage}.py"), own], env=environment, start_new_session=True
@@ -138,7 +144,7 @@ def print_table(path: Path) -> None:
     if not path.exists():
         return
     result = json.loads(path.read_text(encoding="utf-8"))
-    print(json.dumps(result["about"]))
+    print(to_json(result["about"]))
     tables: dict[tuple[str, ...], list[dict[str, object]]] = {}
     for row in result["rows"]:
         tables.setdefault(tuple(row), []).append(row)

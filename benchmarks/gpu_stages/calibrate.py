@@ -7,7 +7,6 @@ by k x n has 2·m·k·n FLOPs. A copy is counted with the bytes that it reads an
 Shapes: S tokens of a row, C head dim, T tokens, D model, R rows.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,6 +16,8 @@ import torch
 from stage import Stage, free_memory, milliseconds, run_stage
 from torch import Tensor
 from torch.nn import functional as F
+
+from common.text import to_json
 
 DTYPE = torch.bfloat16
 SQUARES = (1024, 2048, 4096, 8192)
@@ -120,7 +121,7 @@ class Rates:
     def write(self) -> None:
         """Write the hardware file, whole or not at all."""
         path = self.stage.out.parent / "hardware.json"
-        text = json.dumps({"about": self.stage.about, "rates": self.summary(), "measured": self.kinds}, indent=1)
+        text = to_json({"about": self.stage.about, "rates": self.summary(), "measured": self.kinds}, indent=1)
         path.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
         os.replace(path.with_suffix(".part"), path)
 

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from common.text import to_json
+
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
     from training.config import Config
@@ -122,7 +124,7 @@ class Stage:
     def write(self) -> None:
         """Write the result, whole or not at all."""
         temporary = self.out.with_suffix(".part")
-        temporary.write_text(json.dumps({"about": self.about, "rows": self.rows}, indent=1), encoding="utf-8")
+        temporary.write_text(to_json({"about": self.about, "rows": self.rows}, indent=1), encoding="utf-8")
         os.replace(temporary, self.out)
 
 

@@ -42,7 +42,8 @@ def test_cross_documents_makes_one_document_of_the_row() -> None:
     assert row.domains_S.tolist() == [0, 0, 0, 0, 1, 1, 1, 0, 0]
 
 
-def test_a_batch_counts_and_checks_itself() -> None:
+def test_a_batch_counts_and_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # It needs a GPU.
     row = pack_row(STREAM[:7], STARTS[:1], DOMAINS[:2], seq_len=9, cross_documents=False)
     batch = Batch.stack([row, padding_row(9)])
     assert (batch.num_valid, batch.num_labels) == (7, 5)

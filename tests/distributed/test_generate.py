@@ -1,5 +1,6 @@
 """Generation under expert parallelism equals that of a single process, also if rows end at different times."""
 
+import pytest
 import torch
 
 from moe.config import ModelConfig, RouterConfig
@@ -41,6 +42,7 @@ def run(rank: int, world: int) -> list[list[list[int]]]:
     return results
 
 
+@pytest.mark.slow
 def test_expert_parallel_generation_equals_a_single_process():
     [single] = run_ranks(run, 1)
     assert len({len(tokens) for tokens in single[1]}) > 1  # The rows end at different times.

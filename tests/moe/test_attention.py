@@ -203,6 +203,7 @@ def test_mask_of_the_gpu_kernel_is_made_once_for_all_layers():
     assert block_mask(whole_rows, 5, 140, 150, device) is not block_mask(whole_rows, 5, 150, 150, device)
 
 
+@pytest.mark.slow
 def test_the_gpu_kernel_never_runs_uncompiled():
     """torch would run a function without a graph, or with too many, in plain operators, which store all scores."""
     torch._dynamo.reset()

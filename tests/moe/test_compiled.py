@@ -83,7 +83,8 @@ ROUTERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["jitter", *(pytest.param(name, marks=pytest.mark.slow) for name in [*ROUTERS][1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROUTERS)
 def test_compiled_blocks_compute_what_eager_blocks_compute(name: str) -> None:
     router, options = ROUTERS[name]
     eager, compiled = build(router, **options), build(router, **options)

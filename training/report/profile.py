@@ -354,7 +354,29 @@ def mark_parts(models: Sequence[Transformer]) -> Iterator[None]:
                 regions: list[Any] = []
                 stack.callback(module.register_forward_pre_hook(_opener(regions, part)).remove)
                 stack.callback(module.register_forward_hook(_closer(regions)).remove)
+            for block in _marked_blocks(model):
+                if isinstance(block.ffn, MoELayer):
+                    stack.enter_context(_marked_method(block.ffn.experts, "apply_to", "experts"))
         yield
+
+
+@contextmanager
+def _marked_method(module: nn.Module, name: str, part: str) -> Iterator[None]:
+    """Mark a part that is a method and not a module."""
+    method, own = getattr(module, name), vars(module).get(name)
+
+    def marked(*arguments: Any) -> Any:
+        with record_function(f"{PREFIX}{part}"):
+            return method(*arguments)
+
+    setattr(module, name, marked)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, own)
 
 
 def _opener(regions: list[Any], part: str) -> Any:
@@ -373,15 +395,19 @@ def _closer(regions: list[Any]) -> Any:
     return close_region
 
 
+def _marked_blocks(model: Transformer) -> list[Block]:
+    """Return the blocks in which parts are marked. Compiled blocks are left out: a hook would compile them again."""
+    # A pipeline stage has None in place of other layers.
+    return [block for block in model.layers if isinstance(block, Block) and model.run_block is Block.__call__]
+
+
 def _parts(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
-    """Yield modules and their parts. Compiled blocks have none, because a hook would compile them again."""
-    for block in model.layers if model.run_block is Block.__call__ else ():
-        if not isinstance(block, Block):  # A pipeline stage has None in place of other layers.
-            continue
+    """Yield modules and their parts."""
+    for block in _marked_blocks(model):
         yield from ((block.attention_norm, "norm"), (block.ffn_norm, "norm"))
         yield from ((block.attention, "attention"), (block.attention.core, "core"))
         if isinstance(block.ffn, MoELayer):
-            yield from ((block.ffn, "dispatch"), (block.ffn.router, "routing"), (block.ffn.experts, "experts"))
+            yield from ((block.ffn, "dispatch"), (block.ffn.router, "routing"))
         network = block.ffn.shared if isinstance(block.ffn, MoELayer) else block.ffn
         if network is not None:
             yield network, "dense"
