@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml
 train: env ## Train the quickstart model on 2 processes; ARGS are overrides, as in ARGS='train.steps=20'
 	@.venv/bin/python train.py launch.nproc=2 experiment=quickstart $(ARGS)
 
-test: env ## Run the fast tests, about 5 minutes on 2 cores; ARGS go to pytest
+test: env ## Run the fast tests, 6 to 10 minutes on 2 cores; ARGS go to pytest
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: env ## Run all tests
