@@ -13,11 +13,12 @@ the names of their kernels decide.
 import gzip
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -356,27 +357,19 @@ def mark_parts(models: Sequence[Transformer]) -> Iterator[None]:
                 stack.callback(module.register_forward_hook(_closer(regions)).remove)
             for block in _marked_blocks(model):
                 if isinstance(block.ffn, MoELayer):
-                    stack.enter_context(_marked_method(block.ffn.experts, "apply_to", "experts"))
+                    experts = block.ffn.experts
+                    stack.enter_context(patch.object(experts, "apply_to", _marked(experts.apply_to, "experts")))
         yield
 
 
-@contextmanager
-def _marked_method(module: nn.Module, name: str, part: str) -> Iterator[None]:
-    """Mark a part that is a method and not a module."""
-    method, own = getattr(module, name), vars(module).get(name)
+def _marked(method: Callable[..., Any], part: str) -> Callable[..., Any]:
+    """Return a method that is marked as a part. (Parts that are modules are marked by hooks.)"""
 
     def marked(*arguments: Any) -> Any:
         with record_function(f"{PREFIX}{part}"):
             return method(*arguments)
 
-    setattr(module, name, marked)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(module, name)
-        else:
-            setattr(module, name, own)
+    return marked
 
 
 def _opener(regions: list[Any], part: str) -> Any:
