@@ -26,12 +26,6 @@ def top_k_stable(scores: Tensor, k: int) -> Tensor:
         unclear = ~(best[..., :-1] > best[..., 1:]).all(dim=-1)
         indices[unclear] = scores[unclear].sort(dim=-1, descending=True, stable=True).indices[..., : k + 1]
         return indices[..., :k]
-    if scores.is_cpu and 4 * k < scores.shape[-1] and not torch.compiler.is_compiling():
-        # Faster than sorting all scores. `topk` has no rule for equal scores, and NaN is not larger than any number.
-        best, indices = scores.topk(k + 1, dim=-1)
-        unclear = ~(best[..., :-1] > best[..., 1:]).all(dim=-1)
-        indices[unclear] = scores[unclear].sort(dim=-1, descending=True, stable=True).indices[..., : k + 1]
-        return indices[..., :k]
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
