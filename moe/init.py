@@ -14,21 +14,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moe.config import ModelConfig
 from moe.model import Transformer
-from moe.noise import ROW_BLOCK, fill_part
+from moe.noise import fill_part, row_blocks
 from moe.region import Region
 
 
 def init_parameters(model: Transformer, seed: int) -> None:
     """Fill the shard of every parameter that this rank stores (`Transformer.local_shard`), in place.
 
-    Matrices are normal with standard deviation `init_std`. For those that write into the residual stream (`wo`,
-    `w_down`) it is divided by sqrt(2·num_layers), so that the variance of the stream does not grow with depth (GPT-2).
-    Norms are 1, and buffers are 0. A module with a method `init_parameter` (a router) fills its own parameters, which
-    every rank must store as a whole.
+    Matrices are normal with the standard deviation `initial_std`. Norms are 1, and buffers are 0. A module with a
+    method `init_parameter` (a router) fills its own parameters, which every rank must store as a whole.
     """
     config = model.config
-    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
     tasks: list[Callable[[], None]] = []
     with torch.no_grad():
         for buffer in model.buffers():
@@ -42,10 +40,18 @@ def init_parameters(model: Transformer, seed: int) -> None:
             elif len(shape) == 1:
                 local.fill_(1.0)
             else:
-                is_residual = name.removesuffix(".weight").endswith((".wo", ".w_down"))
-                std = residual_std if is_residual else config.init_std
-                tasks += _tasks(local.detach(), region, shape[-1], f"{seed}/{name}", std)
+                tasks += _tasks(local.detach(), region, shape[-1], f"{seed}/{name}", initial_std(name, config))
     _run(tasks)
+
+
+def initial_std(name: str, config: ModelConfig) -> float:
+    """Return the standard deviation of the initial weights of the matrix `name`: `init_std`.
+
+    For matrices that write into the residual stream (`wo`, `w_down`) it is divided by sqrt(2·num_layers), so that the
+    variance of the stream does not grow with depth (GPT-2).
+    """
+    is_residual = name.removesuffix(".weight").endswith((".wo", ".w_down"))
+    return config.init_std / math.sqrt(2 * config.num_layers) if is_residual else config.init_std
 
 
 def _tasks(local: Tensor, region: Region, columns: int, identity: str, std: float) -> Iterator[Callable[[], None]]:
@@ -60,12 +66,9 @@ def _tasks(local: Tensor, region: Region, columns: int, identity: str, std: floa
             yield from _tasks(weight, matrix, columns, f"{identity}/{region.offset[0] + index}", std)
         return
     (first, column), (rows, width) = region
-    start = 0
-    while start < rows:
-        stop = min(rows, start + ROW_BLOCK - (first + start) % ROW_BLOCK)  # A part of one block of rows.
-        part = Region((first + start, column), (stop - start, width))
-        yield partial(fill_part, local[start:stop], part, columns, identity, std)
-        start = stop
+    for _, low, high in row_blocks(first, rows):
+        part = Region((low, column), (high - low, width))
+        yield partial(fill_part, local[low - first : high - first], part, columns, identity, std)
 
 
 def _run(tasks: list[Callable[[], None]]) -> None:

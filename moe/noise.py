@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, D channels.
 """
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -80,6 +81,17 @@ def fill_rows(weight: Tensor, identity: str, std: float, first_row: int = 0) -> 
     fill_part(weight, Region((first_row, 0), tuple(weight.shape)), weight.shape[1], identity, std)
 
 
+def row_blocks(first_row: int, rows: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (block, low, high) for every block that has some of the rows: those from `low` to `high` - 1.
+
+    >>> list(row_blocks(200, 100))
+    [(0, 200, 256), (1, 256, 300)]
+    """
+    end = first_row + rows
+    for block in range(first_row // ROW_BLOCK, -(-end // ROW_BLOCK)):
+        yield block, max(first_row, block * ROW_BLOCK), min(end, (block + 1) * ROW_BLOCK)
+
+
 def fill_part(weight: Tensor, region: Region, columns: int, identity: str, std: float) -> None:
     """Fill a region of a matrix with normal numbers, the same ones that filling the whole matrix puts there.
 
@@ -90,9 +102,7 @@ def fill_part(weight: Tensor, region: Region, columns: int, identity: str, std: 
         std: standard deviation.
     """
     (first_row, first_column), (rows, width) = region
-    end = first_row + rows
-    for block in range(first_row // ROW_BLOCK, -(-end // ROW_BLOCK)):
-        low, high = max(first_row, block * ROW_BLOCK), min(end, (block + 1) * ROW_BLOCK)
+    for block, low, high in row_blocks(first_row, rows):
         digest = hashlib.sha256(f"{identity}/{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         # Whole blocks are drawn, because torch draws other numbers for a tensor of another size.
