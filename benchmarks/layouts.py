@@ -29,7 +29,7 @@ from common.errors import ConfigError
 from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
 from parallel.mesh import Groups, build_mesh, close_process_group, init_process_group
-from parallel.startup.launch import World, is_launched, launch_workers, world_from_env
+from parallel.startup.launch import World, run_in_workers, world_from_env
 from parallel.startup.rendezvous import open_store
 from training.build import build_engine, build_parts
 from training.config import Config, TrainConfig
@@ -200,10 +200,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    if is_launched():
-        work(options)
-    else:
-        launch_workers(work, (options,), nproc=options.nproc)
+    run_in_workers(work, (options,), nproc=options.nproc)
 
 
 if __name__ == "__main__":

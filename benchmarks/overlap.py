@@ -36,7 +36,7 @@ from parallel.apply import build_model
 from parallel.collectives import RowExchange
 from parallel.layout import Layout
 from parallel.mesh import Groups, build_mesh, close_process_group, init_process_group
-from parallel.startup.launch import is_launched, launch_workers, world_from_env
+from parallel.startup.launch import run_in_workers, world_from_env
 from parallel.startup.rendezvous import open_store
 
 CPU = torch.device("cpu")
@@ -201,10 +201,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of each rank")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
-    if is_launched():
-        work(options)
-    else:
-        launch_workers(work, (options,), nproc=options.nproc)
+    run_in_workers(work, (options,), nproc=options.nproc)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,14 @@ def world_from_env() -> World:
     )
 
 
+def run_in_workers(entry: Callable[..., Any], args: tuple[Any, ...], *, nproc: int) -> None:
+    """Call `entry(*args)` in this process if a launcher has started it, else in `nproc` worker processes."""
+    if is_launched():
+        entry(*args)
+    else:
+        launch_workers(entry, args, nproc=nproc)
+
+
 def die_with_parent(parent_pid: int | None = None) -> None:
     """Ask the kernel to kill this process when its parent dies. Does nothing on systems other than Linux.
 
