@@ -23,7 +23,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,8 @@ if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.batch import IGNORE, Batch
+from benchmarks.gpu_stages.models import LENGTH, MODELS, ROWS, example_batch
+from data.batch import Batch
 from moe.accounting.flops import meta_model, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
 from moe.linear import RMSNorm
@@ -55,19 +56,6 @@ from training.step import prepare_step, start_step
 
 ROOT = str(Path(__file__).resolve().parent.parent) + "/"
 META = torch.device("meta")
-MODELS = {
-    "A": ModelConfig(
-        dim=2048, num_layers=16, num_heads=16, num_kv_heads=4, head_dim=128, hidden_dim=3584, num_experts=8, top_k=2,
-        vocab_size=32000, expert_kernel="grouped",
-    ),
-    "B": ModelConfig(
-        dim=2048, num_layers=6, num_heads=16, num_kv_heads=16, head_dim=128, hidden_dim=11264, num_experts=64, top_k=6,
-        num_shared_experts=2, expert_hidden_dim=1408, vocab_size=50304, expert_kernel="grouped",
-    ),
-}  # fmt: skip
-"""Those of the stage `step` of `benchmarks/gpu.py`: A has few large experts, as Mixtral; B many small ones, as
-DeepSeekMoE."""
-ROWS, LENGTH = 4, 4096
 BANDWIDTH = 2.8e12
 """Bytes per second that a kernel gets from the memory of an H100."""
 LAUNCH_S = 3e-6
@@ -363,24 +351,6 @@ class _NormKernel(torch.autograd.Function):
         return *gradients, None
 
 
-def example_batch(rows: int, length: int, vocab_size: int, *, padded: bool = False) -> Batch:
-    """Return rows of one document, on the CPU. With `padded`, the last eighth of the last row is padding."""
-    shape, generator = (rows, length), torch.Generator().manual_seed(0)
-    text, labels = torch.randint(0, vocab_size, (2, *shape), generator=generator).unbind()
-    documents = torch.zeros(shape, dtype=torch.int32)
-    if padded:
-        documents[-1, length - length // 8 :] = -1
-    padding = documents < 0
-    return Batch(
-        text.masked_fill(padding, 0),
-        labels.masked_fill(padding, IGNORE),
-        torch.arange(length).expand(shape).masked_fill(padding, 0),
-        documents,
-        torch.zeros(shape, dtype=torch.uint8),
-        torch.arange(rows * length).view(shape),
-    )
-
-
 @contextmanager
 def _process_group() -> Iterator[None]:
     """A process group of one rank whose collectives do nothing, unless there is a process group."""
@@ -467,7 +437,7 @@ def main() -> None:
     options = parser.parse_args()
     router = RouterConfig(capacity_factor=options.capacity)
     for name in options.models:
-        config = MODELS[name]
+        config = replace(MODELS[name], expert_kernel="grouped")
         batches = [example_batch(ROWS, LENGTH, config.vocab_size or 0, padded=options.padded)] * options.accumulation
         step = walk_step(config, router, batches, options.recompute, kernels=not options.eager)
         show(name, step, config, router, ROWS * LENGTH * options.accumulation, options.places)

@@ -113,7 +113,7 @@ def read_stages(text: str) -> list[tuple[str, float]] | str:
 
 
 def run_stage(stage: str, budget: float, options: dict[str, str]) -> str:
-    """Run a stage in a process of its own. Return `passed`, `failed`, or `cut off` if it outran its budget."""
+    """Run a stage in its own process. Return `passed`, `failed`, or `cut off` if it takes longer than its budget."""
     result = Path(options["out"]) / f"{stage}.json"
     result.unlink(missing_ok=True)
     # The stage ends itself before it is killed, so that it can leave out what no longer fits.

@@ -43,10 +43,12 @@ SHAPES = {
 }
 
 
-def mixwright_layer(dim: int, experts: int, hidden: int, top_k: int, kernel: str) -> nn.Module:
+def mixwright_layer(
+    dim: int, experts: int, hidden: int, top_k: int, kernel: str = "auto", *, shared: int = 0
+) -> MoELayer:
     config = ModelConfig(
         dim=dim, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, hidden_dim=hidden, num_experts=experts,
-        top_k=top_k, expert_kernel=kernel,  # type: ignore[arg-type]
+        top_k=top_k, num_shared_experts=shared, expert_kernel=kernel,  # type: ignore[arg-type]
     )  # fmt: skip
     return MoELayer(config, RouterConfig(), 0)
 

@@ -28,12 +28,12 @@ if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.gpu_stages.models import transformers_model
+from benchmarks.gpu_stages.stage import one_process
 from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig
-from parallel.mesh import Mesh, close_process_group, init_process_group, mesh_of_one
-from parallel.startup.launch import World
-from parallel.startup.rendezvous import open_store
+from parallel.mesh import Mesh
 from training.build import build_engine, build_parts
 from training.config import OptimConfig
 from training.device import compute_dtype
@@ -95,21 +95,10 @@ def mixwright_step(case: Setup, dtype: str, mesh: Mesh) -> Step:
 
 
 def transformers_step(case: Setup, dtype: str, experts: str) -> Step:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    model = case.model
-    config = MixtralConfig(
-        vocab_size=model.vocab_size, hidden_size=model.dim, intermediate_size=model.hidden_dim,
-        num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads, head_dim=model.head_dim, num_local_experts=model.num_experts,
-        num_experts_per_tok=model.top_k, max_position_embeddings=case.seq_len, sliding_window=model.sliding_window,
-        use_cache=False, tie_word_embeddings=False, output_router_logits=True,
-        router_aux_loss_coef=0.01,
-    )  # fmt: skip
     torch.manual_seed(0)
     weights = torch.bfloat16 if dtype == "bf16" else torch.float32
-    kernels = {"attn_implementation": "sdpa", "experts_implementation": experts}
-    peer = MixtralForCausalLM._from_config(config, dtype=weights, **kernels).train()
+    options = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
+    peer = transformers_model(case.model, case.seq_len, weights, experts, **options)
     optim = OptimConfig(lr=LR)
     optimizer = torch.optim.AdamW(
         peer.parameters(), lr=LR, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay, fused=True
@@ -165,20 +154,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
-    device = torch.device("cpu")
-    init_process_group(open_store(World(), 300.0), 0, 1, device, 300.0)
-    mesh = mesh_of_one(device)
     print(f"torch {torch.__version__}, CPU, {options.threads} threads, {options.dtype}")
+    with one_process(torch.device("cpu")) as mesh:
+        measure_all(options, mesh, clock)
+
+
+def measure_all(options: argparse.Namespace, mesh: Mesh, clock: Callable[[], float]) -> None:
+    """Measure and print what the command line asks for."""
     if options.experts:
         print(f"by experts, {BY_EXPERTS['4'].rows} rows of {BY_EXPERTS['4'].seq_len} tokens")
         show(measure({k: mixwright_step(s, options.dtype, mesh) for k, s in BY_EXPERTS.items()}, options.rounds, clock))
-    for name in [] if options.experts else options.models:
+        return
+    for name in options.models:
         case = SETUPS[name]
         print(f"{name}: {case.model.num_layers} layers, {case.rows} rows of {case.seq_len} tokens")
         steps = {"Mixwright": mixwright_step(case, options.dtype, mesh)}
         steps |= {f"transformers, {peer}": transformers_step(case, options.dtype, peer) for peer in options.peers}
         show(measure(steps, options.rounds, clock))
-    close_process_group()
 
 
 if __name__ == "__main__":

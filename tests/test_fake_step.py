@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.fake_step import META, Walk, example_batch, walk_step
+from benchmarks.fake_step import META, Walk, walk_step
+from benchmarks.gpu_stages.models import example_batch
 from data.batch import Batch
 from moe.accounting.flops import meta_model, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig

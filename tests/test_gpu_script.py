@@ -118,17 +118,13 @@ def test_a_tiny_run_of_a_stage(
     assert {"grouped_matmul_forward", "attention_forward", "copy", "adamw"} <= hardware["rates"].keys()
 
 
-def test_inputs_make_the_router_choose_the_wanted_experts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(gpu.HERE / "gpu_stages"))
-    import layer
-    import stage
+def test_inputs_make_the_router_choose_the_wanted_experts() -> None:
+    from benchmarks.gpu_stages import layer, stage
 
     shape = layer.Shape("test", tokens=512, dim=64, hidden=32, experts=16, top_k=3, shared=1)
     weights = layer.Weights(shape, torch.device("cpu"))
     xs = layer.inputs(shape, weights, seq_len=128)
-    mixwright = layer.mixwright_layer(shape, weights, torch.float32)
+    mixwright = layer.layer_with(shape, weights, torch.float32)
     chosen = {name: mixwright.router(x_BSD, None, None)[0].experts_TK for name, x_BSD in xs.items()}
     assert chosen["balanced"].sort().values.equal(stage.balanced_experts(512, 3, 16).sort().values)
     assert chosen["balanced"].flatten().bincount().tolist() == [96] * 16
@@ -144,8 +140,7 @@ def test_inputs_make_the_router_choose_the_wanted_experts(
 
 
 def test_short_calls_are_measured_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(gpu.HERE / "gpu_stages"))
-    import stage
+    from benchmarks.gpu_stages import stage
 
     now, durations = [0.0], iter([0.5, 0.02, 0.02, 0.02, 0.08] + [0.02] * 7)
     monkeypatch.setattr(stage.time, "perf_counter", lambda: now[0])
@@ -159,9 +154,8 @@ def test_short_calls_are_measured_more_often(monkeypatch: pytest.MonkeyPatch) ->
     assert len(stage.times_of(call, torch.device("cpu"), rounds=5, warm_up=3, least_ms=200.0)) == 5
 
 
-def test_the_seconds_of_the_parts_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(gpu.HERE / "gpu_stages"))
-    import train
+def test_the_seconds_of_the_parts_of_a_run() -> None:
+    from benchmarks.gpu_stages import train
 
     lines = [
         (10.0, "reading the corpus"),

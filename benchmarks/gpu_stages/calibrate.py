@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from stage import Stage, free_memory, milliseconds, run_stage
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.gpu_stages.stage import Stage, free_memory, milliseconds, run_stage
 from common.text import to_json
 
 DTYPE = torch.bfloat16

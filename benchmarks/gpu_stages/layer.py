@@ -21,11 +21,19 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from stage import Stage, balanced_experts, free_memory, relative_error, run_stage, skewed_logits, times_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.config import ModelConfig, RouterConfig
+from benchmarks.gpu_stages.stage import (
+    Stage,
+    balanced_experts,
+    free_memory,
+    relative_error,
+    run_stage,
+    skewed_logits,
+    times_of,
+)
+from benchmarks.moe_layer import mixwright_layer, transformers_layer
 from moe.feedforward import FeedForward, gated
 from moe.kernels import eager_kernels
 from moe.layer import MoELayer
@@ -157,14 +165,10 @@ def rows_per_expert(x_BSD: Tensor, weights: Weights, top_k: int) -> Tensor:
     return torch.bincount(logits_TE.topk(top_k, dim=1).indices.flatten(), minlength=len(weights.router_ED))
 
 
-def mixwright_layer(shape: Shape, weights: Weights, dtype: torch.dtype) -> MoELayer:
+def layer_with(shape: Shape, weights: Weights, dtype: torch.dtype) -> MoELayer:
     """Return Mixwright's layer with weights of `dtype`."""
-    config = ModelConfig(
-        dim=shape.dim, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, hidden_dim=shape.hidden,
-        num_experts=shape.experts, top_k=shape.top_k, num_shared_experts=shape.shared,
-    )  # fmt: skip
     with torch.device("meta"):
-        layer = MoELayer(config, RouterConfig(), 0)
+        layer = mixwright_layer(shape.dim, shape.experts, shape.hidden, shape.top_k, shared=shape.shared)
     layer = layer.to(dtype).to_empty(device=weights.router_ED.device)
     values = {
         "router.weight": weights.router_ED,
@@ -192,7 +196,7 @@ def without_kernels(call: Callable[..., Result]) -> Callable[..., Result]:
 def mixwright(
     shape: Shape, weights: Weights, dtype: torch.dtype, compiled: bool = False, kernels: bool = True
 ) -> Implementation:
-    layer = mixwright_layer(shape, weights, dtype)
+    layer = layer_with(shape, weights, dtype)
     # Without a GPU, compiling takes long and needs a C++ compiler.
     backend = "inductor" if weights.router_ED.is_cuda else "aot_eager"
     module = torch.compile(layer, backend=backend, dynamic=False) if compiled else layer
@@ -220,15 +224,8 @@ def with_shared(shape: Shape, weights: Weights, call: Callable[[Tensor], Tensor]
 
 
 def transformers_block(shape: Shape, weights: Weights) -> Implementation:
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-
-    config = MixtralConfig(
-        hidden_size=shape.dim, intermediate_size=shape.hidden, num_local_experts=shape.experts,
-        num_experts_per_tok=shape.top_k, experts_implementation="grouped_mm",
-    )  # fmt: skip
     with torch.device("meta"):
-        block = MixtralSparseMoeBlock(config)
+        block: Any = transformers_layer(shape.dim, shape.experts, shape.hidden, shape.top_k, "grouped_mm")
     block = block.to(DTYPE).to_empty(device=weights.router_ED.device)
     with torch.no_grad():
         block.gate.weight.copy_(weights.router_ED)
@@ -473,7 +470,7 @@ def measure_parts(stage: Stage, shape: Shape) -> None:
     """Measure the parts of Mixwright's layer, with fp32 weights and skewed routing."""
     weights = Weights(shape, stage.device)
     x_BSD = inputs(shape, weights, sequence_length(shape))["skewed"]
-    layer = mixwright_layer(shape, weights, torch.float32)
+    layer = layer_with(shape, weights, torch.float32)
     del weights
     experts, dispatcher = layer.experts, layer.dispatcher
     x_TD = x_BSD.detach().flatten(0, 1).requires_grad_()

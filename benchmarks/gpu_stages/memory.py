@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_stages.models import LENGTH, MODELS, ROWS, draw_weights, example_batch
 from benchmarks.gpu_stages.stage import Stage, first_line, free_memory, one_process, run_stage
 from data.batch import Batch
 from moe.config import ModelConfig, RouterConfig
@@ -30,15 +31,6 @@ from training.config import OptimConfig
 from training.engine import NativeEngine
 from training.step import train_step
 
-ROWS, LENGTH = 4, 4096
-A = ModelConfig(
-    dim=2048, num_layers=16, num_heads=16, num_kv_heads=4, head_dim=128, hidden_dim=3584, num_experts=8, top_k=2,
-    vocab_size=32_000,
-)  # fmt: skip
-B = ModelConfig(
-    dim=2048, num_layers=6, num_heads=16, num_kv_heads=4, head_dim=128, hidden_dim=1408, num_experts=64, top_k=6,
-    num_shared_experts=2, vocab_size=50_304,
-)  # fmt: skip
 TINY = ModelConfig(
     dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, hidden_dim=96, num_experts=4, top_k=2,
     vocab_size=160,
@@ -48,7 +40,7 @@ MODES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 def main(stage: Stage) -> None:
-    models = {"tiny": TINY} if stage.tiny else {"A": A, "B": B}
+    models = {"tiny": TINY} if stage.tiny else MODELS
     rows, length = (2, 64) if stage.tiny else (ROWS, LENGTH)
     with one_process(stage.device) as mesh:
         for recompute in MODES:
@@ -125,15 +117,11 @@ class Step:
     def run(self, model: ModelConfig, recompute: Recompute, rows: int, length: int) -> None:
         empty = self.allocated()
         built = build_model(model, ROUTER, self.mesh, compute_dtype=torch.bfloat16, seed=None, recompute=recompute)
-        with torch.no_grad():
-            for parameter in built.parameters():
-                parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(std=model.init_std)
-            for buffer in built.buffers():
-                buffer.zero_()
+        draw_weights(built)
         self.found["weights"] = self.allocated() - empty
         engine = NativeEngine([built], OptimConfig(lr=1e-4), self.mesh)
         self.found["moments"] = self.allocated() - empty - self.found["weights"]
-        batch = random_batch(rows, length, model.vocab_size or 0)
+        batch = example_batch(rows, length, model.vocab_size or 0)
         before = 0
 
         def backward(loss: Tensor) -> None:
@@ -197,15 +185,6 @@ class Step:
             model(ModelInputs(on_device.tokens_BS, on_device.positions_BS), predict=predict)
         if self.device.type != "cuda":
             self.found["saved"] = sum(self.shapes.values())
-
-
-def random_batch(rows: int, length: int, vocab: int) -> Batch:
-    """Return rows of one document without padding."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, labels = (torch.randint(0, vocab, (rows, length), generator=generator) for _ in range(2))
-    positions = torch.arange(length).expand(rows, -1).contiguous()
-    domains = torch.zeros(rows, length, dtype=torch.uint8)
-    return Batch(tokens, labels, positions, torch.zeros(rows, length, dtype=torch.int32), domains)
 
 
 if __name__ == "__main__":

@@ -163,7 +163,7 @@ class Comparison:
         if not expected.is_floating_point():
             return float((found.cpu() != expected.cpu()).sum())  # the number of different elements
         size = math.sqrt(expected.numel())
-        if expected.detach().double().norm() < 1e-9 * size:  # a gradient that is 0 has no scale of its own
+        if expected.detach().double().norm() < 1e-9 * size:  # relative to a gradient of 0, every error is infinite
             return (found.detach().double().norm() / size).item() if size else 0.0
         return relative_error(found, expected)
 

@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from stage import Stage, free_memory, one_process, run_stage, synchronize, with_compile
 
+from benchmarks.gpu_stages.models import LENGTH, MODELS, ROWS, draw_weights, transformers_model
+from benchmarks.gpu_stages.stage import Stage, free_memory, one_process, run_stage, synchronize, with_compile
 from data.batch import Batch
 from data.config import DataConfig
 from data.loader import Loader
@@ -37,7 +38,6 @@ from moe.accounting.flops import MatmulCosts, attended_pairs, matmul_costs, meta
 from moe.compiled import CompiledBlocks, compile_clock
 from moe.config import ModelConfig, RouterConfig
 from moe.kernels import eager_kernels
-from moe.model import Transformer
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.mesh import Mesh
@@ -76,18 +76,8 @@ class Size:
     rows: int
 
 
-FULL = Size(4096, 4)
+FULL = Size(LENGTH, ROWS)
 TINY = Size(128, 2)
-MODELS = {
-    "A": ModelConfig(
-        dim=2048, num_layers=16, num_heads=16, num_kv_heads=4, head_dim=128, hidden_dim=3584, num_experts=8, top_k=2,
-        vocab_size=32_000,
-    ),
-    "B": ModelConfig(
-        dim=2048, num_layers=6, num_heads=16, num_kv_heads=16, head_dim=128, hidden_dim=11_264, num_experts=64, top_k=6,
-        num_shared_experts=2, expert_hidden_dim=1408, vocab_size=50_304,
-    ),
-}  # fmt: skip
 
 
 def tiny(model: ModelConfig) -> ModelConfig:
@@ -117,7 +107,7 @@ class Text:
         stream: list[int] = []
         starts: list[int] = []
         order = np.random.default_rng(0).permutation(len(words))
-        for document in order[: max(1, len(order))]:
+        for document in order:
             starts.append(len(stream))
             stream += [BOS, *(ids.get(word, UNKNOWN) for word in words[document]), EOS]
         repeats = -(-tokens // len(stream))
@@ -186,25 +176,12 @@ def configuration(model: ModelConfig, size: Size, device: torch.device, recomput
     return with_compile(config, False)
 
 
-@torch.no_grad()
-def initialize(model: Transformer) -> None:
-    """Draw the initial weights on the device, with the standard deviations of `moe.init`."""
-    for buffer in model.buffers():
-        buffer.zero_()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            residual = name.removesuffix(".weight").endswith((".wo", ".w_down"))
-            parameter.normal_(std=model.config.init_std / (math.sqrt(2 * model.config.num_layers) if residual else 1))
-
-
 def build(config: Config, mesh: Mesh) -> NativeEngine:
     """Return the engine of the whole model with initial weights."""
     torch.manual_seed(0)
     parts = build_parts(config, config.model, mesh, compute_dtype(config.train.precision, mesh.device), seed=None)
     for part in parts:
-        initialize(part)
+        draw_weights(part)
     return NativeEngine(parts, config.optim, mesh)
 
 
@@ -359,30 +336,11 @@ PROFILE_OF_PEER_S = 45.0
 
 def measure_peer(stage: Stage, size: Size, text: Text, *, compiled: bool) -> None:
     """Train transformers' Mixtral with the shape of model A, and add rows as `Run.measure` does."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
     model = tiny(MODELS["A"]) if stage.tiny else MODELS["A"]
-    config = MixtralConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.dim,
-        intermediate_size=model.hidden_dim,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        num_local_experts=model.num_experts,
-        num_experts_per_tok=model.top_k,
-        max_position_embeddings=size.seq_len,
-        use_cache=False,
-        sliding_window=None,
-        tie_word_embeddings=False,
-    )
     torch.manual_seed(0)
-    kernels = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
     with stage.timed("peer: build"), stage.device:
-        peer = MixtralForCausalLM._from_config(config, dtype=torch.bfloat16, **kernels)
+        peer = transformers_model(model, size.seq_len, torch.bfloat16, "grouped_mm")
     stage.check("the peer has bf16 weights", {weight.dtype for weight in peer.parameters()} == {torch.bfloat16})
-    peer.train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     loader = make_loader(text, size, whole_rows=True)
     costs = matmul_costs(meta_model(model, RouterConfig()))

@@ -189,7 +189,7 @@ def _experts(
 def check_dispatch(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
     comparison = Comparison(stage, "dispatch, combine: sizes x drops x static")
     sizes = ((257, 2, 128), (130, 7, 13), (1, 1, 13), (40, 8, 2048))
-    """Tokens, top-k, width. Each compiles kernels of its own."""
+    """Tokens, top-k, width. Triton compiles the kernels for each of them."""
     for dtype, (tokens, top_k, dim), dropped, static in itertools.product(dtypes, sizes, (False, True), (False, True)):
         name = f"{NAMES[dtype]} T={tokens} k={top_k} D={dim}{' drops' * dropped}{' static' * static}"
         pairs = partial(_dispatch, stage.device, dtype, tokens, top_k, dim, dropped, static)

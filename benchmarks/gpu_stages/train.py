@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stage import Stage, run_stage
+from benchmarks.gpu_stages.stage import Stage, run_stage
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAIN_BYTES = {"stdlib": 8_000_000, "torch": 7_000_000, "transformers": 7_000_000, "mixwright": 3_000_000}

@@ -1,4 +1,4 @@
-"""`train.compile`: when blocks are compiled, and what the user is told if they are not."""
+"""`train.compile`: when a run compiles its blocks, and the line that it prints if it does not."""
 
 import os
 from dataclasses import replace
