@@ -18,12 +18,10 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handl
 from torch._dynamo.exc import TorchDynamoException, Unsupported
 
 from moe.attention.cache import LayerCache
+from moe.graph_limit import raise_graph_limit
 from moe.layer import Block
 from moe.router import RouterStats
 from moe.token_context import TokenContext
-
-MAX_GRAPHS = 64
-"""The largest number of graphs of one process. torch raises an error beyond it; it does not run the block eagerly."""
 
 
 class CompiledBlocks:
@@ -47,8 +45,7 @@ class CompiledBlocks:
         """
         self._refusing = TorchDynamoException if alone else Unsupported
         self.refusal: str | None = None
-        config: Any = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
+        raise_graph_limit()
         compile_clock().listen()
         # In bf16, kernels on GPUs round where eager code rounds, although they keep numbers in fp32.
         options: Any = {"emulate_precision_casts": True} if backend == "inductor" else None

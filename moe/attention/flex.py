@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from moe.graph_limit import raise_graph_limit
 from moe.token_context import TokenContext
 
-MAX_GRAPHS = 64
-"""The largest number of graphs of the compiled functions: one for each dtype, kind of mask and kind of call."""
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -89,6 +88,5 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the compiled function. It raises an error beyond the limit of graphs: uncompiled, it would store all
     scores."""
     if not torch.compiler.is_compiling():
-        config: Any = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, MAX_GRAPHS)
+        raise_graph_limit()
     return torch.compile(function, fullgraph=True)
