@@ -47,6 +47,18 @@ class CheckpointError(UserError):
     """A checkpoint cannot be written, is damaged, or does not fit the model it is loaded into."""
 
 
+class TrainingFailure(RuntimeError):
+    """Training cannot go on, and no key of the configuration is wrong. The message is one line, the exit status 1.
+
+    Attributes:
+        alone: whether only this rank has failed. Otherwise all ranks raise the same message.
+    """
+
+    def __init__(self, message: str, *, alone: bool = False) -> None:
+        super().__init__(message)
+        self.alone = alone
+
+
 class PreflightError(UserError):
     """The ranks were not started alike, or some did not start. Every rank that started raises the same message."""
 

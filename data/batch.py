@@ -64,17 +64,16 @@ class Batch:
             raise DataError(f"batch.labels_BS: expected {IGNORE} on padding (documents_BS < 0), found labels")
 
     @classmethod
-    def stack(cls, rows: Sequence[Row], first_number: int | None = None) -> "Batch":
+    def stack(cls, rows: Sequence[Row], numbers: Sequence[int] | None = None) -> "Batch":
         """Return rows of equal length as a batch on the CPU.
 
         Args:
-            first_number: the number of the first row in the global order of training. None: no `numbers_BS`.
+            numbers: the numbers of the rows in the global order of training. None: no `numbers_BS`.
         """
         tensors = [torch.from_numpy(np.stack(columns)) for columns in zip(*rows, strict=True)]
-        if first_number is not None:
+        if numbers is not None:
             length = tensors[0].shape[1]
-            places = torch.arange(first_number * length, (first_number + len(rows)) * length)
-            tensors.append(places.view(len(rows), length))
+            tensors.append(torch.tensor(numbers).unsqueeze(1) * length + torch.arange(length))
         return cls(*tensors)
 
     def part(self, pieces: Sequence[int], of: int) -> "Batch":

@@ -79,23 +79,37 @@ class Loader:
         self.cross_documents = cross_documents
         self._num_rows = split.num_rows(seq_len)
         self._rows = 0
+        self._skipped: list[tuple[int, int]] = []
+        """First row and end of each range of the global order that no step takes, in order."""
         self._epoch = 0
         self._order = epoch_order(seed, 0, self._num_rows)
 
     def next_step(self) -> list[Batch]:
         """Return the A micro-batches, each [B, S], of this rank for the next optimizer step.
 
-        A step takes the next G = `global_batch` rows of the global order. Micro-batch m contains rows m * G/A to
-        (m + 1) * G/A - 1 of them. It is divided into `world_size` equal parts, and this rank takes part `rank`.
+        A step takes the next G = `global_batch` rows of the global order that are not skipped. Micro-batch m contains
+        rows m * G/A to (m + 1) * G/A - 1 of them. It is divided into `world_size` equal parts, and this rank takes part
+        `rank`.
         """
         per_rank = self.global_batch // self.accumulation // self.world_size
         batches = []
         for micro in range(self.accumulation):
-            first = self._rows + (micro * self.world_size + self.rank) * per_rank
-            rows = [self._row(number) for number in range(first, first + per_rank)]
-            batches.append(Batch.stack(rows, first_number=first))
-        self._rows += self.global_batch
+            first = (micro * self.world_size + self.rank) * per_rank
+            numbers = [self._after(count + 1) - 1 for count in range(first, first + per_rank)]
+            batches.append(Batch.stack([self._row(number) for number in numbers], numbers))
+        self._rows = self._after(self.global_batch)
         return batches
+
+    def _after(self, count: int) -> int:
+        """Return the position in the global order after the next `count` rows that are not skipped."""
+        position = self._rows
+        for first, end in self._skipped:
+            if first >= position + count:
+                break
+            if position < end:
+                count -= max(0, first - position)
+                position = end
+        return position + count
 
     def _row(self, number: int) -> Row:
         """Return row `number` of the global order."""
@@ -107,9 +121,11 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values, the same on every rank.
 
-        `rows` is the number of rows that all ranks together have consumed. The other entries identify the global order.
+        `rows` is the number of rows that all ranks together have consumed or skipped, and `skipped` has the ranges that
+        are skipped. The other entries identify the global order.
         """
-        return {"rows": self._rows} | self._identity()
+        skipped = {"skipped": [list(pair) for pair in self._skipped]} if self._skipped else {}
+        return {"rows": self._rows} | skipped | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after `state`, which any rank of any layout can have saved.
@@ -124,6 +140,22 @@ class Loader:
                     f"{keys[name]}={value}: expected {state.get(name)}, the {name} of the checkpoint's rows"
                 )
         self._rows = int(state["rows"])
+        self._skipped = [(int(first), int(end)) for first, end in state.get("skipped", [])]
+
+    def go_back(self, state: dict[str, Any], steps: int, skip: int) -> None:
+        """Go back to `state`, and skip the rows of the last `skip` of the `steps` steps that have followed it.
+
+        These steps must have had the same `global_batch`.
+
+        Raises:
+            DataError: as `load_state_dict`.
+        """
+        skipped = self._skipped  # also the ranges that are younger than `state`
+        self.load_state_dict(state)
+        self._skipped = skipped
+        first, end = self._after((steps - skip) * self.global_batch), self._after(steps * self.global_batch)
+        outside = [pair for pair in skipped if pair[1] <= first or pair[0] >= end]
+        self._skipped = sorted([*outside, (first, end)])
 
     def _identity(self) -> dict[str, Any]:
         return {"corpus": self.split.key, "seq_len": self.seq_len, "seed": self.seed}

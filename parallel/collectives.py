@@ -10,8 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from common.text import parse_json, to_json
+
 Collective = Callable[[Tensor, int, dist.ProcessGroup], Tensor]
 """Computes (tensor, dim, group) -> tensor."""
+
+
+def all_gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Return the JSON value of every rank of `group`, in rank order. Collective; it uses CPU tensors.
+
+    `dist.all_gather_object` would unpickle what other ranks send, which can run code.
+    """
+    text = torch.frombuffer(bytearray(to_json(value).encode()), dtype=torch.uint8)
+    lengths = torch.zeros(group.size(), dtype=torch.int64)
+    lengths[group.rank()] = len(text)
+    dist.all_reduce(lengths, group=group)
+    texts = torch.zeros(group.size(), int(lengths.max()), dtype=torch.uint8)
+    texts[group.rank(), : len(text)] = text
+    dist.all_reduce(texts, group=group)  # Every other rank adds zeros.
+    return [parse_json(bytes(row[:length].tolist())) for row, length in zip(texts, lengths.tolist(), strict=True)]
 
 
 class RowExchange:

@@ -31,6 +31,9 @@ class GradientReducer:
         self.tied = tied
         self.groups = {name: replica_group(name, mesh) for name in parameters}
         """The ranks that store the same shard of each parameter."""
+        self.local_norms: dict[str, Tensor] = {}
+        """Parameter -> the L2 norm of this rank's gradient before the last `sum`, a scalar on the gradient's device.
+        With FSDP, this gradient is already the sum over the ranks that store other shards."""
 
     def sum(self) -> None:
         """Sum each gradient, in place, over the ranks that store the same shard of its parameter.
@@ -43,6 +46,9 @@ class GradientReducer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             by_group.setdefault(self.groups[name], []).append(parameter.grad)
+        if self.parameters:
+            norms = torch._foreach_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+            self.local_norms = dict(zip(self.parameters, norms, strict=True))
         for group, gradients in by_group.items():
             if group.size() > 1:
                 _sum_in_buckets(gradients, group)
@@ -59,14 +65,20 @@ class GradientReducer:
             all.
         """
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
-        by_copies: dict[int, list[Tensor]] = {}
+        by_copies: dict[int, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 copies = self.groups[name].size() * (2 if name in self.tied else 1)
-                by_copies.setdefault(copies, []).append(parameter.grad)
+                by_copies.setdefault(copies, {})[name] = parameter.grad
         for copies, gradients in by_copies.items():
+            # The gradients that only this rank has are those of which `sum` has computed the norms.
+            norms = (
+                [self.local_norms[name] for name in gradients]
+                if copies == 1
+                else torch._foreach_norm(list(gradients.values()))
+            )
             # With offload, the gradients of routers are on the device, and the others are in host memory.
-            norms = [norm.double().to(total.device) for norm in torch._foreach_norm(gradients)]
+            norms = [norm.double().to(total.device) for norm in norms]
             total += torch.stack(norms).square().sum() / copies
         dist.all_reduce(total, group=self.mesh.world)
         return total.sqrt()

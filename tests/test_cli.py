@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from common import plugins
-from common.errors import ConfigError
+from common.errors import ConfigError, TrainingFailure
 from common.strict import from_dict, leaf_keys
 from moe.config import ROUTER_CONFIGS
 from parallel.startup.launch import WorkerFailure, World
@@ -169,7 +169,10 @@ def test_sweep_directory_is_chosen_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_message_of_a_worker_failure() -> None:
     assert user_message(WorkerFailure(2, "data.paths=x: expected a file"), []) == "data.paths=x: expected a file"
-    assert user_message(WorkerFailure(1, "Traceback"), []) is None
+    assert user_message(WorkerFailure(1, "Traceback (most recent call last):\n..."), []) is None
+    killed = "worker 1 (process 7) was killed by SIGKILL"
+    assert user_message(WorkerFailure(-9, killed), []) == killed
+    assert user_message(TrainingFailure("step 7: no memory"), []) == "step 7: no memory"
     assert user_message(RuntimeError("bug"), []) is None
 
 

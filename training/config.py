@@ -177,6 +177,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """What a run does if its figures show that something is wrong (docs/reliability.md)."""
+
+    on_nan: Literal["stop", "rewind"] = "stop"
+    """After five steps in a row whose gradient norm is not finite: end the run, or go back to the last checkpoint and
+    skip the rows of these steps and of the step before them."""
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """Where a run's figures are shown besides `metrics.jsonl`."""
 
@@ -216,6 +225,7 @@ class EngineConfig:
 
 
 NATIVE = EngineConfig()
+HEALTHY = HealthConfig()
 
 
 @dataclass(frozen=True)
@@ -254,6 +264,7 @@ class Config:
     tracking: TrackingConfig
     launch: LaunchConfig
     engine: EngineConfig = NATIVE
+    health: HealthConfig = HEALTHY
     plugins: tuple[str, ...] = ()
     """Python modules to import before anything else: paths of `.py` files, entry points of `mixwright.plugins`, or
     module names. They register routers, corpora, optimizers and so on (docs/extending.md)."""

@@ -48,6 +48,12 @@ class Engine(Protocol):
         If the norm is not finite, no weight changes on any rank.
         """
 
+    def gradient_norms(self) -> Mapping[str, Tensor]:
+        """The L2 norm of this rank's gradient of each parameter in the last step, before the sum over ranks.
+
+        Scalars on the device. Empty if the engine does not know them.
+        """
+
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Weights, buffers and moments under engine-neutral names, for saving and for loading in place."""
 
@@ -146,6 +152,9 @@ class NativeEngine:
             self.optimizer.grad_scale = (norm / self.max_grad_norm).clamp(min=1).float()  # type: ignore[attr-defined]
         self.optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
         self.optimizer.step()
+
+    def gradient_norms(self) -> Mapping[str, Tensor]:
+        return self.gradients.local_norms
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """The shards of all weights and persistent buffers, and the optimizer state of the trainable weights.

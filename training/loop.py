@@ -6,7 +6,6 @@ optimizer step and the evaluation), `report` (what is printed and written).
 """
 
 import dataclasses
-import math
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -38,6 +37,7 @@ from training.config import Config
 from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
 from training.engine import Engine
 from training.formats.reader import open_model
+from training.health import RefusedSteps
 from training.report.metrics import router_metrics, telemetry_metrics
 from training.report.profile import StepProfiler
 from training.report.run_report import (
@@ -49,12 +49,11 @@ from training.report.run_report import (
     show_start,
 )
 from training.report.trackers import Recorder
+from training.rewind import Rewind
 from training.run import save_config
 from training.step import Evaluation, StepResult, evaluate
-from training.steps import run_steps
+from training.steps import Steps
 
-MAX_NONFINITE_STEPS = 5
-"""A step whose gradient norm is not finite changes no weight. After this many in a row the run fails."""
 TEMPERATURE = 0.8
 
 
@@ -122,12 +121,12 @@ def train(config: Config) -> dict[str, Any]:
     # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
 
-    # 6. The loop over optimizer steps, which `run_steps` runs.
+    # 6. The loop over optimizer steps, which `Steps` runs.
     first_step = run.state["step"] if run.state else 0
     resumed_step = first_step if run.state else None
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
     compilation = CompilationReport(engine.parts)
-    evaluation, newest_checkpoint, nonfinite_steps = None, run.checkpoint, 0
+    evaluation, newest_checkpoint, health = None, run.checkpoint, RefusedSteps(config.health, mesh)
     profiling = config.train.profile and process.is_main and first_step < steps
     with (
         Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder,
@@ -139,29 +138,29 @@ def train(config: Config) -> dict[str, Any]:
             saves = is_due(done, config.checkpoint.every, steps)
             return evaluates or saves or (profiler is not None and profiler.pauses_after(done))
 
-        for done, lr, result, seconds in run_steps(
-            engine, loader, run.config, first_step, ahead=device.type != "cpu", pauses_after=pauses_after
-        ):
-            throughput.add(result.tokens, step_flops(result, run.costs), seconds)
+        steps_ahead = device.type != "cpu"
+        queue = Steps(engine, loader, run.config, first_step, ahead=steps_ahead, pauses_after=pauses_after)
+        rewind = Rewind(run, engine, loader, queue, recorder)
+        for step in queue:
+            done, result = step.done, step.result
+            throughput.add(result.tokens, step_flops(result, run.costs), step.seconds)
             if profiler is not None:
                 profiler.step(result)
-            nonfinite_steps = 0 if math.isfinite(result.grad_norm) else nonfinite_steps + 1
-            if nonfinite_steps == MAX_NONFINITE_STEPS:
-                raise RuntimeError(
-                    f"step {done}: the gradient norm is {result.grad_norm}, and has not been finite for "
-                    f"{nonfinite_steps} steps in a row"
-                )
-
-            row = step_row(result, lr) | speed_row(throughput, peak)
-            write = done == 1 or is_due(done, config.train.log_every, steps)
+            found = health.check(step)
+            row = step_row(result, step.lr) | speed_row(throughput, peak) | found.row
+            write = done == 1 or is_due(done, config.train.log_every, steps) or bool(found.row)
             if write:
                 throughput.start_interval()
             if is_due(done, config.train.eval_every, steps):
                 evaluation = evaluator.evaluate()
                 row |= evaluation_row(evaluation)
                 write = True
-            recorder.note(*compilation.lines())
+            recorder.note(*compilation.lines(), *found.lines)
             recorder.step(row, done, write=write)
+
+            if found.problem is not None:
+                newest_checkpoint = rewind.go_back(done, found)  # or end the run
+                continue
 
             if is_due(done, config.checkpoint.every, steps, at_end=config.checkpoint.at_end):
                 state = checkpoint_state(run, engine, loader, done)

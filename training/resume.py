@@ -75,6 +75,7 @@ RULES: dict[str, dict[str, str]] = {
         FREE: "start_timeout_s timeout_s",
     },
     "checkpoint": {FREE: "every keep at_end"},
+    "health": {LISTED: "on_nan"},
     "tracking": {FREE: "wandb project entity trackers"},
     "launch": {FREE: "nproc max_restarts threads"},
     "engine": {LISTED: "kind zero_stage ds_config"},

@@ -179,7 +179,14 @@ def prepare_step(engine: Engine, batches: list[Batch], router: RouterConfig, see
 class PendingResult:
     """The figures of an optimizer step that a GPU may still be computing. The host gets them in one copy."""
 
-    def __init__(self, loss: StepLoss, grad_norm: Tensor, inputs: StepInputs) -> None:
+    def __init__(
+        self, loss: StepLoss, grad_norm: Tensor, inputs: StepInputs, gradient_norms: Mapping[str, Tensor]
+    ) -> None:
+        """
+        Args:
+            gradient_norms: what `Engine.gradient_norms` returned.
+        """
+        self._gradient_norms = gradient_norms
         self.router, self.is_moe = loss.router, loss.layers > 0
         self.labels, self.loss_tokens = loss.labels, loss.tokens
         self.tokens, self.pairs = inputs.tokens, inputs.pairs
@@ -211,6 +218,13 @@ class PendingResult:
         telemetry = dict(zip(names, means_XL[len(means_XL) - len(names) :], strict=True))
         return result._replace(router=extra[0], telemetry=telemetry)
 
+    def nonfinite_gradients(self) -> list[str]:
+        """Return the parameters of which this rank's own gradient is not finite, in the model's order.
+
+        The host waits for the device and copies a number per parameter, so this is for steps that were refused.
+        """
+        return [name for name, norm in self._gradient_norms.items() if not math.isfinite(norm.item())]
+
 
 def start_step(engine: Engine, inputs: StepInputs, router: RouterConfig, lr: float) -> PendingResult:
     """Run the forward and backward passes of this rank's micro-batches, one update, then the routers' own updates.
@@ -231,7 +245,7 @@ def start_step(engine: Engine, inputs: StepInputs, router: RouterConfig, lr: flo
     for model in engine.parts if config.is_moe else []:
         update_routers(model, loss.counts_LE[model.moe_layers], grad_norm.isfinite())
     _all_reduce(loss.sums, mesh.world)
-    return PendingResult(loss, grad_norm, inputs)
+    return PendingResult(loss, grad_norm, inputs, engine.gradient_norms())
 
 
 def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: float, seed: int = 0) -> StepResult:

@@ -5,6 +5,7 @@ the next step, and only then reads the figures of this one, so that the GPU alwa
 the model is evaluated or saved, nothing is queued ahead.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -29,6 +30,8 @@ class FinishedStep(NamedTuple):
     result: StepResult
     seconds: float
     """The time on the device between the end of the step before, or of the pause before, and the end of this step."""
+    nonfinite: tuple[str, ...] = ()
+    """If the gradient norm is not finite: the parameters of which this rank's gradient is not finite."""
 
 
 class Started(NamedTuple):
@@ -39,16 +42,8 @@ class Started(NamedTuple):
     pending: PendingResult
 
 
-def run_steps(
-    engine: Engine,
-    loader: Loader,
-    config: Config,
-    first_step: int,
-    *,
-    ahead: bool,
-    pauses_after: Callable[[int], bool],
-) -> Iterator[FinishedStep]:
-    """Run the optimizer steps from `first_step` to the end of the run, and yield each of them when it is finished.
+class Steps(Iterator[FinishedStep]):
+    """Runs the optimizer steps from `first_step` to the end of the run, and yields each of them when it is finished.
 
     While the caller handles a step after which the run pauses, no later step has been started, and the loader's
     position is that after this step.
@@ -59,37 +54,67 @@ def run_steps(
             after every step.
         pauses_after: the number of steps done -> whether the caller evaluates or saves the model then.
     """
-    steps, seed = config.train.steps, config.run.seed
-    inputs: StepInputs | None = None
-    unread: deque[Started] = deque()
-    before = Moment(engine.mesh.device)
 
-    def next_inputs() -> StepInputs:
+    def __init__(
+        self,
+        engine: Engine,
+        loader: Loader,
+        config: Config,
+        first_step: int,
+        *,
+        ahead: bool,
+        pauses_after: Callable[[int], bool],
+    ) -> None:
+        self.engine, self.loader, self.config = engine, loader, config
+        self.ahead, self.pauses_after = ahead, pauses_after
+        self._started = first_step
+        """The number of steps that have been started."""
+        self._inputs: StepInputs | None = None
+        """Those of the next step, if they are prepared."""
+        self._unread: deque[Started] = deque()
+        self._before = Moment(engine.mesh.device)
+        """The end of the last step that was read, or of the pause after it."""
+        self._finished = self._run()
+
+    def __next__(self) -> FinishedStep:
+        return next(self._finished)
+
+    def go_back(self, step: int) -> None:
+        """Continue after `step`, an earlier one. The caller has changed the engine's and the loader's state to it.
+
+        A step that has been started, and not yielded, is forgotten.
+        """
+        self._started, self._inputs = step, None
+        self._unread.clear()
+        self._before = Moment(self.engine.mesh.device)
+
+    def _run(self) -> Iterator[FinishedStep]:
+        engine, config, steps = self.engine, self.config, self.config.train.steps
+        try:
+            while self._started < steps:
+                lr = learning_rate(self._started, steps, config.optim)
+                inputs, self._inputs = self._inputs or self._next_inputs(), None
+                self._started += 1
+                self._unread.append(Started(self._started, lr, start_step(engine, inputs, config.router, lr)))
+                pause = not self.ahead or self._started == steps or self.pauses_after(self._started)
+                if not pause:
+                    self._inputs = self._next_inputs()
+                while len(self._unread) > (0 if pause else 1):
+                    yield self._read_next()
+                if pause:
+                    self._before = Moment(engine.mesh.device)
+        except (Exception, KeyboardInterrupt):
+            while self._unread:  # The steps before the one that failed.
+                yield self._read_next()
+            raise
+
+    def _next_inputs(self) -> StepInputs:
         with record_function(DATA):
-            return prepare_step(engine, loader.next_step(), config.router, seed)
+            return prepare_step(self.engine, self.loader.next_step(), self.config.router, self.config.run.seed)
 
-    def read_next() -> FinishedStep:
-        nonlocal before
-        step = unread.popleft()
+    def _read_next(self) -> FinishedStep:
+        step = self._unread.popleft()
         result = step.pending.read()
-        start, before = before, step.pending.end
-        return FinishedStep(step.done, step.lr, result, before.seconds_since(start))
-
-    try:
-        for step in range(first_step, steps):
-            done, lr = step + 1, learning_rate(step, steps, config.optim)
-            if inputs is None:
-                inputs = next_inputs()
-            unread.append(Started(done, lr, start_step(engine, inputs, config.router, lr)))
-            inputs = None
-            pause = not ahead or done == steps or pauses_after(done)
-            if not pause:
-                inputs = next_inputs()
-            while len(unread) > (0 if pause else 1):
-                yield read_next()
-            if pause:
-                before = Moment(engine.mesh.device)
-    except (Exception, KeyboardInterrupt):
-        while unread:  # The steps before the one that failed.
-            yield read_next()
-        raise
+        start, self._before = self._before, step.pending.end
+        nonfinite = () if math.isfinite(result.grad_norm) else tuple(step.pending.nonfinite_gradients())
+        return FinishedStep(step.done, step.lr, result, self._before.seconds_since(start), nonfinite)

@@ -57,7 +57,7 @@ from training.report.profile import (
     summarize_trace,
 )
 from training.step import StepResult
-from training.steps import run_steps
+from training.steps import Steps
 
 ROOT = Path(__file__).resolve().parents[2]
 LR, WARM_UP, TIMED, PROFILED = 3e-4, 12, 6, 2
@@ -186,7 +186,7 @@ def build(config: Config, mesh: Mesh) -> NativeEngine:
 
 
 class Run:
-    """A model in training: its engine, its data and its steps, which `training.steps.run_steps` runs."""
+    """A model in training: its engine, its data and its steps, which `training.steps.Steps` runs."""
 
     def __init__(
         self, name: str, stage: Stage, mesh: Mesh, size: Size, text: Text, recompute: str, *, compiled: bool
@@ -213,7 +213,7 @@ class Run:
         """Begin at the first row, with the learning rate's warm-up."""
         loader = make_loader(self.text, self.size, whole_rows=whole_rows)
         ahead = self.stage.device.type == "cuda"
-        self.steps = run_steps(self.engine, loader, self.config, 0, ahead=ahead, pauses_after=lambda done: False)
+        self.steps = Steps(self.engine, loader, self.config, 0, ahead=ahead, pauses_after=lambda done: False)
 
     def compile(self) -> None:
         """Compile every block of the model by itself."""

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from common.errors import ConfigError, RunError, UserError, require
+from common.errors import ConfigError, RunError, TrainingFailure, UserError, require
 from common.plugins import load_plugins
 from common.strict import from_dict, leaf_keys, suggested_key, unknown_key
 from common.text import nearest, one_line, shorten
@@ -258,9 +258,10 @@ def record_failure(
 def end(error: BaseException, arguments: Sequence[str], cls: type = Config) -> NoReturn:
     """End the process: with status 2 and one line if the user can correct the mistake, else with 1 and a traceback.
 
-    After Ctrl-C the status is 130, and if the reader of stdout has ended it is 141. Nothing is printed then.
+    The status is 1 after one line if training cannot go on (`TrainingFailure`), or if a signal killed a worker. After
+    Ctrl-C the status is 130, and if the reader of stdout has ended it is 141. Nothing is printed then.
 
-    Under a launcher only local rank 0 prints the line, because every rank makes the same mistake.
+    Under a launcher only local rank 0 prints a line about a mistake, because every rank makes the same one.
     """
     unread = discard_unread_output()
     if isinstance(error, KeyboardInterrupt):
@@ -272,12 +273,13 @@ def end(error: BaseException, arguments: Sequence[str], cls: type = Config) -> N
     if message is None:
         print(details(error), file=sys.stderr)
         raise SystemExit(1)
-    if not is_launched() or os.environ.get("LOCAL_RANK", "0") == "0":
+    if not is_launched() or os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "alone", False):
         print(f"error: {message}", file=sys.stderr)
     else:
         # A launcher kills the other ranks as soon as one has exited. Local rank 0 has to print first.
         time.sleep(PATIENCE_S)
-    raise SystemExit(2)
+    failed = isinstance(error, TrainingFailure) or getattr(error, "exitcode", 2) != 2
+    raise SystemExit(1 if failed else 2)
 
 
 def discard_unread_output() -> bool:
@@ -291,15 +293,15 @@ def discard_unread_output() -> bool:
 
 
 def user_message(error: BaseException, arguments: Sequence[str], cls: type = Config) -> str | None:
-    """Return the line that tells the user what to change, or None if the user cannot correct the error.
+    """Return the line about a mistake that the user can correct, or about a failure that needs no traceback. Else None.
 
     Args:
         arguments: the command line. It has the value of a key that Hydra refused.
         cls: the configuration dataclass that the command line is for.
     """
     if isinstance(error, WorkerFailure):
-        return error.message if error.exitcode == 2 else None
-    if isinstance(error, UserError):
+        return error.message if error.exitcode == 2 or "\n" not in error.message.strip() else None
+    if isinstance(error, UserError | TrainingFailure):
         return one_line(str(error))
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import UserError
+from common.errors import TrainingFailure, UserError
 from common.plugins import given_plugins, load_plugins
 from common.strict import from_dict, to_dict
 from parallel.startup.launch import (
@@ -169,6 +169,8 @@ def _in_worker(
         return function(from_dict(cls, raw), *arguments)
     except UserError as error:
         raise SystemExit(2) from error
+    except TrainingFailure as error:
+        raise SystemExit(1) from error
     except BrokenPipeError:
         if discard_unread_output():
             raise SystemExit(UNREAD) from None

@@ -19,7 +19,7 @@ from training.config import OptimConfig
 from training.device import Moment
 from training.engine import NativeEngine
 from training.step import move_to_device, train_step
-from training.steps import run_steps
+from training.steps import Steps
 
 MODEL = ModelConfig(
     dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=12, num_experts=4, top_k=2, vocab_size=20,
@@ -112,7 +112,7 @@ def run(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> list:
     monkeypatch.setattr("training.device.time.monotonic", lambda: clock[0])
     rows, found = Rows(clock), []
     trained = engine()
-    for step in run_steps(trained, rows, config(), 0, ahead=ahead, pauses_after=lambda done: done == 3):
+    for step in Steps(trained, rows, config(), 0, ahead=ahead, pauses_after=lambda done: done == 3):
         if step.done == 3:
             assert rows.done == trained.updates == 3
             clock[0] += 100
@@ -135,7 +135,7 @@ def test_steps_ahead_give_the_results_of_steps_one_by_one(monkeypatch):
 @pytest.mark.parametrize("ahead", [True, False])
 def test_the_caller_gets_every_step_before_one_that_fails(ahead):
     done = []
-    steps = run_steps(engine(), Rows([0.0], broken=4), config(), 0, ahead=ahead, pauses_after=lambda done: False)
+    steps = Steps(engine(), Rows([0.0], broken=4), config(), 0, ahead=ahead, pauses_after=lambda done: False)
     with pytest.raises(OSError, match="the disk is gone"):
         done.extend(step.done for step in steps)
     assert done == [1, 2, 3, 4]

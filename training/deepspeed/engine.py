@@ -108,6 +108,10 @@ class DeepSpeedEngine:
         self._updates += math.isfinite(norm)
         return torch.tensor(norm, dtype=torch.float64, device=self.mesh.device)
 
+    def gradient_norms(self) -> Mapping[str, Tensor]:
+        """Return nothing: DeepSpeed sums gradients during the backward pass."""
+        return {}
+
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Return weights, buffers and moments under the native engine's names. Collective, because they are gathered.
 

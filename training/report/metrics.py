@@ -16,7 +16,9 @@ from common.text import parse_json, to_json
 if TYPE_CHECKING:  # the launcher checks the section `tracking` without importing torch
     from torch import Tensor
 
-Value: TypeAlias = float | int | list[float]
+Value: TypeAlias = float | int | list[float] | str
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""How numbers that JSON does not have are written."""
 Row: TypeAlias = dict[str, Value]
 """Metrics of one optimizer step by name."""
 
@@ -26,7 +28,7 @@ class MetricsWriter:
 
     Every row has an integer `step`, and the rows are sorted by it. Floats are written with full precision: reading a
     row gives the same bits. JSON has no NaN and no infinities, so they are written as the strings "NaN", "Infinity" and
-    "-Infinity", which `float()` reads.
+    "-Infinity", which `float()` reads. Other strings are text.
 
     Args:
         path: the file.
@@ -40,6 +42,11 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, resume_step: int | None) -> None:
+        self.path = path
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
+        path = self.path
         if resume_step is None or not path.exists():
             kept = b""
         else:
@@ -58,6 +65,11 @@ class MetricsWriter:
         assert isinstance(row.get("step"), int), row
         self._file.write(to_json({name: _encode(value) for name, value in row.items()}) + "\n")
         self._file.flush()
+
+    def go_back(self, step: int) -> None:
+        """Remove the rows after `step`, as if the run had been resumed from a checkpoint of this step."""
+        self.close()
+        self._open(step)
 
     def sync(self) -> None:
         """Flush the rows to the disk, so that they survive a power cut as the checkpoint written after them does."""
@@ -153,6 +165,8 @@ def telemetry_metrics(telemetry: Mapping[str, Sequence[float]]) -> Row:
 
 
 def _encode(value: Value) -> Value | str | list[float | str]:
+    if isinstance(value, str):
+        return value
     return [_encode_number(number) for number in value] if isinstance(value, list) else _encode_number(value)
 
 
@@ -175,4 +189,4 @@ def _decode_row(line: bytes, path: Path, number: int) -> Row:
 def _decode(value: Any) -> Value:
     if isinstance(value, list):
         return [float(_decode(number)) for number in value]  # type: ignore[arg-type]
-    return math.nan if value is None else float(value) if isinstance(value, str) else value
+    return math.nan if value is None else NOT_FINITE.get(value, value) if isinstance(value, str) else value

@@ -283,6 +283,11 @@ class Progress:
             width = len(str(self.total_steps))
             show_line("  ".join([f"step {step:>{width}}/{self.total_steps}", *values, *self._speed(row)]))
 
+    def go_back(self, step: int) -> None:
+        """Continue after `step`, an earlier one."""
+        self.step = step
+        self._updates.clear()
+
     def print(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._bar is not None:

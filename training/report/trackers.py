@@ -135,6 +135,11 @@ class Trackers(Tracker):
     def finish(self) -> None:
         self._forward(lambda tracker: tracker.finish())
 
+    def go_back(self, newest: int) -> None:
+        """Send the trackers no more rows up to step `newest`: they have had these, and the run repeats the steps."""
+        for name, seen in self._seen.items():
+            self._seen[name] = {*seen, *range(newest + 1)}
+
     def _forward(self, call: Callable[[Tracker], None], step: int | None = None) -> None:
         """Call the trackers, without those that have the row of `step` already."""
         for name, tracker in list(self.running.items()):
@@ -391,6 +396,13 @@ class Recorder(ExitStack):
         if self.active:
             for line in lines:
                 self.progress.print(line)
+
+    def go_back(self, step: int) -> None:
+        """Remove the rows after `step`, which the run repeats. Trackers keep those that they have."""
+        if self.active:
+            self.metrics.go_back(step)
+            self.tracker.go_back(self.progress.step)
+            self.progress.go_back(step)
 
     def sync(self) -> None:
         """Flush the rows to the disk. A checkpoint must not be newer than the rows of its steps."""
