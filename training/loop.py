@@ -147,7 +147,8 @@ def train(config: Config) -> dict[str, Any]:
             if profiler is not None:
                 profiler.step(result)
             found = health.check(step)
-            row = step_row(result, step.lr) | speed_row(throughput, peak) | found.row
+            row = step_row(result, step.lr) | speed_row(throughput, peak)
+            row |= found.row
             write = done == 1 or is_due(done, config.train.log_every, steps) or bool(found.row)
             if write:
                 throughput.start_interval()
