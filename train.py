@@ -46,13 +46,14 @@ from scripts.cli.overrides import quote
 from scripts.cli.workers import execute
 from training.config import Config
 from training.initial import start_from
+from training.owner import RunOwner
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     """Train one run in this process; see `training.loop.train`."""
     from training import loop
 
-    return loop.train(config)
+    return loop.train(config, owner)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -92,11 +93,12 @@ def main() -> None:
         if asks_for_help(typed):
             return show_train_help(typed)
         sys.argv[1:] = job_command(typed)
-        sweep_dir = sweep_directory(sys.argv[1:])
-        if sweep_dir is not None:
-            sys.argv.append(f"hydra.sweep.dir={quote(str(sweep_dir))}")
-        job()
-        sys.stdout.flush()
+        with RunOwner(sweep=True) as sweep:
+            sweep_dir = sweep_directory(sys.argv[1:], sweep)
+            if sweep_dir is not None:
+                sys.argv.append(f"hydra.sweep.dir={quote(str(sweep_dir))}")
+            job()
+            sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
         end(error, typed)
     if sweep_dir is not None:

@@ -1,8 +1,46 @@
 """Durable and atomic file operations."""
 
+import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
+
+KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISLNK, "a symbolic link"),
+)
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file and return its descriptor. This never waits, as opening a named pipe would.
+
+    Args:
+        flags: as of `os.open`.
+
+    Raises:
+        OSError: the file cannot be opened, or is not a regular file. `strerror` names the file then.
+    """
+    try:
+        _expect_regular(path, os.stat(path, follow_symlinks=not flags & os.O_NOFOLLOW).st_mode)
+    except FileNotFoundError:
+        if not flags & os.O_CREAT:
+            raise
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
+    try:
+        _expect_regular(path, os.fstat(descriptor).st_mode)  # It may have been replaced before it was opened.
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _expect_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in KINDS if is_kind(mode)), "a device")
+        raise OSError(errno.EINVAL, f"{path} is {kind}, not a regular file")
 
 
 def fsync(path: Path) -> None:

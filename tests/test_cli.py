@@ -30,6 +30,7 @@ from scripts.cli.help import field_docs
 from scripts.describe import DescribeConfig
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
+from training.owner import RunOwner
 
 ROOT = CONF.parent
 
@@ -57,6 +58,10 @@ def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         (["model..dim=3"], "model..dim=3: expected key=value (a key is names joined by dots)"),
         (["lr=3e-4"], "lr=3e-4: unknown key; the nearest valid key is optim.lr"),
         (["--lr=3e-4"], "--lr=3e-4: expected key=value, or --help for the keys; the nearest valid key is optim.lr"),
+        (
+            ["run.name=."],
+            "run.name='.': expected the path of a directory below run.root: printable characters, no '.' or",
+        ),
         (["run.root=/dev/null/runs"], "run.root=/dev/null/runs: expected a writable directory (Not a directory)"),
         (["-m", "model.dim=64,x", "run.root=/dev/null/runs"], "run.root=/dev/null/runs: expected a writable directory"),
     ],
@@ -158,11 +163,10 @@ def test_local_rank_of_deepspeed_is_stripped() -> None:
 def test_sweep_directory_is_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     root = f"run.root={tmp_path}"
-    assert sweep_directory([root]) is None
+    assert sweep_directory([root], RunOwner(sweep=True)) is None
     sweep = ["-m", root, "experiment=quickstart", "model.top_k=1,2"]
-    assert sweep_directory(sweep) == tmp_path / "quickstart-1"
-    assert sweep_directory(sweep) == tmp_path / "quickstart-2"
-    assert sweep_directory([*sweep, "run.name=mine"]) == tmp_path / "mine"
+    for arguments, name in ((sweep, "quickstart-1"), (sweep, "quickstart-2"), ([*sweep, "run.name=mine"], "mine")):
+        assert sweep_directory(arguments, RunOwner(sweep=True)) == tmp_path / name
     job = plain(OmegaConf.create({"run": {"root": str(tmp_path), "name": "mine"}}), tmp_path / "mine", 3)
     assert job["run"]["name"] == "mine/3"
 
@@ -193,9 +197,9 @@ def test_a_refusal_under_torchrun_leaves_no_run_behind(tmp_path, monkeypatch):
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(workers, "die_with_parent", lambda: None)
 
-    def refuse(config):
-        workers.prepare_directory(config.run, config.run.name)
-        (tmp_path / "refused" / ".lock").touch()
+    def refuse(config, owner):
+        owner.claim_launched(config.run)
+        assert (tmp_path / "refused").is_dir()
         raise ConfigError("model.vocab_size=1: expected more")
 
     with pytest.raises(ConfigError):

@@ -112,6 +112,22 @@ def test_mistakes_that_only_the_data_shows(tmp_path, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["own", "torchrun"])
+def test_two_starts_of_one_name_are_one_run_and_one_refusal(tmp_path, cache, launcher):
+    """The start that is refused removes nothing of the run that goes on."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    arguments = ("run.name=x", "train.steps=2", *(("launch.nproc=2",) if launcher == "own" else ()))
+    starts = [start(tmp_path, cache, *arguments, launcher=torchrun if launcher == "torchrun" else ()) for _ in "12"]
+    errors = {process.communicate(timeout=180)[1]: process.returncode for process in starts}
+    refused = [error for error in errors if "error: run.name=x: expected a run that no other process" in error]
+    # The second start can also come so late that the run has finished.
+    assert [code for error, code in errors.items() if error not in refused] in ([0], [0, 0]), errors
+    assert all(errors[error] == (2 if launcher == "own" else 1) for error in refused)
+    assert json.loads((tmp_path / "x" / "result.json").read_text())["step"] == 2
+    assert [row["step"] for row in numbers(tmp_path / "x")] == [1, 2] and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_bitwise(tmp_path, cache):
     arguments = ("launch.nproc=2", "train.steps=8", "checkpoint.every=2", "train.accumulation=2")
     run(tmp_path, cache, "run.name=whole", *arguments)

@@ -4,6 +4,7 @@ Rank 0 chooses and sends its choice to the other ranks through the launcher's ke
 reported before any process group exists, and no rank waits in a collective for a rank that has ended.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from filelock import BaseFileLock
 
 from common.errors import CheckpointError, DataError, RunError, require
 from common.plugins import changed_plugins, loaded_plugins
@@ -20,15 +20,15 @@ from data.tokens.store import Store, prepare
 from moe.accounting.flops import MatmulCosts, ParameterCounts, count_parameters, matmul_costs, meta_model
 from moe.config import ModelConfig
 from parallel.planning.plan import Plan
-from parallel.startup.launch import World
 from parallel.startup.preflight import check_ranks_agree, collect_properties, flatten
-from parallel.startup.rendezvous import choose_on_rank0, wait_for_all
+from parallel.startup.rendezvous import choose_on_rank0
 from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified
 from training.compilation import choose_compilation
 from training.config import Config, with_vocabulary
 from training.device import Process, check_memory, memory_of_a_rank
 from training.formats.reader import open_model
 from training.layout import build_workload, resolve_layout
+from training.owner import DirectoryLock, RunOwner, join_run, run_token
 from training.report.terminal import show_line
 from training.resume import (
     changed_keys,
@@ -38,7 +38,7 @@ from training.resume import (
     saved_values,
     schedule_lines,
 )
-from training.run import finished_result, lock_run, prepare_directory, torchrun_name
+from training.run import finished_result
 from training.trainable import choose_trainable, trained_elements
 
 
@@ -50,8 +50,8 @@ class AgreedRun:
     """The configuration, with the sizes of the parallel axes that were `auto`, and the length of the schedule."""
     name: str
     directory: Path
-    lock: BaseFileLock | None
-    """Rank 0's lock on the directory; None on other ranks."""
+    lock: DirectoryLock | None
+    """The lock on the directory that rank 0 shares with the launcher; None on other ranks, and if rank 0 owns it."""
     tokens: Store
     """The token store: the training and the held-out tokens, and their tokenizer."""
     model: ModelConfig
@@ -78,11 +78,12 @@ class AgreedRun:
     """The content of `result.json` if the run has reached `train.steps` already."""
 
 
-def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> AgreedRun:
+def agree_on_run(config: Config, process: Process, rank_store: dist.Store, owner: RunOwner | None) -> AgreedRun:
     """Check that the ranks were started alike, and agree on everything that `AgreedRun` has.
 
     Args:
         rank_store: the key-value store of this launch's ranks.
+        owner: claims the run's directory on rank 0. None: the launcher owns it and has chosen `run.name`.
 
     Raises:
         PreflightError: the ranks were not started alike.
@@ -96,11 +97,11 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
     from_rank_0 = partial(choose_on_rank0, rank_store, world)
 
     # The name, the directory and the tokens.
-    name = torchrun_name(config.run, partial(from_rank_0, "name"))
-    directory = prepare_directory(config.run, name)
+    name = from_rank_0("name", lambda: config.run.name if owner is None else owner.claim_launched(config.run))
+    directory = Path(config.run.root) / name
+    lock = join_run(directory, name) if process.is_main and owner is None else None
     tokens = prepare(config.data, verify=world.local_rank == 0, report=show_line if process.is_main else None)
-    check_shared(rank_store, world, directory, tokens.train.key)
-    lock = lock_run(directory, name) if process.is_main else None
+    check_shared(from_rank_0, directory, tokens.train.key)
 
     # The model and its layout.
     model = with_vocabulary(config.model, tokens.tokenizer.vocab_size)
@@ -152,34 +153,36 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store) -> Ag
     )
 
 
-def check_shared(rank_store: dist.Store, world: World, directory: Path, tokens: str) -> None:
-    """Check that all ranks see the same run directory and the same tokens.
+def check_shared(from_rank_0: Callable[[str, Callable[[], Any]], Any], directory: Path, tokens: str) -> None:
+    """Check that this rank sees the run directory and the tokens of rank 0, and can write in the directory.
 
-    Without a shared directory, the run would fail at its first checkpoint.
+    Otherwise the run would fail at its first checkpoint. Nothing is written: only the owner of the directory writes
+    there before the run has started.
 
     Args:
+        from_rank_0: `from_rank_0(key, choose)` calls `choose` on rank 0 only and returns its result on every rank.
         tokens: the hash of this rank's training tokens.
 
     Raises:
-        RunError, DataError: on the ranks that do not see the directory of rank 0, or have other tokens.
+        RunError, DataError: on the ranks that see another directory than rank 0, cannot write it, or have other tokens.
     """
-    probe = f".seen-by-all-{world.restart_count}"
-    if world.rank == 0:
-        (directory / probe).touch()
-    tokens_of_rank_0 = choose_on_rank0(rank_store, world, "tokens", lambda: tokens)
+    token = from_rank_0("token", lambda: run_token(directory))
+    tokens_of_rank_0 = from_rank_0("tokens", lambda: tokens)
     require(
-        (directory / probe).exists(),
+        run_token(directory) == token != "",
         RunError,
         f"run.root={directory.parent}: expected a directory that all nodes share; rank 0 sees another one",
+    )
+    require(
+        os.access(directory, os.W_OK | os.X_OK),
+        RunError,
+        f"run.root={directory.parent}: expected a directory that every rank can write",
     )
     require(
         tokens_of_rank_0 == tokens,
         DataError,
         f"data (tokens {tokens[:12]}): expected the text of rank 0 (tokens {tokens_of_rank_0[:12]}) on every node",
     )
-    wait_for_all(rank_store, world, "probed")
-    if world.rank == 0:
-        (directory / probe).unlink()
 
 
 def find_checkpoint(config: Config, directory: Path, *, restarted: bool, warn: Callable[[str], None]) -> str | None:

@@ -4,7 +4,6 @@ Each section validates its own fields. `Config` validates the combinations of tw
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 from common.errors import ConfigError, expect, expect_fields, located, require
@@ -47,7 +46,7 @@ class RunConfig:
                 name is None or _is_path_below(name),
                 field,
                 repr(name),
-                "the name of a directory below run.root: printable characters, no '..', no space at the ends",
+                "the name of a directory below run.root: printable characters, no '.' or '..', no space at the ends",
             )
         expect(self.init_from != "", "init_from", "''", "a directory, or null")
         expect_fields(
@@ -298,9 +297,7 @@ class Config:
 
 def _is_path_below(name: str) -> bool:
     """Whether `name` can be the path of a directory below another directory."""
-    path = Path(name)
-    below = bool(path.parts) and ".." not in path.parts and not path.is_absolute()
-    return below and name.isprintable() and name == name.strip()
+    return not {"", ".", ".."} & set(name.split("/")) and name.isprintable() and name == name.strip()
 
 
 def with_vocabulary(model: ModelConfig, tokenizer_ids: int) -> ModelConfig:

@@ -38,6 +38,7 @@ from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up
 from training.engine import Engine
 from training.formats.reader import open_model
 from training.health import RefusedSteps
+from training.owner import RunOwner
 from training.report.metrics import router_metrics, telemetry_metrics
 from training.report.profile import StepProfiler
 from training.report.run_report import (
@@ -57,8 +58,11 @@ from training.steps import Steps
 TEMPERATURE = 0.8
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     """Train one run. Every worker process calls this function.
+
+    Args:
+        owner: claims the run's directory on rank 0. None: the launcher owns it and has chosen `run.name`.
 
     Returns:
         On rank 0 the content of `result.json`. On other ranks the same if the run was finished before, else an empty
@@ -73,7 +77,7 @@ def train(config: Config) -> dict[str, Any]:
 
     # 2. The run: the ranks agree on its name, tokens, model, layout and starting point.
     rank_store = open_store(world, config.parallel.start_timeout_s)
-    run = agree_on_run(config, process, rank_store)
+    run = agree_on_run(config, process, rank_store, owner)
     if run.finished_result is not None:
         if process.is_main:
             show_finished(run.directory, run.finished_result)

@@ -35,7 +35,8 @@ from scripts.cli.help import train_help
 from scripts.cli.overrides import PARSER, as_typed, in_grammar, quote, text_keys, values_of
 from training.checkpoint.manifest import CHECKPOINTS
 from training.config import Config, RunConfig
-from training.run import choose_name, prepare_directory, save_config, save_result
+from training.owner import RunOwner
+from training.run import save_config, save_result
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 INTERRUPTED, UNREAD = 130, 141
@@ -182,12 +183,15 @@ def load_named_plugins(raw: Mapping[str, Any]) -> None:
     load_plugins(from_dict(_Plugins, {"plugins": raw.get("plugins", [])}).plugins)
 
 
-def sweep_directory(arguments: Sequence[str]) -> Path | None:
+def sweep_directory(arguments: Sequence[str], owner: RunOwner) -> Path | None:
     """Choose and create the directory of the sweep that the arguments ask for. Return None for a single run.
+
+    Args:
+        owner: claims the directory.
 
     Raises:
         ConfigError: torchrun or deepspeed started this process. Each of its ranks would run the whole sweep.
-        RunError: the directory cannot be written.
+        RunError: the directory cannot be claimed.
     """
     parsed = get_args_parser().parse_args(list(arguments))
     if not is_multirun(parsed):
@@ -210,7 +214,8 @@ def sweep_directory(arguments: Sequence[str]) -> Path | None:
         RunError,
         f"run.name={run.name}: expected a free name for a sweep; {run.root}/{run.name} has jobs already",
     )
-    return prepare_directory(run, choose_name(run))
+    owner.claim(run)
+    return owner.directory
 
 
 def current_job() -> tuple[Path | None, int | None]:
@@ -249,10 +254,15 @@ def record_failure(
         if is_dataclass(cls) and isinstance(raw.get(section), dict):
             defaults = {field.name: field.default for field in fields(cls) if field.default is not MISSING}
             raw[section] = defaults | raw[section]
-    directory = sweep_dir / str(number)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_config(directory, raw)
-    save_result(directory, {"status": "failed", "error": message})
+    run = RunConfig(experiment=sweep_dir.name, name=f"{sweep_dir.name}/{number}", root=str(sweep_dir.parent))
+    try:
+        with RunOwner() as owner:
+            owner.claim(run)
+            assert owner.directory is not None
+            save_config(owner.directory, raw)
+            save_result(owner.directory, {"status": "failed", "error": message})
+    except RunError as refused:
+        print(f"error: job {number}: {refused}", file=sys.stderr)  # Its files may be those of another launch's run.
 
 
 def end(error: BaseException, arguments: Sequence[str], cls: type = Config) -> NoReturn:

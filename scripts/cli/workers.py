@@ -19,7 +19,7 @@ from parallel.startup.launch import (
 from scripts.cli.command_line import UNREAD, discard_unread_output
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
-from training.run import choose_name, discard_unstarted, launched_directory, prepare_directory
+from training.owner import RunOwner
 
 R = TypeVar("R")
 GPU_DRIVER = Path("/proc/driver/nvidia")
@@ -29,16 +29,14 @@ TRAINING_MODULES = ("train", "training.loop")
 """What the workers of `train.py` import."""
 
 
-def execute(
-    config: Config, train: Callable[[Config], dict[str, Any]], *, fresh_processes: bool = False
-) -> dict[str, Any]:
-    """Run `train(config)` and return its result on rank 0.
+def execute(config: Config, train: Callable[..., dict[str, Any]], *, fresh_processes: bool = False) -> dict[str, Any]:
+    """Run `train(config, owner)` and return its result on rank 0.
 
-    It runs in this process if torchrun or deepspeed started this process, or if one process is enough. Otherwise it
-    runs in worker processes.
+    It runs in this process if torchrun or deepspeed started this process, or if one process is enough. Otherwise
+    `train(config)` runs in worker processes, and this process owns the run's directory.
 
     Args:
-        train: a function of an importable module.
+        train: a function of an importable module. In this process it is given the `RunOwner`.
         fresh_processes: start a worker even for a single process, so that each job of a sweep begins in a fresh state.
 
     Raises:
@@ -52,36 +50,32 @@ def execute(
     world = world_from_env() if launched else World(world_size=launch.nproc, local_world_size=launch.nproc)
     resolve_layout(config, build_workload(config, config.model), world)
     check_tracking(config.tracking)
-    if launched:
-        prepare_launched(launch)
-        try:
-            return train(config)
-        except (UserError, KeyboardInterrupt) as error:
-            started = launched_directory(config.run) if world.rank == 0 else None
-            if started is not None:
-                _leave(started, error, config, world)
-            raise
-    preloaded = _needs_workers(launch, fresh_processes) and (config.train.device == "cpu" or not GPU_DRIVER.exists())
-    if preloaded:
-        preload_workers(TRAINING_MODULES)
-    named, directory = prepare_for_workers(config)
+    owner = RunOwner()
     try:
-        return in_processes(launch, train, named, fresh=fresh_processes, preloaded=preloaded)
-    except (Exception, KeyboardInterrupt) as error:
-        _leave(directory, error, named, world)
+        with owner:
+            if launched:
+                prepare_launched(launch)
+                return train(config, owner)
+            if not _needs_workers(launch, fresh_processes):
+                return in_processes(launch, train, prepare_for_workers(config, owner), owner)
+            preloaded = config.train.device == "cpu" or not GPU_DRIVER.exists()
+            if preloaded:
+                preload_workers(TRAINING_MODULES)
+            named = prepare_for_workers(config, owner)
+            return in_processes(launch, train, named, fresh=fresh_processes, preloaded=preloaded)
+    except KeyboardInterrupt:
+        if owner.directory is not None and owner.directory.is_dir():
+            _show_how_to_resume(owner.directory, config, world)
         raise
 
 
-def _leave(directory: Path, error: BaseException, config: Config, world: World) -> None:
-    """Remove the directory of a run that has not started. After Ctrl-C, print how to resume one that has."""
-    discard_unstarted(directory)
-    if isinstance(error, KeyboardInterrupt) and directory.is_dir():
-        from training.checkpoint.manifest import CHECKPOINTS, committed
-        from training.report.run_report import show_interrupted
+def _show_how_to_resume(directory: Path, config: Config, world: World) -> None:
+    from training.checkpoint.manifest import CHECKPOINTS, committed
+    from training.report.run_report import show_interrupted
 
-        discard_unread_output()  # Ctrl-C also ends the `tee` of a pipeline.
-        newest = next(iter(committed(directory / CHECKPOINTS)), None)
-        show_interrupted(config, directory, newest, world.world_size)
+    discard_unread_output()  # Ctrl-C also ends the `tee` of a pipeline.
+    newest = next(iter(committed(directory / CHECKPOINTS)), None)
+    show_interrupted(config, directory, newest, world.world_size)
 
 
 def in_processes(
@@ -138,23 +132,22 @@ def prepare_launched(launch: LaunchConfig) -> None:
     set_threads(launch.threads, world_from_env().local_world_size)
 
 
-def prepare_for_workers(config: Config) -> tuple[Config, Path]:
-    """Build the token store, and choose the run's name and create its directory, before any worker is started.
+def prepare_for_workers(config: Config, owner: RunOwner) -> Config:
+    """Claim the run's directory and build the token store, before any worker is started.
 
     Returns:
-        The configuration with the run's name, and the run's directory.
+        The configuration with the run's name.
 
     Raises:
-        ConfigError, DataError, RunError: the token store, the name or the directory cannot be prepared.
+        ConfigError, DataError, RunError: the directory or the token store cannot be prepared.
     """
     from data.tokens.store import prepare
     from training.report.terminal import show_line
 
-    # The root directory is tested first, because reading a corpus can take long.
-    prepare_directory(config.run, ".")
+    # The directory is claimed first, because reading a corpus can take long.
+    name = owner.claim(config.run)
     prepare(config.data, verify=False, report=show_line)
-    name = choose_name(config.run)
-    return replace(config, run=replace(config.run, name=name)), prepare_directory(config.run, name)
+    return replace(config, run=replace(config.run, name=name))
 
 
 def _in_worker(
