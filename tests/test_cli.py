@@ -60,7 +60,7 @@ def train(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         (["--lr=3e-4"], "--lr=3e-4: expected key=value, or --help for the keys; the nearest valid key is optim.lr"),
         (
             ["run.name=."],
-            "run.name='.': expected the path of a directory below run.root: printable characters, no '.' or",
+            "run.name='.': expected the name of a directory below run.root",
         ),
         (["run.root=/dev/null/runs"], "run.root=/dev/null/runs: expected a writable directory (Not a directory)"),
         (["-m", "model.dim=64,x", "run.root=/dev/null/runs"], "run.root=/dev/null/runs: expected a writable directory"),
