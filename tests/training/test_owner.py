@@ -91,12 +91,13 @@ def test_a_uuid_of_torchrun_is_no_name_but_one_of_the_user_is(tmp_path: Path, mo
 
 def test_an_id_on_the_command_line_of_the_launcher_is_the_users() -> None:
     given = str(uuid.uuid4())
-    with subprocess.Popen(["sleep", "60"]) as launcher:
-        assert not _is_given(given, launcher.pid)
-        launcher.kill()
-    with subprocess.Popen([sys.executable, "-c", "input()", "--rdzv-id", given], stdin=subprocess.PIPE) as launcher:
-        assert _is_given(given, launcher.pid) and not _is_given(str(uuid.uuid4()), launcher.pid)
-        launcher.kill()
+    for arguments, is_given in (([], False), (["--rdzv-id", given], True)):
+        command = [sys.executable, "-c", "print(flush=True); input()", *arguments]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:
+            # Before its first line, /proc may still have no command line of a process that has just been started.
+            assert launcher.stdout is not None and launcher.stdout.readline()
+            assert _is_given(given, launcher.pid) == is_given and not _is_given(str(uuid.uuid4()), launcher.pid)
+            launcher.kill()
 
 
 @pytest.mark.parametrize("run_id", ["none", "default", ""])
