@@ -4,8 +4,11 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
+PIECE = 1 << 22
+"""Bytes of a file that are read at once."""
 KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -52,14 +55,22 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
     """The SHA-256 of a file's content, as hexadecimal digits.
+
+    Args:
+        progress: called with the number of bytes that have been read, after each piece.
 
     Raises:
         OSError: the file cannot be read.
     """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, done, piece = hashlib.sha256(), 0, bytearray(PIECE)
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(piece):
+            digest.update(memoryview(piece)[:size])
+            done += size
+            progress(done)
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
@@ -70,9 +81,13 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
         OSError: the file cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     return path

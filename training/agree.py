@@ -23,6 +23,7 @@ from parallel.planning.plan import Plan
 from parallel.startup.preflight import check_ranks_agree, collect_properties, flatten
 from parallel.startup.rendezvous import choose_on_rank0
 from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified
+from training.checkpoint.peers import Peers
 from training.compilation import choose_compilation
 from training.config import Config, with_vocabulary
 from training.device import Process, check_memory, memory_of_a_rank
@@ -78,11 +79,14 @@ class AgreedRun:
     """The content of `result.json` if the run has reached `train.steps` already."""
 
 
-def agree_on_run(config: Config, process: Process, rank_store: dist.Store, owner: RunOwner | None) -> AgreedRun:
+def agree_on_run(
+    config: Config, process: Process, rank_store: dist.Store, peers: Peers, owner: RunOwner | None
+) -> AgreedRun:
     """Check that the ranks were started alike, and agree on everything that `AgreedRun` has.
 
     Args:
         rank_store: the key-value store of this launch's ranks.
+        peers: the ranks, for reading the checkpoint.
         owner: claims the run's directory on rank 0. None: the launcher owns it and has chosen `run.name`.
 
     Raises:
@@ -115,9 +119,7 @@ def agree_on_run(config: Config, process: Process, rank_store: dist.Store, owner
         check_memory(counts.total, plan.fullest.state, world.local_world_size)
 
     # Where it starts: at a checkpoint of this run, at another model's weights, or at random weights.
-    checkpoint = from_rank_0(
-        "checkpoint", lambda: find_checkpoint(config, directory, restarted=world.restart_count > 0, warn=show_line)
-    )
+    checkpoint = find_checkpoint(config, directory, peers, restarted=world.restart_count > 0, warn=show_line)
     state = None if checkpoint is None else resumable_state(checkpoint, config.train.steps)
     saved = {} if checkpoint is None or state is None else saved_values(state, directory, checkpoint)
     done = 0 if state is None else state["step"]
@@ -185,16 +187,20 @@ def check_shared(from_rank_0: Callable[[str, Callable[[], Any]], Any], directory
     )
 
 
-def find_checkpoint(config: Config, directory: Path, *, restarted: bool, warn: Callable[[str], None]) -> str | None:
+def find_checkpoint(
+    config: Config, directory: Path, peers: Peers, *, restarted: bool, warn: Callable[[str], None]
+) -> str | None:
     """Return the newest undamaged checkpoint of the run in `directory`, or None if the run starts at step 0.
+
+    Collective: the ranks divide the files of a checkpoint between them to verify it.
 
     Args:
         restarted: whether the launcher has restarted the workers. The run then continues even with `run.resume=never`.
-        warn: receives one line for each damaged checkpoint.
+        warn: receives one line for each damaged checkpoint, on rank 0.
 
     Raises:
-        CheckpointError: `run.resume=never` and there is a checkpoint, `run.resume=must` and there is none, or all
-            checkpoints are damaged.
+        CheckpointError: on all ranks, if `run.resume=never` and there is a checkpoint, `run.resume=must` and there is
+            none, or all checkpoints are damaged.
     """
     root = directory / CHECKPOINTS
     resume = config.run.resume
@@ -206,7 +212,7 @@ def find_checkpoint(config: Config, directory: Path, *, restarted: bool, warn: C
                 f"{checkpoints[0].name}"
             )
         return None
-    newest = newest_verified(root, warn)
+    newest = newest_verified(root, warn, peers)
     require(
         newest is not None or resume != "must",
         CheckpointError,

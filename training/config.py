@@ -163,13 +163,16 @@ class CheckpointConfig:
     every: int = 0
     """Steps between checkpoints; 0: only at the end."""
     keep: int = 2
-    """Number of newest checkpoints to keep; at least two, so that a damaged newest one is not the only one."""
+    """Number of newest intact checkpoints to keep; at least two, so that a damaged newest one is not the only one."""
     at_end: bool = True
     """Whether to write a checkpoint after the last step. Without it, the weights of a short trial are lost."""
+    io_timeout_s: float = 300.0
+    """Seconds without any progress after which reading or writing a checkpoint has failed, and the run ends."""
 
     def __post_init__(self) -> None:
         expect_fields(
             self,
+            io_timeout_s=(self.io_timeout_s > 0, "seconds > 0"),
             every=(self.every >= 0, "an integer >= 0 (0: only at the end)"),
             keep=(self.keep >= 2, "an integer >= 2"),
         )

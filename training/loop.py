@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from common.errors import DataError
 from common.plugins import loaded_plugins
@@ -32,6 +31,8 @@ from training.agree import AgreedRun, agree_on_run
 from training.build import build_engine, build_parts
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import CHECKPOINTS
+from training.checkpoint.peers import Peers
+from training.checkpoint.saver import Saver
 from training.compilation import CompilationReport
 from training.config import Config
 from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
@@ -77,7 +78,8 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
 
     # 2. The run: the ranks agree on its name, tokens, model, layout and starting point.
     rank_store = open_store(world, config.parallel.start_timeout_s)
-    run = agree_on_run(config, process, rank_store, owner)
+    peers = Peers(rank_store, world.rank, world.world_size, config.checkpoint.io_timeout_s)
+    run = agree_on_run(config, process, rank_store, peers, owner)
     if run.finished_result is not None:
         if process.is_main:
             show_finished(run.directory, run.finished_result)
@@ -114,7 +116,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     engine = build_engine(run.config, parts, mesh)
     if run.checkpoint and run.state:
         tensors = engine.tensors()
-        checkpoint.load(Path(run.checkpoint), tensors)
+        checkpoint.load(Path(run.checkpoint), tensors, peers)
         engine.finish_loading(tensors, run.state["updates"])
         del tensors
     if process.is_main:
@@ -130,12 +132,13 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     resumed_step = first_step if run.state else None
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
     compilation = CompilationReport(engine.parts)
-    evaluation, newest_checkpoint, health = None, run.checkpoint, RefusedSteps(config.health, mesh)
+    evaluation, health = None, RefusedSteps(config.health, mesh)
     profiling = config.train.profile and process.is_main and first_step < steps
     with (
         Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder,
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
     ):
+        saver = Saver(run.directory / CHECKPOINTS, config.checkpoint, peers, run.checkpoint, recorder.note)
 
         def pauses_after(done: int) -> bool:
             evaluates = is_due(done, config.train.eval_every, steps)
@@ -164,22 +167,22 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             recorder.step(row, done, write=write)
 
             if found.problem is not None:
-                newest_checkpoint = rewind.go_back(done, found)  # or end the run
+                saver.newest = rewind.go_back(done, found)  # or end the run
                 continue
 
             if is_due(done, config.checkpoint.every, steps, at_end=config.checkpoint.at_end):
-                state = checkpoint_state(run, engine, loader, done)
-                recorder.sync()
-                root = run.directory / CHECKPOINTS
-                directory = checkpoint.save(root, done, engine.tensors(), state, keep=config.checkpoint.keep)
-                newest_checkpoint = str(directory)
-                recorder.note(f"saved {newest_checkpoint}")
+                if health.in_a_row:
+                    saver.refuse(done, f"its gradient norm is {result.grad_norm}")
+                else:
+                    state = checkpoint_state(run, engine, loader, done)
+                    recorder.sync()
+                    saver.save(done, engine.tensors(), state)
 
         recorder.end_progress()
 
         # 7. The end: the last evaluation, a sample of text, the results.
         evaluation = evaluation or evaluator.evaluate()
-        sample = sample_text(config, run.tokens.tokenizer, engine, run.directory)
+        sample = sample_text(config, run.tokens.tokenizer, engine, run.directory, peers)
         engine.close()
         close_process_group()  # Now no rank has to wait while rank 0 draws plots and uploads them.
         outcome: dict[str, Any] = {}
@@ -187,7 +190,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             outcome = finish_run(
                 summary,
                 evaluation,
-                checkpoint=newest_checkpoint,
+                checkpoint=saver.newest,
                 sample=sample,
                 wall_s=time.monotonic() - run_start,
                 tokens_per_s=throughput.of_all_steps(),
@@ -346,7 +349,7 @@ class Evaluator:
         return evaluate(self.engine, batches, self.run.tokens.domains, self.token_bytes_V, self.prefix_bytes_V)
 
 
-def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, directory: Path) -> str | None:
+def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, directory: Path, peers: Peers) -> str | None:
     """Generate `run.sample_tokens` tokens after `run.prompt`. Collective.
 
     Generation needs whole sequences and whole weights. If the layout shards either, rank 0 reads the whole model from
@@ -355,6 +358,7 @@ def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, direct
     Args:
         directory: the run's directory, which has a checkpoint of the engine's weights unless `checkpoint.at_end` is
             false.
+        peers: the ranks, which wait while rank 0 reads a checkpoint.
 
     Returns:
         The text after the prompt. None if no sample is wanted. If the layout shards sequences or weights, also None on
@@ -394,5 +398,5 @@ def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, direct
             source.fill(model)
             [ids] = continue_text(model)
             text = tokenizer.decode(ids)
-    dist.barrier(mesh.world)
+    peers.run(lambda: None, directory)  # Rank 0 may have read a large checkpoint.
     return text

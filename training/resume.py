@@ -74,7 +74,7 @@ RULES: dict[str, dict[str, str]] = {
         "overlap",
         FREE: "start_timeout_s timeout_s",
     },
-    "checkpoint": {FREE: "every keep at_end"},
+    "checkpoint": {FREE: "every keep at_end io_timeout_s"},
     "health": {LISTED: "on_nan"},
     "tracking": {FREE: "wandb project entity trackers"},
     "launch": {FREE: "nproc max_restarts threads"},

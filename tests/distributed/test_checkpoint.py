@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor
 
 from common.errors import CheckpointError
 from moe.region import LocalShard, Region
-from tests.distributed.harness import run_ranks
-from training.checkpoint import checkpoint
+from tests.distributed.harness import TIMEOUT_S, run_ranks
+from training.checkpoint import checkpoint, shards
 from training.checkpoint.checkpoint import load, save
 from training.checkpoint.manifest import read_state, verify
+from training.checkpoint.peers import Peers, StalledError
 
 SHAPES = {"w1": (8, 3, 5), "uneven": (5, 2), "matrix": (6, 4)}
 
@@ -113,6 +116,8 @@ def outcome(rank: int, world_size: int, root: Path, case: str) -> str:
         tensors["sharded"] = shard._replace(region=Region((3,), (1,)), local=torch.ones(1))
     if case == "shape" and rank == 1:
         tensors["dense"] = torch.ones(5)
+    if case == "nan" and rank == 1:
+        shard.local[1] = float("nan")
     try:
         if case == "missing":
             load(root / "step-1", {"dense": torch.ones(4)} | ({"more": torch.ones(1)} if rank == 1 else {}))
@@ -127,7 +132,7 @@ def outcome(rank: int, world_size: int, root: Path, case: str) -> str:
     return "no error"
 
 
-def fail_in_write(directory: Path, rank: int, tensors: object) -> None:
+def fail_in_write(directory: Path, rank: int, tensors: object, progress: object) -> None:
     (directory / "half-written").write_text("unfinished")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -140,6 +145,7 @@ def test_a_failure_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     expected = {
         "full disk": r"rank 1: .*: No space left on device: \d+ bytes are free",
         "gap": "sharded: found 3 elements on all ranks together, expected 4",
+        "nan": r"rank 1: sharded\[2:4\] has an element that is nan",
         "shape": r"dense: found F32 \(5,\) on rank 1, expected .*",
         "missing": "rank 1: .*step-1: 1 tensor missing: more",
     }
@@ -160,3 +166,43 @@ def stages(rank: int, world_size: int, root: Path) -> list[float]:
 
 def test_ranks_can_pass_different_names(tmp_path: Path) -> None:
     assert run_ranks(stages, 2, tmp_path) == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+
+
+def slow_disks(rank: int, world_size: int, disks: dict[Path, tuple[int, float]]) -> list[str]:
+    return [slow_disk(rank, world_size, root, *speed) for root, speed in disks.items()]
+
+
+def slow_disk(rank: int, world_size: int, root: Path, pieces: int, pause_s: float) -> str:
+    """Save a checkpoint, of which rank 1 writes `pieces` pieces in `pause_s` seconds each, and rank 0 almost nothing.
+
+    The process group and the reading and writing of checkpoints have a time-out of 1 s.
+    """
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    write, shards.PIECE = os.write, 1 << 10
+
+    def slow(descriptor: int, content: bytes) -> int:
+        time.sleep(pause_s)
+        return write(descriptor, content)
+
+    tensors = {f"of rank {rank}": torch.ones(pieces << 8 if rank else 1)}
+    peers = Peers(dist.distributed_c10d._get_default_store(), rank, world_size, timeout_s=1)
+    if rank == 1:
+        shards.os.write = slow  # type: ignore[assignment]
+    try:
+        save(root, 1, tensors, {}, keep=2, peers=peers)
+    except StalledError as error:
+        return str(error)
+    finally:
+        shards.os.write = write
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=TIMEOUT_S), dist.group.WORLD)
+    return "saved"
+
+
+def test_ranks_wait_for_a_slow_disk_as_long_as_it_answers(tmp_path: Path) -> None:
+    disks = {tmp_path / "slow": (8, 0.4), tmp_path / "stuck": (1, 2.5)}
+    file = re.escape(str(tmp_path / "stuck" / ".tmp-step-1" / "rank-00001.unfinished"))
+    for slow, stuck in run_ranks(slow_disks, 2, disks):
+        assert slow == "saved"
+        assert re.fullmatch(rf"rank 1: no progress for 1 s with {file} \(0 of \d+ bytes\): expected .*", stuck)
+    verify(tmp_path / "slow" / "step-1")
+    assert list((tmp_path / "stuck").glob("step-*")) == []

@@ -18,6 +18,7 @@ from common.errors import CheckpointError
 from training.checkpoint import manifest, shards
 from training.checkpoint.checkpoint import load, save
 from training.checkpoint.manifest import committed, newest_verified, read_state, verify
+from training.checkpoint.shards import NotFiniteError
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:
@@ -95,6 +96,71 @@ def test_saving_an_earlier_step_deletes_a_damaged_later_checkpoint(tmp_path: Pat
     flip_byte(next(save_step(tmp_path, 10).glob("*.safetensors")), 0)
     save_step(tmp_path, 6)
     assert [path.name for path in committed(tmp_path)] == ["step-6", "step-1"]
+
+
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_step(tmp_path, step, keep=3)
+    flip_byte(next((tmp_path / "step-3").glob("*.safetensors")), 30)
+    save_step(tmp_path, 4, keep=2)
+    assert [path.name for path in committed(tmp_path)] == ["step-4", "step-2"]
+    assert_saved(tmp_path / "step-2", 2)
+
+
+def test_files_that_were_found_intact_are_read_again_only_after_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "SETTLED_NS", -1)  # The files of this test are young.
+    read: list[Path] = []
+    sha256_of = manifest.sha256_of
+    monkeypatch.setattr(manifest, "sha256_of", lambda file, progress: read.append(file) or sha256_of(file, progress))
+    for step in range(1, 6):
+        save_step(tmp_path, step, keep=3)
+    assert [path.parent.name for path in read] == ["step-1", "step-2", "step-3", "step-4"]
+    (shard,) = (tmp_path / "step-4").glob("*.safetensors")
+    flip_byte(shard, 30)
+    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    save_step(tmp_path, 6, keep=3)
+    assert [path.name for path in committed(tmp_path)] == ["step-6", "step-5", "step-3"]
+    assert [path.parent.name for path in read[4:]] == ["step-5", "step-4"]
+    verify(tmp_path / "step-3")
+    assert read[-1].parent.name == "step-3", "verify trusted the file"
+
+
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2)
+    (tmp_path / "step-1").rename(tmp_path / "step-30")
+    warnings: list[str] = []
+    assert newest_verified(tmp_path, warnings.append) == tmp_path / "step-2"
+    (line,) = warnings
+    assert line.endswith(
+        "manifest.json: found the checkpoint of step 1, expected that of step 30, as its directory says"
+    )
+
+
+def test_the_nth_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
+    losses = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 1.5, 60: 2.5}
+    for step, loss in losses.items():
+        save(tmp_path, step, tensors_of(step), {"step": step, "heldout_loss": loss}, keep=9)
+    manifest.delete_old_checkpoints(tmp_path, 60, manifest.Retention(2, every=30, best=1))
+    assert [path.name for path in committed(tmp_path)] == ["step-60", "step-50", "step-30", "step-20"]
+    flip_byte(next((tmp_path / "step-20").glob("*.safetensors")), 30)
+    manifest.delete_old_checkpoints(tmp_path, 60, manifest.Retention(1, best=2))
+    assert [path.name for path in committed(tmp_path)] == ["step-60", "step-50", "step-30"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_that_are_not_finite_are_not_saved(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_step(tmp_path, 1)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        weight = torch.full((300, 300), torch.finfo(dtype).max, dtype=dtype)
+        path = save(tmp_path, 1, {"w": weight}, {"step": 1}, keep=2)  # A sum of it would overflow.
+        weight[123, 45] = value
+        with pytest.raises(NotFiniteError, match=rf"^w\[0:300,0:300\] has an element that is {value}$"):
+            save(tmp_path, 2, {"w": weight}, {"step": 2}, keep=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    verify(path)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

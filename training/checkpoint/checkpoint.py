@@ -11,136 +11,218 @@ a manifest. With torch 2.13 it loads, without any error, a file with a flipped b
 file is missing (the elements keep their old values), and fp32 weights into an fp64 tensor. It also builds a second copy
 of the whole file in memory. Planning, writing and reading take about 150 lines here.
 
-`save` and `load` are collective over the default process group, and also work without one. All ranks must see the same
-directory (a shared file system). A plain tensor must be equal on all ranks that pass its name, so state that differs
-between ranks needs different names. If one rank writes for longer than the process group's time-out, the other ranks
-stop with an error.
+`save` and `load` are collective, and also work without a process group. All ranks must see the same directory (a shared
+file system). A plain tensor must be equal on all ranks that pass its name, so state that differs between ranks needs
+different names. The ranks wait for each other through a key-value store (`training.checkpoint.peers`), so no time-out
+of a process group limits how long a rank writes or reads.
 """
 
+import itertools
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import CheckpointError, expect_no_tensors, require
 from common.files import fsync
-from moe.region import LocalShard
+from moe.region import LocalShard, Region
 from training.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
+    Retention,
     delete_old_checkpoints,
     read_manifest,
     write_manifest,
 )
+from training.checkpoint.peers import Peers, StalledError
 from training.checkpoint.shards import (
     DTYPES,
     ShardInfo,
     SliceRead,
-    WriteTask,
     as_shard,
     assign_writers,
-    explain_os_error,
     find_slices,
     read_shard,
     write_shard,
 )
 
-T = TypeVar("T")
+
+class Assignment(NamedTuple):
+    """Which rank writes which region. It is the same for all checkpoints of a run."""
+
+    regions: list[tuple[str, Region]]
+    """(tensor, region) pairs that this rank writes."""
+    tensors: dict[str, dict[str, Any]]
+    """On rank 0, the tensors' records for the manifest, with the rank that writes a chunk in place of the file."""
+
+    def choose(self, shards: Mapping[str, LocalShard]) -> list[tuple[str, Tensor]]:
+        """Return (name in the file, tensor) pairs that this rank writes of its `shards`."""
+        return [(region.key(name), shards[name].local) for name, region in self.regions]
 
 
 def save(
-    root: Path, step: int, tensors: Mapping[str, Tensor | LocalShard], state: dict[str, Any], *, keep: int
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor | LocalShard],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    peers: Peers | None = None,
 ) -> Path:
-    """Save a checkpoint as `root/step-<step>`. Collective.
+    """Save a checkpoint as `root/step-<step>`, and delete all but the `keep` newest intact ones. Collective.
+
+    Args:
+        tensors: name -> a whole tensor, or this rank's shard.
+        state: JSON-serialisable. Only rank 0's is saved.
+        keep: number of checkpoints to keep, at least 1.
+        peers: the ranks; by default, those of the default process group.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        NotFiniteError: on all ranks, if an element of a tensor is not finite. Nothing is saved.
+        CheckpointError: on all ranks, if any rank failed. The files that it wrote are removed and older checkpoints are
+            unchanged. A message that starts with "saved" means that the step was saved, and only deleting older
+            checkpoints failed.
+    """
+    assert keep >= 1, keep
+    peers = peers or Peers.of_default_group()
+    shards = {name: as_shard(tensor) for name, tensor in tensors.items()}
+    assignment = assign(root, shards, peers)
+    path = write(root, step, assignment, assignment.choose(shards), state, peers)
+    prune(root, step, Retention(keep), peers)
+    return path
+
+
+def assign(root: Path, shards: Mapping[str, LocalShard], peers: Peers) -> Assignment:
+    """Choose which rank writes which region, so that every element is written once. Collective.
+
+    Args:
+        root: the directory of the checkpoints, for messages.
+
+    Raises:
+        CheckpointError: on all ranks, if a tensor cannot be saved, or the ranks disagree on one.
+    """
+    records: dict[str, dict[str, Any]] = {}
+
+    def describe() -> list[list[Any]]:
+        for name, shard in shards.items():
+            require(
+                shard.local.dtype in DTYPES,
+                CheckpointError,
+                f"{name}: found dtype {shard.local.dtype}, expected one of {', '.join(DTYPES.values())}",
+            )
+        return [
+            [name, DTYPES[shard.local.dtype], shard.shape, shard.region if shard.region.numel else None]
+            for name, shard in shards.items()
+        ]
+
+    def divide(described: list[list[list[Any]]]) -> list[list[tuple[str, Region]]]:
+        shards_by_rank = [
+            {name: ShardInfo(dtype, tuple(shape), region and _region(region)) for name, dtype, shape, region in rows}
+            for rows in described
+        ]
+        for infos in shards_by_rank:
+            for name, info in infos.items():
+                records.setdefault(name, {"dtype": info.dtype, "shape": info.shape, "chunks": []})
+        regions: list[list[tuple[str, Region]]] = [[] for _ in described]
+        for name, region, writer in assign_writers(shards_by_rank):
+            regions[writer].append((name, region))
+            records[name]["chunks"].append({"rank": writer, "offset": region.offset, "shape": region.shape})
+        return regions
+
+    regions = peers.run(describe, root, divide)
+    return Assignment([(name, _region(region)) for name, region in regions], records)
+
+
+def _region(pair: Sequence[Sequence[int]]) -> Region:
+    offset, shape = pair
+    return Region(tuple(offset), tuple(shape))
+
+
+def write(
+    root: Path, step: int, assignment: Assignment, parts: list[tuple[str, Tensor]], state: dict[str, Any], peers: Peers
+) -> Path:
+    """Write a checkpoint as `root/step-<step>`, and commit it. Collective.
 
     All ranks write and flush their files in `root/.tmp-step-<step>`. Rank 0 then writes and flushes the manifest,
-    renames the directory, flushes `root`, and deletes all but the `keep` newest checkpoints. If the process is killed
-    at any point, the older checkpoints are complete. Unfinished files can remain; the next `save` removes them.
+    renames the directory, and flushes `root`. If the process is killed at any point, the older checkpoints are
+    complete. Unfinished files can remain; the next `write` removes them.
 
     The step can exist already, because the run was resumed from an earlier step or saves again at its end. The new
     files are then moved into the existing directory. Their names differ from the old names unless their content is the
     same. Replacing the manifest is the commit, so there is a complete checkpoint at every moment.
 
     Args:
-        tensors: name -> a whole tensor, or this rank's shard.
+        parts: what `assignment.choose` returned, or copies of these tensors.
         state: JSON-serialisable. Only rank 0's is saved.
-        keep: number of checkpoints to keep, at least 1.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        CheckpointError: on all ranks, if any rank failed. The files that it wrote are removed and older checkpoints are
-            unchanged. A message that starts with "saved" means that the step was saved, and only deleting older
-            checkpoints failed.
+        CheckpointError: as in `save`.
     """
-    assert keep >= 1, keep
-    rank = dist.get_rank() if dist.is_initialized() else 0
     final, temporary = root / f"step-{step}", root / f".tmp-step-{step}"
-    local_parts: dict[str, Tensor] = {}
 
-    def prepare() -> dict[str, ShardInfo]:
-        if rank == 0:
+    def prepare() -> None:
+        if peers.rank == 0:
             root.mkdir(parents=True, exist_ok=True)
             for unfinished in root.glob(".tmp-*"):
                 shutil.rmtree(unfinished)
             temporary.mkdir()
-        infos = {}
-        for name, (local, shape, region) in ((name, as_shard(tensor)) for name, tensor in tensors.items()):
-            require(
-                local.dtype in DTYPES,
-                CheckpointError,
-                f"{name}: found dtype {local.dtype}, expected one of {', '.join(DTYPES.values())}",
-            )
-            if region.numel:
-                local_parts[name] = local
-            infos[name] = ShardInfo(DTYPES[local.dtype], shape, region if region.numel else None)
-        return infos
 
-    def write() -> tuple[str, dict[str, Any]]:
-        to_write = [(task.region.key(task.name), local_parts[task.name]) for task in tasks if task.rank == rank]
-        return write_shard(temporary, rank, to_write)
-
-    def commit() -> None:
-        if rank == 0:
-            _check_visible(temporary, files)
-            write_manifest(temporary, _manifest_body(shards_by_rank, tasks, files, state))
-            _publish(temporary, final)
+    def commit(files: list[tuple[str, dict[str, Any]]]) -> list[None]:
+        _check_visible(temporary, files)
+        write_manifest(temporary, _manifest_body(assignment.tensors, files, state))
+        _publish(temporary, final)
+        return [None] * len(files)
 
     try:
-        shards_by_rank = _run_on_all_ranks(prepare, root)
-        tasks = assign_writers(shards_by_rank)
-        files = _run_on_all_ranks(write, root)
-        _run_on_all_ranks(commit, root)
+        peers.run(prepare, root)
+        peers.run(lambda: write_shard(temporary, peers.rank, parts, peers.progress), root, commit)
     except CheckpointError:
-        if rank == 0:
+        if peers.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    try:
-        _run_on_all_ranks(lambda: delete_old_checkpoints(root, step, keep) if rank == 0 else None, root)
-    except CheckpointError as error:
-        raise CheckpointError(f"saved {final}, but older checkpoints could not be deleted: {error}") from error
     return final
 
 
-def load(path: Path, tensors: Mapping[str, Tensor | LocalShard]) -> None:
+def prune(root: Path, step: int, retention: Retention, peers: Peers) -> None:
+    """Delete the checkpoints that `retention` does not keep, after `step` has been saved. Collective.
+
+    Raises:
+        CheckpointError: on all ranks, if one could not be deleted.
+    """
+    try:
+        delete_old_checkpoints(root, step, retention, peers)
+    except StalledError:
+        raise
+    except CheckpointError as error:
+        saved = f"saved {root / f'step-{step}'}"
+        raise CheckpointError(f"{saved}, but older checkpoints could not be deleted: {error}") from error
+
+
+def load(path: Path, tensors: Mapping[str, Tensor | LocalShard], peers: Peers | None = None) -> None:
     """Fill `tensors` in place from the checkpoint `path`, which any layout may have saved. Collective.
 
-    Hashes are not checked here: choose `path` with `newest_verified`, or call `verify` on one rank before.
+    Hashes are not checked here: choose `path` with `newest_verified`, or call `verify` before.
 
     Args:
         tensors: name -> a whole tensor, or this rank's shard. All ranks together must pass all names of the checkpoint.
+        peers: the ranks; by default, those of the default process group.
 
     Raises:
         CheckpointError: on all ranks, if any rank failed: a file is damaged, the checkpoint lacks a name or has a name
             that no rank passed, or a shape or dtype differs. Names, shapes and dtypes are checked on all ranks before
             the first tensor is changed.
     """
+    peers = peers or Peers.of_default_group()
     slices_by_file: dict[str, list[SliceRead]] = {}
     saved: dict[str, Any] = {}
 
@@ -159,61 +241,40 @@ def load(path: Path, tensors: Mapping[str, Tensor | LocalShard]) -> None:
                     slices_by_file.setdefault(file, []).append(read)
         return list(tensors)
 
+    def compare(passed: list[list[str]]) -> list[None]:
+        expect_no_tensors(path, "unexpected", saved.keys() - {*itertools.chain(*passed)}, CheckpointError)
+        return [None] * len(passed)
+
     def read_all() -> None:
         for file, slices in slices_by_file.items():
-            read_shard(path / file, slices)
+            read_shard(path / file, slices, peers.progress)
 
-    passed = {name for names in _run_on_all_ranks(prepare, path) for name in names}
-    expect_no_tensors(path, "unexpected", saved.keys() - passed, CheckpointError)
-    _run_on_all_ranks(read_all, path)
-
-
-def _run_on_all_ranks(work: Callable[[], T], path: Path) -> list[T]:
-    """Call `work` on every rank and return the results of all ranks.
-
-    Raises:
-        CheckpointError: on all ranks, if `work` failed on any rank.
-    """
-    result: T | None = None
-    message: str | None = None
-    cause: Exception | None = None
-    try:
-        result = work()
-    except CheckpointError as error:
-        message, cause = str(error), error
-    except OSError as error:
-        message, cause = explain_os_error(error, path), error
-    except Exception as error:  # The other ranks wait for this rank's result, so every error must reach them.
-        message, cause = f"{path}: {type(error).__name__}: {error}", error
-    outcomes: list[Any] = [(result, message)]
-    if dist.is_initialized():
-        outcomes *= dist.get_world_size()
-        dist.all_gather_object(outcomes, (result, message))
-    failures = {rank: failure for rank, (_, failure) in enumerate(outcomes) if failure is not None}
-    for rank, failure in failures.items():
-        same_everywhere = len(failures) == len(outcomes) and len(set(failures.values())) == 1
-        raise CheckpointError(failure if same_everywhere else f"rank {rank}: {failure}") from cause
-    return [outcome for outcome, _ in outcomes]
+    peers.run(prepare, path, compare)
+    peers.run(read_all, path)
 
 
 def _manifest_body(
-    shards_by_rank: list[dict[str, ShardInfo]],
-    tasks: list[WriteTask],
-    files: list[tuple[str, dict[str, Any]]],
-    state: dict[str, Any],
+    tensors: dict[str, dict[str, Any]], files: list[tuple[str, dict[str, Any]]], state: dict[str, Any]
 ) -> dict[str, Any]:
-    tensors: dict[str, dict[str, Any]] = {}
-    for shards in shards_by_rank:
-        for name, info in shards.items():
-            tensors.setdefault(name, {"dtype": info.dtype, "shape": info.shape, "chunks": []})
-    for name, region, writer in tasks:
-        tensors[name]["chunks"].append({"file": files[writer][0], "offset": region.offset, "shape": region.shape})
+    """Return the manifest's content.
+
+    Args:
+        tensors: `Assignment.tensors`.
+        files: for each rank, the name and the record of its file.
+    """
+
+    def located(chunk: dict[str, Any]) -> dict[str, Any]:
+        return {"file": files[chunk["rank"]][0], "offset": chunk["offset"], "shape": chunk["shape"]}
+
     return {
         "format": FORMAT,
         "torch": torch.__version__,
         "state": state,
         "files": dict(files),
-        "tensors": tensors,
+        "tensors": {
+            name: record | {"chunks": [located(chunk) for chunk in record["chunks"]]}
+            for name, record in tensors.items()
+        },
     }
 
 

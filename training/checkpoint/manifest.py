@@ -9,24 +9,29 @@ untrusted input: a manifest cannot name a file outside its directory, and readin
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.errors import CheckpointError, require
 from common.files import fsync, sha256_of, write_atomically
-from common.text import parse_json
+from common.text import parse_json, shorten
+from training.checkpoint.peers import ALONE, Peers, StalledError
 
 FORMAT = 1
 """The version of the checkpoint format."""
 CHECKPOINTS = "checkpoints"
 """Name of the directory with the checkpoints, in a run's directory."""
 MANIFEST = "manifest.json"
+HELDOUT_LOSS = "heldout_loss"
+"""Key of a checkpoint's state: the held-out loss at its step, if it was evaluated then."""
 STEP_DIRECTORY = re.compile(r"step-(0|[1-9][0-9]*)")
 SHARD_FILE = re.compile(r"rank-[0-9]{5,}-[0-9a-f]{16}\.safetensors")
 
@@ -54,8 +59,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the checkpoint directory `path`, after checking its hash and its fields.
 
     Raises:
-        CheckpointError: the manifest is missing or damaged, has another format, or names a file that is not a shard
-            file.
+        CheckpointError: the manifest is missing or damaged, has another format, names a file that is not a shard file,
+            or is of another step than the directory's name.
     """
     file = path / MANIFEST
     try:
@@ -77,6 +82,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
         _check_body(body)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a checkpoint manifest: {error!r}") from error
+    if STEP_DIRECTORY.fullmatch(path.name):
+        step = body["state"].get("step", step_of(path))
+        require(
+            step == step_of(path),
+            CheckpointError,
+            f"{file}: found the checkpoint of step {shorten(repr(step), 40)}, expected that of step {step_of(path)}, "
+            "as its directory says",
+        )
     return body
 
 
@@ -115,38 +128,54 @@ def committed(root: Path) -> list[Path]:
     return [path for path in step_directories(root) if is_committed(path)]
 
 
-def verify(path: Path) -> None:
-    """Read every file of the checkpoint `path` and compare its size and SHA-256 with the manifest.
+def verify(path: Path, peers: Peers = ALONE, *, again: bool = True) -> None:
+    """Read every file of the checkpoint `path` and compare its size and SHA-256 with the manifest. Collective.
 
     Files that the manifest does not name are ignored.
 
+    Args:
+        peers: the ranks that divide the files between them.
+        again: whether to read files that this process has found intact before, and that have not been changed since.
+
     Raises:
-        CheckpointError: names the first file that differs, with the actual and the expected value.
+        CheckpointError: on all ranks. It names the first file that differs, with the actual and the expected value.
     """
-    files: dict[str, dict[str, Any]] = read_manifest(path)["files"]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for problem in pool.map(lambda item: _find_damage(path / item[0], **item[1]), files.items()):
-            if problem is not None:
-                raise CheckpointError(problem)
+
+    def find() -> list[str]:
+        files: dict[str, dict[str, Any]] = read_manifest(path)["files"]
+        mine = sorted(files.items())[peers.rank :: peers.world_size]
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            problems = pool.map(lambda item: _find_damage(path / item[0], peers, again, **item[1]), mine)
+        return [problem for problem in problems if problem is not None]
+
+    def report(found: list[list[str]]) -> list[None]:
+        for problem in itertools.chain(*found):
+            raise CheckpointError(problem)
+        return [None] * len(found)
+
+    peers.run(find, path, report)
 
 
-def newest_verified(root: Path, warn: Callable[[str], None]) -> Path | None:
+def newest_verified(root: Path, warn: Callable[[str], None], peers: Peers = ALONE) -> Path | None:
     """Return the newest checkpoint in `root` that passes `verify`, or None if `root` has no checkpoint at all.
 
-    This reads whole files. Call it on one rank and send the result to the others.
+    Collective: the ranks divide the files of a checkpoint between them, and read them whole.
 
     Args:
-        warn: called with one line for each newer checkpoint that is skipped because it is damaged.
+        warn: called on rank 0 with one line for each newer checkpoint that is skipped because it is damaged.
 
     Raises:
-        CheckpointError: `root` has checkpoints, and all of them are damaged.
+        CheckpointError: on all ranks, if `root` has checkpoints, and all of them are damaged.
     """
     damaged = []
-    for path in step_directories(root):
+    for path in _listed(root, peers):
         try:
-            verify(path)
+            verify(path, peers)
+        except StalledError:
+            raise
         except CheckpointError as error:
-            warn(f"skipping checkpoint {path.name}: {error}")
+            if peers.rank == 0:
+                warn(f"skipping checkpoint {path.name}: {error}")
             damaged.append(path.name)
         else:
             return path
@@ -158,6 +187,14 @@ def newest_verified(root: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
+def _listed(root: Path, peers: Peers) -> list[Path]:
+    """Return what `step_directories` returns on rank 0, on all ranks. Collective."""
+    names = peers.run(
+        lambda: [path.name for path in step_directories(root)], root, lambda found: [found[0]] * len(found)
+    )
+    return [root / name for name in names]
+
+
 def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint. The manifest goes first, so that a partly deleted checkpoint is not a committed one."""
     (path / MANIFEST).unlink(missing_ok=True)
@@ -165,36 +202,101 @@ def delete_checkpoint(path: Path) -> None:
     shutil.rmtree(path)
 
 
-def delete_old_checkpoints(root: Path, newest: int, keep: int) -> None:
-    """Keep the `keep` newest checkpoints up to step `newest`, which was just saved, and delete the older ones.
+class Retention(NamedTuple):
+    """Which checkpoints are kept."""
+
+    keep: int
+    """Number of newest checkpoints."""
+    every: int = 0
+    """Every checkpoint whose step is a multiple of this number is kept, too; 0: none."""
+    best: int = 0
+    """Number of checkpoints with the lowest held-out loss that are kept, too."""
+
+
+def delete_old_checkpoints(root: Path, newest: int, retention: Retention, peers: Peers = ALONE) -> None:
+    """Keep the newest intact checkpoints up to step `newest`, which was just saved, and delete older ones. Collective.
+
+    A damaged checkpoint counts as none: the ranks verify the checkpoints that they keep. Files that this process has
+    found intact before, and that have not been changed since, are not read again. Checkpoints that `retention.every`
+    keeps are not verified.
 
     This also deletes uncommitted directories, and damaged checkpoints of later steps. Later steps exist when a run was
     resumed from an earlier step, and a damaged one would count as the run's newest checkpoint. Undamaged checkpoints of
-    later steps are kept and do not count towards `keep`.
+    later steps are kept and are not counted.
+
+    Raises:
+        CheckpointError: on all ranks, if a checkpoint cannot be deleted.
     """
-    up_to_newest = [path for path in step_directories(root) if step_of(path) <= newest]
-    kept = [path for path in up_to_newest if is_committed(path)][:keep]
-    for path in up_to_newest:
-        if path not in kept:
-            delete_checkpoint(path)
-    for path in step_directories(root):
-        if step_of(path) > newest:
-            try:
-                verify(path)
-            except CheckpointError:
+
+    def first_intact(paths: Iterable[Path], number: int) -> list[Path]:
+        return list(itertools.islice((path for path in paths if _is_intact(path, peers)), number))
+
+    paths = _listed(root, peers)
+    later = [path for path in paths if step_of(path) > newest]
+    # The checkpoint of this step was hashed when it was written.
+    just_saved = [path for path in paths if step_of(path) == newest]
+    older = [path for path in paths if step_of(path) < newest]
+    kept = {*just_saved, *first_intact(older, retention.keep - len(just_saved)), *first_intact(later, len(later))}
+    if retention.best:
+        kept |= {*first_intact(_best_first([path for path in paths if path not in later], peers), retention.best)}
+
+    def delete() -> None:
+        for path in paths if peers.rank == 0 else ():
+            is_nth = retention.every > 0 and step_of(path) % retention.every == 0 and is_committed(path)
+            if path not in kept and not (is_nth and path in older):
                 delete_checkpoint(path)
 
+    peers.run(delete, root)
 
-def _find_damage(file: Path, size: int, sha256: str) -> str | None:
+
+def _is_intact(path: Path, peers: Peers) -> bool:
+    """Whether `path` passes `verify`. Collective."""
+    try:
+        verify(path, peers, again=False)
+    except StalledError:
+        raise
+    except CheckpointError:
+        return False
+    return True
+
+
+def _best_first(paths: list[Path], peers: Peers) -> list[Path]:
+    """Return the checkpoints that record a held-out loss, the lowest first; of equal ones the newest. Collective."""
+
+    def find() -> list[str]:
+        losses = {path.name: read_state(path).get(HELDOUT_LOSS) for path in paths if is_committed(path)}
+        numbers = {name: loss for name, loss in losses.items() if isinstance(loss, int | float)}
+        return sorted(numbers, key=lambda name: numbers[name])
+
+    names = peers.run(find, paths[0].parent, lambda found: [found[0]] * len(found)) if paths else []
+    return [paths[0].parent / name for name in names]
+
+
+_intact: set[tuple[Path, int, int, int, str]] = set()
+"""Path, size, inode, time of change and SHA-256 of the files that this process has found intact."""
+SETTLED_NS = 2 * 10**9
+"""A file that is changed twice within the resolution of the file system's clock looks unchanged. Such a young file is
+always read again."""
+
+
+def _find_damage(file: Path, peers: Peers, again: bool, size: int, sha256: str) -> str | None:
     """Return a message if `file` does not have this size and SHA-256, else None."""
     try:
-        actual_size = file.stat().st_size
-        if actual_size != size:
-            return f"{file}: found {actual_size} bytes, expected {size}"
-        actual = sha256_of(file)
+        status = file.stat()
+        if status.st_size != size:
+            return f"{file}: found {status.st_size} bytes, expected {size}"
+        known = (file, size, status.st_ino, status.st_mtime_ns, sha256)
+        if known in _intact and not again:
+            return None
+        now = time.time_ns()
+        actual = sha256_of(file, lambda done: peers.progress(file, done, size))
     except OSError as error:
         return f"{file}: cannot be read ({error.strerror}), expected {size} bytes"
-    return None if actual == sha256 else f"{file}: found sha256 {actual}, expected {sha256}"
+    if actual != sha256:
+        return f"{file}: found sha256 {actual}, expected {sha256}"
+    if now - status.st_mtime_ns > SETTLED_NS:
+        _intact.add(known)
+    return None
 
 
 def _check_body(body: dict[str, Any]) -> None:

@@ -2,11 +2,14 @@
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +32,18 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """Each supported dtype -> its name in the safetensors format."""
+
+
+PIECE = 1 << 23
+"""Bytes that are hashed while the piece is written."""
+FLUSHED = 1 << 28
+"""Bytes after which a file is flushed to the disk, so that its progress is the disk's and not that of a cache."""
+Progress: TypeAlias = Callable[[Path, int, int], None]
+"""Is called with a file, the bytes of it that have been read or written, and its size."""
+
+
+class NotFiniteError(CheckpointError):
+    """A tensor has a NaN or an infinite element, so it is not saved."""
 
 
 class ShardInfo(NamedTuple):
@@ -127,7 +142,13 @@ def assign_writers(shards_by_rank: Sequence[dict[str, ShardInfo]]) -> list[Write
     return tasks
 
 
-def write_shard(directory: Path, rank: int, tensors: Sequence[tuple[str, Tensor]]) -> tuple[str, dict[str, Any]]:
+def no_progress(file: Path, done: int, total: int) -> None:
+    """The default of arguments of the type `Progress`: does nothing."""
+
+
+def write_shard(
+    directory: Path, rank: int, tensors: Sequence[tuple[str, Tensor]], progress: Progress = no_progress
+) -> tuple[str, dict[str, Any]]:
     """Write `tensors` as the file of rank `rank` in the checkpoint directory `directory`.
 
     Args:
@@ -137,15 +158,28 @@ def write_shard(directory: Path, rank: int, tensors: Sequence[tuple[str, Tensor]
         The file's name, and its record for the manifest.
 
     Raises:
+        NotFiniteError: a tensor has an element that is not finite.
         CheckpointError: the file cannot be written, e.g. because the disk is full. No partial file remains.
     """
-    return write_lazy_shard(
-        directory, rank, [LazyTensor(key, tensor.dtype, tuple(tensor.shape), tensor.detach) for key, tensor in tensors]
-    )
+    lazy = [LazyTensor(key, t.dtype, tuple(t.shape), partial(_finite, key, t.detach())) for key, t in tensors]
+    return write_lazy_shard(directory, rank, lazy, progress)
 
 
-def write_lazy_shard(directory: Path, rank: int, tensors: Sequence[LazyTensor]) -> tuple[str, dict[str, Any]]:
-    """Like `write_shard`, for tensors that are made one by one.
+def _finite(key: str, tensor: Tensor) -> Tensor:
+    """Return `tensor` on the CPU, after checking that all its elements are finite."""
+    tensor = tensor.cpu()
+    if tensor.is_floating_point() and tensor.numel():
+        # The extremes of a tensor with a NaN are NaN. `isfinite` would write a tensor of booleans, which takes 20 times
+        # as long.
+        for extreme in torch.aminmax(tensor):
+            require(math.isfinite(extreme), NotFiniteError, f"{key} has an element that is {extreme.item()}")
+    return tensor
+
+
+def write_lazy_shard(
+    directory: Path, rank: int, tensors: Sequence[LazyTensor], progress: Progress = no_progress
+) -> tuple[str, dict[str, Any]]:
+    """Like `write_shard`, for tensors that are made one by one and not checked.
 
     The file's name contains the hash of its content. Two checkpoints of one step can therefore be in one directory
     while one of them replaces the other.
@@ -154,20 +188,23 @@ def write_lazy_shard(directory: Path, rank: int, tensors: Sequence[LazyTensor]) 
         CheckpointError: as in `write_shard`.
     """
     unnamed = directory / f"rank-{rank:05}.unfinished"
-    record = write_safetensors(unnamed, tensors)
+    record = write_safetensors(unnamed, tensors, progress=progress)
     name = f"rank-{rank:05}-{record['sha256'][:16]}.safetensors"
     unnamed.rename(directory / name)
     return name, record
 
 
 def write_safetensors(
-    path: Path, tensors: Sequence[LazyTensor], metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: Sequence[LazyTensor],
+    metadata: dict[str, str] | None = None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write one safetensors file and flush it to the disk.
 
     `safetensors.torch.save_file` takes all tensors at once and does not hash or flush the file. This function makes and
     writes one tensor at a time. It hashes the bytes in memory, so that a later `verify` also finds errors that happened
-    while the file was written.
+    while the file was written. A second thread hashes a piece while it is written.
 
     Returns:
         `{"size": bytes, "sha256": hexadecimal digits}`.
@@ -186,30 +223,52 @@ def write_safetensors(
     encoded += b" " * (-len(encoded) % 8)
     size = 8 + len(encoded) + end
 
-    digest = hashlib.sha256()
     try:
-        with open(path, "wb", buffering=0) as file:
-            _write_all(file.fileno(), len(encoded).to_bytes(8, "little") + encoded, digest)
+        with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+            output = _HashedOutput(file.fileno(), path, size, pool, progress)
+            output.write(len(encoded).to_bytes(8, "little") + encoded)
             for lazy in tensors:
                 tensor = lazy.make()
                 assert (tensor.dtype, tuple(tensor.shape)) == (lazy.dtype, lazy.shape), lazy.key
                 # numpy has no bfloat16, so every dtype is viewed as bytes.
-                octets = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                _write_all(file.fileno(), octets.data, digest)
+                output.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             os.fsync(file.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
         raise CheckpointError(explain_os_error(error, path.parent, size)) from error
-    return {"size": size, "sha256": digest.hexdigest()}
+    return {"size": size, "sha256": output.digest.hexdigest()}
 
 
-def _write_all(descriptor: int, content: bytes | memoryview, digest: Any) -> None:
-    """Write `content` completely and add it to the hash `digest`. One `os.write` takes at most 2 GiB on Linux."""
-    rest = memoryview(content)
-    while rest:
-        written = os.write(descriptor, rest[: 1 << 26])
-        digest.update(rest[:written])
-        rest = rest[written:]
+class _HashedOutput:
+    """An open file, and the hash of what has been written to it.
+
+    Args:
+        size: bytes of the whole file.
+        pool: one thread, which hashes.
+    """
+
+    def __init__(self, descriptor: int, path: Path, size: int, pool: ThreadPoolExecutor, progress: Progress) -> None:
+        self.digest = hashlib.sha256()
+        self._descriptor, self._path, self._size, self._pool, self._progress = descriptor, path, size, pool, progress
+        self._written, self._flushed = 0, 0
+        progress(path, 0, size)
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Write `content` completely, and add it to the hash."""
+        whole = memoryview(content)
+        for start in range(0, len(whole), PIECE):
+            rest = whole[start : start + PIECE]
+            hashed = self._pool.submit(self.digest.update, rest)
+            try:
+                while rest:  # One call can write less than it was given.
+                    rest = rest[os.write(self._descriptor, rest) :]
+            finally:
+                hashed.result()
+            self._written += len(whole[start : start + PIECE])
+            if self._written - self._flushed >= FLUSHED:
+                os.fdatasync(self._descriptor)
+                self._flushed = self._written
+            self._progress(self._path, self._written, self._size)
 
 
 def explain_os_error(error: OSError, directory: Path, needed: int | None = None) -> str:
@@ -257,7 +316,7 @@ def find_slices(name: str, record: dict[str, Any], local: Tensor, region: Region
     return slices
 
 
-def read_shard(file: Path, slices: Sequence[SliceRead]) -> None:
+def read_shard(file: Path, slices: Sequence[SliceRead], progress: Progress = no_progress) -> None:
     """Copy slices of one safetensors file into their targets. Bytes outside the slices are not read.
 
     Raises:
@@ -265,7 +324,9 @@ def read_shard(file: Path, slices: Sequence[SliceRead]) -> None:
     """
     try:
         with safe_open(file, framework="pt") as shard:
+            done, total = 0, sum(read.target.nbytes for read in slices)
             for read in slices:
+                progress(file, done, total)
                 stored = shard.get_slice(read.key)
                 dtype, shape = stored.get_dtype(), tuple(stored.get_shape())
                 require(
@@ -274,5 +335,6 @@ def read_shard(file: Path, slices: Sequence[SliceRead]) -> None:
                     f"{file}: {read.key}: found {dtype} {shape}, expected {read.dtype} {read.shape}",
                 )
                 read.target.copy_(stored[read.slices] if read.slices else shard.get_tensor(read.key))
+                done += read.target.nbytes
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}") from error

@@ -1,0 +1,78 @@
+"""Checkpoints of whole runs when something goes wrong: weights that are not finite, slow disks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import run_python
+from training.checkpoint.manifest import committed, verify
+
+SMALL = [
+    "model=mixtral_tiny", "model.num_layers=1", "train.seq_len=32", "train.global_batch=4", "train.log_every=1",
+    "data.code_bytes=0", "data.prose_bytes=0", "data.arithmetic_bytes=60000", "data.vocab_size=400",
+    "tracking=disabled", "run.sample_tokens=0", "launch.threads=1", "launch.nproc=2",
+]  # fmt: skip
+NAN_AFTER_STEP_3 = """
+import torch
+from training.engine import NativeEngine
+
+original = NativeEngine.step
+
+def step(self, lr):
+    norm = original(self, lr)
+    if self.updates == 3:
+        with torch.no_grad():
+            self.parts[0].norm.weight[0] = float("nan")
+    return norm
+
+NativeEngine.step = step
+"""
+SLOW_DISK_OF_RANK_1 = """
+import os, time, types
+from training.checkpoint import shards
+
+def write(descriptor, content):
+    if os.environ["RANK"] == "1":
+        time.sleep(0.5)
+    return os.write(descriptor, content)
+
+shards.os = types.SimpleNamespace(**vars(os) | {"write": write})
+shards.PIECE = 1 << 17
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"data.cache={tmp_path_factory.mktemp('cache')}"
+
+
+def arguments(tmp_path: Path, cache: str, plugin: str) -> list[str]:
+    (tmp_path / "fault.py").write_text(plugin)
+    return [*SMALL, cache, f"run.root={tmp_path}", "run.name=a", f"plugins=[{tmp_path / 'fault.py'}]"]
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_finite_replace_no_checkpoint(tmp_path: Path, cache: str) -> None:
+    keys = arguments(tmp_path, cache, NAN_AFTER_STEP_3)
+    run = run_python("train.py", *keys, "train.steps=6", "checkpoint.every=1")
+    assert run.returncode == 0, run.stderr
+    newest = tmp_path / "a" / "checkpoints" / "step-2"
+    lines = [line for line in run.stdout.splitlines() if " is not saved: " in line]
+    assert [line.partition(": ")[0] for line in lines] == [f"step {step} is not saved" for step in (3, 4, 5, 6)]
+    assert "model.norm.weight[0:64] has an element that is nan" in lines[0]
+    assert lines[1] == f"step 4 is not saved: its gradient norm is nan; the newest checkpoint is still {newest}"
+    assert [path.name for path in committed(newest.parent)] == ["step-2", "step-1"]
+    verify(newest)
+
+
+@pytest.mark.slow
+def test_a_slow_disk_is_waited_for_longer_than_a_collective(tmp_path: Path, cache: str) -> None:
+    keys = arguments(tmp_path, cache, SLOW_DISK_OF_RANK_1)
+    run = run_python("train.py", *keys, "train.steps=1", "parallel.timeout_s=2")
+    assert run.returncode == 0, run.stderr
+    (path,) = committed(tmp_path / "a" / "checkpoints")
+    (size,) = (file.stat().st_size for file in path.glob("rank-00001-*"))
+    assert size / (1 << 17) * 0.5 > 2, "rank 1 wrote faster than the time-out"
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["status"] == "finished"
