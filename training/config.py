@@ -185,6 +185,14 @@ class HealthConfig:
     on_nan: Literal["stop", "rewind"] = "stop"
     """After five steps in a row whose gradient norm is not finite: end the run, or go back to the last checkpoint and
     skip the rows of these steps and of the step before them."""
+    on_spike: Literal["warn", "rewind"] = "warn"
+    """If the loss jumps: print a warning, or go back to the last checkpoint and skip the rows of this step and of the
+    step before it."""
+    spike_z: float | None = 10.0
+    """The robust z-score, among the losses of the last 64 steps, from which a loss counts as a jump; `null`: none."""
+
+    def __post_init__(self) -> None:
+        expect(self.spike_z is None or self.spike_z > 0, "spike_z", self.spike_z, "a number > 0, or null")
 
 
 @dataclass(frozen=True)

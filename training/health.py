@@ -6,6 +6,9 @@ another. A step in which all is well costs no additional collective, and the hos
 
 import math
 import socket
+import statistics
+import sys
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +23,17 @@ MAX_REFUSED = 5
 """A step whose gradient norm is not finite changes no weight. After this many in a row the run stops or goes back."""
 
 
+WINDOW = 64
+"""The number of recent losses with which a loss is compared."""
+FEWEST_LOSSES = 5
+"""No loss is compared with fewer than these."""
+NORMAL_MAD = 1.4826
+"""The standard deviation of a normal distribution, divided by its median absolute deviation."""
+LEAST_DEVIATION = 0.02
+"""The standard deviation is taken to be at least this share of the median. Losses that are almost equal would otherwise
+make every other loss a spike."""
+
+
 class Finding(NamedTuple):
     """What is wrong with a step. The same on all ranks, apart from `lines`, which rank 0 prints."""
 
@@ -31,7 +45,77 @@ class Finding(NamedTuple):
     bad_steps: int = 0
     """The number of steps, up to this one, that have the problem."""
     goes_back: bool = False
-    """Whether the configuration wants the run to go back to a checkpoint. Otherwise a problem ends it."""
+    """Whether the configuration wants the run to go back to a checkpoint."""
+    ends_run: bool = True
+    """Whether the problem ends the run if it does not go back. Otherwise it goes on as it is."""
+
+
+class Health:
+    """All checks of a run."""
+
+    def __init__(self, config: HealthConfig, mesh: Mesh) -> None:
+        self.refused, self.spikes = RefusedSteps(config, mesh), LossSpikes(config)
+
+    def check(self, step: FinishedStep) -> Finding:
+        """Look at a finished step. Collective if something is wrong, which all ranks see alike."""
+        refused, spike = self.refused.check(step), self.spikes.check(step)
+        found = refused if refused.problem else spike
+        return found._replace(lines=refused.lines + spike.lines, row={**refused.row, **spike.row})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later launch needs to come to the same conclusions, as JSON values."""
+        return self.spikes.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue as after `state`, which is empty for a new run."""
+        self.refused.in_a_row = 0  # No checkpoint is written after a step that was refused.
+        self.spikes.load_state_dict(state)
+
+
+class LossSpikes:
+    """Finds a loss that is far above those of the steps before, by their median and median absolute deviation."""
+
+    def __init__(self, config: HealthConfig) -> None:
+        self.config = config
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.above = False
+        """Whether the loss of the last step was too high. Only the first of several such steps is told."""
+
+    def check(self, step: FinishedStep) -> Finding:
+        """Look at a finished step. A loss that is not finite is left to `RefusedSteps`."""
+        loss, z = step.result.loss, self.z_score(step.result.loss)
+        if not math.isfinite(loss):
+            return Finding()
+        typical = statistics.median(self.losses) if self.losses else loss
+        self.losses.append(loss)
+        was_above, self.above = self.above, self.config.spike_z is not None and z > self.config.spike_z
+        if was_above or not self.above:
+            return Finding()
+        problem = f"the loss is {loss:.5g}, after a median of {typical:.5g} (robust z-score {z:.3g})"
+        back = self.config.on_spike == "rewind"
+        lines = () if back else (f"warning: step {step.done}: {problem}",)
+        return Finding(lines, {"health/loss_z": z}, problem if back else None, 1, back, ends_run=False)
+
+    def z_score(self, loss: float) -> float:
+        """Return how many standard deviations `loss` is above the median of the losses before; 0 if they are few.
+
+        The standard deviation is that of a normal distribution with the same median absolute deviation (MAD), and at
+        least `LEAST_DEVIATION` of the median.
+        """
+        if len(self.losses) < FEWEST_LOSSES:
+            return 0.0
+        median = statistics.median(self.losses)
+        mad = statistics.median(abs(one - median) for one in self.losses)
+        return (loss - median) / max(NORMAL_MAD * mad, LEAST_DEVIATION * abs(median), sys.float_info.min)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the recent losses as JSON values."""
+        return {"losses": list(self.losses), "above": self.above}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue as after `state`; empty: as at the start."""
+        self.losses = deque(state.get("losses", ()), maxlen=WINDOW)
+        self.above = state.get("above", False)
 
 
 class RefusedSteps:

@@ -38,7 +38,7 @@ from training.config import Config
 from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
 from training.engine import Engine
 from training.formats.reader import open_model
-from training.health import RefusedSteps
+from training.health import Health
 from training.owner import RunOwner
 from training.report.metrics import router_metrics, telemetry_metrics
 from training.report.profile import StepProfiler
@@ -132,7 +132,8 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     resumed_step = first_step if run.state else None
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
     compilation = CompilationReport(engine.parts)
-    evaluation, health = None, RefusedSteps(config.health, mesh)
+    evaluation, health = None, Health(config.health, mesh)
+    health.load_state_dict((run.state or {}).get("health", {}))
     profiling = config.train.profile and process.is_main and first_step < steps
     with (
         Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder,
@@ -147,7 +148,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
 
         steps_ahead = device.type != "cpu"
         queue = Steps(engine, loader, run.config, first_step, ahead=steps_ahead, pauses_after=pauses_after)
-        rewind = Rewind(run, engine, loader, queue, recorder)
+        rewind = Rewind(run, engine, loader, queue, health, recorder)
         for step in queue:
             done, result = step.done, step.result
             throughput.add(result.tokens, step_flops(result, run.costs), step.seconds)
@@ -166,15 +167,16 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             recorder.note(*compilation.lines(), *found.lines)
             recorder.step(row, done, write=write)
 
-            if found.problem is not None:
-                saver.newest = rewind.go_back(done, found)  # or end the run
+            gone_back = found.problem and rewind.go_back(done, found)  # or the run ends
+            if gone_back:
+                saver.newest = gone_back
                 continue
 
             if is_due(done, config.checkpoint.every, steps, at_end=config.checkpoint.at_end):
-                if health.in_a_row:
+                if health.refused.in_a_row:
                     saver.refuse(done, f"its gradient norm is {result.grad_norm}")
                 else:
-                    state = checkpoint_state(run, engine, loader, done)
+                    state = checkpoint_state(run, engine, loader, health, done)
                     recorder.sync()
                     saver.save(done, engine.tensors(), state)
 
@@ -201,7 +203,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     return outcome
 
 
-def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, step: int) -> dict[str, Any]:
+def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, health: Health, step: int) -> dict[str, Any]:
     """Return what a checkpoint contains besides tensors. `training.agree` and `training.resume` read it.
 
     Args:
@@ -211,6 +213,7 @@ def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, step: int) 
         "step": step,
         "updates": engine.updates,
         "loader": loader.state_dict(),
+        "health": health.state_dict(),
         "model": to_dict(run.model),
         "router": to_dict(run.config.router),
         "config": run.recorded,

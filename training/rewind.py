@@ -10,7 +10,7 @@ from training.agree import AgreedRun
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import CHECKPOINTS, delete_checkpoint, read_state, step_directories, step_of, verify
 from training.engine import Engine
-from training.health import Finding
+from training.health import Finding, Health
 from training.report.trackers import Recorder
 from training.steps import Steps
 
@@ -26,11 +26,14 @@ class Rewind:
         recorder: of the metrics, which are those of the repeated steps from then on.
     """
 
-    def __init__(self, run: AgreedRun, engine: Engine, loader: Loader, steps: Steps, recorder: Recorder) -> None:
-        self.run, self.engine, self.loader, self.steps, self.recorder = run, engine, loader, steps, recorder
+    def __init__(
+        self, run: AgreedRun, engine: Engine, loader: Loader, steps: Steps, health: Health, recorder: Recorder
+    ) -> None:
+        self.run, self.engine, self.loader, self.steps = run, engine, loader, steps
+        self.health, self.recorder = health, recorder
         self.times, self._last = 0, -1
 
-    def go_back(self, done: int, finding: Finding) -> str:
+    def go_back(self, done: int, finding: Finding) -> str | None:
         """Load weights, optimizer state and position from a checkpoint, and skip the rows of the steps that went wrong.
 
         The rows of the step before them are skipped, too: its update can be the cause. The checkpoint is the newest one
@@ -42,11 +45,11 @@ class Rewind:
             finding: the problem of the last `finding.bad_steps` steps.
 
         Returns:
-            The checkpoint.
+            The checkpoint. None if there is none to go back to, or the run has gone back too often, and the problem
+            does not end the run.
 
         Raises:
-            TrainingFailure: the configuration does not want to go back, there is no checkpoint to go back to, or the
-                run has gone back too often.
+            TrainingFailure: the same, and the problem ends the run; or the configuration does not want to go back.
         """
         mesh, parallel = self.engine.mesh, self.run.config.parallel
         set_timeout(mesh, parallel.start_timeout_s)  # Rank 0 reads whole checkpoints.
@@ -57,7 +60,12 @@ class Rewind:
         if path is None:
             good = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint from before"
             tried = f"; the run has gone back {self.times} times" if self.times else ""
-            raise TrainingFailure(f"step {done}: {finding.problem}; {good}{tried}")
+            line = f"step {done}: {finding.problem}; {good}{tried}"
+            if finding.ends_run:
+                raise TrainingFailure(line)
+            set_timeout(mesh, parallel.timeout_s)
+            self.recorder.note(f"warning: {line}; the run goes on")
+            return None
         state, tensors = read_state(Path(path)), self.engine.tensors()
         checkpoint.load(Path(path), tensors)
         self.engine.finish_loading(tensors, state["updates"])
@@ -70,6 +78,7 @@ class Rewind:
         )
         self.recorder.go_back(step)
         self.steps.go_back(step)
+        self.health.load_state_dict(state.get("health", {}))
         set_timeout(mesh, parallel.timeout_s)
         return str(path)
 

@@ -106,3 +106,33 @@ def test_evaluation_covers_every_heldout_row_once(store: Store, world_size: int,
     stream = split.tokens(0, split.num_tokens)
     assert labels[labels != IGNORE].tolist() == stream[stream != store.tokenizer.bos_id].tolist()
     assert sum(batch.num_labels for batch in in_order) == int((stream != store.tokenizer.bos_id).sum())
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 3)])
+def test_rows_are_skipped_after_going_back_on_every_layout(store: Store, world_size: int, accumulation: int) -> None:
+    whole = global_rows(store, 9, world_size=1, accumulation=1)
+
+    def steps(loaders: list[Loader], count: int) -> list[list[int]]:
+        per_rank = [[batch for _ in range(count) for batch in each.next_step()] for each in loaders]
+        micro_batches = range(count * accumulation)
+        return [row for micro in micro_batches for row in tokens_of([batches[micro] for batches in per_rank])]
+
+    loaders = [loader(store, rank=rank, world_size=world_size, accumulation=accumulation) for rank in range(world_size)]
+    assert steps(loaders, 2) == whole[:24]
+    saved = loaders[0].state_dict()
+    assert steps(loaders, 4) == whole[24:72]
+    for each in loaders:
+        each.go_back(saved, steps=3, skip=2)  # after step 5
+    assert steps(loaders, 1) == whole[24:36]
+    one_later = loaders[0].state_dict()
+    assert one_later == saved | {"rows": 36, "skipped": [[36, 60]]}
+    assert steps(loaders, 2) == whole[60:84]
+    for each in loaders:
+        each.go_back(saved, steps=2, skip=1)  # `saved` does not know the rows that are skipped already
+    assert steps(loaders, 2) == whole[24:36] + whole[72:84]
+    assert loaders[0].state_dict()["skipped"] == [[36, 72]]
+
+    resumed = loader(store, rank=0, world_size=1, accumulation=1, global_batch=8)
+    resumed.load_state_dict(json.loads(json.dumps(one_later)))
+    rows = tokens_of(resumed.next_step()) + tokens_of(resumed.next_step())
+    assert rows == whole[60:76]

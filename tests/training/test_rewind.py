@@ -12,12 +12,22 @@ from common.strict import from_dict
 from scripts.cli.command_line import compose_config
 from tests.test_train import TINY, numbers
 from training import loop, steps
-from training.config import Config
+from training.config import Config, HealthConfig
+from training.health import Finding, LossSpikes
+from training.report import run_report
+from training.step import StepResult
+from training.steps import FinishedStep
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"data.cache={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plot_curves", "plot_overview", "plot_load"):
+        monkeypatch.setattr(run_report, name, lambda *_: None)
 
 
 def run(root: Path, cache: str, name: str, *overrides: str) -> dict[str, Any]:
@@ -79,3 +89,66 @@ def test_refused_steps_are_told_and_end_the_run_or_take_it_back(tmp_path, cache,
     again = numbers(tmp_path / "back")
     assert [row["step"] for row in again] == list(range(1, 10))
     assert again[:2] == rows[:2] and all(math.isfinite(row["optim/grad_norm"]) for row in again)
+
+
+class Jump(Spoiled):
+    """The update of the step that has a row of `rows` makes the head a thousand times larger."""
+
+    def __call__(self, engine: Any, inputs: Any, *arguments: Any) -> Any:
+        numbers = [int(batch.numbers_BS[0, 0]) // 16 for batch in inputs.batches]
+        self.seen += numbers
+        pending = self.start_step(engine, inputs, *arguments)
+        if self.rows & set(numbers):
+            engine.parts[0].head.weight.data.mul_(1e6)
+        return pending
+
+
+def test_a_loss_that_jumps_is_told_or_takes_the_run_back(tmp_path, cache, monkeypatch, capsys):
+    jump = Jump({12})
+    monkeypatch.setattr(steps, "start_step", jump)
+    run(tmp_path, cache, "warned")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("warning: step 8: the loss is ") and "z-score" in lines[0]
+    rows = numbers(tmp_path / "warned")
+    assert rows[7]["train/loss"] > 1000 and rows[7]["health/loss_z"] > 100
+    assert [row["step"] for row in rows if "health/loss_z" in row] == [8]
+
+    found = []
+    for name in ("back", "again"):
+        jump.seen.clear()
+        run(tmp_path, cache, name, "health.on_spike=rewind")
+        found.append(numbers(tmp_path / name))
+        out = capsys.readouterr().out
+        assert "step 8: the loss is" in out and "step-6 and skips the rows of steps 7 to 8\n" in out
+        assert jump.seen == [*range(0, 15, 2), *range(16, 21, 2)]
+    back, again = found
+    assert back == again and back[:6] == rows[:6] and max(row["train/loss"] for row in back) < 10
+    assert [row["step"] for row in back] == list(range(1, 10))
+
+
+def test_a_jump_without_a_checkpoint_before_it_is_told(tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "start_step", Jump({12}))
+    run(tmp_path, cache, "none", "health.on_spike=rewind", "checkpoint.every=7")
+    out = capsys.readouterr().out
+    assert "there is no checkpoint from before; the run goes on\n" in out
+    assert len(numbers(tmp_path / "none")) == 9
+
+
+def step_of_loss(loss: float) -> FinishedStep:
+    return FinishedStep(1, 0.0, StepResult(loss, loss, None, None, 1.0, 1, 1, None, 0), 1.0)
+
+
+def test_the_z_score_by_hand():
+    spikes = LossSpikes(HealthConfig(spike_z=3.0))
+    for loss in (1.0, 2.0, 3.0, 4.0, 5.0):
+        assert spikes.check(step_of_loss(loss)) == Finding()
+    assert spikes.z_score(10.0) == pytest.approx((10 - 3) / 1.4826)
+    assert spikes.check(step_of_loss(math.nan)) == Finding()  # It has no place among the losses.
+    assert spikes.check(step_of_loss(10.0)).row["health/loss_z"] == pytest.approx(7 / 1.4826)
+    assert spikes.check(step_of_loss(11.0)) == Finding()  # The same jump.
+    restored = LossSpikes(HealthConfig(spike_z=3.0))
+    restored.load_state_dict(spikes.state_dict())
+    assert restored.losses == spikes.losses and restored.above
+    even = LossSpikes(HealthConfig())
+    even.losses.extend([2.0] * 9)
+    assert even.z_score(2.4) == pytest.approx(10)  # at least 2 % of the median
