@@ -9,8 +9,11 @@ import socket
 import statistics
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
 
 from common.text import show_ranges
 from parallel.collectives import all_gather_json
@@ -33,6 +36,11 @@ LEAST_DEVIATION = 0.02
 """The standard deviation is taken to be at least this share of the median. Losses that are almost equal would otherwise
 make every other loss a spike."""
 
+STEPS = 10
+"""The number of steps whose times are compared between ranks at once."""
+LEAST_DELAY_S = 0.05
+"""Ranks that differ by fewer seconds in a step are not called slow."""
+
 
 class Finding(NamedTuple):
     """What is wrong with a step. The same on all ranks, apart from `lines`, which rank 0 prints."""
@@ -54,13 +62,14 @@ class Health:
     """All checks of a run."""
 
     def __init__(self, config: HealthConfig, mesh: Mesh) -> None:
-        self.refused, self.spikes = RefusedSteps(config, mesh), LossSpikes(config)
+        self.refused, self.spikes, self.slow = RefusedSteps(config, mesh), LossSpikes(config), SlowRanks(mesh)
 
     def check(self, step: FinishedStep) -> Finding:
-        """Look at a finished step. Collective if something is wrong, which all ranks see alike."""
-        refused, spike = self.refused.check(step), self.spikes.check(step)
+        """Look at a finished step. Collective; nothing is exchanged after most steps."""
+        refused, spike, slow = self.refused.check(step), self.spikes.check(step), self.slow.check(step)
         found = refused if refused.problem else spike
-        return found._replace(lines=refused.lines + spike.lines, row={**refused.row, **spike.row})
+        lines = refused.lines + spike.lines + slow.lines
+        return found._replace(lines=lines, row={**refused.row, **spike.row, **slow.row})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later launch needs to come to the same conclusions, as JSON values."""
@@ -116,6 +125,71 @@ class LossSpikes:
         """Continue as after `state`; empty: as at the start."""
         self.losses = deque(state.get("losses", ()), maxlen=WINDOW)
         self.above = state.get("above", False)
+
+
+class SlowRanks:
+    """Names ranks that need much more time for a step than the others, without the time in which they wait for others.
+
+    The times of `STEPS` steps are compared at once. A single slow step, in which a rank compiles or reads a file, does
+    not change their median.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.times: list[float] = []
+        self.slow: set[int] = set()
+
+    def check(self, step: FinishedStep) -> Finding:
+        """Look at a finished step. Collective after every `STEPS` steps."""
+        if self.mesh.world_size == 1:
+            return Finding()
+        self.times.append(step.own_seconds)
+        if len(self.times) < STEPS:
+            return Finding()
+        times = torch.zeros(self.mesh.world_size, dtype=torch.float64)
+        times[self.mesh.rank], self.times = statistics.median(self.times), []
+        dist.all_reduce(times, group=self.mesh.world)
+        before, self.slow = self.slow, slow_ranks(times.tolist(), self.mesh.layout.pipeline)
+        changed = before ^ self.slow
+        if not changed:
+            return Finding()
+        hosts, lines = all_gather_json(socket.gethostname(), self.mesh.world), []
+        for rank in sorted(changed):
+            others = statistics.median(peers(times.tolist(), rank, self.mesh.layout.pipeline))
+            state = "warning: rank {} ({}) is slow" if rank in self.slow else "rank {} ({}) is no longer slow"
+            lines.append(
+                f"{state.format(rank, hosts[rank])}: it needs {times[rank]:.2f} s for a step, and other ranks "
+                f"{others:.2f} s (steps {step.done - STEPS + 1} to {step.done}, without waiting for each other)"
+            )
+        row = (
+            {"speed/slow_rank": min(self.slow), "speed/slow_rank_s": float(times[min(self.slow)])} if self.slow else {}
+        )
+        return Finding(tuple(lines), row)
+
+
+def slow_ranks(times: Sequence[float], stages: int) -> set[int]:
+    """Return the ranks whose time is more than twice the median of their peers, or a second and a quarter of it longer.
+
+    Differences below `LEAST_DELAY_S` do not count.
+
+    Args:
+        times: seconds for a step, by rank.
+        stages: the pipeline ranks.
+    """
+    slow = set()
+    for rank, own in enumerate(times):
+        others = statistics.median(peers(times, rank, stages))
+        if own > others + LEAST_DELAY_S and (own > 2 * others or own > max(others + 1, 1.25 * others)):
+            slow.add(rank)
+    return slow
+
+
+def peers(times: Sequence[float], rank: int, stages: int) -> list[float]:
+    """Return the times of the other ranks with the same layers; if there is none, of all other ranks."""
+    size = len(times) // stages
+    first = rank // size * size
+    same_layers = [times[other] for other in range(first, first + size) if other != rank]
+    return same_layers or [time for other, time in enumerate(times) if other != rank]
 
 
 class RefusedSteps:

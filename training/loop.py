@@ -27,6 +27,7 @@ from moe.generation.sampling import Sampling
 from parallel.apply import build_whole_model
 from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
 from parallel.startup.rendezvous import open_store, wait_for_all
+from parallel.waiting import WaitingClock
 from training.agree import AgreedRun, agree_on_run
 from training.build import build_engine, build_parts
 from training.checkpoint import checkpoint
@@ -138,6 +139,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     with (
         Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder,
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
+        WaitingClock() as waiting,
     ):
         saver = Saver(run.directory / CHECKPOINTS, config.checkpoint, peers, run.checkpoint, recorder.note)
 
@@ -147,7 +149,15 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             return evaluates or saves or (profiler is not None and profiler.pauses_after(done))
 
         steps_ahead = device.type != "cpu"
-        queue = Steps(engine, loader, run.config, first_step, ahead=steps_ahead, pauses_after=pauses_after)
+        queue = Steps(
+            engine,
+            loader,
+            run.config,
+            first_step,
+            ahead=steps_ahead,
+            pauses_after=pauses_after,
+            waited=lambda: waiting.seconds,
+        )
         rewind = Rewind(run, engine, loader, queue, health, recorder)
         for step in queue:
             done, result = step.done, step.result

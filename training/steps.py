@@ -6,6 +6,7 @@ the model is evaluated or saved, nothing is queued ahead.
 """
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -30,6 +31,8 @@ class FinishedStep(NamedTuple):
     result: StepResult
     seconds: float
     """The time on the device between the end of the step before, or of the pause before, and the end of this step."""
+    own_seconds: float = 0.0
+    """The time of this process for a step, without the time in which it waited for other ranks or for its GPU."""
     nonfinite: tuple[str, ...] = ()
     """If the gradient norm is not finite: the parameters of which this rank's gradient is not finite."""
 
@@ -53,6 +56,7 @@ class Steps(Iterator[FinishedStep]):
         ahead: whether the host starts a step before it reads the figures of the step before. Without it, the run pauses
             after every step.
         pauses_after: the number of steps done -> whether the caller evaluates or saves the model then.
+        waited: returns the seconds that this process has waited for other ranks (`parallel.waiting`).
     """
 
     def __init__(
@@ -64,8 +68,9 @@ class Steps(Iterator[FinishedStep]):
         *,
         ahead: bool,
         pauses_after: Callable[[int], bool],
+        waited: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self.engine, self.loader, self.config = engine, loader, config
+        self.engine, self.loader, self.config, self.waited = engine, loader, config, waited
         self.ahead, self.pauses_after = ahead, pauses_after
         self._started = first_step
         """The number of steps that have been started."""
@@ -74,6 +79,7 @@ class Steps(Iterator[FinishedStep]):
         self._unread: deque[Started] = deque()
         self._before = Moment(engine.mesh.device)
         """The end of the last step that was read, or of the pause after it."""
+        self._own_seconds = 0.0
         self._finished = self._run()
 
     def __next__(self) -> FinishedStep:
@@ -92,6 +98,7 @@ class Steps(Iterator[FinishedStep]):
         engine, config, steps = self.engine, self.config, self.config.train.steps
         try:
             while self._started < steps:
+                start = time.monotonic() - self.waited()
                 lr = learning_rate(self._started, steps, config.optim)
                 inputs, self._inputs = self._inputs or self._next_inputs(), None
                 self._started += 1
@@ -99,6 +106,7 @@ class Steps(Iterator[FinishedStep]):
                 pause = not self.ahead or self._started == steps or self.pauses_after(self._started)
                 if not pause:
                     self._inputs = self._next_inputs()
+                self._own_seconds = time.monotonic() - self.waited() - start
                 while len(self._unread) > (0 if pause else 1):
                     yield self._read_next()
                 if pause:
@@ -117,4 +125,5 @@ class Steps(Iterator[FinishedStep]):
         result = step.pending.read()
         start, self._before = self._before, step.pending.end
         nonfinite = () if math.isfinite(result.grad_norm) else tuple(step.pending.nonfinite_gradients())
-        return FinishedStep(step.done, step.lr, result, self._before.seconds_since(start), nonfinite)
+        seconds = self._before.seconds_since(start)
+        return FinishedStep(step.done, step.lr, result, seconds, self._own_seconds, nonfinite)

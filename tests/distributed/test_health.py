@@ -2,22 +2,27 @@
 
 import math
 import socket
+import statistics
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe.config import ModelConfig, RouterConfig
 from parallel.apply import build_model
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
+from parallel.waiting import WaitingClock
 from tests.distributed.harness import run_ranks
 from training.config import HealthConfig, OptimConfig
 from training.engine import NativeEngine
-from training.health import RefusedSteps
+from training.health import STEPS, Finding, RefusedSteps, SlowRanks, slow_ranks
 from training.parity.trial import micro_batches_of_rank, rows_of_step
 from training.step import prepare_step, start_step
-from training.steps import FinishedStep
+from training.steps import FinishedStep, Steps
 
 MODEL = ModelConfig(
     dim=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, hidden_dim=24, num_experts=4, top_k=2, vocab_size=64,
@@ -64,8 +69,42 @@ def refusals(layout: Layout) -> list[Any]:
     return [*found, engine.updates]
 
 
+class Rows:
+    """A loader that sleeps before each step on rank 1."""
+
+    def __init__(self, engine: NativeEngine) -> None:
+        self.mesh, self.step = engine.mesh, 0
+
+    def next_step(self) -> list[Any]:
+        time.sleep(0.25 * self.mesh.rank)
+        self.step += 1
+        layout = self.mesh.layout
+        return micro_batches_of_rank(rows_of_step(self.step, 8), layout.data_rank(self.mesh.rank), layout.data)
+
+
+def times(layout: Layout) -> tuple[list[Any], list[float], list[float]]:
+    engine = engine_of(layout)
+    train = SimpleNamespace(steps=STEPS)
+    config = SimpleNamespace(train=train, run=SimpleNamespace(seed=0), router=ROUTER, optim=OptimConfig(lr=1e-2))
+    health = SlowRanks(engine.mesh)
+    with WaitingClock() as clock:
+        steps = Steps(
+            engine,
+            Rows(engine),
+            config,
+            0,
+            ahead=False,
+            pauses_after=bool,
+            waited=lambda: clock.seconds,  # type: ignore[arg-type]
+        )
+        done = list(steps)
+    assert dist.Work.wait is not None and dist.Work.wait.__qualname__ != "WaitingClock.__enter__.<locals>.wait"
+    found = [tuple(health.check(step)) for step in done]
+    return found, [step.own_seconds for step in done], [step.seconds for step in done]
+
+
 def jobs(rank: int, world_size: int) -> dict[str, Any]:
-    return {name: refusals(layout) for name, layout in LAYOUTS.items()}
+    return {name: refusals(layout) for name, layout in LAYOUTS.items()} | {"times": times(LAYOUTS["expert"])}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +117,7 @@ def test_the_rank_and_the_parameter_are_named(results: list[dict[str, Any]], lay
     first, second = (result[layout] for result in results)
     assert first == second
     fine, refused, after, updates = first
-    assert fine == after == ((), {}, None, 0, False) and updates == 2
+    assert fine == after == tuple(Finding()) and updates == 2
     (line,), row, problem, *_ = refused
     assert line == (
         f"step 2 changed no weight: its gradient norm is nan; rank 1 ({socket.gethostname()}): the gradient of "
@@ -89,3 +128,22 @@ def test_the_rank_and_the_parameter_are_named(results: list[dict[str, Any]], lay
         "health/refused_rank": 1,
         "health/refused_parameter": "layers.1.ffn.router.weight",
     }
+
+
+def test_a_slow_rank_is_named_although_all_ranks_take_the_same_time(results: list[dict[str, Any]]) -> None:
+    (found, own, whole), (same, slow_own, slow_whole) = (result["times"] for result in results)
+    assert found == same and not any(lines for lines, *_ in found[:-1])
+    (line,), row, *_ = found[-1]
+    assert line.startswith(f"warning: rank 1 ({socket.gethostname()}) is slow: it needs 0.")
+    assert line.endswith("(steps 1 to 10, without waiting for each other)") and row["speed/slow_rank"] == 1
+    assert min(slow_own) > 0.25 and statistics.median(own) < statistics.median(slow_own) / 2
+    assert min(whole[1:]) > 0.2 and min(slow_whole) > 0.2
+
+
+def test_slow_ranks_by_hand() -> None:
+    assert slow_ranks([0.2, 1.2], 1) == {1}
+    assert slow_ranks([0.01, 0.03], 1) == set()  # below the least delay
+    assert slow_ranks([3.0, 3.1, 6.5, 2.9], 1) == {2}
+    assert slow_ranks([3.0, 3.1, 4.5, 2.9], 1) == {2} and slow_ranks([9.0, 9.1, 10.5, 9.0], 1) == set()
+    assert slow_ranks([1.0, 1.1, 3.0, 3.1], 2) == set()  # stages of a pipeline have other layers
+    assert slow_ranks([1.0, 1.1, 3.0, 9.1], 2) == {3}
