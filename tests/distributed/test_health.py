@@ -49,7 +49,7 @@ def step(engine: NativeEngine, done: int) -> FinishedStep:
     pending = start_step(engine, prepare_step(engine, batches, ROUTER), ROUTER, 1e-2)
     result = pending.read()
     nonfinite = () if math.isfinite(result.grad_norm) else tuple(pending.nonfinite_gradients())
-    return FinishedStep(done, 1e-2, result, 1.0, nonfinite)
+    return FinishedStep(done, 1e-2, result, 1.0, nonfinite=nonfinite)
 
 
 def refusals(layout: Layout) -> list[Any]:

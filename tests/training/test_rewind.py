@@ -14,6 +14,7 @@ from tests.test_train import TINY, numbers
 from training import loop, steps
 from training.config import Config, HealthConfig
 from training.health import Finding, LossSpikes
+from training.owner import RunOwner
 from training.report import run_report
 from training.step import StepResult
 from training.steps import FinishedStep
@@ -36,7 +37,8 @@ def run(root: Path, cache: str, name: str, *overrides: str) -> dict[str, Any]:
     given = [*TINY, *small, "run.sample_tokens=0", "checkpoint.every=2", "checkpoint.keep=9", *overrides]
     values = compose_config("config", [*given, cache, f"run.root={root}", f"run.name={name}", "train.compile=false"])
     try:
-        return loop.train(from_dict(Config, values))
+        with RunOwner() as owner:
+            return loop.train(from_dict(Config, values), owner)
     finally:
         if dist.is_initialized():  # The run has failed.
             dist.destroy_process_group()
