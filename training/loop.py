@@ -158,7 +158,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             pauses_after=pauses_after,
             waited=lambda: waiting.seconds,
         )
-        rewind = Rewind(run, engine, loader, queue, health, recorder)
+        rewind = Rewind(run, engine, loader, queue, health, recorder, peers)
         for step in queue:
             done, result = step.done, step.result
             throughput.add(result.tokens, step_flops(result, run.costs), step.seconds)

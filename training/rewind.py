@@ -4,11 +4,18 @@ from pathlib import Path
 
 from common.errors import CheckpointError, TrainingFailure
 from data.loader import Loader
-from parallel.collectives import all_gather_json
-from parallel.mesh import set_timeout
 from training.agree import AgreedRun
 from training.checkpoint import checkpoint
-from training.checkpoint.manifest import CHECKPOINTS, delete_checkpoint, read_state, step_directories, step_of, verify
+from training.checkpoint.manifest import (
+    CHECKPOINTS,
+    delete_checkpoint,
+    listed,
+    read_state,
+    step_directories,
+    step_of,
+    verify,
+)
+from training.checkpoint.peers import Peers, StalledError
 from training.engine import Engine
 from training.health import Finding, Health
 from training.report.trackers import Recorder
@@ -24,13 +31,21 @@ class Rewind:
     Args:
         loader: the one that `steps` takes its rows from.
         recorder: of the metrics, which are those of the repeated steps from then on.
+        peers: the ranks as they read checkpoints together.
     """
 
     def __init__(
-        self, run: AgreedRun, engine: Engine, loader: Loader, steps: Steps, health: Health, recorder: Recorder
+        self,
+        run: AgreedRun,
+        engine: Engine,
+        loader: Loader,
+        steps: Steps,
+        health: Health,
+        recorder: Recorder,
+        peers: Peers,
     ) -> None:
-        self.run, self.engine, self.loader, self.steps = run, engine, loader, steps
-        self.health, self.recorder = health, recorder
+        self.root, self.engine, self.loader, self.steps = run.directory / CHECKPOINTS, engine, loader, steps
+        self.health, self.recorder, self.peers = health, recorder, peers
         self.times, self._last = 0, -1
 
     def go_back(self, done: int, finding: Finding) -> str | None:
@@ -51,58 +66,47 @@ class Rewind:
         Raises:
             TrainingFailure: the same, and the problem ends the run; or the configuration does not want to go back.
         """
-        mesh, parallel = self.engine.mesh, self.run.config.parallel
-        set_timeout(mesh, parallel.start_timeout_s)  # Rank 0 reads whole checkpoints.
-        newest_allowed = done - finding.bad_steps - 1
-        wanted = finding.goes_back and self.times < MAX_TIMES
-        choice = self._choose(newest_allowed, wanted) if mesh.rank == 0 else None
-        path, last_good = all_gather_json(choice, mesh.world)[0]
-        if path is None:
-            good = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint from before"
+        good = self._good_checkpoints(done - finding.bad_steps - 1)
+        step = step_of(good[-1]) if good else self._last
+        if not finding.goes_back or self.times == MAX_TIMES or step == self._last:
+            known = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint from before"
             tried = f"; the run has gone back {self.times} times" if self.times else ""
-            line = f"step {done}: {finding.problem}; {good}{tried}"
+            line = f"step {done}: {finding.problem}; {known}{tried}"
             if finding.ends_run:
                 raise TrainingFailure(line)
-            set_timeout(mesh, parallel.timeout_s)
             self.recorder.note(f"warning: {line}; the run goes on")
             return None
-        state, tensors = read_state(Path(path)), self.engine.tensors()
-        checkpoint.load(Path(path), tensors)
+        path = good[-1]
+        state, tensors = read_state(path), self.engine.tensors()
+        checkpoint.load(path, tensors, self.peers)
         self.engine.finish_loading(tensors, state["updates"])
-        step = state["step"]
         self.loader.go_back(state["loader"], done - step, finding.bad_steps + 1)
-        self.times, self._last = self.times + 1, step
+        self.health.load_state_dict(state.get("health", {}))
+        self.steps.go_back(step)
         self.recorder.note(
             f"step {done}: {finding.problem}; the run goes back to {path} and skips the rows of steps "
             f"{done - finding.bad_steps} to {done}"
         )
         self.recorder.go_back(step)
-        self.steps.go_back(step)
-        self.health.load_state_dict(state.get("health", {}))
-        set_timeout(mesh, parallel.timeout_s)
+        self.times, self._last = self.times + 1, step
+        for newer in step_directories(self.root) if self.peers.rank == 0 else []:
+            if step_of(newer) > step:
+                delete_checkpoint(newer)
         return str(path)
 
-    def _choose(self, newest_allowed: int, wanted: bool) -> tuple[str | None, str | None]:
-        """Return the checkpoint to go back to if that is wanted, and the newest good one. Only rank 0 calls it.
+    def _good_checkpoints(self, newest: int) -> list[Path]:
+        """Return the newest intact checkpoint up to step `newest`. Add the one before if the run went back to it last.
 
-        If there is one to go back to, newer ones are deleted.
+        The ranks divide the files between them, and read them whole.
         """
         good: list[Path] = []
-        directories = step_directories(self.run.directory / CHECKPOINTS)
-        for path in directories:
-            if step_of(path) > newest_allowed:
-                continue
-            try:
-                verify(path)
-            except CheckpointError as error:
-                self.recorder.note(f"skipping checkpoint {path.name}: {error}")
-                continue
-            good.append(path)
-            if step_of(path) != self._last:
-                break
-        if not good or not wanted or step_of(good[-1]) == self._last:
-            return None, str(good[0]) if good else None
-        for path in directories:
-            if step_of(path) > step_of(good[-1]):
-                delete_checkpoint(path)
-        return str(good[-1]), str(good[0])
+        for path in listed(self.root, self.peers):
+            if step_of(path) <= newest and (not good or step_of(good[-1]) == self._last):
+                try:
+                    verify(path, self.peers)
+                    good.append(path)
+                except StalledError:
+                    raise
+                except CheckpointError as error:
+                    self.recorder.note(f"skipping checkpoint {path.name}: {error}")
+        return good

@@ -168,7 +168,7 @@ def newest_verified(root: Path, warn: Callable[[str], None], peers: Peers = ALON
         CheckpointError: on all ranks, if `root` has checkpoints, and all of them are damaged.
     """
     damaged = []
-    for path in _listed(root, peers):
+    for path in listed(root, peers):
         try:
             verify(path, peers)
         except StalledError:
@@ -187,7 +187,7 @@ def newest_verified(root: Path, warn: Callable[[str], None], peers: Peers = ALON
     return None
 
 
-def _listed(root: Path, peers: Peers) -> list[Path]:
+def listed(root: Path, peers: Peers) -> list[Path]:
     """Return what `step_directories` returns on rank 0, on all ranks. Collective."""
     names = peers.run(
         lambda: [path.name for path in step_directories(root)], root, lambda found: [found[0]] * len(found)
@@ -231,7 +231,7 @@ def delete_old_checkpoints(root: Path, newest: int, retention: Retention, peers:
     def first_intact(paths: Iterable[Path], number: int) -> list[Path]:
         return list(itertools.islice((path for path in paths if _is_intact(path, peers)), number))
 
-    paths = _listed(root, peers)
+    paths = listed(root, peers)
     later = [path for path in paths if step_of(path) > newest]
     # The checkpoint of this step was hashed when it was written.
     just_saved = [path for path in paths if step_of(path) == newest]
