@@ -1,7 +1,7 @@
 """Train a model: from the command line to a valid configuration, and then to the training loop.
 
     python train.py launch.nproc=2 experiment=quickstart                           starts two worker processes
-    torchrun --nproc-per-node 2 train.py experiment=quickstart                     torchrun starts them
+    NPROC=2 scripts/node.sh experiment=quickstart                                  torchrun starts them
     python train.py -m launch.nproc=2 experiment=quickstart model.num_experts=4,8  a sweep, one job after the other
 
 `job` converts what Hydra composed to a validated `Config`. Each worker process then calls `train`. Nothing here imports
@@ -15,10 +15,10 @@ if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from parallel.startup.launch import interrupts_end_imports, interrupts_raise
+from parallel.startup.launch import begin_process, interrupts_raise
 
 if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
-    interrupts_end_imports()
+    begin_process()
 
 import math
 import os

@@ -1,7 +1,7 @@
 """Measure the time of an optimizer step under each layout, relative to data parallelism on the same processes.
 
     python benchmarks/layouts.py                                     # two processes of this machine
-    torchrun --nproc-per-node 8 benchmarks/layouts.py --dim 2048 --seq-len 4096 --rounds 20
+    python benchmarks/layouts.py --nproc 8 --dim 2048 --seq-len 4096 --rounds 20
     python benchmarks/layouts.py --layouts replicate=2 expert=2/deepspeed-3
 
 Every layout is built once. In each round, every layout takes one step, so that other load on the machine affects all of

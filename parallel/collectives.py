@@ -114,6 +114,28 @@ def finish_exchange(rows_RD: Tensor, exchange: RowExchange) -> Tensor:
     return _FinishExchange.apply(rows_RD, exchange)
 
 
+def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the value of every rank of the group, in their order. Collective.
+
+    The values travel as JSON in CPU tensors. `torch.distributed.all_gather_object` would unpickle them, and a pickle
+    from a process that is no rank can run any code.
+
+    Args:
+        value: can be written as JSON. Tuples come back as lists.
+        group: None: all ranks. Without a process group, this process is the only rank.
+    """
+    text = torch.frombuffer(bytearray(to_json(value).encode()), dtype=torch.uint8)
+    if not dist.is_initialized():
+        return [parse_json(text.numpy().tobytes())]
+    ranks = dist.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
+    dist.all_gather(sizes, torch.tensor([len(text)]), group=group)
+    longest = max(int(size) for size in sizes)
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(ranks)]
+    dist.all_gather(texts, torch.cat([text, text.new_zeros(longest - len(text))]), group=group)
+    return [parse_json(received[: int(size)].numpy().tobytes()) for received, size in zip(texts, sizes, strict=True)]
+
+
 def all_to_all_rows(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
     """Send the first `send[0]` rows to rank 0 of the group, the next `send[1]` to rank 1, and so on. Any can be 0.
 

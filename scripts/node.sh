@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Start the workers of one node of a run over several nodes. Run it on every node with the same arguments and variables:
+# Start the workers of one node with torchrun. Run it on every node of a run with the same arguments and variables:
 #
-#   HEAD=node1 NODES=2 JOB=first scripts/node.sh experiment=quickstart run.name=first
+#   NPROC=2 scripts/node.sh experiment=quickstart                                       one node
+#   HEAD=node1 NODES=2 JOB=first scripts/node.sh experiment=quickstart run.name=first   several nodes
 #
-# HEAD     the name or address of one of the nodes, reachable from all nodes; the agents meet at HEAD:PORT
-# NODES    the number of nodes
-# JOB      a word that no other launch at this HEAD:PORT uses
+# NODES    the number of nodes; default 1
+# HEAD     the name or address of one of several nodes, reachable from all; the agents meet at HEAD:PORT
+# JOB      a word that no other launch at this HEAD:PORT uses; one node needs none
 # NPROC    the number of processes on this node; default gpu, one per GPU
 # PORT     default 29400
 # ADDRESS  the name or address under which other nodes reach this node; default its host name
@@ -16,12 +17,19 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-for name in HEAD NODES JOB; do
-    if [[ -z ${!name:-} ]]; then
-        echo "error: $name=: expected a value in the environment (see scripts/node.sh)" >&2
-        exit 2
-    fi
-done
+NODES=${NODES:-1}
+if [[ $NODES == 1 ]]; then
+    # A file of mode 0600, which torchrun creates. Its default is a server on all interfaces.
+    rendezvous=(--rdzv-conf store_type=file)
+else
+    for name in HEAD JOB; do
+        if [[ -z ${!name:-} ]]; then
+            echo "error: $name=: expected a value in the environment (see scripts/node.sh)" >&2
+            exit 2
+        fi
+    done
+    rendezvous=(--rdzv-endpoint "$HEAD:${PORT:-29400}")
+fi
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=.venv/bin/python
     [[ -x $PYTHON ]] || PYTHON=python3
@@ -35,8 +43,8 @@ exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NODES" \
     --nproc-per-node "${NPROC:-gpu}" \
     --rdzv-backend c10d \
-    --rdzv-endpoint "$HEAD:${PORT:-29400}" \
-    --rdzv-id "$JOB" \
+    "${rendezvous[@]}" \
+    ${JOB:+--rdzv-id "$JOB"} \
     --max-restarts "${RESTARTS:-3}" \
     ${ADDRESS:+--local-addr "$ADDRESS"} \
     train.py "$@"

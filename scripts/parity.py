@@ -13,10 +13,10 @@ if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from parallel.startup.launch import interrupts_end_imports
+from parallel.startup.launch import begin_process
 
 if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
-    interrupts_end_imports()
+    begin_process()
 
 from parallel.startup.launch import is_launched
 from scripts.cli.command_line import run_tool

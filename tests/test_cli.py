@@ -195,7 +195,6 @@ def test_a_refusal_under_torchrun_leaves_no_run_behind(tmp_path, monkeypatch):
     config = composed(f"run.root={tmp_path}", "run.name=refused", "tracking=disabled")
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(workers, "die_with_parent", lambda: None)
 
     def refuse(config, owner):
         owner.claim_launched(config.run)

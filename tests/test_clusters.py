@@ -64,7 +64,8 @@ def test_two_agents_on_one_machine_train_one_run(tmp_path):
 
 def test_node_script_names_what_is_missing_and_keeps_arguments_whole(tmp_path):
     python = executable(tmp_path / "python", 'printf "%s\\n" "$@" "$OMP_NUM_THREADS" "$NCCL_DEBUG"')
-    environment = clean_environment() | {"HEAD": "node1", "NODES": "4", "PYTHON": str(python)}
+    one = clean_environment() | {"PYTHON": str(python)}
+    environment = one | {"HEAD": "node1", "NODES": "4"}
     refused = subprocess.run([NODE], env=environment, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.startswith("error: JOB=: expected a value")
     arguments = ["data.paths=[a b.txt]", "run.prompt='x y'"]
@@ -74,6 +75,12 @@ def test_node_script_names_what_is_missing_and_keeps_arguments_whole(tmp_path):
     assert done.stdout.splitlines() == [
         "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "gpu", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", "node1:29400", "--rdzv-id", "j", "--max-restarts", "3", "train.py", *arguments, "1", "WARN",
+    ]  # fmt: skip
+    # One node meets nobody: no server listens.
+    done = subprocess.run([NODE, "a=1"], env=one | {"NPROC": "2"}, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+        "--rdzv-conf", "store_type=file", "--max-restarts", "3", "train.py", "a=1", "1", "WARN",
     ]  # fmt: skip
 
 

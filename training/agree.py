@@ -21,7 +21,7 @@ from moe.accounting.flops import MatmulCosts, ParameterCounts, count_parameters,
 from moe.config import ModelConfig
 from parallel.planning.plan import Plan
 from parallel.startup.preflight import check_ranks_agree, collect_properties, flatten
-from parallel.startup.rendezvous import choose_on_rank0
+from parallel.startup.rendezvous import choose_on_rank0, exposure
 from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified
 from training.checkpoint.peers import Peers
 from training.compilation import choose_compilation
@@ -126,7 +126,7 @@ def agree_on_run(
     resolved = replace(resolved, optim=resolve_schedule(config, saved, done))
     compilation = choose_compilation(resolved, plan.layout, process.device)
     recorded = recorded_values(resolved, model, plan.layout, process)
-    notes = [note for note in (warning, compilation.note) if note is not None]
+    notes = [note for note in (warning, compilation.note, exposure(world)) if note is not None]
     if checkpoint is not None and state is not None:
         same_tokens = state["loader"]["corpus"] == tokens.train.key
         changes = changed_keys(recorded, saved, config.router, checkpoint, same_tokens=same_tokens)

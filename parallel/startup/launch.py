@@ -1,21 +1,21 @@
 """Worker processes on this machine: how they are started, and what a worker knows about its world.
 
-`python train.py launch.nproc=N` starts its workers with the elastic agent that torchrun uses: a rendezvous on a free
-port of localhost, monitoring of the processes, and restarts of the whole group. Two things are added. The launcher gets
-the return values of the workers, or the message of the worker that failed. When the launcher dies, its workers die too.
+`python train.py launch.nproc=N` starts its workers with the elastic agent that torchrun uses: a rendezvous, monitoring
+of the processes, and restarts of the whole group. Some things are added. The launcher gets the return values of the
+workers, or the message of the worker that failed. When the launcher dies, its workers die too. The rendezvous is in the
+launcher's memory. torch's default is a TCP server on all interfaces, and the agent unpickles what it reads there:
+whoever reaches the port could run code.
 """
 
 import contextlib
 import ctypes
 import logging
 import multiprocessing
-import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import signal
 import sys
 import tempfile
-import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,10 +31,14 @@ PR_SET_PDEATHSIG = 1
 """The option of Linux's `prctl` that chooses the signal a process gets when its parent dies."""
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = ("parallel.startup.preloaded", "torch.distributed.launcher.api")
-"""Modules that every worker needs, besides those of its function. The first handles Ctrl-C during the other imports."""
+"""Modules that every worker needs, besides those of its function. The first prepares for the other imports."""
+LAUNCHER_PID = "MIXWRIGHT_LAUNCHER_PID"
+"""The variable that tells a process which launcher has started it, until `begin_process` removes it."""
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 """Environment of the workers. When one worker ends, the sockets of the others would log warnings, which would hide the
 message about the reason."""
+RENDEZVOUS = "memory"
+"""The name under which torch knows `_rendezvous_in_memory`."""
 HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -117,17 +121,23 @@ def die_with_parent(parent_pid: int | None = None) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def interrupts_end_imports() -> None:
-    """Let Ctrl-C end this process at once and silently, until `interrupts_raise` is called.
+def begin_process() -> None:
+    """Prepare a main module's process before its slow imports, which include torch.
 
-    For a main module, before its slow imports: an import that is interrupted prints a traceback.
+    A process that a launcher has started dies with its launcher from now on. Ctrl-C ends this process at once and
+    silently, until `interrupts_raise` is called: an import that is interrupted would print a traceback.
     """
+    launcher = os.environ.pop(LAUNCHER_PID, None)
+    if launcher is not None:
+        die_with_parent(int(launcher))
+    elif is_launched():
+        die_with_parent()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # A background process can ignore the signal.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def interrupts_raise() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, after `interrupts_end_imports`."""
+    """Let Ctrl-C raise KeyboardInterrupt again, after `begin_process`."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -144,7 +154,7 @@ def preload_workers(modules: Sequence[str]) -> None:
     multiprocessing.set_forkserver_preload([*PRELOADED, *modules])
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     # This checkout's modules come first, also before those of the current directory.
-    with _environment(_quiet() | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}):
+    with _environment(_quiet() | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", LAUNCHER_PID: str(os.getpid())}):
         multiprocessing.forkserver.ensure_running()
 
 
@@ -175,42 +185,61 @@ def launch_workers(
         KeyboardInterrupt: this process got SIGINT. The workers have ended.
         SystemExit: with status 128 + n, this process got another signal n. The workers have ended.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from parallel.startup.threads import VARIABLES
 
     environment = _quiet() | {
-        # Otherwise restarted workers read the addresses of dead workers from the agent's store.
+        # Otherwise the agent serves a store on all interfaces, and restarted workers read the addresses of dead ones.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if threads is not None:
         # Without this key, the variables of the user keep their values. Other libraries than torch read them, too.
         environment |= dict.fromkeys(VARIABLES, str(threads))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=max_restarts,
-        start_method="forkserver" if preloaded else "spawn",
-    )
     of_workers = environment | {name: os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")}
-    with tempfile.TemporaryDirectory(prefix="workers-") as reports:
+    if not preloaded:
+        environment |= {LAUNCHER_PID: str(os.getpid())}
+    rendezvous_handler_registry.register(RENDEZVOUS, _rendezvous_in_memory)
+    # tempfile creates the directory for this user only (mode 0700).
+    with _signal_handlers_restored(), tempfile.TemporaryDirectory(prefix="workers-") as directory:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=nproc,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend=RENDEZVOUS,
+            local_addr="localhost",
+            max_restarts=max_restarts,
+            start_method="forkserver" if preloaded else "spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=f"{directory}/logs"),
+        )
         try:
-            with _environment(environment), _signal_handlers_restored(), _logging_disabled():
+            with _environment(environment), _logging_disabled():
                 run = elastic_launch(config, _run_worker)
-                return run(entry, args, os.getpid(), reports, threads, of_workers if preloaded else None)
+                results = run(entry, args, os.getpid(), directory, threads, of_workers if preloaded else None)
+                return dict(sorted(results.items()))
         except ChildFailedError as error:
-            raise _to_failure(error, list(Path(reports).glob(f"{max_restarts}-*.json"))) from None
+            raise _to_failure(error, list(Path(directory).glob(f"{max_restarts}-*.json"))) from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + int(error.sigval)) from None
+
+
+def _rendezvous_in_memory(parameters: Any) -> Any:
+    """Return the rendezvous of one agent, which no other process can reach."""
+    from torch.distributed import HashStore
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+    class Backend(C10dRendezvousBackend):
+        name = RENDEZVOUS  # The registry compares it.
+
+    store = HashStore()
+    return create_handler(store, Backend(store, parameters.run_id), parameters)
 
 
 def _run_worker(
@@ -229,11 +258,9 @@ def _run_worker(
     """
     from parallel.startup.threads import set_threads
 
-    if environment is None:
-        die_with_parent(launcher_pid)
-    else:
-        threading.Thread(target=_die_with_launcher, daemon=True).start()
-        _set_variables(environment)
+    # Again, because torch's start of a process asks for SIGINT instead. A forked worker's parent is not the launcher.
+    die_with_parent(launcher_pid if environment is None else None)
+    _set_variables((environment or {}) | {LAUNCHER_PID: None})
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _raise_once)
     world = world_from_env()
@@ -251,14 +278,6 @@ def _run_worker(
     except Exception:
         report.write_text(to_json({"exitcode": 1, "message": traceback.format_exc()}))
         raise SystemExit(1) from None
-
-
-def _die_with_launcher() -> None:
-    """Wait for the death of the launcher, which is not the parent of a forked worker, and kill this process."""
-    launcher = multiprocessing.parent_process()
-    assert launcher is not None
-    multiprocessing.connection.wait([launcher.sentinel])
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _quiet() -> dict[str, str]:

@@ -10,7 +10,6 @@ from common.plugins import given_plugins, load_plugins
 from common.strict import from_dict, to_dict
 from parallel.startup.launch import (
     World,
-    die_with_parent,
     is_launched,
     launch_workers,
     preload_workers,
@@ -121,14 +120,13 @@ def _needs_workers(launch: LaunchConfig, fresh: bool) -> bool:
 
 
 def prepare_launched(launch: LaunchConfig) -> None:
-    """Prepare a process that torchrun or deepspeed has started: it ends with its launcher, and has its CPU threads.
+    """Set the CPU threads of a process that torchrun or deepspeed has started.
 
     Raises:
         ConfigError: the environment does not describe a world.
     """
     from parallel.startup.threads import set_threads
 
-    die_with_parent()
     set_threads(launch.threads, world_from_env().local_world_size)
 
 

@@ -1,18 +1,27 @@
+import base64
+import contextlib
+import json
+import math
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from common.errors import ConfigError
+from parallel.collectives import all_gather_json
 from parallel.startup.launch import WorkerFailure, World, launch_workers, world_from_env
-from parallel.startup.rendezvous import open_store
+from parallel.startup.rendezvous import exposure, open_store
 from parallel.startup.threads import describe_threads, set_threads, usable_cores
 from scripts.cli import workers
 from training.config import LaunchConfig
@@ -108,7 +117,6 @@ def test_the_key_comes_first_then_the_environment_then_the_cores(
 
 
 def test_launched_processes_share_the_cores_and_obey_the_key(threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "die_with_parent", lambda: None)
     for name, value in {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     torch.set_num_threads(8)
@@ -179,32 +187,85 @@ def test_forked_workers_import_nothing_again_and_have_the_environment_of_their_l
     assert (result.stdout, result.stderr) == (expected, "")
 
 
-@pytest.mark.parametrize("preloaded", [False, True])
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 128 + 15, marks=pytest.mark.slow)]
-)
-def test_no_worker_outlives_the_launcher(tmp_path: Path, number: signal.Signals, status: int, preloaded: bool) -> None:
-    code = (
-        "from parallel.startup.launch import launch_workers, preload_workers\n"
-        "from tests.parallel.test_launch import sleep_and_leave_pid\n"
-        "if __name__ == '__main__':\n"
-        f"    if {preloaded}:\n"
-        "        preload_workers(['tests.parallel.test_launch'])\n"
-        f"    arguments = ({str(tmp_path)!r},)\n"
-        f"    launch_workers(sleep_and_leave_pid, arguments, nproc=2, threads=1, preloaded={preloaded})\n"
-    )
-    script = tmp_path.parent / f"{tmp_path.name}.py"
-    script.write_text(code)
-    launcher = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": os.getcwd()})
+SLEEPERS = """
+from parallel.startup.launch import begin_process
+if __name__ in ("__main__", "__mp_main__"):
+    begin_process()
+import sys
+from parallel.startup.launch import launch_workers, preload_workers
+from tests.parallel.test_launch import sleep_and_leave_pid
+if __name__ == "__main__":
+    directory, nproc, preloaded = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
+    if preloaded:
+        preload_workers(["tests.parallel.test_launch"])
+    launch_workers(sleep_and_leave_pid, (directory,), nproc=nproc, threads=1, preloaded=preloaded)
+"""
+
+
+@contextlib.contextmanager
+def sleeping_workers(tmp_path: Path, nproc: int, preloaded: bool) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A process that launches workers, each of which leaves its pid in the directory and sleeps.
+
+    The temporary files of the launch are in `tmp_path / "tmp"`.
+    """
+    script, pids, temporary = tmp_path / "sleepers.py", tmp_path / "pids", tmp_path / "tmp"
+    script.write_text(SLEEPERS)
+    pids.mkdir()
+    temporary.mkdir()
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "TMPDIR": str(temporary)}
+    launcher = subprocess.Popen([sys.executable, script, pids, str(nproc), str(preloaded)], env=environment)
     try:
-        assert _wait(lambda: len(os.listdir(tmp_path)) == 2, 60)
-        workers = [int(name) for name in os.listdir(tmp_path)]
-        launcher.send_signal(number)
-        assert launcher.wait(20) == status
-        assert _wait(lambda: not any(_alive(pid) for pid in workers), 5)
+        yield launcher, pids
     finally:
         launcher.kill()
         launcher.wait()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "preloaded"),
+    [
+        (signal.SIGINT, -2, True),
+        *(
+            pytest.param(number, status, preloaded, marks=pytest.mark.slow)
+            for number, status, preloaded in (
+                (signal.SIGINT, -2, False),
+                (signal.SIGTERM, 128 + 15, False),
+                (signal.SIGTERM, 128 + 15, True),
+                (signal.SIGKILL, -9, False),
+                (signal.SIGKILL, -9, True),
+            )
+        ),
+    ],
+)
+def test_no_worker_outlives_the_launcher(tmp_path: Path, number: signal.Signals, status: int, preloaded: bool) -> None:
+    with sleeping_workers(tmp_path, 2, preloaded) as (launcher, pids):
+        assert _wait(lambda: len(os.listdir(pids)) == 2, 60)
+        workers = [int(name) for name in os.listdir(pids)]
+        launcher.send_signal(number)
+        assert launcher.wait(20) == status
+        assert _wait(lambda: not any(_alive(pid) for pid in workers), 5)
+    if number != signal.SIGKILL:
+        assert _wait(lambda: not any((tmp_path / "tmp").iterdir()), 5), list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("nproc", "preloaded"),
+    [
+        (2, False),
+        pytest.param(2, True, marks=pytest.mark.slow),
+        pytest.param(4, False, marks=pytest.mark.slow),
+        pytest.param(4, True, marks=pytest.mark.slow),
+    ],
+)
+def test_workers_that_import_torch_die_with_the_launcher(tmp_path: Path, nproc: int, preloaded: bool) -> None:
+    with sleeping_workers(tmp_path, nproc, preloaded) as (launcher, _):
+        # Processes of multiprocessing: a tracker, then the workers, or the one that they are forked from.
+        assert _wait(lambda: len(children(launcher.pid)) >= (2 if preloaded else nproc + 1), 60)
+        time.sleep(0.3)
+        started = children(launcher.pid)
+        launcher.kill()
+        launcher.wait()
+        assert _wait(lambda: not any(_alive(pid) for pid in started), 1), started
 
 
 def test_world_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,3 +318,109 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+class Planted:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
+
+
+def attack_and_report(directory: str) -> list[str]:
+    """On rank 0: return where the launch listens, and write a pickle for the agent's rendezvous into every store.
+
+    Every rank joins a gloo group, so that all sockets of a run are open.
+    """
+    world = world_from_env()
+    assert exposure(world) is None
+    store = open_store(world, 30)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.world_size)
+    by_rank = all_gather_json({"ranks": (world.rank,) * (1 + 9 * world.rank), "nan": math.nan})
+    assert by_rank == [{"ranks": [rank] * (1 + 9 * rank), "nan": None} for rank in range(world.world_size)]
+    sockets = []
+    if world.rank == 0:
+        pids = [os.getppid(), *children(os.getppid())]
+        sockets = sorted(place for pid in pids for place in listening(pid))
+        ports = [int(place.rpartition(":")[2]) for place in listening(os.getppid())]
+        state = base64.b64encode(pickle.dumps(Planted(f"{directory}/ran")))
+        for port in {*ports, int(os.environ["MASTER_PORT"])}:
+            with contextlib.suppress(RuntimeError):
+                client = dist.TCPStore("localhost", port, timeout=timedelta(seconds=1))
+                client.set(f"torch.rendezvous.{os.environ['TORCHELASTIC_RUN_ID']}", state)
+        time.sleep(1)  # The agent reads the rendezvous ten times a second.
+    dist.barrier()
+    dist.destroy_process_group()
+    return sockets
+
+
+def children(pid: int) -> list[int]:
+    """Return all descendants of a process."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    with contextlib.suppress(OSError):
+        own = [int(child) for task in tasks for child in task.read_text().split()]
+        return own + [descendant for child in own for descendant in children(child)]
+    return []
+
+
+def listening(pid: int) -> set[str]:
+    """Return the addresses, `ADDRESS:PORT`, on which a process listens."""
+    found: set[str] = set()
+    with contextlib.suppress(OSError):
+        opened = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.exists() or link.is_symlink()}
+        for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in opened:
+                    address, port = fields[1].split(":")
+                    words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
+                    found.add(f"{socket.inet_ntop(family, b''.join(words))}:{int(port, 16)}")
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/net/tcp").exists(), reason="needs Linux's /proc")
+def test_a_launch_on_one_host_listens_on_loopback_only_and_unpickles_nothing_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    sockets = launch_workers(attack_and_report, (str(tmp_path),), nproc=2, threads=1)[0]
+    assert len(sockets) >= 3  # the store, and gloo's of each rank
+    assert {place.rpartition(":")[0] for place in sockets} == {"127.0.0.1"}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_public_address_of_several_hosts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = World(rank=0, world_size=4, local_world_size=2)
+    for address, warned in (("8.8.8.8", True), ("10.0.0.1", False), ("localhost", False), ("2606:4700::1", True)):
+        monkeypatch.setenv("MASTER_ADDR", address)
+        line = exposure(several)
+        assert (line is not None and line.startswith(f"warning: MASTER_ADDR={address} is a public address")) == warned
+    assert exposure(World(world_size=4, local_world_size=4)) is None
+    assert all_gather_json({"alone": (1, 2)}) == [{"alone": [1, 2]}]
+
+
+@pytest.mark.slow
+def test_the_documented_torchrun_line_listens_on_loopback_only(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import json, os, pathlib, sys\n"
+        "from tests.parallel.test_launch import attack_and_report\n"
+        "sockets = attack_and_report(sys.argv[1])\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    pathlib.Path(sys.argv[1], 'sockets').write_text(json.dumps(sockets))\n"
+    )
+    private = ("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--nproc-per-node", "2")
+    removed = ("GLOO_SOCKET_IFNAME",)
+    environment = {name: value for name, value in os.environ.items() if name not in removed} | {
+        "PYTHONPATH": os.getcwd(),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "TMPDIR": str(tmp_path),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", *private, script, tmp_path]
+    subprocess.run(command, env=environment, check=True, timeout=180)
+    sockets = json.loads((tmp_path / "sockets").read_text())
+    assert len(sockets) >= 3 and {place.rpartition(":")[0] for place in sockets} == {"127.0.0.1"}
+    assert not (tmp_path / "ran").exists()

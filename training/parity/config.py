@@ -5,7 +5,7 @@
     python scripts/parity.py layouts=tensor=2+expert=4,pipeline=2+schedule=zero_bubble models=all launch.nproc=4
     python scripts/parity.py model=mixtral_tiny router=switch launch.nproc=2
     python scripts/parity.py model=mixtral_tiny router=softmax_topk router.kind=mine plugins=[my_router.py]
-    torchrun --nproc-per-node 8 scripts/parity.py layouts=all
+    python scripts/parity.py layouts=all launch.nproc=8
 
 Exit status 0: all differences are within the tolerance; 1: some are not. docs/parity.md explains the table.
 """

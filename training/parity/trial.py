@@ -16,9 +16,10 @@ from data.batch import IGNORE, Batch
 from moe.model import Transformer
 from moe.region import LocalShard, Region
 from moe.router import Router
+from parallel.collectives import all_gather_json
 from parallel.mesh import Mesh
 from training.build import build_engine, build_parts
-from training.checkpoint.shards import as_shard
+from training.checkpoint.shards import DTYPES, as_shard
 from training.config import Config
 from training.device import compute_dtype
 from training.engine import Engine
@@ -98,10 +99,31 @@ class Trial:
         Other ranks get an empty list.
         """
         shards = {name: LocalShard(*as_shard(tensor)) for name, tensor in self.engine.tensors().items()}
-        shards = {name: shard._replace(local=shard.local.detach().cpu().clone()) for name, shard in shards.items()}
-        shards_by_rank: list[Any] | None = [None] * self.mesh.world_size if self.mesh.rank == 0 else None
-        dist.gather_object(shards, shards_by_rank, group=self.mesh.world, group_dst=0)
-        return shards_by_rank or []
+        shards = {
+            name: shard._replace(local=shard.local.detach().cpu().clone(memory_format=torch.contiguous_format))
+            for name, shard in shards.items()
+        }
+        described = {name: (DTYPES[s.local.dtype], s.local.shape, s.shape, s.region) for name, s in shards.items()}
+        described_by_rank = all_gather_json(described, self.mesh.world)
+        if self.mesh.rank > 0:
+            for shard in shards.values():
+                dist.send(_as_bytes(shard.local), group=self.mesh.world, group_dst=0)
+            return []
+        return [shards, *(self._receive(rank, described_by_rank[rank]) for rank in range(1, self.mesh.world_size))]
+
+    def _receive(self, rank: int, described: Mapping[str, Any]) -> dict[str, LocalShard]:
+        dtypes = {name: dtype for dtype, name in DTYPES.items()}
+        shards = {}
+        for name, (dtype, stored, shape, region) in described.items():
+            local = torch.empty(stored, dtype=dtypes[dtype])
+            dist.recv(_as_bytes(local), group=self.mesh.world, group_src=rank)
+            shards[name] = LocalShard(local, tuple(shape), Region(*map(tuple, region)))
+        return shards
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return a view of a contiguous tensor as bytes, which every backend can send."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def make_last_expert_idle(parts: Sequence[Transformer]) -> None:

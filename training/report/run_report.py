@@ -5,16 +5,16 @@ import shutil
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from common.text import finite
 from data.tokens.store import Store
 from moe.model import Transformer
+from parallel.collectives import all_gather_json
 from parallel.mesh import Mesh
 from parallel.startup.launch import world_from_env
 from parallel.startup.threads import describe_threads
@@ -192,7 +192,15 @@ def resume_command(config: Config, name: str, world_size: int, steps: int) -> st
         for argument in sys.argv[1:]
         if ("=" in argument or argument.startswith("~")) and argument.partition("=")[0].lstrip("+") not in replaced
     ]
-    torchrun = [_tool("torchrun"), "--nproc-per-node", str(world_size)]
+    # torchrun's defaults listen on all interfaces (docs/clusters.md).
+    private = ("--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file")
+    torchrun = [
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        _tool("torchrun"),
+        *private,
+        "--nproc-per-node",
+        str(world_size),
+    ]
     launcher = [_tool(Path(sys.executable).name)] if world_size == config.launch.nproc else torchrun
     command = [*launcher, _from_here(ROOT / "train.py"), *overrides]
     return shlex.join([*command, f"run.name={name}", f"train.steps={steps}"])
@@ -255,6 +263,4 @@ def gather_rank_summaries(parts: Sequence[Transformer], mesh: Mesh) -> list[Rank
         bytes=sum(shard.local.numel() * shard.local.element_size() for shard in shards.values()),
         expert_parameters=sum(shard.local.numel() for shard in expert_shards),
     )
-    summaries: list[RankSummary] = [summary] * mesh.world_size
-    dist.all_gather_object(summaries, summary, group=mesh.world)
-    return summaries
+    return [RankSummary(**gathered) for gathered in all_gather_json(asdict(summary), mesh.world)]
