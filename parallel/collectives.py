@@ -16,19 +16,26 @@ Collective = Callable[[Tensor, int, dist.ProcessGroup], Tensor]
 """Computes (tensor, dim, group) -> tensor."""
 
 
-def all_gather_json(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Return the JSON value of every rank of `group`, in rank order. Collective; it uses CPU tensors.
+def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the value of every rank of the group, in their order. Collective.
 
-    `dist.all_gather_object` would unpickle what other ranks send, which can run code.
+    The values travel as JSON in CPU tensors. `torch.distributed.all_gather_object` would unpickle them, and a pickle
+    from a process that is no rank can run any code.
+
+    Args:
+        value: can be written as JSON. Tuples come back as lists.
+        group: None: all ranks. Without a process group, this process is the only rank.
     """
     text = torch.frombuffer(bytearray(to_json(value).encode()), dtype=torch.uint8)
-    lengths = torch.zeros(group.size(), dtype=torch.int64)
-    lengths[group.rank()] = len(text)
-    dist.all_reduce(lengths, group=group)
-    texts = torch.zeros(group.size(), int(lengths.max()), dtype=torch.uint8)
-    texts[group.rank(), : len(text)] = text
-    dist.all_reduce(texts, group=group)  # Every other rank adds zeros.
-    return [parse_json(bytes(row[:length].tolist())) for row, length in zip(texts, lengths.tolist(), strict=True)]
+    if not dist.is_initialized():
+        return [parse_json(text.numpy().tobytes())]
+    ranks = dist.get_world_size(group)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
+    dist.all_gather(sizes, torch.tensor([len(text)]), group=group)
+    longest = max(int(size) for size in sizes)
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(ranks)]
+    dist.all_gather(texts, torch.cat([text, text.new_zeros(longest - len(text))]), group=group)
+    return [parse_json(received[: int(size)].numpy().tobytes()) for received, size in zip(texts, sizes, strict=True)]
 
 
 class RowExchange:
@@ -112,28 +119,6 @@ def finish_exchange(rows_RD: Tensor, exchange: RowExchange) -> Tensor:
         rows_RD, exchange: the results of `start_exchange`.
     """
     return _FinishExchange.apply(rows_RD, exchange)
-
-
-def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return the value of every rank of the group, in their order. Collective.
-
-    The values travel as JSON in CPU tensors. `torch.distributed.all_gather_object` would unpickle them, and a pickle
-    from a process that is no rank can run any code.
-
-    Args:
-        value: can be written as JSON. Tuples come back as lists.
-        group: None: all ranks. Without a process group, this process is the only rank.
-    """
-    text = torch.frombuffer(bytearray(to_json(value).encode()), dtype=torch.uint8)
-    if not dist.is_initialized():
-        return [parse_json(text.numpy().tobytes())]
-    ranks = dist.get_world_size(group)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
-    dist.all_gather(sizes, torch.tensor([len(text)]), group=group)
-    longest = max(int(size) for size in sizes)
-    texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(ranks)]
-    dist.all_gather(texts, torch.cat([text, text.new_zeros(longest - len(text))]), group=group)
-    return [parse_json(received[: int(size)].numpy().tobytes()) for received, size in zip(texts, sizes, strict=True)]
 
 
 def all_to_all_rows(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
