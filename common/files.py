@@ -7,6 +7,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from common.errors import UserError
+
 PIECE = 1 << 22
 """Bytes of a file that are read at once."""
 KINDS = (
@@ -17,6 +19,18 @@ KINDS = (
 )
 
 
+class UnusableFile(OSError, UserError):
+    """A file is not a regular file, or is too large to be read. An `OSError`, so that code which explains those of a
+    file explains this one, too."""
+
+    def __init__(self, message: str) -> None:
+        OSError.__init__(self, errno.EINVAL, message)
+        self.field = None
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file and return its descriptor. This never waits, as opening a named pipe would.
 
@@ -24,7 +38,8 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
         flags: as of `os.open`.
 
     Raises:
-        OSError: the file cannot be opened, or is not a regular file. `strerror` names the file then.
+        UnusableFile: the file is not a regular file. The message names it.
+        OSError: the file cannot be opened.
     """
     try:
         _expect_regular(path, os.stat(path, follow_symlinks=not flags & os.O_NOFOLLOW).st_mode)
@@ -43,7 +58,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 def _expect_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in KINDS if is_kind(mode)), "a device")
-        raise OSError(errno.EINVAL, f"{path} is {kind}, not a regular file")
+        raise UnusableFile(f"{path} is {kind}, not a regular file")
 
 
 def fsync(path: Path) -> None:

@@ -88,7 +88,10 @@ def test_one_process_writes_everything_and_continues_only_when_asked(tmp_path, c
 
     again = run(tmp_path, cache, "train.steps=3", "run.experiment=demo", "run.name=demo-1")
     assert "is finished at step 3" in again
+    metrics = directory / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:1]) + "{}\n")
     longer = run(tmp_path, cache, "train.steps=4", "run.experiment=demo", "run.name=demo-1")
+    assert f"{metrics}: damaged; rows restored from the checkpoint: 2 of 3\n" in longer
     assert "changed since the checkpoint: train.steps: 3 -> 4\n" in longer
     assert "the schedule ends at step 3; steps 4 to 4 train with the constant rate 1.00e-04\n" in longer
     rows = numbers(directory)

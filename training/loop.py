@@ -130,14 +130,13 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
 
     # 6. The loop over optimizer steps, which `Steps` runs.
     first_step = run.state["step"] if run.state else 0
-    resumed_step = first_step if run.state else None
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
     compilation = CompilationReport(engine.parts)
     evaluation, health = None, Health(config.health, mesh)
     health.load_state_dict((run.state or {}).get("health", {}))
     profiling = config.train.profile and process.is_main and first_step < steps
     with (
-        Recorder(run.config, run.directory, run.name, active=process.is_main, resumed_step=resumed_step) as recorder,
+        Recorder(run.config, run.directory, run.name, active=process.is_main, state=run.state) as recorder,
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
         WaitingClock() as waiting,
     ):
@@ -186,8 +185,8 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 if health.refused.in_a_row:
                     saver.refuse(done, f"its gradient norm is {result.grad_norm}")
                 else:
-                    state = checkpoint_state(run, engine, loader, health, done)
                     recorder.sync()
+                    state = checkpoint_state(run, engine, loader, health, done) | {"metrics": recorder.record()}
                     saver.save(done, engine.tensors(), state)
 
         recorder.end_progress()

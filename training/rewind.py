@@ -87,7 +87,7 @@ class Rewind:
             f"step {done}: {finding.problem}; the run goes back to {path} and skips the rows of steps "
             f"{done - finding.bad_steps} to {done}"
         )
-        self.recorder.go_back(step)
+        self.recorder.go_back(state)
         self.times, self._last = self.times + 1, step
         for newer in step_directories(self.root) if self.peers.rank == 0 else []:
             if step_of(newer) > step:

@@ -1,14 +1,25 @@
 """`metrics.jsonl`, and the metrics of the router against numbers computed by hand."""
 
+import base64
 import json
 import math
+import os
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.errors import RunError
-from training.report.metrics import MetricsWriter, Row, load_entropy, read_metrics, router_metrics
+from common.errors import RunError, UserError
+from training.report import metrics
+from training.report.metrics import (
+    MetricsRecord,
+    MetricsWriter,
+    Row,
+    load_entropy,
+    read_metrics,
+    router_metrics,
+)
 
 
 def write(path: Path, steps: range, resume_step: int | None = None) -> None:
@@ -71,8 +82,102 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
     with pytest.raises(RunError, match="line 2 is damaged"):
         read_metrics(path)
-    with pytest.raises(RunError, match="line 2 is damaged"):
-        MetricsWriter(path, 3)
+    damaged: list[int] = []
+    assert read_metrics(path, damaged) == [{"step": 1}, {"step": 3}] and damaged == [2]
+    # A checkpoint of an older version has no record of the file.
+    writer = MetricsWriter(path, 3)
+    assert writer.problems == [f"{path}: damaged lines are left out: 2"]
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def recorded(path: Path, steps: int) -> MetricsRecord:
+    """Write a file of `steps` rows, and return the record of a checkpoint as it is read back from the manifest."""
+    writer = MetricsWriter(path, None)
+    for step in range(1, steps + 1):
+        writer.write({"step": step, "train/loss": 1 / (step + 3)})
+    state = json.loads(json.dumps(writer.record().to_state()))
+    writer.write({"step": steps + 1, "train/loss": 0.5})  # after the checkpoint
+    writer.close()
+    record = MetricsRecord.from_state(state)
+    assert record is not None and (record.rows, record.size) == (
+        steps,
+        len(b"".join(path.read_bytes().splitlines(True)[:-1])),
+    )
+    return record
+
+
+DAMAGES = {
+    "none": lambda lines: lines,
+    "cut out": lambda lines: lines[:3] + lines[6:],
+    "cut off": lambda lines: lines[:4],
+    "gone": None,
+    "empty": lambda lines: [],
+    "a damaged line": lambda lines: [*lines[:4], lines[4][:9] + b"\n", *lines[5:]],
+    "another number": lambda lines: [*lines[:4], lines[4].replace(b"0.1", b"0.2"), *lines[5:]],
+    "twice": lambda lines: [*lines[:6], *lines[2:]],
+    "another order": lambda lines: [*lines[5:], *lines[:5]],
+    "another file": lambda lines: [bytes(range(1, 256))] * 3,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_restored_from_the_checkpoints_record(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    record = recorded(path, 9)
+    lines = path.read_bytes().splitlines(keepends=True)
+    change = DAMAGES[damage]
+    path.unlink() if change is None else path.write_bytes(b"".join(change(lines)))
+    writer = MetricsWriter(path, 9, record)
+    assert path.read_bytes() == b"".join(lines[:9]) and writer.record() == record
+    missing = {"none": 0, "cut out": 3, "cut off": 5, "a damaged line": 1, "another number": 1}.get(damage, 9)
+    line = (
+        f"{path}: of 9 rows up to step 9, {missing} rows were missing or damaged, and are restored from the checkpoint"
+    )
+    quiet = damage in ("none", "twice", "another order")
+    assert writer.problems == ([] if quiet else [line])
+
+
+def test_a_hole_before_the_record_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "TAIL_BYTES", 150)
+    path = tmp_path / "metrics.jsonl"
+    record = recorded(path, 20)
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = len(record.tail)
+    first = 21 - kept
+    assert 2 <= kept <= 5 and b"".join(record.tail) == b"".join(lines[first - 1 : 20])
+    path.write_bytes(b"".join(lines[:2] + lines[5:10]))
+    writer = MetricsWriter(path, 20, record)
+    assert path.read_bytes() == b"".join([*lines[:2], *lines[5:10], *record.tail])
+    assert writer.problems == [
+        f"{path}: damaged; rows restored from the checkpoint: {kept} of 20; "
+        f"rows missing before step {first}, of which the checkpoint has no copy: {13 - kept}"
+    ]
+    path.write_bytes(b"".join([lines[0].replace(b"0.2", b"0.3"), *lines[1:]]))
+    writer = MetricsWriter(path, 20, record)
+    assert writer.problems == [f"{path}: damaged; rows before step {first} are not those that the run wrote"]
+
+
+def test_a_record_that_was_not_written_here_is_no_record(tmp_path: Path) -> None:
+    good = recorded(tmp_path / "metrics.jsonl", 3).to_state()
+    bomb = base64.b64encode(zlib.compress(b'{"step": 1}\n' * 2**22)).decode()
+    for change in (
+        {"rows": None}, {"rows": "x"}, {"size": []}, {"tail": "?"}, {"tail": 3}, {"tail": "AAAA"}, {"tail": bomb},
+        {"tail": base64.b64encode(zlib.compress(b'{"step": 2}\n{"step": 1}\n')).decode()},
+        {"tail": base64.b64encode(zlib.compress(b'{"step": true}\n')).decode()},
+        {"tail": base64.b64encode(zlib.compress(b"[" * 100_000 + b"\n")).decode()},
+    ):  # fmt: skip
+        assert MetricsRecord.from_state(good | change) is None
+    assert all(MetricsRecord.from_state(state) is None for state in (None, 3, [], {}, "x"))
+    assert MetricsRecord.from_state(good) is not None
+
+
+@pytest.mark.parametrize("kind", ["directory", "named pipe"])
+def test_a_file_that_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir() if kind == "directory" else os.mkfifo(path)
+    for read in (read_metrics, lambda path: MetricsWriter(path, 1)):
+        with pytest.raises(UserError, match=r"is a .*, not a regular file$"):
+            read(path)
 
 
 def test_router_metrics_by_hand() -> None:

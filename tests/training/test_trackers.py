@@ -302,7 +302,7 @@ def test_trackers_start_when_the_first_row_is_in_the_file(tmp_path: Path, monkey
     config = SimpleNamespace(train=SimpleNamespace(steps=3), tracking=tracking)
     monkeypatch.setattr("training.report.trackers.to_dict", vars)
     row = {"train/loss": 1.0, "train/ce": 1.0, "optim/lr": 1.0, "optim/grad_norm": 1.0, "speed/tokens_per_s": 1.0}
-    with Recorder(config, tmp_path, "tiny-1", active=True, resumed_step=None) as recorder:  # type: ignore[arg-type]
+    with Recorder(config, tmp_path, "tiny-1", active=True, state=None) as recorder:  # type: ignore[arg-type]
         recorder.step(row, 1, write=False)
         assert found == []
         recorder.step(row, 2, write=True)

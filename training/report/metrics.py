@@ -3,15 +3,21 @@
 Shape suffixes: L MoE layers, E experts.
 """
 
+import base64
+import hashlib
+import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from common.errors import RunError
-from common.files import write_atomically
-from common.text import parse_json, to_json
+from common.errors import RunError, require
+from common.files import open_regular
+from common.text import parse_json, shorten, show_ranges, to_json
 
 if TYPE_CHECKING:  # the launcher checks the section `tracking` without importing torch
     from torch import Tensor
@@ -19,8 +25,43 @@ if TYPE_CHECKING:  # the launcher checks the section `tracking` without importin
 Value: TypeAlias = float | int | list[float] | str
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """How numbers that JSON does not have are written."""
+TAIL_BYTES = 2**20
+"""The most bytes of rows that a checkpoint has a copy of."""
+MAX_LINE_BYTES = 2**26
+"""The most bytes of a row."""
 Row: TypeAlias = dict[str, Value]
 """Metrics of one optimizer step by name."""
+
+
+@dataclass(frozen=True)
+class MetricsRecord:
+    """What a checkpoint knows about `metrics.jsonl` at its step: how long it is, its hash, and a copy of its end."""
+
+    rows: int
+    """Number of rows."""
+    size: int
+    """Number of bytes."""
+    sha256: str
+    """Hash of all bytes."""
+    tail: tuple[bytes, ...]
+    """The last rows, at most `TAIL_BYTES` of them, as the lines of the file. They are all rows if the file is small."""
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the record as JSON values. The tail is compressed."""
+        tail = base64.b64encode(zlib.compress(b"".join(self.tail), level=1)).decode()
+        return {"rows": self.rows, "size": self.size, "sha256": self.sha256, "tail": tail}
+
+    @classmethod
+    def from_state(cls, state: Any) -> Self | None:
+        """Return the record that `to_state` has converted, or None if `state` is something else."""
+        try:
+            tail = zlib.decompressobj().decompress(base64.b64decode(state["tail"], validate=True), TAIL_BYTES)
+            lines = tuple(tail.splitlines(keepends=True))
+            record = cls(int(state["rows"]), int(state["size"]), str(state["sha256"]), lines)
+            steps = [_step_of(line) for line in record.tail]
+        except (KeyError, TypeError, ValueError, zlib.error):
+            return None
+        return record if steps == sorted(set(steps)) and all(line.endswith(b"\n") for line in record.tail) else None
 
 
 class MetricsWriter:
@@ -30,46 +71,105 @@ class MetricsWriter:
     row gives the same bits. JSON has no NaN and no infinities, so they are written as the strings "NaN", "Infinity" and
     "-Infinity", which `float()` reads. Other strings are text.
 
+    A file that is continued is compared with the record in the checkpoint. Rows that are missing or damaged are taken
+    from the record, if it has them.
+
     Args:
         path: the file.
-        resume_step: None starts an empty file. A number removes the rows of later steps, and a last line that is
-            incomplete because the process was killed. The file is replaced atomically: a kill leaves either the old
-            file or the new one.
+        resume_step: None starts an empty file. A number removes the rows of later steps, damaged lines, and a last line
+            that is incomplete because the process was killed. The file is replaced atomically: a kill leaves either the
+            old file or the new one.
+        record: the checkpoint's record of the file at `resume_step`. None: the checkpoint has none.
+
+    Attributes:
+        problems: a line for the user if the file differed from the record when it was opened, or had damaged lines.
 
     Raises:
-        RunError: a complete line of the existing file is not a row.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or is not a regular file.
     """
 
-    def __init__(self, path: Path, resume_step: int | None) -> None:
+    def __init__(self, path: Path, resume_step: int | None, record: MetricsRecord | None = None) -> None:
         self.path = path
-        self._open(resume_step)
+        self._open(resume_step, record)
 
-    def _open(self, resume_step: int | None) -> None:
-        path = self.path
-        if resume_step is None or not path.exists():
-            kept = b""
-        else:
-            lines = path.read_bytes().splitlines(keepends=True)
-            if lines and not lines[-1].endswith(b"\n"):
-                lines.pop()
-            # The bytes are copied rather than encoded again, so that the file of a resumed run equals, byte for byte,
-            # the file of an uninterrupted run.
-            steps = [_decode_row(line, path, number)["step"] for number, line in enumerate(lines, 1)]
-            kept = b"".join(line for line, step in zip(lines, steps, strict=True) if step <= resume_step)  # type: ignore[operator]
-        write_atomically(path, kept)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+    def _open(self, resume_step: int | None, record: MetricsRecord | None) -> None:
+        self.problems: list[str] = []
+        self._rows, self._size, self._hash = 0, 0, hashlib.sha256()
+        self._tail, self._tail_size = deque[bytes](), 0
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with partial.open("wb") as file:
+            for line in () if resume_step is None else self._kept(resume_step, record):
+                file.write(line)
+                self._count(line)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+        self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+
+    def _kept(self, resume_step: int, record: MetricsRecord | None) -> Iterator[bytes]:
+        """Yield the lines up to `resume_step`: those of the file, and those of the record where the file differs.
+
+        The bytes are copied rather than encoded again, so that the file of a resumed run equals, byte for byte, the
+        file of an uninterrupted run.
+        """
+        if record is not None and _starts_with(self.path, record):
+            yield from itertools.islice(_complete_lines(self.path), record.rows)
+            return
+        damaged: list[int] = []
+        lines = _lines_up_to(self.path, resume_step, damaged)
+        if record is None:
+            yield from lines
+            if damaged:
+                self.problems.append(left_out(self.path, damaged))
+            return
+        copies = {_step_of(line): line for line in record.tail}
+        first_copy = min(copies, default=resume_step + 1)
+        intact, found, last, digest = 0, 0, -1, hashlib.sha256()
+        for line in lines:
+            step = _step_of(line)
+            intact += copies.get(step) == line
+            if last < step < first_copy:
+                last = step
+                found += 1
+                digest.update(line)
+                yield line
+        yield from record.tail
+        digest.update(b"".join(record.tail))
+        restored, missing = len(copies) - intact, record.rows - found - len(copies)
+        said = [f"rows restored from the checkpoint: {restored} of {record.rows}"] if restored > 0 else []
+        if missing > 0:
+            said.append(f"rows missing before step {first_copy}, of which the checkpoint has no copy: {missing}")
+        elif digest.hexdigest() != record.sha256:
+            said.append(f"rows before step {first_copy} are not those that the run wrote")
+        if said:
+            self.problems.append(f"{self.path}: damaged; {'; '.join(said)}")
+
+    def _count(self, line: bytes) -> None:
+        """Take a line of the file into the record."""
+        self._rows += 1
+        self._size += len(line)
+        self._hash.update(line)
+        self._tail.append(line)
+        self._tail_size += len(line)
+        while self._tail_size > TAIL_BYTES:
+            self._tail_size -= len(self._tail.popleft())
 
     def write(self, row: Row) -> None:
         """Append `row`, which must have an integer `step`, and flush it to the operating system."""
         assert isinstance(row.get("step"), int), row
-        self._file.write(to_json({name: _encode(value) for name, value in row.items()}) + "\n")
+        line = to_json({name: _encode(value) for name, value in row.items()}).encode() + b"\n"
+        self._file.write(line)
         self._file.flush()
+        self._count(line)
 
-    def go_back(self, step: int) -> None:
+    def record(self) -> MetricsRecord:
+        """Return the record of the file for a checkpoint."""
+        return MetricsRecord(self._rows, self._size, self._hash.hexdigest(), tuple(self._tail))
+
+    def go_back(self, step: int, record: MetricsRecord | None = None) -> None:
         """Remove the rows after `step`, as if the run had been resumed from a checkpoint of this step."""
         self.close()
-        self._open(step)
+        self._open(step, record)
 
     def sync(self) -> None:
         """Flush the rows to the disk, so that they survive a power cut as the checkpoint written after them does."""
@@ -80,15 +180,73 @@ class MetricsWriter:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[Row]:
+def read_metrics(path: Path, damaged: list[int] | None = None) -> list[Row]:
     """Return the rows of a `metrics.jsonl`, without a last line that is incomplete because the process was killed.
+
+    Args:
+        damaged: receives the numbers of the lines that are not rows. None: they raise.
 
     Raises:
         RunError: a complete line is not a row.
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or is not a regular file.
     """
-    complete = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    return [_decode_row(line, path, number) for number, line in enumerate(complete, 1)]
+    rows = []
+    for number, line in enumerate(_complete_lines(path), 1):
+        try:
+            rows.append(_decode_row(line, path, number))
+        except RunError:
+            if damaged is None:
+                raise
+            damaged.append(number)
+    return rows
+
+
+def left_out(path: Path, damaged: Sequence[int]) -> str:
+    """Return the line that says which lines of a file are `damaged`."""
+    return f"{path}: damaged lines are left out: {shorten(show_ranges(damaged), 80)}"
+
+
+def _complete_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, without a last line that is incomplete. A line that is too long is cut into several,
+    which are no rows."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            if line.endswith(b"\n") or len(line) == MAX_LINE_BYTES:
+                yield line
+
+
+def _starts_with(path: Path, record: MetricsRecord) -> bool:
+    """Return whether the file begins with the bytes of which `record` has the hash."""
+    if not os.path.lexists(path):
+        return record.size == 0
+    with os.fdopen(open_regular(path), "rb") as file:
+        digest, left = hashlib.sha256(), record.size
+        while left > 0 and (block := file.read(min(left, 2**20))):
+            digest.update(block)
+            left -= len(block)
+    return left == 0 and digest.hexdigest() == record.sha256
+
+
+def _lines_up_to(path: Path, last_step: int, damaged: list[int]) -> Iterator[bytes]:
+    """Yield the lines of the file that are rows of steps up to `last_step`.
+
+    Args:
+        damaged: receives the numbers of the lines that are not rows.
+    """
+    for number, line in enumerate(_complete_lines(path) if os.path.lexists(path) else (), 1):
+        try:
+            step = _decode_row(line, path, number)["step"]
+        except RunError:
+            damaged.append(number)
+            continue
+        if step <= last_step:  # type: ignore[operator]
+            yield line
+
+
+def _step_of(line: bytes) -> int:
+    step = parse_json(line)["step"]
+    require(type(step) is int, TypeError, "step")
+    return int(step)
 
 
 def max_vio(counts_LE: "Tensor") -> list[float]:

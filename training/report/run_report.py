@@ -23,7 +23,7 @@ from training.agree import AgreedRun
 from training.config import Config, OptimConfig
 from training.device import DTYPE_NAMES
 from training.report.heatmap import show_load
-from training.report.metrics import read_metrics
+from training.report.metrics import left_out, read_metrics
 from training.report.plots import plot_curves, plot_load, plot_overview
 from training.report.tables import (
     RankSummary,
@@ -117,7 +117,10 @@ def finish_run(
         load_by_domain = dict(zip(run.tokens.domains, evaluation.load_GLE.tolist(), strict=True))
         show_load(load_LE, load_by_domain)
         plot_load(load_LE, load_by_domain, run.directory / "expert_load")
-    rows = read_metrics(run.directory / "metrics.jsonl")
+    metrics, damaged = run.directory / "metrics.jsonl", list[int]()
+    rows = read_metrics(metrics, damaged)
+    if damaged:
+        show_line(left_out(metrics, damaged))
     last_row = rows[-1] if rows else {}
     plot_curves(rows, run.directory / "curves")
     plot_overview(rows, run.directory / "overview")

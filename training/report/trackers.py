@@ -25,7 +25,7 @@ import netrc
 import os
 import sys
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -39,7 +39,7 @@ from common.registry import Registry
 from common.strict import to_dict
 from common.text import first_line
 from training.config import Config, TrackingConfig
-from training.report.metrics import MetricsWriter, Row, read_metrics
+from training.report.metrics import MetricsRecord, MetricsWriter, Row, read_metrics
 from training.report.terminal import Progress, evaluation_line
 from training.report.wandb_files import logged_steps
 
@@ -351,18 +351,24 @@ class Recorder(ExitStack):
 
     Args:
         active: whether this is rank 0.
-        resumed_step: the step of the checkpoint; later rows are removed from `metrics.jsonl`. None for a new run.
+        state: that of the checkpoint that the run continues from. Rows of later steps are removed from `metrics.jsonl`,
+            and rows that are missing are restored. None for a new run.
     """
 
-    def __init__(self, config: Config, directory: Path, name: str, *, active: bool, resumed_step: int | None) -> None:
+    def __init__(
+        self, config: Config, directory: Path, name: str, *, active: bool, state: Mapping[str, Any] | None
+    ) -> None:
         super().__init__()
         self.active = active
         if not active:
             return
+        resumed_step = None if state is None else state["step"]
         self.progress = self.enter_context(Progress(config.train.steps, resumed_step or 0))
         path = directory / "metrics.jsonl"
-        self.metrics = MetricsWriter(path, resumed_step)
+        record = None if state is None else MetricsRecord.from_state(state.get("metrics"))
+        self.metrics = MetricsWriter(path, resumed_step, record)
         self.callback(self.metrics.close)
+        self.note(*self.metrics.problems)
         self._rows = [] if resumed_step is None else read_metrics(path)
         self._start_tracking = partial(
             start_tracking,
@@ -397,10 +403,16 @@ class Recorder(ExitStack):
             for line in lines:
                 self.progress.print(line)
 
-    def go_back(self, step: int) -> None:
-        """Remove the rows after `step`, which the run repeats. Trackers keep those that they have."""
+    def record(self) -> dict[str, Any] | None:
+        """Return what a checkpoint records about `metrics.jsonl`; None on ranks other than 0."""
+        return self.metrics.record().to_state() if self.active else None
+
+    def go_back(self, state: Mapping[str, Any]) -> None:
+        """Remove the rows after the checkpoint of which `state` is the state. Trackers keep those that they have."""
         if self.active:
-            self.metrics.go_back(step)
+            step = state["step"]
+            self.metrics.go_back(step, MetricsRecord.from_state(state.get("metrics")))
+            self.note(*self.metrics.problems)
             self.tracker.go_back(self.progress.step)
             self.progress.go_back(step)
 
