@@ -130,9 +130,7 @@ def test_a_damaged_file_is_restored_from_the_checkpoints_record(tmp_path: Path, 
     writer = MetricsWriter(path, 9, record)
     assert path.read_bytes() == b"".join(lines[:9]) and writer.record() == record
     missing = {"none": 0, "cut out": 3, "cut off": 5, "a damaged line": 1, "another number": 1}.get(damage, 9)
-    line = (
-        f"{path}: of 9 rows up to step 9, {missing} rows were missing or damaged, and are restored from the checkpoint"
-    )
+    line = f"{path}: damaged; rows restored from the checkpoint: {missing} of 9"
     quiet = damage in ("none", "twice", "another order")
     assert writer.problems == ([] if quiet else [line])
 

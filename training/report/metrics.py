@@ -97,13 +97,17 @@ class MetricsWriter:
         self._rows, self._size, self._hash = 0, 0, hashlib.sha256()
         self._tail, self._tail_size = deque[bytes](), 0
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with partial.open("wb") as file:
-            for line in () if resume_step is None else self._kept(resume_step, record):
-                file.write(line)
-                self._count(line)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        try:
+            with partial.open("wb") as file:
+                for line in () if resume_step is None else self._kept(resume_step, record):
+                    file.write(line)
+                    self._count(line)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self.path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
         self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
 
     def _kept(self, resume_step: int, record: MetricsRecord | None) -> Iterator[bytes]:
