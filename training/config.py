@@ -182,6 +182,9 @@ class CheckpointConfig:
 class HealthConfig:
     """What a run does if its figures show that something is wrong (docs/reliability.md)."""
 
+    every: int = 100
+    """Steps between comparisons of the weights and moments that several ranks store. They are also compared before each
+    checkpoint. 0: never."""
     on_nan: Literal["stop", "rewind"] = "stop"
     """After five steps in a row whose gradient norm is not finite: end the run, or go back to the last checkpoint and
     skip the rows of these steps and of the step before them."""
@@ -192,7 +195,11 @@ class HealthConfig:
     """The robust z-score, among the losses of the last 64 steps, from which a loss counts as a jump; `null`: none."""
 
     def __post_init__(self) -> None:
-        expect(self.spike_z is None or self.spike_z > 0, "spike_z", self.spike_z, "a number > 0, or null")
+        expect_fields(
+            self,
+            every=(self.every >= 0, "an integer >= 0 (0: never)"),
+            spike_z=(self.spike_z is None or self.spike_z > 0, "a number > 0, or null"),
+        )
 
 
 @dataclass(frozen=True)

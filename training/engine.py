@@ -9,6 +9,7 @@ from functools import partial
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import ConfigError
@@ -20,6 +21,7 @@ from parallel.gradients import GradientReducer
 from parallel.mesh import Mesh
 from parallel.objective import Objective
 from parallel.pipeline import Pipeline
+from parallel.weight_shards import replica_group
 from training.config import OptimConfig
 from training.optimizer import OPTIMIZERS, build_optimizer
 from training.trainable import Trainable, persistent_buffers
@@ -56,6 +58,9 @@ class Engine(Protocol):
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
         """Weights, buffers and moments under engine-neutral names, for saving and for loading in place."""
+
+    def replicas(self) -> dict[str, tuple[Tensor, dist.ProcessGroup]]:
+        """This rank's tensors of `tensors()`, each with the ranks that store the same, bit for bit."""
 
     @property
     def updates(self) -> int:
@@ -171,6 +176,16 @@ class NativeEngine:
         for name, weight in self.trainable.weights.items():
             for moment in self.moments:
                 found[f"{moment}.{name}"] = weight.shard.like(self.optimizer.state[weight.parameter][moment])
+        return found
+
+    def replicas(self) -> dict[str, tuple[Tensor, dist.ProcessGroup]]:
+        found = {}
+        for key, tensor in self.tensors().items():
+            name, local = key.partition(".")[2], tensor.local if isinstance(tensor, LocalShard) else tensor
+            found[key] = (local, replica_group(name, self.mesh))
+            if name in self.gradients.tied:
+                assert self.mesh.ends is not None
+                found[f"{key} (first and last stage)"] = (local, self.mesh.ends)
         return found
 
     @property

@@ -41,6 +41,7 @@ from training.engine import Engine
 from training.formats.reader import open_model
 from training.health import Health
 from training.owner import RunOwner
+from training.replicas import ReplicaCheck
 from training.report.metrics import router_metrics, telemetry_metrics
 from training.report.profile import StepProfiler
 from training.report.run_report import (
@@ -142,10 +143,17 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     ):
         saver = Saver(run.directory / CHECKPOINTS, config.checkpoint, peers, run.checkpoint, recorder.note)
 
+        def saves_after(done: int) -> bool:
+            return is_due(done, config.checkpoint.every, steps, at_end=config.checkpoint.at_end)
+
+        def compares_after(done: int) -> bool:
+            every = config.health.every
+            return every > 0 and (saves_after(done) or is_due(done, every, steps))
+
         def pauses_after(done: int) -> bool:
             evaluates = is_due(done, config.train.eval_every, steps)
-            saves = is_due(done, config.checkpoint.every, steps)
-            return evaluates or saves or (profiler is not None and profiler.pauses_after(done))
+            profiles = profiler is not None and profiler.pauses_after(done)
+            return evaluates or profiles or compares_after(done) or saves_after(done)
 
         steps_ahead = device.type != "cpu"
         queue = Steps(
@@ -157,6 +165,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             pauses_after=pauses_after,
             waited=lambda: waiting.seconds,
         )
+        replicas = ReplicaCheck(engine)
         rewind = Rewind(run, engine, loader, queue, health, recorder, peers)
         for step in queue:
             done, result = step.done, step.result
@@ -181,7 +190,9 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 saver.newest = gone_back
                 continue
 
-            if is_due(done, config.checkpoint.every, steps, at_end=config.checkpoint.at_end):
+            if compares_after(done):
+                replicas.compare(done)  # or the run ends
+            if saves_after(done):
                 if health.refused.in_a_row:
                     saver.refuse(done, f"its gradient norm is {result.grad_norm}")
                 else:

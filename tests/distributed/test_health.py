@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from common.errors import TrainingFailure
 from moe.config import ModelConfig, RouterConfig
 from parallel.apply import build_model
 from parallel.layout import Layout
@@ -21,6 +22,7 @@ from training.config import HealthConfig, OptimConfig
 from training.engine import NativeEngine
 from training.health import STEPS, Finding, RefusedSteps, SlowRanks, slow_ranks
 from training.parity.trial import micro_batches_of_rank, rows_of_step
+from training.replicas import ReplicaCheck, describe, fingerprint
 from training.step import prepare_step, start_step
 from training.steps import FinishedStep, Steps
 
@@ -103,8 +105,30 @@ def times(layout: Layout) -> tuple[list[Any], list[float], list[float]]:
     return found, [step.own_seconds for step in done], [step.seconds for step in done]
 
 
+def divergences(layout: Layout) -> dict[str, str]:
+    """What is found after a step, and after rank 1 has changed one element of a tensor that it stores."""
+    engine = engine_of(layout)
+    step(engine, 1)
+    check = ReplicaCheck(engine)
+    check.compare(1)
+    found = {}
+    for name, (tensor, group) in engine.replicas().items():
+        if group.size() > 1 and any(part in name for part in ("wq", "attention_norm", "w_up", "router", "bias")):
+            before = tensor.flatten()[1].item()
+            tensor.view(-1)[1] += 0.5 * engine.mesh.rank
+            with pytest.raises(TrainingFailure) as error:
+                check.compare(2)
+            found[name] = str(error.value)
+            tensor.view(-1)[1] = before
+    check.compare(3)
+    return found
+
+
 def jobs(rank: int, world_size: int) -> dict[str, Any]:
-    return {name: refusals(layout) for name, layout in LAYOUTS.items()} | {"times": times(LAYOUTS["expert"])}
+    return {name: refusals(layout) for name, layout in LAYOUTS.items()} | {
+        "times": times(LAYOUTS["expert"]),
+        "divergences": {name: divergences(layout) for name, layout in LAYOUTS.items()},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +171,54 @@ def test_slow_ranks_by_hand() -> None:
     assert slow_ranks([3.0, 3.1, 4.5, 2.9], 1) == {2} and slow_ranks([9.0, 9.1, 10.5, 9.0], 1) == set()
     assert slow_ranks([1.0, 1.1, 3.0, 3.1], 2) == set()  # stages of a pipeline have other layers
     assert slow_ranks([1.0, 1.1, 3.0, 9.1], 2) == {3}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_replica_that_differs_is_noticed_in_every_layout(results: list[dict[str, Any]], layout: str) -> None:
+    first, second = (result["divergences"][layout] for result in results)
+    assert first == second
+    changed = {name.removeprefix("model.") for name in first}
+    norm = {"layers.0.attention_norm.weight", "exp_avg_sq.layers.1.attention_norm.weight"}
+    query, experts = (
+        {"layers.1.attention.wq.weight", "exp_avg.layers.0.attention.wq.weight"},
+        {"layers.0.ffn.experts.w_up"},
+    )
+    router = {"layers.0.ffn.router.weight", "exp_avg.layers.0.ffn.router.weight"}
+    replicated = {
+        "replicate": norm | query | experts,
+        "expert": norm | query,
+        "tensor": norm | experts,
+        "shard": set(),
+    }[layout]
+    assert router | replicated <= changed
+    assert not changed & ((norm | query | experts) - replicated)
+    for name, line in first.items():
+        shown = name.removeprefix("model.")
+        assert line == f"step 2: ranks 0-1 differ in {shown}, and no value has a majority; equal after step 1"
+
+
+def test_the_odd_rank_is_the_one_that_differs_from_most() -> None:
+    def report(host: str, value: int, count: int = 1) -> dict[str, Any]:
+        return {"host": host, "count": count, "first": [["model.norm.weight", [0, 1, 3], value]] * bool(count)}
+
+    line = describe([report("a", 5, 2), report("b", 6, 2), report("c", 0, 0), report("d", 5, 2)])
+    assert line == "rank 1 (b) differs from ranks 0,3 in norm.weight and 1 more tensors"
+
+
+def test_the_fingerprint_changes_with_every_bit() -> None:
+    for dtype, length in (
+        (torch.float32, 7),
+        (torch.float64, 3),
+        (torch.bfloat16, 9),
+        (torch.int64, 2),
+        (torch.float32, 1),
+    ):
+        tensor = torch.arange(1, 2 * length + 1).to(dtype)[1 : length + 1]  # at an odd offset in memory
+        before = fingerprint(tensor)
+        assert fingerprint(tensor.clone()) == before
+        bits = tensor.view(torch.uint8)
+        for byte in range(len(bits)):
+            bits[byte] ^= 1 << byte % 8
+            assert fingerprint(tensor) != before
+            bits[byte] ^= 1 << byte % 8
+    assert fingerprint(torch.zeros(0)) == 0 and fingerprint(torch.tensor(1.0)) != 0

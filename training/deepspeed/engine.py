@@ -29,6 +29,7 @@ from moe.model import ModelInputs, Output, Transformer
 from moe.region import LocalShard
 from parallel.mesh import Mesh
 from parallel.objective import Objective
+from parallel.weight_shards import replica_group
 from parallel.weight_specs import kind
 from training.config import OptimConfig
 from training.deepspeed.settings import check_choice, prints_diagnostics
@@ -127,6 +128,12 @@ class DeepSpeedEngine:
             for moment in MOMENTS:
                 result[f"{moment}.{name}"] = LocalShard(self._moment(parameter, moment), *self.shard_places[name])
         return result
+
+    def replicas(self) -> dict[str, tuple[Tensor, dist.ProcessGroup]]:
+        """Return the weights below stage 3, and the buffers. ZeRO partitions everything else."""
+        weights = self.model.named_parameters() if self.stage < 3 else ()
+        stored = {name: weight.detach() for name, weight in weights} | persistent_buffers(self.model)
+        return {f"model.{name}": (tensor, replica_group(name, self.mesh)) for name, tensor in stored.items()}
 
     @torch.no_grad()
     def finish_loading(self, tensors: Mapping[str, Tensor | LocalShard], updates: int) -> None:
