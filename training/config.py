@@ -182,7 +182,7 @@ class CheckpointConfig:
 class HealthConfig:
     """What a run does if its figures show that something is wrong (docs/reliability.md)."""
 
-    every: int = 100
+    every: int = 200
     """Steps between comparisons of the weights and moments that several ranks store. They are also compared before each
     checkpoint. 0: never."""
     on_nan: Literal["stop", "rewind"] = "stop"

@@ -90,7 +90,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     if flat.storage_offset() % whole:
         flat = flat.clone()
     end = len(flat) // whole * whole  # 64 bits at once are ten times as fast on CPUs.
-    return flat[:end].view(torch.int64).sum() + flat[end:].sum(dtype=torch.int64)
+    total = flat[:end].view(torch.int64).sum()
+    return total + flat[end:].sum(dtype=torch.int64) if end < len(flat) else total
 
 
 def describe(reports: list[dict[str, Any]]) -> str:
