@@ -168,11 +168,25 @@ class CheckpointConfig:
     """Whether to write a checkpoint after the last step. Without it, the weights of a short trial are lost."""
     io_timeout_s: float = 300.0
     """Seconds without any progress after which reading or writing a checkpoint has failed, and the run ends."""
+    background: bool = False
+    """Whether training waits only while a checkpoint is copied to the CPU's memory, and a thread writes it. The copy
+    takes as much memory as this rank's part of the weights and the optimizer state."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this number are kept for ever; 0: none."""
+    keep_best: int = 0
+    """Number of checkpoints with the lowest held-out loss that are kept beside the newest. It counts checkpoints after
+    whose step the model was evaluated (`train.eval_every`)."""
+    on_error: Literal["stop", "warn"] = "stop"
+    """What happens if a checkpoint cannot be written, e.g. because the disk is full. `stop`: the run ends; `warn`: a
+    line says so, and the run goes on."""
 
     def __post_init__(self) -> None:
         expect_fields(
             self,
             io_timeout_s=(self.io_timeout_s > 0, "seconds > 0"),
+            keep_every=(self.keep_every >= 0, "an integer >= 0 (0: none)"),
+            keep_best=(self.keep_best >= 0, "an integer >= 0 (0: none)"),
+            on_error=(self.on_error in ("stop", "warn"), "stop or warn"),
             every=(self.every >= 0, "an integer >= 0 (0: only at the end)"),
             keep=(self.keep >= 2, "an integer >= 2"),
         )
@@ -302,6 +316,12 @@ class Config:
             "optim.kind",
             self.optim.kind,
             "adamw with engine=deepspeed",
+        )
+        expect(
+            self.checkpoint.keep_best == 0 or self.train.eval_every > 0,
+            "checkpoint.keep_best",
+            self.checkpoint.keep_best,
+            "0 with train.eval_every=0 (no checkpoint but the last would have a held-out loss)",
         )
         length = "train.steps" if self.optim.schedule_steps is None else "optim.schedule_steps"
         steps = self.optim.schedule_steps or self.train.steps

@@ -6,6 +6,7 @@ optimizer step and the evaluation), `report` (what is printed and written).
 """
 
 import dataclasses
+import math
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -31,7 +32,7 @@ from parallel.waiting import WaitingClock
 from training.agree import AgreedRun, agree_on_run
 from training.build import build_engine, build_parts
 from training.checkpoint import checkpoint
-from training.checkpoint.manifest import CHECKPOINTS
+from training.checkpoint.manifest import CHECKPOINTS, HELDOUT_LOSS
 from training.checkpoint.peers import Peers
 from training.checkpoint.saver import Saver
 from training.compilation import CompilationReport
@@ -80,7 +81,10 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
 
     # 2. The run: the ranks agree on its name, tokens, model, layout and starting point.
     rank_store = open_store(world, config.parallel.start_timeout_s)
-    peers = Peers(rank_store, world.rank, world.world_size, config.checkpoint.io_timeout_s)
+    peers, savers = (
+        Peers(rank_store, world.rank, world.world_size, config.checkpoint.io_timeout_s, name)
+        for name in ("reading", "saving")
+    )
     run = agree_on_run(config, process, rank_store, peers, owner)
     if run.finished_result is not None:
         if process.is_main:
@@ -140,8 +144,9 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         Recorder(run.config, run.directory, run.name, active=process.is_main, state=run.state) as recorder,
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
         WaitingClock() as waiting,
+        Saver(run.directory / CHECKPOINTS, config.checkpoint, savers, run.checkpoint, recorder.note) as saver,
     ):
-        saver = Saver(run.directory / CHECKPOINTS, config.checkpoint, peers, run.checkpoint, recorder.note)
+        saver.prepare(engine.tensors)
 
         def saves_after(done: int) -> bool:
             return is_due(done, config.checkpoint.every, steps, at_end=config.checkpoint.at_end)
@@ -169,6 +174,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         rewind = Rewind(run, engine, loader, queue, health, recorder, peers)
         for step in queue:
             done, result = step.done, step.result
+            saver.poll()
             throughput.add(result.tokens, step_flops(result, run.costs), step.seconds)
             if profiler is not None:
                 profiler.step(result)
@@ -182,13 +188,16 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 evaluation = evaluator.evaluate()
                 row |= evaluation_row(evaluation)
                 write = True
+            if write:
+                row |= saver.take_figures()
             recorder.note(*compilation.lines(), *found.lines)
             recorder.step(row, done, write=write)
 
-            gone_back = found.problem and rewind.go_back(done, found)  # or the run ends
-            if gone_back:
-                saver.newest = gone_back
-                continue
+            if found.problem is not None:
+                saver.finish()
+                if gone_back := rewind.go_back(done, found):  # or the run ends
+                    saver.newest = gone_back
+                    continue
 
             if compares_after(done):
                 replicas.compare(done)  # or the run ends
@@ -196,10 +205,12 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 if health.refused.in_a_row:
                     saver.refuse(done, f"its gradient norm is {result.grad_norm}")
                 else:
+                    evaluated = evaluation if is_due(done, config.train.eval_every, steps) else None
                     recorder.sync()
-                    state = checkpoint_state(run, engine, loader, health, done) | {"metrics": recorder.record()}
-                    saver.save(done, engine.tensors(), state)
+                    state = checkpoint_state(run, engine, loader, health, done, evaluated)
+                    saver.save(done, engine.tensors, state | {"metrics": recorder.record()})
 
+        saver.finish()
         recorder.end_progress()
 
         # 7. The end: the last evaluation, a sample of text, the results.
@@ -223,13 +234,18 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     return outcome
 
 
-def checkpoint_state(run: AgreedRun, engine: Engine, loader: Loader, health: Health, step: int) -> dict[str, Any]:
+def checkpoint_state(
+    run: AgreedRun, engine: Engine, loader: Loader, health: Health, step: int, evaluation: Evaluation | None
+) -> dict[str, Any]:
     """Return what a checkpoint contains besides tensors. `training.agree` and `training.resume` read it.
 
     Args:
         step: the number of optimizer steps done.
+        evaluation: the one after this step; None if there was none.
     """
+    loss = None if evaluation is None else evaluation.loss
     return {
+        HELDOUT_LOSS: loss if loss is not None and math.isfinite(loss) else None,
         "step": step,
         "updates": engine.updates,
         "loader": loader.state_dict(),
