@@ -1,12 +1,17 @@
-"""Checkpoints of whole runs when something goes wrong: weights that are not finite, slow disks."""
+"""Checkpoints of whole runs: in the background, with weights that are not finite, on slow disks, after Ctrl-C."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands import run_python
+from tests.commands import ROOT, run_python
 from training.checkpoint.manifest import committed, verify
+from training.report.metrics import read_metrics
 
 SMALL = [
     "model=mixtral_tiny", "model.num_layers=1", "train.seq_len=32", "train.global_batch=4", "train.log_every=1",
@@ -47,9 +52,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"data.cache={tmp_path_factory.mktemp('cache')}"
 
 
-def arguments(tmp_path: Path, cache: str, plugin: str) -> list[str]:
+def arguments(tmp_path: Path, cache: str, plugin: str = "", name: str = "a") -> list[str]:
     (tmp_path / "fault.py").write_text(plugin)
-    return [*SMALL, cache, f"run.root={tmp_path}", "run.name=a", f"plugins=[{tmp_path / 'fault.py'}]"]
+    return [*SMALL, cache, f"run.root={tmp_path}", f"run.name={name}", f"plugins=[{tmp_path / 'fault.py'}]"]
 
 
 @pytest.mark.slow
@@ -76,3 +81,47 @@ def test_a_slow_disk_is_waited_for_longer_than_a_collective(tmp_path: Path, cach
     assert size / (1 << 17) * 0.5 > 2, "rank 1 wrote faster than the time-out"
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert result["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_the_background_writes_the_same_files(tmp_path: Path, cache: str) -> None:
+    for name, background in (("a", "false"), ("b", "true")):
+        keys = arguments(tmp_path, cache, name=name)
+        save = ["checkpoint.every=2", "checkpoint.keep=3", f"checkpoint.background={background}"]
+        run = run_python("train.py", *keys, "train.steps=5", *save)
+        assert run.returncode == 0, run.stderr
+        for step in (2, 4, 5):
+            path = tmp_path / name / "checkpoints" / f"step-{step}"
+            verify(path)
+            assert f"saved {path}{' in the background, in ' if background == 'true' else chr(10)}" in run.stdout
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert [row["step"] for row in rows if "speed/checkpoint_stall_s" in row] == [3, 5]
+    shards = [
+        {file.relative_to(tmp_path / name): file.read_bytes() for file in (tmp_path / name).rglob("rank-*")}
+        for name in ("a", "b")
+    ]
+    assert len(shards[0]) == 6 and shards[0] == shards[1]
+
+
+@pytest.mark.slow
+def test_ctrl_c_lets_the_save_in_flight_finish(tmp_path: Path, cache: str) -> None:
+    keys = [*arguments(tmp_path, cache, SLOW_DISK_OF_RANK_1), "train.steps=100", "checkpoint.background=true"]
+    with subprocess.Popen(
+        [sys.executable, "train.py", *keys, "checkpoint.every=3"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        lines = []
+        for line in process.stdout or ():
+            lines.append(line)
+            if line.replace(" ", "").startswith("step4/"):
+                os.killpg(process.pid, signal.SIGINT)
+    path = tmp_path / "a" / "checkpoints" / "step-3"
+    assert process.returncode == 130, lines
+    assert "the checkpoint that is being written is finished first\n" in lines
+    assert any(line.startswith(f"saved {path} in the background") for line in lines)
+    assert committed(path.parent) == [path]
+    verify(path)
