@@ -43,6 +43,7 @@ from training.formats.reader import open_model
 from training.health import Health
 from training.owner import RunOwner
 from training.replicas import ReplicaCheck
+from training.report.goodput import Goodput
 from training.report.metrics import router_metrics, telemetry_metrics
 from training.report.profile import StepProfiler
 from training.report.run_report import (
@@ -51,6 +52,7 @@ from training.report.run_report import (
     finish_run,
     gather_rank_summaries,
     show_finished,
+    show_restart,
     show_start,
 )
 from training.report.trackers import Recorder
@@ -92,6 +94,10 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         wait_for_all(rank_store, world, "seen")
         return run.finished_result
 
+    restarted = world.restart_count > 0
+    account_directory = run.directory if process.is_main else None
+    goodput = Goodput(account_directory, run_start, new=run.state is None and not restarted, restarted=restarted)
+
     # 3. The data: this rank's share of the rows, in an order that depends only on the seed.
     layout = run.plan.layout
     loader = Loader(
@@ -115,21 +121,25 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     seed = config.run.seed if run.initial_directory is None else None
     parts = build_parts(run.config, run.model, mesh, process.dtype, seed)
     if run.initial_directory is not None:
-        source = open_model(run.initial_directory, check=False)
-        for part in parts:
-            source.fill(part)
+        with goodput.spent_on("load"):
+            source = open_model(run.initial_directory, check=False)
+            for part in parts:
+                source.fill(part)
     summary = RunSummary(run, process.dtype, gather_rank_summaries(parts, mesh))
     engine = build_engine(run.config, parts, mesh)
     if run.checkpoint and run.state:
-        tensors = engine.tensors()
-        checkpoint.load(Path(run.checkpoint), tensors, peers)
-        engine.finish_loading(tensors, run.state["updates"])
-        del tensors
+        with goodput.spent_on("load"):
+            tensors = engine.tensors()
+            checkpoint.load(Path(run.checkpoint), tensors, peers)
+            engine.finish_loading(tensors, run.state["updates"])
+            del tensors
     if process.is_main:
         named_run = dataclasses.replace(config.run, name=run.name)
         save_config(run.directory, to_dict(dataclasses.replace(run.config, run=named_run, model=run.model)))
         run.tokens.tokenizer_files.copy_to(run.directory)  # The run can be used without its token store.
         show_start(summary)
+        if restarted:
+            show_restart(world, run, goodput.furthest)
     # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
 
@@ -171,11 +181,13 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             waited=lambda: waiting.seconds,
         )
         replicas = ReplicaCheck(engine)
+        goodput.started()
         rewind = Rewind(run, engine, loader, queue, health, recorder, peers)
         for step in queue:
             done, result = step.done, step.result
             saver.poll()
             throughput.add(result.tokens, step_flops(result, run.costs), step.seconds)
+            goodput.step(done, step.seconds, refused=not math.isfinite(result.grad_norm))
             if profiler is not None:
                 profiler.step(result)
             found = health.check(step)
@@ -185,7 +197,8 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             if write:
                 throughput.start_interval()
             if is_due(done, config.train.eval_every, steps):
-                evaluation = evaluator.evaluate()
+                with goodput.spent_on("evaluation"):
+                    evaluation = evaluator.evaluate()
                 row |= evaluation_row(evaluation)
                 write = True
             if write:
@@ -200,21 +213,26 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                     continue
 
             if compares_after(done):
-                replicas.compare(done)  # or the run ends
+                with goodput.spent_on("compare"):
+                    replicas.compare(done)  # or the run ends
             if saves_after(done):
                 if health.refused.in_a_row:
                     saver.refuse(done, f"its gradient norm is {result.grad_norm}")
                 else:
                     evaluated = evaluation if is_due(done, config.train.eval_every, steps) else None
-                    recorder.sync()
-                    state = checkpoint_state(run, engine, loader, health, done, evaluated)
-                    saver.save(done, engine.tensors, state | {"metrics": recorder.record()})
+                    with goodput.spent_on("save"):
+                        recorder.sync()
+                        state = checkpoint_state(run, engine, loader, health, done, evaluated)
+                        saver.save(done, engine.tensors, state | {"metrics": recorder.record()})
+                    goodput.write()
 
-        saver.finish()
+        with goodput.spent_on("save"):
+            saver.finish()
         recorder.end_progress()
 
         # 7. The end: the last evaluation, a sample of text, the results.
-        evaluation = evaluation or evaluator.evaluate()
+        with goodput.spent_on("evaluation"):
+            evaluation = evaluation or evaluator.evaluate()
         sample = sample_text(config, run.tokens.tokenizer, engine, run.directory, peers)
         engine.close()
         close_process_group()  # Now no rank has to wait while rank 0 draws plots and uploads them.
@@ -227,6 +245,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 sample=sample,
                 wall_s=time.monotonic() - run_start,
                 tokens_per_s=throughput.of_all_steps(),
+                goodput=goodput,
             )
             recorder.finish(outcome, run.directory)
     if run.lock is not None:

@@ -26,6 +26,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.text import parse_json, to_json
+from parallel.startup.failures import LAST_FAILURE, failures_recorded, last_failure
 
 PR_SET_PDEATHSIG = 1
 """The option of Linux's `prctl` that chooses the signal a process gets when its parent dies."""
@@ -217,7 +218,7 @@ def launch_workers(
             logs_specs=DefaultLogsSpecs(log_dir=f"{directory}/logs"),
         )
         try:
-            with _environment(environment), _logging_disabled():
+            with failures_recorded(Path(directory)), _environment(environment), _logging_disabled():
                 run = elastic_launch(config, _run_worker)
                 results = run(entry, args, os.getpid(), directory, threads, of_workers if preloaded else None)
                 return dict(sorted(results.items()))
@@ -264,6 +265,7 @@ def _run_worker(
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _raise_once)
     world = world_from_env()
+    _set_variables({LAST_FAILURE: last_failure(Path(reports), world.restart_count)})
     set_threads(threads, world.local_world_size)
     report = Path(reports) / f"{world.restart_count}-{world.rank}.json"
     try:

@@ -1,5 +1,6 @@
 """What a run prints and writes when it starts and when it ends. Only rank 0 prints and writes."""
 
+import os
 import shlex
 import shutil
 import socket
@@ -16,12 +17,14 @@ from data.tokens.store import Store
 from moe.model import Transformer
 from parallel.collectives import all_gather_json
 from parallel.mesh import Mesh
-from parallel.startup.launch import world_from_env
+from parallel.startup.failures import LAST_FAILURE
+from parallel.startup.launch import World, world_from_env
 from parallel.startup.threads import describe_threads
 from parallel.weight_specs import kind
 from training.agree import AgreedRun
 from training.config import Config, OptimConfig
 from training.device import DTYPE_NAMES
+from training.report.goodput import Goodput, goodput_line
 from training.report.heatmap import show_load
 from training.report.metrics import left_out, read_metrics
 from training.report.plots import plot_curves, plot_load, plot_overview
@@ -85,6 +88,18 @@ def show_start(summary: RunSummary) -> None:
         show_line(f"optim.train={patterns}: {run.trained_parameters:,} of {run.counts.total:,} parameters train")
 
 
+def show_restart(world: World, run: AgreedRun, furthest: int) -> None:
+    """Print why the launcher has restarted the workers, and which steps are repeated.
+
+    Args:
+        furthest: the last step that the run is known to have done.
+    """
+    why = os.environ.get(LAST_FAILURE, "a worker failed; the output of the launcher names it")
+    done = run.state["step"] if run.state else 0
+    repeats = f" and repeats steps {done + 1} to {furthest}" if furthest > done else ""
+    show_line(f"restart {world.restart_count}: {why}; the run continues after step {done}{repeats}")
+
+
 def evaluation_row(evaluation: Evaluation) -> dict[str, Any]:
     """Return the evaluation under its names in `metrics.jsonl`. Figures that do not exist are left out."""
     bits = {f"eval/bits_per_byte/{domain}": value for domain, value in evaluation.bits_per_byte.items()}
@@ -99,6 +114,7 @@ def finish_run(
     sample: str | None,
     wall_s: float,
     tokens_per_s: float | None,
+    goodput: Goodput,
 ) -> dict[str, Any]:
     """Print the results, write the plots and `result.json`, and return the content of the latter.
 
@@ -108,6 +124,7 @@ def finish_run(
         sample: generated text.
         wall_s: seconds since this process started to train.
         tokens_per_s: the mean speed of the optimizer steps; None if this process did none.
+        goodput: the account of the run's time, which is written and shown.
     """
     run = summary.run
     baselines = _baselines(run.tokens)
@@ -128,6 +145,8 @@ def finish_run(
         top_k = run.model.top_k
         note = None if top_k is None else run.config.router.generation_note(top_k)
         show_sample(run.config.run.prompt, sample, note)
+    goodput.write()
+    account = goodput.summary()
     result: dict[str, Any] = {
         "status": "finished",
         "name": run.name,
@@ -137,6 +156,8 @@ def finish_run(
         "router/max_vio": last_row.get("router/max_vio"),
         "speed/tokens_per_s": tokens_per_s,
         "wall_s": wall_s,
+        "goodput": account,
+        "restarts": goodput.restarts,
         "total_params": run.counts.total,
         "active_params": run.counts.active,
         "num_experts": run.model.num_experts,
@@ -158,6 +179,7 @@ def finish_run(
         open_command(run.config, run.directory),
         wall_s,
         tokens_per_s or 0.0,
+        goodput_line(account, goodput.restarts),
     )
     return result
 

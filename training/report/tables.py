@@ -248,6 +248,7 @@ def show_end(
     open_command: str,
     wall_s: float,
     tokens_per_s: float,
+    goodput: str,
 ) -> None:
     """Print the run's directory and the commands that resume the run and show its results.
 
@@ -259,6 +260,7 @@ def show_end(
         open_command: the command line that shows the run's metrics.
         wall_s: the seconds that the run took.
         tokens_per_s: the training speed.
+        goodput: what the run has spent its time on.
     """
     show_fields(
         f"Done in {human_time(wall_s)}, {human_count(tokens_per_s)} tokens/s",
@@ -268,6 +270,7 @@ def show_end(
             "resume": resume_command,
             "": f"({rate}; docs/runs.md has other ways)",
             "results": open_command,
+            "goodput": goodput,
         },
     )
 

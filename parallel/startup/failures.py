@@ -1,0 +1,71 @@
+"""Why a launcher has restarted its workers, for the workers that it starts next."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.text import parse_json, shorten
+
+LAST_FAILURE = "MIXWRIGHT_LAST_FAILURE"
+"""Environment variable of a restarted worker: which worker of the attempt before failed, and how."""
+
+
+@contextlib.contextmanager
+def failures_recorded(reports: Path) -> Iterator[None]:
+    """Make torch's elastic agent write a line about the worker that failed before it restarts the workers.
+
+    The agent itself does not tell the new workers.
+
+    Args:
+        reports: the directory in which workers leave their exceptions as `<restarts>-<rank>.json`.
+    """
+    from torch.distributed.launcher import api
+
+    agent = api.LocalElasticAgent
+
+    class Agent(agent):  # type: ignore[misc, valid-type]
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
+            if result.is_failed():
+                attempt = worker_group.spec.max_restarts - self._remaining_restarts
+                failed = {rank: failure.exitcode for rank, failure in result.failures.items()}
+                processes = getattr(self._pcontext, "_pc", None)
+                ended = enumerate(process.exitcode for process in processes.processes) if processes else ()
+                failed |= {worker_group.workers[local].global_rank: code for local, code in ended if code}
+                _file(reports, attempt).write_text(describe_failure(failed, reports, attempt), encoding="utf-8")
+            return result
+
+    api.LocalElasticAgent = Agent  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        api.LocalElasticAgent = agent  # type: ignore[misc]
+
+
+def last_failure(reports: Path, restarts: int) -> str | None:
+    """Return the line about the failure before the restart number `restarts`; None before the first restart."""
+    file = _file(reports, restarts - 1)
+    return file.read_text(encoding="utf-8") if restarts and file.exists() else None
+
+
+def describe_failure(failed: dict[int, int], reports: Path, attempt: int) -> str:
+    """Return which rank failed and how, in one line.
+
+    If a signal killed a rank, the others can have failed because they lost their connection to it. So it comes first.
+
+    Args:
+        failed: rank -> exit status; minus the number of the signal if one killed the rank.
+        attempt: how often the workers had been restarted before.
+    """
+    rank, code = min(failed.items(), key=lambda item: (item[1] >= 0, item[0]))
+    if code < 0:
+        return f"rank {rank} was killed by {signal.Signals(-code).name}"
+    report = reports / f"{attempt}-{rank}.json"
+    message = parse_json(report.read_bytes())["message"].strip().splitlines()[-1:] if report.exists() else []
+    return ": ".join([f"rank {rank} ended with exit status {code}", *(shorten(line, 300) for line in message)])
+
+
+def _file(reports: Path, attempt: int) -> Path:
+    return reports / f"failure-{attempt}.txt"

@@ -1,0 +1,148 @@
+"""Goodput: the share of a run's time in which it made progress, over all of its launches and restarts.
+
+Rank 0 keeps the account in `goodput.json` in the run's directory, so that it outlives a killed process.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from common.files import open_regular
+from common.text import parse_json, to_json
+from training.report.terminal import human_time
+
+FILE = "goodput.json"
+USEFUL = "step"
+CAUSES = {
+    USEFUL: "optimizer steps",
+    "start": "start",
+    "load": "loading checkpoints",
+    "save": "saving checkpoints",
+    "evaluation": "evaluation",
+    "compare": "comparing replicas",
+    "repeated": "repeated steps",
+    "skipped": "steps that changed no weight",
+    "down": "from a failure to the restart",
+    "other": "other",
+}
+"""What a run spends its time on, and how it is called. `other` is what has no other cause, as logging and trackers."""
+MAX_BYTES = 2**16
+"""The file is smaller."""
+WRITE_EVERY_S = 1.0
+"""The file is at most so much older than the account, unless something takes longer."""
+
+
+class Goodput:
+    """The account of one run. Other ranks than 0 keep one, too, but write no file.
+
+    Args:
+        directory: the run's directory; None: no file is read or written.
+        start: when this process started, by `clock`.
+        new: whether the run starts at step 0 without a restart. An older account in the directory does not count then.
+        restarted: whether the launcher has restarted the workers after a failure.
+        clock: returns monotonic seconds.
+        wall_clock: returns seconds that go on while no process runs.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        start: float,
+        *,
+        new: bool,
+        restarted: bool,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._file = None if directory is None else directory / FILE
+        self._clock, self._wall_clock = clock, wall_clock
+        before = {} if self._file is None or new else _read(self._file)
+        self.seconds: dict[str, float] = {cause: before.get(cause, 0.0) for cause in CAUSES}
+        self.furthest = int(before.get("furthest_step", 0))
+        """The last step that any process of the run has done. A step up to it is a repeated one."""
+        self.restarts = int(before.get("restarts", 0)) + restarted
+        if restarted and "written_at" in before:
+            gap = wall_clock() - (clock() - start) - before["written_at"]
+            self.seconds["down"] += max(0.0, gap)
+        self._earlier = sum(self.seconds.values())
+        self._start, self._counted, self._written = start, 0.0, start
+
+    def add(self, cause: str, seconds: float) -> None:
+        """Count `seconds` of this process as spent on `cause`."""
+        self.seconds[cause] += seconds
+        self._counted += seconds
+
+    @contextmanager
+    def spent_on(self, cause: str) -> Iterator[None]:
+        """Count the time of the context as spent on `cause`."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self.add(cause, self._clock() - start)
+
+    def started(self) -> None:
+        """Count the time since the start of the process that has no other cause as its start."""
+        self.add("start", self._clock() - self._start - self._counted)
+
+    def step(self, done: int, seconds: float, *, refused: bool) -> None:
+        """Count an optimizer step."""
+        self.add("repeated" if done <= self.furthest else "skipped" if refused else USEFUL, seconds)
+        self.furthest = max(self.furthest, done)
+        if self._clock() - self._written > WRITE_EVERY_S:
+            self.write()
+
+    def write(self) -> None:
+        """Write the account to the file."""
+        self._settle()
+        self._written = self._clock()
+        if self._file is not None:
+            account = self.seconds | {
+                "furthest_step": self.furthest,
+                "restarts": self.restarts,
+                "written_at": self._wall_clock(),
+            }
+            partial = self._file.with_name(f".{FILE}.{os.getpid()}")
+            with suppress(OSError):  # Training goes on without the account.
+                # It is not flushed to the disk: after a power cut the account starts again.
+                partial.write_text(to_json(account, indent=2) + "\n", encoding="utf-8")
+                partial.replace(self._file)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the account for `result.json`: the share of useful time, and the seconds by cause."""
+        self._settle()
+        wall = sum(self.seconds.values())
+        return {"share": self.seconds[USEFUL] / wall if wall else None, "wall_s": wall, "seconds": dict(self.seconds)}
+
+    def _settle(self) -> None:
+        """Count the time that has no cause as `other`."""
+        wall = self._clock() - self._start
+        self.add("other", max(0.0, wall - self._counted))
+
+
+def goodput_line(summary: Mapping[str, Any], restarts: int) -> str:
+    """Return the account in one line, the largest losses first.
+
+    >>> goodput_line({"share": 0.9, "wall_s": 20.0, "seconds": {"step": 18.0, "save": 0.5, "start": 1.5}}, restarts=1)
+    '90.0 % of 20.0 s in optimizer steps; start 1.50 s, saving checkpoints 0.50 s; 1 restart'
+    """
+    share = 0.0 if summary["share"] is None else summary["share"]
+    lost = sorted(((s, cause) for cause, s in summary["seconds"].items() if cause != USEFUL), reverse=True)
+    named = ", ".join(f"{CAUSES[cause]} {human_time(seconds)}" for seconds, cause in lost if seconds >= 0.005)
+    parts = [f"{share:.1%}".replace("%", " %") + f" of {human_time(summary['wall_s'])} in {CAUSES[USEFUL]}", named]
+    if restarts:
+        parts.append(f"{restarts} restart{'s' * (restarts > 1)}")
+    return "; ".join(part for part in parts if part)
+
+
+def _read(file: Path) -> dict[str, float]:
+    """Return the numbers in the file; empty if it is missing or damaged."""
+    try:
+        with os.fdopen(open_regular(file), "rb") as opened:
+            account = parse_json(opened.read(MAX_BYTES))
+        return {key: value for key, value in account.items() if isinstance(value, int | float) and value >= 0}
+    except (OSError, ValueError, AttributeError):
+        return {}
