@@ -4,10 +4,12 @@
     python benchmarks/train_step.py --models fine --threads 2 --dtype bf16
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --experts             # Mixwright, by the number of experts
 
-A step is the forward and backward pass of one batch, clipping, and AdamW. With bf16, Mixwright has fp32 weights, and
-transformers has bf16 weights and moments. In each round every implementation takes one step, in one process. A ratio is
-that of two times in one round. With one thread, a time is the CPU time of the process, which other work on the machine
-disturbs least; with more threads it is the time on the clock.
+A step is the forward and backward pass of one batch, clipping, and AdamW. With bf16, Mixwright has fp32 weights, and so
+has transformers, which computes under autocast. With `--peer-weights bf16`, the weights, gradients and moments of
+transformers are in bf16: it needs no casts, and loses updates that are smaller than a rounding error. In each round
+every implementation takes one step, in one process. A ratio is that of two times in one round. With one thread, a time
+is the CPU time of the process, which other work on the machine disturbs least; with more threads it is the time on the
+clock.
 
 transformers has a third implementation of experts, `batched_mm`. It copies the weights of its experts for every token:
 16 GiB for 2,048 tokens, so it is left out.
@@ -94,9 +96,9 @@ def mixwright_step(case: Setup, dtype: str, mesh: Mesh) -> Step:
     return lambda: train_step(engine, [batch], ROUTER, LR).loss
 
 
-def transformers_step(case: Setup, dtype: str, experts: str) -> Step:
+def transformers_step(case: Setup, dtype: str, experts: str, weights_dtype: str) -> Step:
     torch.manual_seed(0)
-    weights = torch.bfloat16 if dtype == "bf16" else torch.float32
+    weights = torch.bfloat16 if dtype == weights_dtype == "bf16" else torch.float32
     options = {"output_router_logits": True, "router_aux_loss_coef": 0.01}
     peer = transformers_model(case.model, case.seq_len, weights, experts, **options)
     optim = OptimConfig(lr=LR)
@@ -106,7 +108,8 @@ def transformers_step(case: Setup, dtype: str, experts: str) -> Step:
     batch = batch_of(case)
 
     def step() -> float:
-        loss = peer(input_ids=batch.tokens_BS, labels=batch.tokens_BS, shift_labels=batch.labels_BS).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16" and weights == torch.float32):
+            loss = peer(input_ids=batch.tokens_BS, labels=batch.tokens_BS, shift_labels=batch.labels_BS).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0, foreach=True)
         optimizer.step()
@@ -148,6 +151,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(SETUPS), default=list(SETUPS))
     parser.add_argument("--experts", action="store_true", help="time by the number of experts at equal active FLOPs")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="experts of transformers")
+    parser.add_argument("--peer-weights", choices=["fp32", "bf16"], default="fp32", help="with --dtype bf16")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -169,7 +173,8 @@ def measure_all(options: argparse.Namespace, mesh: Mesh, clock: Callable[[], flo
         case = SETUPS[name]
         print(f"{name}: {case.model.num_layers} layers, {case.rows} rows of {case.seq_len} tokens")
         steps = {"Mixwright": mixwright_step(case, options.dtype, mesh)}
-        steps |= {f"transformers, {peer}": transformers_step(case, options.dtype, peer) for peer in options.peers}
+        for peer in options.peers:
+            steps[f"transformers, {peer}"] = transformers_step(case, options.dtype, peer, options.peer_weights)
         show(measure(steps, options.rounds, clock))
 
 

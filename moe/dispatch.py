@@ -16,8 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe.chunks import chunks
+from moe.expert_loop import aligned_counts, needs_alignment
 from moe.kernels import use_kernels
 from moe.router import Routing
+
+CHUNK_ELEMENTS = 2**17
+"""Numbers that are converted from bf16 at once on a CPU: 512 KiB in fp32."""
 
 
 class LocalPlan(NamedTuple):
@@ -29,8 +34,10 @@ class LocalPlan(NamedTuple):
     """The assignment (token·K + choice) of each row; T·K for an empty row."""
     slots_TK: Tensor
     """The row of each assignment; R if the assignment is not dispatched."""
-    full: bool
-    """Whether every assignment has a row and no row is empty."""
+    complete: bool
+    """Whether every assignment has a row."""
+    dense: bool
+    """Whether no row is empty."""
 
 
 ApplyExperts = Callable[[Tensor, Tensor], Tensor]
@@ -57,13 +64,13 @@ class LocalDispatcher(nn.Module):
 
     def run(self, x_BSD: Tensor, routing: Routing, apply_experts: ApplyExperts, shared: nn.Module | None) -> Tensor:
         """Dispatch, apply the experts, and combine. See `Dispatcher.run`."""
-        rows_RD, counts_E, plan = self.dispatch(x_BSD.flatten(0, 1), routing)
+        rows_RD, counts_E, plan = self.dispatch(x_BSD.flatten(0, 1), routing, align=needs_alignment(x_BSD))
         shared_BSD = None if shared is None else shared(x_BSD)
         y_TD = self.combine(apply_experts(rows_RD, counts_E), routing, plan)
         return y_TD if shared_BSD is None else y_TD + shared_BSD.flatten(0, 1)
 
     def dispatch(
-        self, x_TD: Tensor, routing: Routing, static: bool = False, count_rows: bool | None = None
+        self, x_TD: Tensor, routing: Routing, static: bool = False, count_rows: bool | None = None, align: bool = False
     ) -> tuple[Tensor, Tensor, LocalPlan]:
         """Copy each token once per assignment, grouped by expert.
 
@@ -73,6 +80,7 @@ class LocalDispatcher(nn.Module):
                 On a GPU, the host would have to wait for it. If this is False, there are rows for all assignments that
                 could be dispatched. The empty ones are zeros at the end, and count as rows of the last expert. None:
                 True on CPUs, False on other devices and in compiled graphs.
+            align: add empty rows to those of each expert, so that their number is one of `aligned_counts`.
 
         Returns:
             The rows [R, D], the number of rows of each expert [E], and the plan for `combine`.
@@ -82,19 +90,22 @@ class LocalDispatcher(nn.Module):
         if static:
             return self._dispatch_static(x_TD, routing, experts)
         order, slots, counts_E = group_by_expert(experts, routing.num_experts, use_kernels(x_TD))
-        rows, full = len(experts), routing.complete
-        if not full:
+        rows, complete, dense = len(experts), routing.complete, True
+        if not complete:
             fixed = not x_TD.is_cpu or torch.compiler.is_compiling()  # shapes of a graph do not depend on values
             if not fixed if count_rows is None else count_rows:
                 rows = int(counts_E.sum())
-                full = rows == len(experts)
+                complete = rows == len(experts)
             else:
+                dense = False
                 if routing.capacity is not None:
                     rows = min(rows, routing.num_experts * routing.capacity)
                 counts_E[-1] += rows - counts_E.sum()
             missing = experts == routing.num_experts
             order, slots = order.masked_fill(missing[order], len(experts)), slots.masked_fill_(missing, rows)
-        plan = LocalPlan(order[:rows] // top_k, order[:rows], slots.view(tokens, top_k), full)
+        plan = LocalPlan(order[:rows] // top_k, order[:rows], slots.view(tokens, top_k), complete, dense)
+        if align:
+            plan, counts_E = align_rows(plan, counts_E)
         return _scatter(x_TD, plan), counts_E, plan
 
     def _dispatch_static(self, x_TD: Tensor, routing: Routing, experts: Tensor) -> tuple[Tensor, Tensor, LocalPlan]:
@@ -108,7 +119,7 @@ class LocalDispatcher(nn.Module):
         slots = (sorted_experts * routing.capacity + index).clamp_(max=rows)
         assignments_R = order.new_full((rows + 1,), assignments).scatter_(0, slots, order)[:rows]
         slots_TK = torch.empty_like(order).scatter_(0, order, slots).view(tokens, top_k)
-        plan = LocalPlan(assignments_R // top_k, assignments_R, slots_TK, full=False)
+        plan = LocalPlan(assignments_R // top_k, assignments_R, slots_TK, complete=False, dense=False)
         counts_E = order.new_full((routing.num_experts,), routing.capacity)
         return _scatter(x_TD, plan), counts_E, plan
 
@@ -149,7 +160,7 @@ def _scatter(x_TD: Tensor, plan: LocalPlan) -> Tensor:
     if use_kernels(x_TD):
         from moe.kernels import combine
 
-        rows_RD: Tensor = combine.scatter_rows(x_TD, plan.slots_TK, len(plan.tokens_R), plan.full)
+        rows_RD: Tensor = combine.scatter_rows(x_TD, plan.slots_TK, len(plan.tokens_R), plan.dense)
     else:
         rows_RD = _Scatter.apply(x_TD, plan)
     return rows_RD
@@ -160,44 +171,72 @@ def _combine(y_RD: Tensor, weights_TK: Tensor, plan: LocalPlan) -> Tensor:
     if use_kernels(y_RD):
         from moe.kernels import combine
 
-        y_TD: Tensor = combine.combine_rows(y_RD, plan.slots_TK, weights_TK, plan.full)
+        y_TD: Tensor = combine.combine_rows(y_RD, plan.slots_TK, weights_TK, plan.dense)
     else:
         y_TD = _Combine.apply(y_RD, weights_TK, plan)
     return y_TD
 
 
-def _with_zero(rows: Tensor, plan: LocalPlan) -> Tensor:
-    """Append a row of zeros, which the indices of missing rows point to. A full plan has no missing rows."""
-    if plan.full:
-        return rows
-    return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:])))
+def align_rows(plan: LocalPlan, counts_E: Tensor) -> tuple[LocalPlan, Tensor]:
+    """Add empty rows to those of each expert, so that their number is one of `aligned_counts`.
+
+    Returns:
+        The new plan, and the number of rows of each expert.
+    """
+    aligned_E, place_R = aligned_places(counts_E)
+    (tokens, _), rows = plan.slots_TK.shape, int(aligned_E.sum())
+    tokens_R = plan.tokens_R.new_full((rows,), tokens).index_copy_(0, place_R, plan.tokens_R)
+    assignments_R = plan.tokens_R.new_full((rows,), plan.slots_TK.numel()).index_copy_(0, place_R, plan.assignments_R)
+    place_of_slot = torch.cat((place_R, place_R.new_tensor([rows])))  # that of a missing row is missing again
+    slots_TK = place_of_slot[plan.slots_TK]
+    return LocalPlan(tokens_R, assignments_R, slots_TK, plan.complete, plan.dense and rows == len(place_R)), aligned_E
 
 
-def _rows_of_assignments(rows_RD: Tensor, plan: LocalPlan) -> Tensor:
-    """Return the row of each assignment, [T, K, D], and zeros for assignments that are not dispatched."""
-    rows_RD = _with_zero(rows_RD, plan)
-    return torch.unflatten(rows_RD.index_select(0, plan.slots_TK.flatten()), 0, plan.slots_TK.shape)
+def aligned_places(counts_e: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the aligned number of rows of each expert [e], and the place of each row among the aligned ones [R]."""
+    aligned_e = aligned_counts(counts_e)
+    shift_e = (aligned_e - counts_e).cumsum(0) - (aligned_e - counts_e)
+    shift_R = shift_e.repeat_interleave(counts_e)
+    return aligned_e, shift_R + torch.arange(len(shift_R))
+
+
+def _with_zero(rows: Tensor, needed: bool = True) -> Tensor:
+    """Append a row of zeros, if it is needed: the indices of missing rows point to it."""
+    return torch.cat((rows, rows.new_zeros(1, *rows.shape[1:]))) if needed else rows
 
 
 def _sum_rows(rows_RD: Tensor, plan: LocalPlan, weights_TK: Tensor | None = None) -> Tensor:
-    """Return the sum of each token's rows, [T, D], multiplied by weights of the same dtype if there are any.
-
-    torch's operator for bags of embeddings does this on a CPU without a copy of the rows.
-    """
-    return F.embedding_bag(plan.slots_TK, _with_zero(rows_RD, plan), mode="sum", per_sample_weights=weights_TK)
+    """Return the sum of each token's rows, [T, D], multiplied by the weights if there are any."""
+    rows_RD, slots_TK = _with_zero(rows_RD, not plan.complete), plan.slots_TK
+    if not rows_RD.is_cpu:
+        rows_TKD = torch.unflatten(rows_RD.index_select(0, slots_TK.flatten()), 0, slots_TK.shape)
+        if weights_TK is None:
+            return rows_TKD.sum(dim=1)
+        return torch.bmm(torch.stack(_in_parts(weights_TK, rows_RD.dtype), dim=1), rows_TKD).sum(dim=1)
+    # torch's operator for bags of embeddings does this on a CPU without a copy of the rows. But in bf16 it rounds
+    # halves up, not to even numbers, so bf16 rows are converted to fp32, in chunks that stay in the cache.
+    if rows_RD.dtype != torch.bfloat16:
+        return F.embedding_bag(slots_TK, rows_RD, mode="sum", per_sample_weights=weights_TK)
+    (tokens, top_k), dim = slots_TK.shape, rows_RD.shape[1]
+    sum_TD = rows_RD.new_empty(tokens, dim)
+    for part in chunks(tokens, top_k * dim, CHUNK_ELEMENTS):
+        slots = slots_TK[part]
+        wide_RD = rows_RD.index_select(0, slots.flatten()).to(torch.float32)
+        order_TK = torch.arange(slots.numel()).view_as(slots)
+        weights = None if weights_TK is None else weights_TK[part]
+        sum_TD[part] = F.embedding_bag(order_TK, wide_RD, mode="sum", per_sample_weights=weights)
+    return sum_TD
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, plan: LocalPlan) -> Tensor:
         ctx.plan = plan
-        return _with_zero(x_TD, plan).index_select(0, plan.tokens_R)
+        return _with_zero(x_TD, not plan.dense).index_select(0, plan.tokens_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None]:
-        if grad_RD.is_cpu and grad_RD.dtype != torch.bfloat16:  # in bf16 it rounds halves up, not to even numbers
-            return _sum_rows(grad_RD, ctx.plan), None
-        return _rows_of_assignments(grad_RD, ctx.plan).sum(dim=1), None
+        return _sum_rows(grad_RD, ctx.plan), None
 
 
 class _Combine(torch.autograd.Function):
@@ -209,25 +248,34 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y_RD: Tensor, weights_TK: Tensor, plan: LocalPlan) -> Tensor:
         ctx.plan = plan
         ctx.save_for_backward(y_RD, weights_TK)
-        if y_RD.is_cpu:
-            if y_RD.dtype == weights_TK.dtype:
-                # torch.compile of torch 2.11 computes wrong gradients if `to` does nothing here.
-                return _sum_rows(y_RD, plan, weights_TK)
-            return _sum_rows(y_RD.to(weights_TK.dtype), plan, weights_TK).to(y_RD.dtype)
-        parts_TPK = torch.stack(_in_parts(weights_TK, y_RD.dtype), dim=1)
-        return torch.bmm(parts_TPK, _rows_of_assignments(y_RD, plan)).sum(dim=1)
+        return _sum_rows(y_RD, plan, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_RD, weights_TK = ctx.saved_tensors
         plan: LocalPlan = ctx.plan
-        weight_R1 = _with_zero(weights_TK.flatten(), plan).index_select(0, plan.assignments_R).unsqueeze(1)
-        grad_RD = _with_zero(grad_TD, plan).index_select(0, plan.tokens_R)
-        grad_weights_R = torch.bmm(y_RD.unsqueeze(1), grad_RD.unsqueeze(2)).flatten().to(weights_TK.dtype)
-        grad_weights_TK = _with_zero(grad_weights_R, plan).index_select(0, plan.slots_TK.flatten()).view_as(weights_TK)
-        weight_R1, *rest = _in_parts(weight_R1, grad_RD.dtype)
-        grad_y_RD = torch.addcmul(grad_RD * rest[0], grad_RD, weight_R1) if rest else grad_RD.mul_(weight_R1)
-        return grad_y_RD, grad_weights_TK, None
+        weight_R1 = _with_zero(weights_TK.flatten(), not plan.dense).index_select(0, plan.assignments_R).unsqueeze(1)
+        grad_TD = _with_zero(grad_TD, not plan.dense)
+        if y_RD.is_cpu and y_RD.dtype == torch.bfloat16:
+            grad_y_RD, grad_weights_R = _weighted_gradients(grad_TD, y_RD, weight_R1, plan)
+        else:
+            grad_RD = grad_TD.index_select(0, plan.tokens_R)
+            grad_weights_R = torch.bmm(y_RD.unsqueeze(1), grad_RD.unsqueeze(2)).flatten().to(weights_TK.dtype)
+            weight_R1, *rest = _in_parts(weight_R1, grad_RD.dtype)
+            grad_y_RD = torch.addcmul(grad_RD * rest[0], grad_RD, weight_R1) if rest else grad_RD.mul_(weight_R1)
+        slots = plan.slots_TK.flatten()
+        grad_weights = _with_zero(grad_weights_R, not plan.complete).index_select(0, slots)
+        return grad_y_RD, grad_weights.view_as(weights_TK), None
+
+
+def _weighted_gradients(grad_TD: Tensor, y_RD: Tensor, weight_R1: Tensor, plan: LocalPlan) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the rows and of their weights on a CPU, in chunks that stay in its cache."""
+    grad_y_RD, grad_weights_R = torch.empty_like(y_RD), torch.empty_like(weight_R1[:, 0])
+    for rows in chunks(len(y_RD), y_RD.shape[1], CHUNK_ELEMENTS):
+        grad_RD = grad_TD.index_select(0, plan.tokens_R[rows]).to(weight_R1.dtype)
+        torch.sum(grad_RD * y_RD[rows], dim=1, out=grad_weights_R[rows])
+        grad_y_RD[rows] = grad_RD.mul_(weight_R1[rows])
+    return grad_y_RD, grad_weights_R
 
 
 def _in_parts(weights: Tensor, dtype: torch.dtype) -> list[Tensor]:

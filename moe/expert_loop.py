@@ -10,6 +10,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ALIGNMENT = 16
+"""The number of rows of an expert is a multiple of this in bf16, and a larger one of 1/32 to 1/16 of it."""
+
+
+def needs_alignment(x: Tensor) -> bool:
+    """Return whether the number of rows of each expert should be one of a few (`aligned_counts`).
+
+    In bf16 on a CPU, torch calls oneDNN, which compiles a kernel for each shape of a matmul. That takes 1 to 3 ms, and
+    the matmul of an expert often 0.1 ms. Without alignment nearly every expert has a new shape in every step.
+    """
+    return x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+
+
+def aligned_counts(counts_e: Tensor) -> Tensor:
+    """Return the numbers of rows, each rounded up to one of at most 16 numbers between two powers of two.
+
+    >>> aligned_counts(torch.tensor([0, 1, 100, 513, 1000])).tolist()
+    [0, 16, 112, 544, 1024]
+    """
+    # frexp gives the exponent of the next power of two above a number.
+    step_e = (torch.frexp((counts_e - 1).clamp(min=0).double()).exponent.long() - 5).clamp(min=0)
+    step_e = (torch.ones_like(counts_e) << step_e).clamp(min=ALIGNMENT)
+    return (counts_e + step_e - 1) // step_e * step_e
+
 
 def swiglu_loop(rows_RD: Tensor, counts_e: Tensor, gate_eFD: Tensor, up_eFD: Tensor, down_eDF: Tensor) -> Tensor:
     """Apply each SwiGLU expert to its rows. `moe.experts.Experts` with `loop_kernel` is the readable reference.
@@ -35,37 +59,56 @@ class _SwiGLULoop(torch.autograd.Function):
     def forward(
         ctx: Any, rows_RD: Tensor, counts_e: Tensor, gate_eFD: Tensor, up_eFD: Tensor, down_eDF: Tensor
     ) -> Tensor:
-        gate_RF, up_RF = (rows_RD.new_empty(len(rows_RD), gate_eFD.shape[1]) for _ in range(2))
+        gate_up_RG = rows_RD.new_empty(len(rows_RD), 2 * gate_eFD.shape[1])
         y_RD = torch.empty_like(rows_RD)
         for expert, rows in _rows_of_experts(counts_e):
-            _multiply(rows_RD[rows], gate_eFD[expert].t(), out=gate_RF[rows])
-            _multiply(rows_RD[rows], up_eFD[expert].t(), out=up_RF[rows])
-            _multiply(F.silu(gate_RF[rows]).mul_(up_RF[rows]), down_eDF[expert].t(), out=y_RD[rows])
-        ctx.save_for_backward(rows_RD, counts_e, gate_eFD, up_eFD, down_eDF, gate_RF, up_RF)
+            for columns, weight_CD in _gate_and_up(gate_eFD[expert], up_eFD[expert], rows_RD.dtype):
+                torch.mm(rows_RD[rows], weight_CD.t(), out=gate_up_RG[rows, columns])
+            gate_NF, up_NF = gate_up_RG[rows].chunk(2, dim=1)
+            _multiply(F.silu(gate_NF).mul_(up_NF), down_eDF[expert].t(), out=y_RD[rows])
+        ctx.save_for_backward(rows_RD, counts_e, gate_eFD, up_eFD, down_eDF, gate_up_RG)
         return y_RD
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RD, counts_e, gate_eFD, up_eFD, down_eDF, gate_RF, up_RF = ctx.saved_tensors
+        rows_RD, counts_e, gate_eFD, up_eFD, down_eDF, gate_up_RG = ctx.saved_tensors
         inputs = rows_RD, counts_e, gate_eFD, up_eFD, down_eDF
         grads = [torch.empty_like(x) if needs else None for x, needs in zip(inputs, ctx.needs_input_grad, strict=True)]
         grad_rows_RD, _, grad_gate_eFD, grad_up_eFD, grad_down_eDF = grads
         for expert, rows in _rows_of_experts(counts_e, all_experts=True):
-            x_ND, grad_ND, gate_NF, up_NF = rows_RD[rows], grad_RD[rows], gate_RF[rows], up_RF[rows]
+            x_ND, grad_ND, gate_up_NG = rows_RD[rows], grad_RD[rows], gate_up_RG[rows]
+            gate_NF, up_NF = gate_up_NG.chunk(2, dim=1)
             grad_hidden_NF = _product(grad_ND, down_eDF[expert])
             silu_NF = F.silu(gate_NF)
             if grad_down_eDF is not None:
                 _multiply(grad_ND.t(), silu_NF * up_NF, out=grad_down_eDF[expert])
-            grad_up_NF = silu_NF.mul_(grad_hidden_NF)
-            grad_gate_NF = torch.ops.aten.silu_backward(grad_hidden_NF.mul_(up_NF), gate_NF)
+            grad_NG = torch.empty_like(gate_up_NG)
+            grad_gate_NF, grad_up_NF = grad_NG.chunk(2, dim=1)
+            torch.mul(silu_NF, grad_hidden_NF, out=grad_up_NF)
+            torch.ops.aten.silu_backward(grad_hidden_NF.mul_(up_NF), gate_NF, grad_input=grad_gate_NF)
             if grad_gate_eFD is not None:
                 _multiply(grad_gate_NF.t(), x_ND, out=grad_gate_eFD[expert])
             if grad_up_eFD is not None:
                 _multiply(grad_up_NF.t(), x_ND, out=grad_up_eFD[expert])
             if grad_rows_RD is not None:
-                _multiply(grad_gate_NF, gate_eFD[expert], out=grad_rows_RD[rows])
-                grad_rows_RD[rows].addmm_(grad_up_NF, up_eFD[expert].to(grad_up_NF.dtype))
+                first, *rest = _gate_and_up(gate_eFD[expert], up_eFD[expert], rows_RD.dtype)
+                torch.mm(grad_NG[:, first[0]], first[1], out=grad_rows_RD[rows])
+                for columns, weight_CD in rest:
+                    grad_rows_RD[rows].addmm_(grad_NG[:, columns], weight_CD)
         return tuple(grads)
+
+
+def _gate_and_up(gate_FD: Tensor, up_FD: Tensor, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
+    """Return matrices of `dtype`, and which columns of [gate, up] each of them gives.
+
+    Two matrices that must be cast are joined at the same time, because one large matmul is faster than two small ones.
+    """
+    width, dim = gate_FD.shape
+    if gate_FD.dtype == dtype:
+        return [(slice(width), gate_FD), (slice(width, None), up_FD)]
+    joined_GD = gate_FD.new_empty(2 * width, dim, dtype=dtype)
+    joined_GD[:width], joined_GD[width:] = gate_FD, up_FD
+    return [(slice(None), joined_GD)]
 
 
 def _rows_of_experts(counts_e: Tensor, all_experts: bool = False) -> Iterator[tuple[int, slice]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from common.errors import expect
+from moe.chunks import chunks
 from moe.config import RouterConfig
 from moe.kernels import use_kernels
 from moe.router import ROUTERS, RouterStats
@@ -79,7 +80,7 @@ def linear_cross_entropy(
         stats_3T = torch.empty(3, len(x_TD), dtype=wide, device=x_TD.device)
         grad_TD = torch.empty_like(x_TD) if x_needs else None
         grad_VD = torch.empty_like(weight, dtype=wide) if weight_needs else None
-        for rows in _chunks(len(x_TD), vocabulary.most or len(weight), CHUNK_ELEMENTS[x_TD.device.type]):
+        for rows in chunks(len(x_TD), vocabulary.most or len(weight), CHUNK_ELEMENTS[x_TD.device.type]):
             logits_TV = F.linear(x_TD[rows], weight)
             stats_3T[:, rows] = vocabulary.join(softmax_statistics(logits_TV, labels_T[rows], vocabulary.first))
             if x_needs or weight_needs:
@@ -101,13 +102,6 @@ def linear_cross_entropy(
     return CrossEntropy(total, nats_T.view_as(labels_BS))
 
 
-def _chunks(rows: int, width: int, elements: int) -> list[slice]:
-    """Divide rows of `width` numbers into equal chunks of up to about `elements` numbers, at least one."""
-    chunks = max(1, -(-rows * width // elements))
-    size = max(1, -(-rows // chunks))
-    return [slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size)]
-
-
 def softmax_statistics(logits_TV: Tensor, labels_T: Tensor, first: int) -> Tensor:
     """Return, in at least fp32 [3, T]: the largest logit, Σ exp(logit - largest), and the logit of the label.
 
@@ -127,7 +121,7 @@ def softmax_statistics(logits_TV: Tensor, labels_T: Tensor, first: int) -> Tenso
         stats_3T[0] = -torch.inf
         return stats_3T
     target_T1, here_T1 = _targets(labels_T, first, entries)
-    for rows in _chunks(len(logits_TV), entries, EAGER_ELEMENTS[logits_TV.device.type]):
+    for rows in chunks(len(logits_TV), entries, EAGER_ELEMENTS[logits_TV.device.type]):
         x_TV = logits_TV[rows].to(stats_3T.dtype)
         largest_T1 = x_TV.amax(dim=1, keepdim=True)
         label_T1 = x_TV.gather(1, target_T1[rows]).masked_fill(~here_T1[rows], 0)
@@ -161,7 +155,7 @@ def write_logit_gradient(
     target_T1, here_T1 = _targets(labels_T, first, entries)
     largest_T1, sum_T1, _ = stats_3T.unsqueeze(-1)
     factor_T1 = factor_T.unsqueeze(1)
-    for rows in _chunks(len(logits_TV), entries, EAGER_ELEMENTS[logits_TV.device.type]):
+    for rows in chunks(len(logits_TV), entries, EAGER_ELEMENTS[logits_TV.device.type]):
         chunk_TV = logits_TV[rows]
         grad_TV = chunk_TV.to(stats_3T.dtype)  # `chunk_TV` itself if it has this dtype
         grad_TV.sub_(largest_T1[rows]).exp_().mul_(factor_T1[rows] / sum_T1[rows])

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.dispatch import ApplyExperts, LocalDispatcher
+from moe.dispatch import ApplyExperts, LocalDispatcher, aligned_places
+from moe.expert_loop import needs_alignment
 from moe.layer import MoELayer
 from moe.model import Transformer
 from moe.router import Routing
@@ -41,11 +42,11 @@ class PartPlan(NamedTuple):
     tensor_rows: list[int]
     """Number of rows that each rank of the `expert_tensor` group receives."""
     counts_e: Tensor
-    """Number of rows of each expert on this rank, from all sources."""
+    """Number of rows of each expert on this rank, from all sources, empty rows included."""
     by_expert_R: Tensor
-    """The permutation of the rows from the order (source, expert) to the order (expert, source)."""
+    """The received row that belongs to each row in the order (expert, source); their number for an empty row."""
     by_source_R: Tensor
-    """The inverse of `by_expert_R`."""
+    """The row in the order (expert, source) of each received row."""
 
 
 class AllToAllDispatcher(nn.Module):
@@ -84,7 +85,7 @@ class AllToAllDispatcher(nn.Module):
         divided = divide(routing, self.parts, sequences=len(x_BSD))
         static = divided.capacity is not None
         rows_RD, counts, local = self.local.dispatch(x_BSD.flatten(0, 1), divided, static=static, count_rows=True)
-        plans = self._plan(counts, divided.capacity)
+        plans = self._plan(counts, divided.capacity, align=needs_alignment(rows_RD))
         sent = _split(rows_RD, [sum(plan.send) for plan in plans])
         arriving = [
             start_exchange(rows, plan.send, plan.receive, self.group) for rows, plan in zip(sent, plans, strict=True)
@@ -104,12 +105,13 @@ class AllToAllDispatcher(nn.Module):
         y_TD = self.local.combine(returned_RD, routing, local)
         return y_TD if shared_BSD is None else y_TD + shared_BSD.flatten(0, 1)
 
-    def _plan(self, counts: Tensor, capacity: int | None) -> list[PartPlan]:
+    def _plan(self, counts: Tensor, capacity: int | None, align: bool) -> list[PartPlan]:
         """Return the plan of each part H.
 
         Args:
             counts: number of rows that this rank sends to each expert, [H·E], those of the first part first.
             capacity: the number of rows that every rank sends to every expert in each part; None: it differs.
+            align: add empty rows to those of each expert (`moe.expert_loop.aligned_counts`) if their numbers differ.
         """
         parts, ranks, tensor_ranks = self.parts, self.group.size(), self.tensor.size()
         counts_HPe = counts.view(parts, ranks, -1)
@@ -131,8 +133,9 @@ class AllToAllDispatcher(nn.Module):
             received_HQe = counts.new_full((parts, tensor_ranks * ranks, num_local), capacity)
             even = [num_local * capacity] * ranks
             splits = [(even, even, [sum(even)] * tensor_ranks)] * parts
+        align = align and capacity is None
         return [
-            PartPlan(send, receive, tensor_rows, received_Qe.sum(dim=0), *_orders(received_Qe, sum(tensor_rows)))
+            PartPlan(send, receive, tensor_rows, *_orders(received_Qe, sum(tensor_rows), align))
             for (send, receive, tensor_rows), received_Qe in zip(splits, received_HQe, strict=True)
         ]
 
@@ -164,20 +167,26 @@ def divide(routing: Routing, parts: int, sequences: int) -> Routing:
     return routing._replace(experts_TK=divided_TK, num_experts=parts * num_experts, capacity=capacity)
 
 
-def _orders(received_Qe: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Return `PartPlan.by_expert_R` and `PartPlan.by_source_R`.
+def _orders(received_Qe: Tensor, rows: int, align: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `PartPlan.counts_e`, `PartPlan.by_expert_R` and `PartPlan.by_source_R`.
 
     Args:
         received_Qe: number of rows from each source for each expert.
         rows: R, their sum.
+        align: add empty rows to those of each expert.
     """
     sources, num_local = received_Qe.shape
     experts_e = torch.arange(num_local, device=received_Qe.device)
     expert_of_row_R = experts_e.repeat(sources).repeat_interleave(received_Qe.flatten(), output_size=rows)
     by_expert_R = expert_of_row_R.argsort(stable=True)
+    counts_e, place_R = received_Qe.sum(dim=0), torch.arange(rows, device=received_Qe.device)
+    if align:
+        counts_e, place_R = aligned_places(counts_e)
     by_source_R = torch.empty_like(by_expert_R)
-    by_source_R[by_expert_R] = torch.arange(rows, device=received_Qe.device)
-    return by_expert_R, by_source_R
+    by_source_R[by_expert_R] = place_R
+    if align:
+        by_expert_R = place_R.new_full((int(counts_e.sum()),), rows).index_copy_(0, place_R, by_expert_R)
+    return counts_e, by_expert_R, by_source_R
 
 
 def _split(rows_RD: Tensor, sizes: list[int]) -> Sequence[Tensor]:
@@ -189,17 +198,25 @@ def _join(parts: list[Tensor]) -> Tensor:
 
 
 class _Permute(torch.autograd.Function):
-    """Computes rows[order]. With the inverse permutation, the gradient is a gather too."""
+    """Computes rows[order], with zeros where an index is the number of rows. `inverse` says where each row is in the
+    result, so that the gradient is a gather too."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
+        return _gather(rows, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        return _gather(grad, inverse), None, None
+
+
+def _gather(rows: Tensor, order: Tensor) -> Tensor:
+    if len(order) <= len(rows):  # no row is empty
+        return rows.index_select(0, order)
+    gathered = rows.index_select(0, order.clamp(max=len(rows) - 1))
+    return gathered.index_fill_(0, (order == len(rows)).nonzero().squeeze(1), 0)
 
 
 def shard_experts(model: Transformer, mesh: Mesh) -> None:

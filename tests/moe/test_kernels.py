@@ -103,11 +103,11 @@ def test_dispatch_and_combine(dtype, name):
     (tokens, k), rows, dim = plan.slots_TK.shape, len(plan.tokens_R), 21
     x, y, weights = draw(tokens, dim, dtype=dtype), draw(rows, dim, dtype=dtype), draw(tokens, k)
     assert_same(
-        lambda x: combine.scatter_rows(x, plan.slots_TK, rows, plan.full),
+        lambda x: combine.scatter_rows(x, plan.slots_TK, rows, plan.dense),
         lambda x: _Scatter.apply(x, plan), (x,), dtype,
     )  # fmt: skip
     assert_same(
-        lambda y, w: combine.combine_rows(y, plan.slots_TK, w, plan.full),
+        lambda y, w: combine.combine_rows(y, plan.slots_TK, w, plan.dense),
         lambda y, w: _Combine.apply(y, w, plan), (y, weights), dtype,
     )  # fmt: skip
 

@@ -5,9 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe.config import ModelConfig, RouterConfig
 from moe.dispatch import LocalDispatcher
+from moe.expert_loop import aligned_counts
 from moe.experts import Experts, grouped_kernel, loop_kernel
 from moe.layer import MoELayer
 from moe.router import Routing
@@ -183,3 +186,58 @@ def test_swiglu_on_a_cpu_equals_the_reference(dtype, frozen):
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, **({"rtol": 0.02, "atol": 2.0} if dtype == torch.bfloat16 else {}))
     assert all(getattr(auto, name).grad is None for name in frozen)
+
+
+def test_aligned_numbers_of_rows_are_few_and_little_more():
+    counts = torch.arange(5000)
+    aligned = aligned_counts(counts)
+    assert (aligned >= counts).all() and (aligned % 16 == 0).all()
+    assert (aligned <= counts + torch.maximum(torch.tensor(15), counts // 16)).all()
+    assert len(aligned[counts <= 4096].unique()) <= 1 + 4096 // 64 + 16
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.6, 0.0])
+def test_aligned_dispatch_adds_empty_rows(kept):
+    """Every assignment has its token in its expert's rows, other rows are zeros, and sums are the same bit for bit."""
+    torch.manual_seed(0)
+    tokens, top_k, experts = 70, 3, 9
+    experts_TK = torch.rand(tokens, experts - 1).argsort(1)[:, :top_k]  # the last expert has no token
+    experts_TK = experts_TK.where(torch.rand(tokens, top_k) < kept, experts)
+    routing = Routing(experts_TK, torch.rand(tokens, top_k), experts, complete=kept == 1)
+    dispatcher, x, grad = LocalDispatcher(), torch.randn(tokens, 24).bfloat16(), torch.randn(tokens, 24).bfloat16()
+    results = {}
+    for align in (False, True):
+        leaf, weights = x.clone().requires_grad_(), routing.weights_TK.clone().requires_grad_()
+        rows, counts, plan = dispatcher.dispatch(leaf, routing, align=align)
+        assert len(rows) == counts.sum()
+        out = dispatcher.combine(3 * rows, routing._replace(weights_TK=weights), plan)
+        results[align] = (out, *torch.autograd.grad(out, (leaf, weights), grad))
+        starts = counts.cumsum(0) - counts
+        for token in range(tokens):
+            for expert, slot in zip(experts_TK[token].tolist(), plan.slots_TK[token].tolist(), strict=True):
+                if expert < experts:
+                    assert starts[expert] <= slot < starts[expert] + counts[expert] and rows[slot].equal(x[token])
+        used = torch.zeros(len(rows), dtype=torch.bool).index_fill_(0, plan.slots_TK[experts_TK < experts], True)
+        assert not rows[~used].any() and (used.all() or align)
+        if align:
+            assert counts.equal(aligned_counts(counts)) and plan.dense == bool(used.all())
+    assert all(a.equal(b) for a, b in zip(results[False], results[True], strict=True))
+
+
+def test_routings_share_the_shapes_of_bf16_matmuls():
+    """oneDNN compiles a kernel for each shape, which takes longer than the matmul."""
+    torch.manual_seed(0)
+    layer, found = build(experts=16, top_k=2).bfloat16(), set()
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+                found.add(tuple(x.shape for x in args if isinstance(x, Tensor)))
+            return function(*args, **(kwargs or {}))
+
+    with Shapes():
+        for _ in range(8):
+            y, _ = layer(torch.randn(1, 1024, DIM).bfloat16().requires_grad_(), TokenContext())
+            y.sum().backward()
+    numbers = len({shapes[0][0] for shapes in found if shapes[0][1] == DIM})
+    assert numbers < 25 and len(found) < 8 * numbers  # 16 experts in 8 batches have about 100 numbers of rows
