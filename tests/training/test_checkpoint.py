@@ -107,6 +107,15 @@ def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tmp_path: Path)
     assert_saved(tmp_path / "step-2", 2)
 
 
+def test_a_damaged_checkpoint_is_not_deleted_before_there_are_enough_intact_ones(tmp_path: Path) -> None:
+    save_step(tmp_path, 1)
+    flip_byte(next((tmp_path / "step-1").glob("*.safetensors")), 30)
+    save_step(tmp_path, 2)
+    assert [path.name for path in committed(tmp_path)] == ["step-2", "step-1"]
+    save_step(tmp_path, 3)
+    assert [path.name for path in committed(tmp_path)] == ["step-3", "step-2"]
+
+
 def test_files_that_were_found_intact_are_read_again_only_after_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -213,38 +213,46 @@ class Retention(NamedTuple):
     """Number of checkpoints with the lowest held-out loss that are kept, too."""
 
 
-def delete_old_checkpoints(root: Path, newest: int, retention: Retention, peers: Peers = ALONE) -> None:
+def delete_old_checkpoints(root: Path, newest: int | None, retention: Retention, peers: Peers = ALONE) -> None:
     """Keep the newest intact checkpoints up to step `newest`, which was just saved, and delete older ones. Collective.
 
     A damaged checkpoint counts as none: the ranks verify the checkpoints that they keep. Files that this process has
     found intact before, and that have not been changed since, are not read again. Checkpoints that `retention.every`
-    keeps are not verified.
+    keeps are not verified. A damaged checkpoint is deleted as soon as there are `retention.keep` intact ones.
 
     This also deletes uncommitted directories, and damaged checkpoints of later steps. Later steps exist when a run was
     resumed from an earlier step, and a damaged one would count as the run's newest checkpoint. Undamaged checkpoints of
     later steps are kept and are not counted.
 
+    Args:
+        newest: None if no checkpoint was just saved. All are verified then.
+
     Raises:
-        CheckpointError: on all ranks, if a checkpoint cannot be deleted.
+        CheckpointError: on all ranks, if no checkpoint is intact, or one cannot be deleted.
     """
 
     def first_intact(paths: Iterable[Path], number: int) -> list[Path]:
         return list(itertools.islice((path for path in paths if _is_intact(path, peers)), number))
 
     paths = listed(root, peers)
-    later = [path for path in paths if step_of(path) > newest]
+    later = [path for path in paths if newest is not None and step_of(path) > newest]
     # The checkpoint of this step was hashed when it was written.
     just_saved = [path for path in paths if step_of(path) == newest]
-    older = [path for path in paths if step_of(path) < newest]
-    kept = {*just_saved, *first_intact(older, retention.keep - len(just_saved)), *first_intact(later, len(later))}
+    older = [path for path in paths if path not in later and path not in just_saved]
+    kept = just_saved + first_intact(older, retention.keep - len(just_saved))
+    require(kept, CheckpointError, f"{root}: expected an intact checkpoint; nothing is deleted")
+    enough = len(kept) >= retention.keep
+    kept += first_intact(later, len(later))
     if retention.best:
-        kept |= {*first_intact(_best_first([path for path in paths if path not in later], peers), retention.best)}
+        kept += first_intact(_best_first(just_saved + older, peers), retention.best)
+
+    def is_superfluous(path: Path) -> bool:
+        is_nth = retention.every > 0 and step_of(path) % retention.every == 0 and path not in later
+        return path not in kept and (not is_committed(path) or path in later or (enough and not is_nth))
 
     def delete() -> None:
-        for path in paths if peers.rank == 0 else ():
-            is_nth = retention.every > 0 and step_of(path) % retention.every == 0 and is_committed(path)
-            if path not in kept and not (is_nth and path in older):
-                delete_checkpoint(path)
+        for path in filter(is_superfluous, paths if peers.rank == 0 else ()):
+            delete_checkpoint(path)
 
     peers.run(delete, root)
 

@@ -1,6 +1,8 @@
 """When and how a run saves its checkpoints: at once or in the background, what is refused, and what a failure does."""
 
 import copy
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +24,8 @@ from training.config import CheckpointConfig
 
 PATIENCE_S = 20.0
 """Seconds without progress after which a run that has failed no longer waits for the checkpoint in flight."""
+NICE = 10
+"""The priority of the thread that writes in the background, as nice(1) takes it."""
 Tensors = Mapping[str, Tensor | LocalShard]
 
 
@@ -172,6 +176,8 @@ class Saver:
     def _run(self, step: int, parts: list[tuple[str, Tensor]], state: dict[str, Any], start: float) -> None:
         """Write the checkpoint, and delete those that are not kept. It may run in a thread of its own."""
         assert self._assignment is not None
+        if self._config.background and sys.platform == "linux":  # where a priority is that of a thread
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         path, error = None, None
         try:
             path = write(self._root, step, self._assignment, parts, state, self._peers)
