@@ -25,6 +25,8 @@ def faulty(engine, inputs, *arguments):
     if FAULT == "killed" and started == 7 and world.rank == 1 and not world.restart_count:
         os.kill(os.getpid(), signal.SIGKILL)
     pending = start_step(engine, inputs, *arguments)
+    if FAULT == "memory" and started == 3 and world.rank == 1:
+        torch.empty(2**46)
     if FAULT == "differs" and started == 4 and world.rank == 1:
         engine.parts[0].layers[1].attention_norm.weight.data[3] += 0.5
     if FAULT == "jumps" and 48 <= first_row < 56:
@@ -82,3 +84,13 @@ def test_a_jump_takes_runs_of_all_layouts_the_same_way(tmp_path, cache):
     assert two == again
     for row, other in zip(one, two, strict=True):
         assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-9)
+
+
+def test_a_rank_without_memory_says_what_to_change(tmp_path, cache):
+    arguments = (*SMALL, plugin(tmp_path, "memory"), "train.steps=8", "train.accumulation=2", "run.name=a")
+    process = start(tmp_path, cache, "launch.nproc=2", "parallel.replicate=2", *arguments)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.count("\n") == 1, err
+    assert err.startswith("error: rank 1 (") and "2 x 2 rows of 64 tokens on this rank" in err
+    assert "Ways out: train.accumulation=4; parallel.recompute=full; parallel.shard=2. (" in err
+    assert "can't allocate memory: you tried to allocate 281474976710656 bytes" in err

@@ -41,6 +41,7 @@ from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up
 from training.engine import Engine
 from training.formats.reader import open_model
 from training.health import Health
+from training.memory import memory_explained
 from training.owner import RunOwner
 from training.replicas import ReplicaCheck
 from training.report.goodput import Goodput
@@ -119,14 +120,16 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
 
     # 5. The model and its engine: built on the meta device, sharded, materialised, filled; optimizer; checkpoint.
     seed = config.run.seed if run.initial_directory is None else None
-    parts = build_parts(run.config, run.model, mesh, process.dtype, seed)
+    with memory_explained(run, process):
+        parts = build_parts(run.config, run.model, mesh, process.dtype, seed)
     if run.initial_directory is not None:
         with goodput.spent_on("load"):
             source = open_model(run.initial_directory, check=False)
             for part in parts:
                 source.fill(part)
     summary = RunSummary(run, process.dtype, gather_rank_summaries(parts, mesh))
-    engine = build_engine(run.config, parts, mesh)
+    with memory_explained(run, process):
+        engine = build_engine(run.config, parts, mesh)
     if run.checkpoint and run.state:
         with goodput.spent_on("load"):
             tensors = engine.tensors()
@@ -151,6 +154,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     health.load_state_dict((run.state or {}).get("health", {}))
     profiling = config.train.profile and process.is_main and first_step < steps
     with (
+        memory_explained(run, process),
         Recorder(run.config, run.directory, run.name, active=process.is_main, state=run.state) as recorder,
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
         WaitingClock() as waiting,

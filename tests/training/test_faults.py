@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from common.errors import TrainingFailure
@@ -14,6 +15,7 @@ from tests.test_train import TINY, numbers
 from training import loop, steps
 from training.config import Config, HealthConfig
 from training.health import Finding, LossSpikes
+from training.memory import is_out_of_memory
 from training.owner import RunOwner
 from training.report import run_report
 from training.step import StepResult
@@ -154,3 +156,35 @@ def test_the_z_score_by_hand():
     even = LossSpikes(HealthConfig())
     even.losses.extend([2.0] * 9)
     assert even.z_score(2.4) == pytest.approx(10)  # at least 2 % of the median
+
+
+@pytest.mark.parametrize(
+    ("error", "known"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("shape '[2]' is invalid"), False),
+    ],
+)
+def test_what_counts_as_too_little_memory(error: Exception, known: bool) -> None:
+    assert is_out_of_memory(error) == known
+
+
+def test_too_little_memory_is_one_line_with_ways_out(tmp_path, cache, monkeypatch):
+    def allocate(*_: Any) -> None:
+        torch.empty(2**46)
+
+    monkeypatch.setattr(steps, "start_step", allocate)
+    with pytest.raises(
+        TrainingFailure, match=r"^rank 0 \(.*, cpu\): out of memory\. A step has 1 micro-batch"
+    ) as failure:
+        run(tmp_path, cache, "large")
+    line = str(failure.value)
+    assert failure.value.alone and "\n" not in line and "of 2 rows of 16 tokens on this rank" in line
+    assert "the plan's largest needs: " in line and "optimizer state" in line
+    assert "Ways out: train.accumulation=2; parallel.recompute=full; more ranks, and parallel.shard. (" in line
+    with pytest.raises(
+        TrainingFailure, match=r"Ways out: more ranks, and parallel.shard; train.seq_len=8; a smaller model\."
+    ):
+        run(tmp_path, cache, "larger", "train.accumulation=2", "parallel.recompute=full")
