@@ -48,12 +48,13 @@ def describe(run: AgreedRun, process: Process, error: BaseException) -> str:
         "optimizer state": stage.moments,
         "weights in the compute dtype": stage.casts,
     }
+    reason = shorten(one_line(str(error)), 200)
     largest = sorted(needs.items(), key=lambda need: -need[1])[:3]
     consumers = ", ".join(f"{name} {human_bytes(size)}" for name, size in largest)
     return one_line(
         f"rank {process.world.rank} ({socket.gethostname()}, {process.device}): out of memory. A step has "
         f"{train.accumulation} x {rows} rows of {train.seq_len} tokens on this rank (micro-batches x rows); the plan's "
-        f"largest needs: {consumers}. Ways out: {'; '.join(ways_out(run, process))}. ({shorten(one_line(str(error)), 200)})"
+        f"largest needs: {consumers}. Ways out: {'; '.join(ways_out(run, process))}. ({reason})"
     )
 
 

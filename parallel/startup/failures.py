@@ -53,18 +53,22 @@ def last_failure(reports: Path, restarts: int) -> str | None:
 def describe_failure(failed: dict[int, int], reports: Path, attempt: int) -> str:
     """Return which rank failed and how, in one line.
 
-    If a signal killed a rank, the others can have failed because they lost their connection to it. So it comes first.
+    The other ranks can have failed because they lost their connection to the rank at fault. So a rank that a signal
+    killed comes first, and then one whose report is a line and no traceback.
 
     Args:
         failed: rank -> exit status; minus the number of the signal if one killed the rank.
         attempt: how often the workers had been restarted before.
     """
-    rank, code = min(failed.items(), key=lambda item: (item[1] >= 0, item[0]))
+    messages = {}
+    for rank in failed:
+        report = reports / f"{attempt}-{rank}.json"
+        messages[rank] = parse_json(report.read_bytes())["message"].strip().splitlines() if report.exists() else []
+    rank, code = min(failed.items(), key=lambda item: (item[1] >= 0, len(messages[item[0]]) != 1, item[0]))
     if code < 0:
         return f"rank {rank} was killed by {signal.Signals(-code).name}"
-    report = reports / f"{attempt}-{rank}.json"
-    message = parse_json(report.read_bytes())["message"].strip().splitlines()[-1:] if report.exists() else []
-    return ": ".join([f"rank {rank} ended with exit status {code}", *(shorten(line, 300) for line in message)])
+    said = [shorten(line, 300) for line in messages[rank][-1:]]
+    return ": ".join([f"rank {rank} ended with exit status {code}", *said])
 
 
 def _file(reports: Path, attempt: int) -> Path:

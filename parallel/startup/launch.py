@@ -293,11 +293,13 @@ def _raise_once(number: int, frame: FrameType | None) -> None:
 
 
 def _to_failure(error: Any, reports: list[Path]) -> WorkerFailure:
-    """Convert the agent's error. Prefer a message for the user, from any rank, to the report of the worker that failed
-    first."""
+    """Convert the agent's error. Prefer a message for the user, then one line, from any rank, to the report of the
+    worker that failed first: it can have failed because it lost its connection to another one."""
     rank, first = error.get_first_failure()
     by_rank = {int(path.stem.split("-")[1]): parse_json(path.read_text()) for path in sorted(reports)}
-    report = next((report for report in by_rank.values() if report["exitcode"] == 2), by_rank.get(rank))
+    messages = [report for report in by_rank.values() if report["exitcode"] == 2]
+    messages += [report for report in by_rank.values() if "\n" not in report["message"].strip()]
+    report = next(iter(messages), by_rank.get(rank))
     if report is not None:
         return WorkerFailure(**report)
     code = first.exitcode

@@ -1,4 +1,4 @@
-"""A run that goes back to a checkpoint when its gradients or losses have gone wrong."""
+"""Runs in which something goes wrong: gradients, the loss, memory."""
 
 import math
 from pathlib import Path
@@ -176,15 +176,14 @@ def test_too_little_memory_is_one_line_with_ways_out(tmp_path, cache, monkeypatc
         torch.empty(2**46)
 
     monkeypatch.setattr(steps, "start_step", allocate)
-    with pytest.raises(
-        TrainingFailure, match=r"^rank 0 \(.*, cpu\): out of memory\. A step has 1 micro-batch"
-    ) as failure:
+    with pytest.raises(TrainingFailure) as failure:
         run(tmp_path, cache, "large")
     line = str(failure.value)
-    assert failure.value.alone and "\n" not in line and "of 2 rows of 16 tokens on this rank" in line
+    assert (
+        line.startswith("rank 0 (") and "cpu): out of memory. A step has 1 x 2 rows of 16 tokens on this rank" in line
+    )
+    assert failure.value.alone and "\n" not in line
     assert "the plan's largest needs: " in line and "optimizer state" in line
     assert "Ways out: train.accumulation=2; parallel.recompute=full; more ranks, and parallel.shard. (" in line
-    with pytest.raises(
-        TrainingFailure, match=r"Ways out: more ranks, and parallel.shard; train.seq_len=8; a smaller model\."
-    ):
+    with pytest.raises(TrainingFailure, match=r": more ranks, and parallel.shard; train.seq_len=8; a smaller model\."):
         run(tmp_path, cache, "larger", "train.accumulation=2", "parallel.recompute=full")

@@ -71,7 +71,9 @@ def test_a_new_run_does_not_continue_the_account_of_another(tmp_path: Path) -> N
 
 def test_the_failure_before_a_restart_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "0-2.json").write_text(json.dumps({"exitcode": 1, "message": "Traceback\n  ...\nOSError: no disk\n"}))
-    assert describe_failure({2: 1, 3: 1}, tmp_path, 0) == "rank 2 ended with exit status 1: OSError: no disk"
+    assert describe_failure({2: 1, 4: 1}, tmp_path, 0) == "rank 2 ended with exit status 1: OSError: no disk"
+    (tmp_path / "0-3.json").write_text(json.dumps({"exitcode": 1, "message": "step 3: no memory"}))
+    assert describe_failure({2: 1, 3: 1}, tmp_path, 0) == "rank 3 ended with exit status 1: step 3: no memory"
     # A rank that was killed comes before the ranks that lost their connection to it.
     assert describe_failure({2: 1, 3: -9}, tmp_path, 0) == "rank 3 was killed by SIGKILL"
     assert describe_failure({5: 7}, tmp_path, 0) == "rank 5 ended with exit status 7"
