@@ -199,6 +199,9 @@ class HealthConfig:
     every: int = 200
     """Steps between comparisons of the weights and moments that several ranks store. They are also compared before each
     checkpoint. 0: never."""
+    recheck_every: int = 0
+    """Steps between steps whose gradients are computed twice and compared bit for bit. The run ends if they differ.
+    GPUs need `run.deterministic=true`. 0: never."""
     on_nan: Literal["stop", "rewind"] = "stop"
     """After five steps in a row whose gradient norm is not finite: end the run, or go back to the last checkpoint and
     skip the rows of these steps and of the step before them."""
@@ -212,6 +215,7 @@ class HealthConfig:
         expect_fields(
             self,
             every=(self.every >= 0, "an integer >= 0 (0: never)"),
+            recheck_every=(self.recheck_every >= 0, "an integer >= 0 (0: never)"),
             spike_z=(self.spike_z is None or self.spike_z > 0, "a number > 0, or null"),
         )
 
@@ -322,6 +326,12 @@ class Config:
             "checkpoint.keep_best",
             self.checkpoint.keep_best,
             "0 with train.eval_every=0 (no checkpoint but the last would have a held-out loss)",
+        )
+        expect(
+            self.engine.kind == "native" or not self.health.recheck_every,
+            "health.recheck_every",
+            self.health.recheck_every,
+            "0 with engine=deepspeed",
         )
         length = "train.steps" if self.optim.schedule_steps is None else "optim.schedule_steps"
         steps = self.optim.schedule_steps or self.train.steps

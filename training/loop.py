@@ -38,11 +38,12 @@ from training.checkpoint.saver import Saver
 from training.compilation import CompilationReport
 from training.config import Config
 from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
-from training.engine import Engine
+from training.engine import Engine, NativeEngine
 from training.formats.reader import open_model
 from training.health import Health
 from training.memory import memory_explained
 from training.owner import RunOwner
+from training.recheck import recheck
 from training.replicas import ReplicaCheck
 from training.report.goodput import Goodput
 from training.report.metrics import router_metrics, telemetry_metrics
@@ -59,7 +60,7 @@ from training.report.run_report import (
 from training.report.trackers import Recorder
 from training.rewind import Rewind
 from training.run import save_config
-from training.step import Evaluation, StepResult, evaluate
+from training.step import Evaluation, StepInputs, StepResult, evaluate
 from training.steps import Steps
 
 TEMPERATURE = 0.8
@@ -174,6 +175,11 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             profiles = profiler is not None and profiler.pauses_after(done)
             return evaluates or profiles or compares_after(done) or saves_after(done)
 
+        def recheck_if_due(done: int, inputs: StepInputs) -> None:
+            every = config.health.recheck_every
+            if every > 0 and (done + 1) % every == 0 and isinstance(engine, NativeEngine):
+                recheck(engine, inputs, config.router, done)  # or the run ends
+
         steps_ahead = device.type != "cpu"
         queue = Steps(
             engine,
@@ -183,6 +189,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             ahead=steps_ahead,
             pauses_after=pauses_after,
             waited=lambda: waiting.seconds,
+            before_step=recheck_if_due,
         )
         replicas = ReplicaCheck(engine)
         goodput.started()

@@ -75,7 +75,7 @@ RULES: dict[str, dict[str, str]] = {
         FREE: "start_timeout_s timeout_s",
     },
     "checkpoint": {FREE: "every keep at_end io_timeout_s background keep_every keep_best on_error"},
-    "health": {LISTED: "on_nan on_spike spike_z", FREE: "every"},
+    "health": {LISTED: "on_nan on_spike spike_z", FREE: "every recheck_every"},
     "tracking": {FREE: "wandb project entity trackers"},
     "launch": {FREE: "nproc max_restarts threads"},
     "engine": {LISTED: "kind zero_stage ds_config"},

@@ -57,6 +57,7 @@ class Steps(Iterator[FinishedStep]):
             after every step.
         pauses_after: the number of steps done -> whether the caller evaluates or saves the model then.
         waited: returns the seconds that this process has waited for other ranks (`parallel.waiting`).
+        before_step: called before each step with the number of steps done, and with the step's inputs.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class Steps(Iterator[FinishedStep]):
         ahead: bool,
         pauses_after: Callable[[int], bool],
         waited: Callable[[], float] = lambda: 0.0,
+        before_step: Callable[[int, StepInputs], None] = lambda done, inputs: None,
     ) -> None:
         self.engine, self.loader, self.config, self.waited = engine, loader, config, waited
+        self.before_step = before_step
         self.ahead, self.pauses_after = ahead, pauses_after
         self._started = first_step
         """The number of steps that have been started."""
@@ -101,6 +104,7 @@ class Steps(Iterator[FinishedStep]):
                 start = time.monotonic() - self.waited()
                 lr = learning_rate(self._started, steps, config.optim)
                 inputs, self._inputs = self._inputs or self._next_inputs(), None
+                self.before_step(self._started, inputs)
                 self._started += 1
                 self._unread.append(Started(self._started, lr, start_step(engine, inputs, config.router, lr)))
                 pause = not self.ahead or self._started == steps or self.pauses_after(self._started)

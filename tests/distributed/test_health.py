@@ -22,6 +22,7 @@ from training.config import HealthConfig, OptimConfig
 from training.engine import NativeEngine
 from training.health import STEPS, Finding, RefusedSteps, SlowRanks, slow_ranks
 from training.parity.trial import micro_batches_of_rank, rows_of_step
+from training.recheck import recheck
 from training.replicas import ReplicaCheck, describe, fingerprint
 from training.step import prepare_step, start_step
 from training.steps import FinishedStep, Steps
@@ -124,9 +125,30 @@ def divergences(layout: Layout) -> dict[str, str]:
     return found
 
 
+def rechecks(layout: Layout) -> list[Any]:
+    """Whether a step is the same after it was computed twice, and what is found if rank 1 computes wrongly once."""
+    engine, reference = engine_of(layout), engine_of(layout)
+    batches = micro_batches_of_rank(rows_of_step(1, 8), layout.data_rank(engine.mesh.rank), layout.data)
+    recheck(engine, prepare_step(engine, batches, ROUTER), ROUTER, 0)
+    same = step(engine, 1).result.grad_norm == step(reference, 1).result.grad_norm
+    backward = engine.backward
+
+    def flipped(loss: torch.Tensor) -> None:
+        engine.backward = backward  # type: ignore[method-assign]
+        backward(loss)
+        if engine.mesh.rank == 1:
+            engine.parts[0].get_parameter("layers.1.ffn.router.weight").grad[0, 3] *= 1 + 2**-20  # type: ignore[index]
+
+    engine.backward = flipped  # type: ignore[method-assign]
+    with pytest.raises(TrainingFailure) as error:
+        recheck(engine, prepare_step(engine, batches, ROUTER), ROUTER, 1)
+    return [same, str(error.value), engine.updates]
+
+
 def jobs(rank: int, world_size: int) -> dict[str, Any]:
     return {name: refusals(layout) for name, layout in LAYOUTS.items()} | {
         "times": times(LAYOUTS["expert"]),
+        "rechecks": {name: rechecks(layout) for name, layout in LAYOUTS.items()},
         "divergences": {name: divergences(layout) for name, layout in LAYOUTS.items()},
     }
 
@@ -222,3 +244,11 @@ def test_the_fingerprint_changes_with_every_bit() -> None:
             assert fingerprint(tensor) != before
             bits[byte] ^= 1 << byte % 8
     assert fingerprint(torch.zeros(0)) == 0 and fingerprint(torch.tensor(1.0)) != 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_that_is_computed_twice_names_the_rank_that_errs(results: list[dict[str, Any]], layout: str) -> None:
+    first, second = (result["rechecks"][layout] for result in results)
+    host = socket.gethostname()
+    line = f"step 2: computed twice, with different gradients on rank 1 ({host}): layers.1.ffn.router.weight"
+    assert first == second == [True, line, 1]
