@@ -3,14 +3,18 @@
 import errno
 import hashlib
 import os
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import RunError, UserError
 
 PIECE = 1 << 22
 """Bytes of a file that are read at once."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""The errors of a disk that is full, read-only or broken, and of a used-up quota or limit of a file's size."""
 KINDS = (
     (stat.S_ISDIR, "a directory"),
     (stat.S_ISFIFO, "a named pipe"),
@@ -68,6 +72,44 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def explain_os_error(error: OSError, directory: Path, needed: int | None = None) -> str:
+    """Return a one-line message for a file operation that failed.
+
+    Args:
+        directory: where the file is, if the error does not name it.
+        needed: number of bytes that the operation had to write. A message about a full disk gives it, and the number of
+            bytes that are free.
+    """
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or directory}: {error.strerror or error}"
+    place = Path(error.filename).parent if isinstance(error.filename, str) else directory
+    needs = "" if needed is None else f"{needed} bytes are needed, "
+    existing = next(path for path in (place, *place.absolute().parents) if path.exists())
+    return f"{place}: {error.strerror}: {needs}{shutil.disk_usage(existing).free} bytes are free"
+
+
+@contextmanager
+def disk_errors(directory: Path, warn: Callable[[str], None] | None = None) -> Iterator[None]:
+    """A context manager that turns an error of the disk (full, read-only, a quota) into one line.
+
+    Args:
+        directory: where files are written.
+        warn: receives the line. None: it is raised.
+
+    Raises:
+        RunError: the disk refused to write, and there is no `warn`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        line = explain_os_error(error, directory)
+        if warn is None:
+            raise RunError(line) from error
+        warn(line)
 
 
 def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,77 @@ def test_ctrl_c_lets_the_save_in_flight_finish(tmp_path: Path, cache: str) -> No
     assert any(line.startswith(f"saved {path} in the background") for line in lines)
     assert committed(path.parent) == [path]
     verify(path)
+
+
+FULL_AFTER_STEP_3 = """
+import errno, os
+from training.engine import NativeEngine
+
+original = NativeEngine.step
+
+def step(self, lr):
+    if self.updates == 3 and self.mesh.rank == 0:
+        with open(os.environ["FILLER"], "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+    if self.updates == 6 and self.mesh.rank == 0 and "FREED" in os.environ:
+        os.truncate(os.environ["FILLER"], 0)
+    return original(self, lr)
+
+NativeEngine.step = step
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_with_one_line_or_is_a_warning(
+    tmp_path: Path, cache: str, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filler = small_disk / "filler"
+    monkeypatch.setenv("FILLER", str(filler))
+    (tmp_path / "fault.py").write_text(FULL_AFTER_STEP_3)
+    keys = [*SMALL, cache, f"run.root={small_disk}", f"plugins=[{tmp_path / 'fault.py'}]"]
+    keys += ["train.steps=8", "checkpoint.every=1", "tracking=offline"]
+    free = r": No space left on device: (\d+ bytes are needed, )?\d+ bytes are free"
+
+    stopped = run_python("train.py", *keys, "run.name=a")
+    error = stopped.stderr.strip().splitlines()[-1]
+    assert stopped.returncode == 2 and re.match(rf"error: (rank \d+: )?{small_disk}.*{free}", error), stopped.stderr
+    checkpoints = small_disk / "a" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-2", "step-3"]
+    for path in committed(checkpoints):
+        verify(path)
+    filler.unlink()
+
+    monkeypatch.setenv("FREED", "1")
+    warned = run_python("train.py", *keys, "run.name=b", "checkpoint.on_error=warn")
+    assert warned.returncode == 0, warned.stderr
+    lines = [line for line in warned.stdout.splitlines() if re.search(free, line)]
+    assert any(line.startswith("step 4 is not saved: ") for line in lines), warned.stdout
+    assert not [path for path in (small_disk / "b").rglob("*") if path.name.startswith(".tmp")]
+    assert [row["step"] for row in read_metrics(small_disk / "b" / "metrics.jsonl")] == list(range(1, 9))
+    assert [path.name for path in committed(small_disk / "b" / "checkpoints")] == ["step-8", "step-7"]
+    assert json.loads((small_disk / "b" / "result.json").read_text())["status"] == "finished"
+
+    monkeypatch.delenv("FREED")
+    never_freed = run_python("train.py", *keys, "run.name=c", "checkpoint.on_error=warn")
+    assert never_freed.returncode == 0, never_freed.stderr
+    assert [path.name for path in committed(small_disk / "c" / "checkpoints")] == ["step-3", "step-2"]
+    assert not (small_disk / "c" / "result.json").exists()
+    assert re.search(
+        rf"warning: result.json cannot be written: .*{free} \(checkpoint.on_error=warn\)", never_freed.stdout
+    )

@@ -257,6 +257,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 wall_s=time.monotonic() - run_start,
                 tokens_per_s=throughput.of_all_steps(),
                 goodput=goodput,
+                disk_errors=recorder.disk_errors,
             )
             recorder.finish(outcome, run.directory)
     if run.lock is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.errors import TrainingFailure, UserError
+from common.files import disk_errors
 from common.plugins import given_plugins, load_plugins
 from common.strict import from_dict, to_dict
 from parallel.startup.launch import (
@@ -51,7 +52,7 @@ def execute(config: Config, train: Callable[..., dict[str, Any]], *, fresh_proce
     check_tracking(config.tracking)
     owner = RunOwner()
     try:
-        with owner:
+        with owner, disk_errors(Path(config.run.root)):
             if launched:
                 prepare_launched(launch)
                 return train(config, owner)
@@ -157,7 +158,9 @@ def _in_worker(
 ) -> R:
     try:
         load_plugins(plugins)
-        return function(from_dict(cls, raw), *arguments)
+        config: Any = from_dict(cls, raw)
+        with disk_errors(Path(config.run.root) if isinstance(config, Config) else Path()):
+            return function(config, *arguments)
     except UserError as error:
         raise SystemExit(2) from error
     except TrainingFailure as error:

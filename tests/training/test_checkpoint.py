@@ -272,7 +272,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(shards.os, "write", full)
     with pytest.raises(
-        CheckpointError, match=r"No space left on device: .* needs \d+ bytes, \d+ bytes are free"
+        CheckpointError, match=r"No space left on device: \d+ bytes are needed, \d+ bytes are free"
     ) as raised:
         save_step(tmp_path, 2)
     monkeypatch.undo()

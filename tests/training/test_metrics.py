@@ -1,11 +1,13 @@
 """`metrics.jsonl`, and the metrics of the router against numbers computed by hand."""
 
 import base64
+import errno
 import json
 import math
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,3 +207,35 @@ def test_balance_is_zero_vio_and_full_entropy() -> None:
 def test_counts_beyond_float32_are_exact() -> None:
     row = router_metrics(torch.tensor([[2**24 + 1, 2**24 - 1]]), dropped=0.0)
     assert row["router/max_vio"] == 2.0**-24
+
+
+def test_a_row_that_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, whole = tmp_path / "metrics.jsonl", tmp_path / "whole.jsonl"
+    writer, expected = MetricsWriter(path, None), MetricsWriter(whole, None)
+
+    class FullDisk:
+        """Takes five bytes of a row, and then none."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.room, self.fileno = file, 5, file.fileno
+
+        def write(self, content: memoryview) -> int:
+            if self.room == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            taken, self.room = self.file.write(content[: self.room]), 0
+            return taken
+
+    for step in range(1, 6):
+        expected.write({"step": step, "train/loss": 1 / step})
+        if step == 3:
+            file, writer._file = writer._file, FullDisk(writer._file)  # type: ignore[assignment]
+        if step in (3, 4):
+            with pytest.raises(OSError, match="No space left"):
+                writer.write({"step": step, "train/loss": 1 / step})
+            assert [row["step"] for row in read_metrics(path)] == [1, 2] and path.read_bytes().endswith(b"\n")
+        else:
+            writer._file = writer._file if step < 3 else file
+            writer.write({"step": step, "train/loss": 1 / step})
+    assert path.read_bytes() == whole.read_bytes()
+    assert writer.record() == expected.record()
+    writer.close(), expected.close()

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from common.errors import CheckpointError
+from common.files import explain_os_error
 from common.text import parse_json, to_json
-from training.checkpoint.shards import NotFiniteError, explain_os_error
+from training.checkpoint.shards import NotFiniteError
 
 IO_TIMEOUT_S = 300.0
 """Seconds without progress after which reading or writing has failed: the default of `checkpoint.io_timeout_s`."""

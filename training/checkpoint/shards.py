@@ -1,10 +1,8 @@
 """The regions of a checkpoint's tensors: which rank writes each region, and safetensors files that contain regions."""
 
-import errno
 import hashlib
 import math
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import CheckpointError, require
+from common.files import explain_os_error
 from common.text import to_json
 from moe.region import LocalShard, Region, whole_shard
 
@@ -269,20 +268,6 @@ class _HashedOutput:
                 os.fdatasync(self._descriptor)
                 self._flushed = self._written
             self._progress(self._path, self._written, self._size)
-
-
-def explain_os_error(error: OSError, directory: Path, needed: int | None = None) -> str:
-    """Return a one-line message for a file operation in `directory` that failed.
-
-    Args:
-        needed: number of bytes that the operation had to write. A message about a full disk gives it, and the number of
-            bytes that are free.
-    """
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or directory}: {error.strerror or error}"
-    needs = "" if needed is None else f"this rank's part needs {needed} bytes, "
-    existing = next(path for path in (directory, *directory.parents) if path.exists())
-    return f"{directory}: {error.strerror}: {needs}{shutil.disk_usage(existing).free} bytes are free"
 
 
 def find_slices(name: str, record: dict[str, Any], local: Tensor, region: Region) -> list[tuple[str, SliceRead]]:

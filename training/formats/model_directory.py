@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError, ModelError, require
-from common.files import fsync
+from common.files import explain_os_error, fsync
 from common.plugins import loaded_plugins
 from common.strict import to_dict
 from data.tokens.files import TokenizerFiles
@@ -26,7 +26,7 @@ from data.tokens.tokenizer import TextTokenizer
 from moe.config import ModelConfig, RouterConfig
 from moe.region import Region
 from training.checkpoint.manifest import CHECKPOINTS, FORMAT, write_manifest
-from training.checkpoint.shards import DTYPES, LazyTensor, explain_os_error, write_lazy_shard
+from training.checkpoint.shards import DTYPES, LazyTensor, write_lazy_shard
 from training.formats.reader import PREFIX, ModelReader
 from training.run import save_config
 

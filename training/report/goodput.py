@@ -106,10 +106,13 @@ class Goodput:
                 "written_at": self._wall_clock(),
             }
             partial = self._file.with_name(f".{FILE}.{os.getpid()}")
-            with suppress(OSError):  # Training goes on without the account.
+            try:
                 # It is not flushed to the disk: after a power cut the account starts again.
                 partial.write_text(to_json(account, indent=2) + "\n", encoding="utf-8")
                 partial.replace(self._file)
+            except OSError:  # Training goes on without the account.
+                with suppress(OSError):
+                    partial.unlink(missing_ok=True)
 
     def summary(self) -> dict[str, Any]:
         """Return the account for `result.json`: the share of useful time, and the seconds by cause."""

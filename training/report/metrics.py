@@ -11,6 +11,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -108,7 +109,9 @@ class MetricsWriter:
         except OSError:
             partial.unlink(missing_ok=True)
             raise
-        self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+        self._waiting = deque[bytes]()
+        # Without a buffer, because a buffer would keep what a full disk has refused.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def _kept(self, resume_step: int, record: MetricsRecord | None) -> Iterator[bytes]:
         """Yield the lines up to `resume_step`: those of the file, and those of the record where the file differs.
@@ -159,12 +162,26 @@ class MetricsWriter:
             self._tail_size -= len(self._tail.popleft())
 
     def write(self, row: Row) -> None:
-        """Append `row`, which must have an integer `step`, and flush it to the operating system."""
+        """Append `row`, which must have an integer `step`, and pass it to the operating system.
+
+        Raises:
+            OSError: the row cannot be written. The file has no part of it, and the next call writes it first.
+        """
         assert isinstance(row.get("step"), int), row
-        line = to_json({name: _encode(value) for name, value in row.items()}).encode() + b"\n"
-        self._file.write(line)
-        self._file.flush()
-        self._count(line)
+        self._waiting.append(to_json({name: _encode(value) for name, value in row.items()}).encode() + b"\n")
+        self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                rest = memoryview(self._waiting[0])
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                self._count(self._waiting.popleft())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, self._size)
+            raise
 
     def record(self) -> MetricsRecord:
         """Return the record of the file for a checkpoint."""
@@ -180,7 +197,9 @@ class MetricsWriter:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
+        """Write the rows that could not be written before, if they can be now, and close the file."""
+        with suppress(OSError):
+            self._write_waiting()
         self._file.close()
 
 

@@ -5,6 +5,7 @@ do not use pyplot. The same numbers give the same bytes of SVG: the salt of the 
 date, and the user's matplotlibrc is not used.
 """
 
+import io
 import math
 import sys
 import warnings
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.files import write_atomically
 from training.report.heatmap import Load, relative_load, routed, scale_limit
 from training.report.terminal import human_count
 
@@ -50,8 +52,11 @@ def figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
         warnings.filterwarnings("ignore", "Glyph|constrained_layout", UserWarning)
         canvas = Figure(figsize=(width, height), layout="constrained")
         yield canvas
-        canvas.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-        canvas.savefig(path.with_suffix(".png"), dpi=140)
+        formats: dict[str, dict[str, Any]] = {".svg": {"metadata": {"Date": None}}, ".png": {"dpi": 140}}
+        for suffix, options in formats.items():
+            drawn = io.BytesIO()  # A plot that a full disk has cut off would remain.
+            canvas.savefig(drawn, format=suffix[1:], **options)
+            write_atomically(path.with_suffix(suffix), drawn.getvalue())
 
 
 def plot_overview(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -5,7 +5,8 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ def finish_run(
     wall_s: float,
     tokens_per_s: float | None,
     goodput: Goodput,
+    disk_errors: Callable[[str], AbstractContextManager[None]],
 ) -> dict[str, Any]:
     """Print the results, write the plots and `result.json`, and return the content of the latter.
 
@@ -125,6 +127,7 @@ def finish_run(
         wall_s: seconds since this process started to train.
         tokens_per_s: the mean speed of the optimizer steps; None if this process did none.
         goodput: the account of the run's time, which is written and shown.
+        disk_errors: what is written -> a context manager for writing it (`Recorder.disk_errors`).
     """
     run = summary.run
     baselines = _baselines(run.tokens)
@@ -133,14 +136,16 @@ def finish_run(
         load_LE = evaluation.load_GLE.sum(dim=0).tolist()
         load_by_domain = dict(zip(run.tokens.domains, evaluation.load_GLE.tolist(), strict=True))
         show_load(load_LE, load_by_domain)
-        plot_load(load_LE, load_by_domain, run.directory / "expert_load")
+        with disk_errors("the plot of the load"):
+            plot_load(load_LE, load_by_domain, run.directory / "expert_load")
     metrics, damaged = run.directory / "metrics.jsonl", list[int]()
     rows = read_metrics(metrics, damaged)
     if damaged:
         show_line(left_out(metrics, damaged))
     last_row = rows[-1] if rows else {}
-    plot_curves(rows, run.directory / "curves")
-    plot_overview(rows, run.directory / "overview")
+    with disk_errors("the plots of the metrics"):
+        plot_curves(rows, run.directory / "curves")
+        plot_overview(rows, run.directory / "overview")
     if sample is not None:
         top_k = run.model.top_k
         note = None if top_k is None else run.config.router.generation_note(top_k)
@@ -170,7 +175,8 @@ def finish_run(
         "torch": torch.__version__,
     }
     result = finite(result)  # So that trackers and the caller get what the file has.
-    save_result(run.directory, result)
+    with disk_errors("result.json"):
+        save_result(run.directory, result)
     show_end(
         run.directory,
         None if checkpoint is None else Path(checkpoint),

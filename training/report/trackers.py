@@ -26,7 +26,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -35,6 +35,7 @@ from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from common.errors import ConfigError, expect, require
+from common.files import disk_errors
 from common.registry import Registry
 from common.strict import to_dict
 from common.text import first_line
@@ -360,6 +361,8 @@ class Recorder(ExitStack):
     ) -> None:
         super().__init__()
         self.active = active
+        self._warned: set[str] = set()
+        self.directory, self.warns = directory, config.checkpoint.on_error == "warn"
         if not active:
             return
         resumed_step = None if state is None else state["step"]
@@ -392,7 +395,8 @@ class Recorder(ExitStack):
             return
         self.progress.update(row, step, log=write)
         if write:
-            self.metrics.write({"step": step} | row)
+            with self.disk_errors("metrics.jsonl"):
+                self.metrics.write({"step": step} | row)
             self.tracker.log(row, step)
         if "eval/loss" in row and step < self.progress.total_steps:  # A table shows the last evaluation.
             self.progress.print(evaluation_line(row))
@@ -419,7 +423,27 @@ class Recorder(ExitStack):
     def sync(self) -> None:
         """Flush the rows to the disk. A checkpoint must not be newer than the rows of its steps."""
         if self.active:
-            self.metrics.sync()
+            with self.disk_errors("metrics.jsonl"):
+                self.metrics.sync()
+
+    def disk_errors(self, what: str) -> AbstractContextManager[None]:
+        """Return a context manager for writing to the run's directory, which turns an error of the disk into one line.
+
+        The run goes on after the line with `checkpoint.on_error=warn`.
+
+        Args:
+            what: what is written. A line about it is printed once.
+
+        Raises:
+            RunError: the disk refused to write, and the run must not go on.
+        """
+
+        def warn(line: str) -> None:
+            if what not in self._warned:
+                self._warned.add(what)
+                self.note(f"warning: {what} cannot be written: {line} (checkpoint.on_error=warn)")
+
+        return disk_errors(self.directory, warn if self.warns else None)
 
     def end_progress(self) -> None:
         """Remove the progress bar from the terminal, before anything is printed below it."""
