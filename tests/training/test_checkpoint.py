@@ -18,7 +18,7 @@ from common.errors import CheckpointError
 from training.checkpoint import manifest, shards
 from training.checkpoint.checkpoint import load, save
 from training.checkpoint.manifest import committed, newest_verified, read_state, verify
-from training.checkpoint.shards import NotFiniteError
+from training.checkpoint.peers import NotFiniteError
 
 
 def tensors_of(step: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
-from training.config import TrackingConfig
+from training.config import CheckpointConfig, TrackingConfig
 from training.report.metrics import Row, read_metrics
 from training.report.trackers import (
     TRACKERS,
@@ -299,7 +299,8 @@ def test_trackers_start_when_the_first_row_is_in_the_file(tmp_path: Path, monkey
 
     monkeypatch.setattr(TRACKERS, "_entries", {"starting": Starting})
     tracking = TrackingConfig(wandb="disabled", trackers=("starting",))
-    config = SimpleNamespace(train=SimpleNamespace(steps=3), tracking=tracking)
+    train, saving = SimpleNamespace(steps=3), CheckpointConfig()
+    config = SimpleNamespace(train=train, tracking=tracking, checkpoint=saving)
     monkeypatch.setattr("training.report.trackers.to_dict", vars)
     row = {"train/loss": 1.0, "train/ce": 1.0, "optim/lr": 1.0, "optim/grad_norm": 1.0, "speed/tokens_per_s": 1.0}
     with Recorder(config, tmp_path, "tiny-1", active=True, state=None) as recorder:  # type: ignore[arg-type]

@@ -9,20 +9,24 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.errors import CheckpointError
 from common.files import explain_os_error
 from common.text import parse_json, to_json
-from training.checkpoint.shards import NotFiniteError
+
+if TYPE_CHECKING:  # the command line looks for checkpoints without importing torch
+    from torch.distributed import Store
 
 IO_TIMEOUT_S = 300.0
 """Seconds without progress after which reading or writing has failed: the default of `checkpoint.io_timeout_s`."""
 MARGIN_S = 5.0
 """Seconds that other ranks wait longer than rank 0, so that all ranks raise the error that rank 0 sends."""
 _sessions = itertools.count()
+
+
+class NotFiniteError(CheckpointError):
+    """A tensor has a NaN or an infinite element, so it is not saved."""
 
 
 class StalledError(CheckpointError):
@@ -54,7 +58,7 @@ class Peers:
     """
 
     def __init__(
-        self, store: dist.Store | None, rank: int, world_size: int, timeout_s: float = IO_TIMEOUT_S, name: str = "io"
+        self, store: "Store | None", rank: int, world_size: int, timeout_s: float = IO_TIMEOUT_S, name: str = "io"
     ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
         self._store, self._name = store, name
@@ -64,6 +68,8 @@ class Peers:
     @classmethod
     def of_default_group(cls) -> "Peers":
         """Return the ranks of torch's default process group, or this process alone if there is none. Collective."""
+        import torch.distributed as dist
+
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls(None, 0, 1)
         store = dist.distributed_c10d._get_default_store()

@@ -18,8 +18,8 @@ from common.errors import CheckpointError
 from moe.region import LocalShard
 from training.checkpoint.checkpoint import Assignment, assign, prune, write
 from training.checkpoint.manifest import Retention
-from training.checkpoint.peers import Peers, StalledError
-from training.checkpoint.shards import NotFiniteError, as_shard
+from training.checkpoint.peers import NotFiniteError, Peers, StalledError
+from training.checkpoint.shards import as_shard
 from training.config import CheckpointConfig
 
 PATIENCE_S = 20.0

@@ -17,6 +17,7 @@ from common.errors import CheckpointError, require
 from common.files import explain_os_error
 from common.text import to_json
 from moe.region import LocalShard, Region, whole_shard
+from training.checkpoint.peers import NotFiniteError
 
 DTYPES = {
     torch.float64: "F64",
@@ -39,10 +40,6 @@ FLUSHED = 1 << 28
 """Bytes after which a file is flushed to the disk, so that its progress is the disk's and not that of a cache."""
 Progress: TypeAlias = Callable[[Path, int, int], None]
 """Is called with a file, the bytes of it that have been read or written, and its size."""
-
-
-class NotFiniteError(CheckpointError):
-    """A tensor has a NaN or an infinite element, so it is not saved."""
 
 
 class ShardInfo(NamedTuple):
