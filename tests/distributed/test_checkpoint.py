@@ -18,6 +18,8 @@ from training.checkpoint import checkpoint, shards
 from training.checkpoint.checkpoint import load, save
 from training.checkpoint.manifest import read_state, verify
 from training.checkpoint.peers import Peers, StalledError
+from training.checkpoint.saver import Saver
+from training.config import CheckpointConfig
 
 SHAPES = {"w1": (8, 3, 5), "uneven": (5, 2), "matrix": (6, 4)}
 
@@ -110,7 +112,7 @@ def outcome(rank: int, world_size: int, root: Path, case: str) -> str:
     shard = LocalShard(torch.ones(2), (2 * world_size,), Region((2 * rank,), (2,)))
     tensors: dict[str, Tensor | LocalShard] = {"dense": torch.ones(4), "sharded": shard}
     original = checkpoint.write_shard
-    if case == "full disk" and rank == 1:
+    if case in ("full disk", "background") and rank == 1:
         checkpoint.write_shard = fail_in_write  # type: ignore[assignment]
     if case == "gap" and rank == 1:
         tensors["sharded"] = shard._replace(region=Region((3,), (1,)), local=torch.ones(1))
@@ -121,6 +123,8 @@ def outcome(rank: int, world_size: int, root: Path, case: str) -> str:
     try:
         if case == "missing":
             load(root / "step-1", {"dense": torch.ones(4)} | ({"more": torch.ones(1)} if rank == 1 else {}))
+        elif case == "background":
+            save_in_background(rank, world_size, root, tensors)
         else:
             save(root, 2, tensors, {}, keep=2)
     except CheckpointError as error:
@@ -130,6 +134,19 @@ def outcome(rank: int, world_size: int, root: Path, case: str) -> str:
     finally:
         checkpoint.write_shard = original
     return "no error"
+
+
+def save_in_background(rank: int, world_size: int, root: Path, tensors: dict[str, Tensor | LocalShard]) -> None:
+    """Save in the background, and poll after each of the steps that are computed meanwhile."""
+    peers = Peers(dist.distributed_c10d._get_default_store(), rank, world_size, name="saver")
+    with Saver(root, CheckpointConfig(background=True), peers, None, lambda line: None) as saver:
+        saver.save(2, lambda: tensors, {})
+        for step in range(1000):
+            time.sleep(0.005 * rank)
+            number = torch.tensor(step)
+            dist.all_reduce(number)
+            assert number.item() == step * world_size, "a rank learned of the failure before another"
+            saver.poll()
 
 
 def fail_in_write(directory: Path, rank: int, tensors: object, progress: object) -> None:
@@ -144,6 +161,7 @@ def outcomes(rank: int, world_size: int, root: Path, expected: dict[str, str]) -
 def test_a_failure_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
     expected = {
         "full disk": r"rank 1: .*: No space left on device: \d+ bytes are free",
+        "background": r"rank 1: .*: No space left on device: \d+ bytes are free",
         "gap": "sharded: found 3 elements on all ranks together, expected 4",
         "nan": r"rank 1: sharded\[2:4\] has an element that is nan",
         "shape": r"dense: found F32 \(5,\) on rank 1, expected .*",
