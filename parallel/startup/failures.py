@@ -27,13 +27,14 @@ def failures_recorded(reports: Path) -> Iterator[None]:
 
     class Agent(agent):  # type: ignore[misc, valid-type]
         def _monitor_workers(self, worker_group: Any) -> Any:
+            # The agent names the first worker that failed, and then ends the others. So it is asked second.
+            processes = getattr(self._pcontext, "_pc", None)
+            ended = [process.exitcode for process in processes.processes] if processes else []
             result = super()._monitor_workers(worker_group)
             if result.is_failed():
                 attempt = worker_group.spec.max_restarts - self._remaining_restarts
-                failed = {rank: failure.exitcode for rank, failure in result.failures.items()}
-                processes = getattr(self._pcontext, "_pc", None)
-                ended = enumerate(process.exitcode for process in processes.processes) if processes else ()
-                failed |= {worker_group.workers[local].global_rank: code for local, code in ended if code}
+                failed = {worker_group.workers[local].global_rank: code for local, code in enumerate(ended) if code}
+                failed |= {rank: failure.exitcode for rank, failure in result.failures.items()}
                 _file(reports, attempt).write_text(describe_failure(failed, reports, attempt), encoding="utf-8")
             return result
 

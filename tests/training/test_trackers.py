@@ -364,3 +364,14 @@ def test_a_tracker_cannot_end_the_process() -> None:
         "at once did not start (SystemExit: no server)",
         "exiting stopped (SystemExit: 3)",
     ]
+
+
+def test_a_tracker_gets_no_row_twice_after_the_run_has_gone_back(tmp_path: Path) -> None:
+    tracker = ListTracker(TrackedRun("a", tmp_path, {}, None))
+    trackers = Trackers(warn=pytest.fail)
+    trackers.start("list", lambda: tracker)
+    trackers.log({"train/loss": 1.0}, 5)
+    trackers.go_back(5)
+    for step in (3, 5, 6):
+        trackers.log({"train/loss": 2.0}, step)
+    assert tracker.calls[1:] == [(5, 1.0), (6, 2.0)]
