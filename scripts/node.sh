@@ -37,6 +37,7 @@ fi
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
 exec "$PYTHON" -m torch.distributed.run \
@@ -45,6 +46,7 @@ exec "$PYTHON" -m torch.distributed.run \
     --rdzv-backend c10d \
     "${rendezvous[@]}" \
     ${JOB:+--rdzv-id "$JOB"} \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     --max-restarts "${RESTARTS:-3}" \
     ${ADDRESS:+--local-addr "$ADDRESS"} \
     train.py "$@"

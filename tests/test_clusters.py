@@ -19,6 +19,7 @@ from tests.test_train import TINY
 
 ROOT = CONF.parent
 NODE, SLURM, KUBERNETES = (ROOT / "scripts" / name for name in ("node.sh", "slurm.sbatch", "kubernetes.yaml"))
+SIGNALS = ("--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 DOCS = (ROOT / "docs" / "clusters.md").read_text()
 
 
@@ -74,13 +75,14 @@ def test_node_script_names_what_is_missing_and_keeps_arguments_whole(tmp_path):
     )
     assert done.stdout.splitlines() == [
         "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "gpu", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "node1:29400", "--rdzv-id", "j", "--max-restarts", "3", "train.py", *arguments, "1", "WARN",
+        "--rdzv-endpoint", "node1:29400", "--rdzv-id", "j", *SIGNALS, "--max-restarts", "3", "train.py",
+        *arguments, "1", "WARN",
     ]  # fmt: skip
     # One node meets nobody: no server listens.
     done = subprocess.run([NODE, "a=1"], env=one | {"NPROC": "2"}, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
-        "--rdzv-conf", "store_type=file", "--max-restarts", "3", "train.py", "a=1", "1", "WARN",
+        "--rdzv-conf", "store_type=file", *SIGNALS, "--max-restarts", "3", "train.py", "a=1", "1", "WARN",
     ]  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def test_slurm_starts_the_node_script_and_ends_with_its_status(tmp_path, slurm, 
 
 
 def test_slurm_requeues_before_the_time_limit_and_keeps_waiting(tmp_path, slurm):
-    python = executable(tmp_path / "python", f"echo on > {tmp_path}/started; sleep 1.5; exit 5")
+    python = executable(tmp_path / "python", f"trap 'exit 5' USR1; echo on > {tmp_path}/started; sleep 1.5; exit 6")
     batch = subprocess.Popen(["bash", SLURM], env=slurm | {"PYTHON": str(python)}, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "started")
     batch.send_signal(signal.SIGUSR1)

@@ -7,6 +7,7 @@ optimizer step and the evaluation), `report` (what is printed and written).
 
 import dataclasses
 import math
+import os
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -26,6 +27,7 @@ from moe.accounting.flops import MatmulCosts, count_parameters, meta_model
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
 from parallel.apply import build_whole_model
+from parallel.collectives import all_gather_json
 from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
 from parallel.startup.rendezvous import open_store, wait_for_all
 from parallel.waiting import WaitingClock
@@ -41,6 +43,7 @@ from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up
 from training.engine import Engine, NativeEngine
 from training.formats.reader import open_model
 from training.health import Health
+from training.interruption import Interruption
 from training.memory import memory_explained
 from training.owner import RunOwner
 from training.recheck import recheck
@@ -59,7 +62,7 @@ from training.report.run_report import (
 )
 from training.report.trackers import Recorder
 from training.rewind import Rewind
-from training.run import save_config
+from training.run import INTERRUPTED, save_config
 from training.step import Evaluation, StepInputs, StepResult, evaluate
 from training.steps import Steps
 
@@ -74,7 +77,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
 
     Returns:
         On rank 0 the content of `result.json`. On other ranks the same if the run was finished before, else an empty
-        dict.
+        dict. After a signal, on every rank: the status `INTERRUPTED`, the signal's number, and the step.
     """
     run_start = time.monotonic()
     steps = config.train.steps
@@ -146,6 +149,8 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             show_restart(world, run, goodput.furthest)
     # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
+    pids = all_gather_json(os.getpid(), mesh.world)
+    siblings = pids[world.rank - world.local_rank :][: world.local_world_size]
 
     # 6. The loop over optimizer steps, which `Steps` runs.
     first_step = run.state["step"] if run.state else 0
@@ -160,6 +165,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
         WaitingClock() as waiting,
         Saver(run.directory / CHECKPOINTS, config.checkpoint, savers, run.checkpoint, recorder.note) as saver,
+        Interruption(siblings) as interruption,
     ):
         saver.prepare(engine.tensors)
 
@@ -188,11 +194,23 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             first_step,
             ahead=steps_ahead,
             pauses_after=pauses_after,
+            interruption=interruption,
             waited=lambda: waiting.seconds,
             before_step=recheck_if_due,
         )
         replicas = ReplicaCheck(engine)
         goodput.started()
+
+        def save(done: int, evaluated: Evaluation | None) -> None:
+            if health.refused.in_a_row:
+                saver.refuse(done, "the gradients of its last step were not finite")
+                return
+            with goodput.spent_on("save"):
+                recorder.sync()
+                state = checkpoint_state(run, engine, loader, health, done, evaluated)
+                saver.save(done, engine.tensors, state | {"metrics": recorder.record()})
+            goodput.write()
+
         rewind = Rewind(run, engine, loader, queue, health, recorder, peers)
         for step in queue:
             done, result = step.done, step.result
@@ -227,19 +245,23 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 with goodput.spent_on("compare"):
                     replicas.compare(done)  # or the run ends
             if saves_after(done):
-                if health.refused.in_a_row:
-                    saver.refuse(done, f"its gradient norm is {result.grad_norm}")
-                else:
-                    evaluated = evaluation if is_due(done, config.train.eval_every, steps) else None
-                    with goodput.spent_on("save"):
-                        recorder.sync()
-                        state = checkpoint_state(run, engine, loader, health, done, evaluated)
-                        saver.save(done, engine.tensors, state | {"metrics": recorder.record()})
-                    goodput.write()
+                save(done, evaluation if is_due(done, config.train.eval_every, steps) else None)
 
         with goodput.spent_on("save"):
             saver.finish()
         recorder.end_progress()
+        if queue.done < steps:
+            # A run that saves no checkpoint at all saves none here.
+            if (config.checkpoint.every or config.checkpoint.at_end) and queue.done > saver.newest_step:
+                save(queue.done, None)
+                saver.finish()
+            interruption.close()
+            engine.close()
+            close_process_group()
+            if run.lock is not None:
+                run.lock.release()
+            return {"status": INTERRUPTED, "signal": interruption.agreed, "step": queue.done}
+        interruption.close()
 
         # 7. The end: the last evaluation, a sample of text, the results.
         with goodput.spent_on("evaluation"):

@@ -10,6 +10,8 @@ from typing import Any
 from common.files import write_atomically
 from common.text import finite, parse_json, to_json
 
+INTERRUPTED = "interrupted"
+"""The status of a run that a signal has ended."""
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 

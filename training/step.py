@@ -159,9 +159,13 @@ class StepInputs(NamedTuple):
     """Non-padding tokens."""
     pairs: int
     """`StepResult.pairs`."""
+    flags: list[int]
+    """The sums of all ranks' `flags`."""
 
 
-def prepare_step(engine: Engine, batches: list[Batch], router: RouterConfig, seed: int = 0) -> StepInputs:
+def prepare_step(
+    engine: Engine, batches: list[Batch], router: RouterConfig, seed: int = 0, flags: Sequence[int] = ()
+) -> StepInputs:
     """Move the micro-batches of one optimizer step to the device, and count their tokens. Collective.
 
     The host does not wait for the device, which may still be computing an earlier step.
@@ -169,9 +173,10 @@ def prepare_step(engine: Engine, batches: list[Batch], router: RouterConfig, see
     Args:
         batches: this data rank's micro-batches, whole rows on the CPU.
         seed: the run's seed, for the routers' noise.
+        flags: numbers of this rank's, equally many on every rank.
     """
     noise_seed = seed if router.draws_noise else None
-    counted = _count(batches, engine.parts[0].config, engine.mesh)
+    counted = _count(batches, engine.parts[0].config, engine.mesh, flags)
     prepared = [move_to_device(batch, engine.mesh, noise_seed) for batch in batches]
     return StepInputs([inputs for inputs, _ in prepared], [batch for _, batch in prepared], *counted)
 
@@ -258,10 +263,12 @@ def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     return tensor
 
 
-def _count(batches: list[Batch], config: ModelConfig, mesh: Mesh) -> tuple[int, int, int]:
+def _count(
+    batches: list[Batch], config: ModelConfig, mesh: Mesh, flags: Sequence[int]
+) -> tuple[int, int, int, list[int]]:
     """Labels, tokens and query-key pairs of the whole step. The ranks that share a data rank's rows count them once.
 
-    The counts are summed on the CPUs, so that no device has to be waited for.
+    The sums of the ranks' flags travel with them. They are summed on the CPUs, so that no device has to be waited for.
     """
     local = [0, 0, 0]
     if mesh.sequence.rank() == 0 and mesh.pipeline.rank() == 0:
@@ -269,9 +276,11 @@ def _count(batches: list[Batch], config: ModelConfig, mesh: Mesh) -> tuple[int, 
         pairs = sum(number * b.attended_pairs(window) for b in batches for window, number in layers.items())
         local = [sum(b.num_labels for b in batches), sum(b.num_valid for b in batches), pairs]
     if mesh.world.size() > 1:
-        local = _all_reduce(torch.tensor(local), mesh.world).tolist()
-    labels, tokens, pairs = local
-    return labels, tokens, pairs
+        local = _all_reduce(torch.tensor([*local, *flags]), mesh.world).tolist()
+    else:
+        local += flags
+    labels, tokens, pairs, *flag_sums = local
+    return labels, tokens, pairs, flag_sums
 
 
 class Evaluation(NamedTuple):

@@ -17,6 +17,7 @@ from data.loader import Loader
 from training.config import Config
 from training.device import Moment
 from training.engine import Engine
+from training.interruption import Interruption
 from training.report.profile import DATA
 from training.schedule import learning_rate
 from training.step import PendingResult, StepInputs, StepResult, prepare_step, start_step
@@ -48,14 +49,15 @@ class Started(NamedTuple):
 class Steps(Iterator[FinishedStep]):
     """Runs the optimizer steps from `first_step` to the end of the run, and yields each of them when it is finished.
 
-    While the caller handles a step after which the run pauses, no later step has been started, and the loader's
-    position is that after this step.
+    If a rank is interrupted, all ranks end after the step that runs then. While the caller handles a step after which
+    the run pauses, no later step has been started, and the loader's position is that after this step.
 
     Args:
         first_step: the number of steps done before.
         ahead: whether the host starts a step before it reads the figures of the step before. Without it, the run pauses
             after every step.
         pauses_after: the number of steps done -> whether the caller evaluates or saves the model then.
+        interruption: the signals to this process; None: none is handled.
         waited: returns the seconds that this process has waited for other ranks (`parallel.waiting`).
         before_step: called before each step with the number of steps done, and with the step's inputs.
     """
@@ -69,14 +71,15 @@ class Steps(Iterator[FinishedStep]):
         *,
         ahead: bool,
         pauses_after: Callable[[int], bool],
+        interruption: Interruption | None = None,
         waited: Callable[[], float] = lambda: 0.0,
         before_step: Callable[[int, StepInputs], None] = lambda done, inputs: None,
     ) -> None:
         self.engine, self.loader, self.config, self.waited = engine, loader, config, waited
         self.before_step = before_step
-        self.ahead, self.pauses_after = ahead, pauses_after
-        self._started = first_step
-        """The number of steps that have been started."""
+        self.ahead, self.pauses_after, self.interruption = ahead, pauses_after, interruption or Interruption()
+        self.done = first_step
+        """The number of steps that have been started. At the end they have been finished and yielded, too."""
         self._inputs: StepInputs | None = None
         """Those of the next step, if they are prepared."""
         self._unread: deque[Started] = deque()
@@ -93,23 +96,26 @@ class Steps(Iterator[FinishedStep]):
 
         A step that has been started, and not yielded, is forgotten.
         """
-        self._started, self._inputs = step, None
+        self.done, self._inputs = step, None
         self._unread.clear()
         self._before = Moment(self.engine.mesh.device)
 
     def _run(self) -> Iterator[FinishedStep]:
         engine, config, steps = self.engine, self.config, self.config.train.steps
         try:
-            while self._started < steps:
+            while self.done < steps and not self.interruption.agreed:
                 start = time.monotonic() - self.waited()
-                lr = learning_rate(self._started, steps, config.optim)
+                lr = learning_rate(self.done, steps, config.optim)
                 inputs, self._inputs = self._inputs or self._next_inputs(), None
-                self.before_step(self._started, inputs)
-                self._started += 1
-                self._unread.append(Started(self._started, lr, start_step(engine, inputs, config.router, lr)))
-                pause = not self.ahead or self._started == steps or self.pauses_after(self._started)
+                if inputs is None:
+                    return
+                self.before_step(self.done, inputs)
+                self.done += 1
+                self._unread.append(Started(self.done, lr, start_step(engine, inputs, config.router, lr)))
+                pause = not self.ahead or self.done == steps or self.pauses_after(self.done)
                 if not pause:
                     self._inputs = self._next_inputs()
+                    pause = self._inputs is None
                 self._own_seconds = time.monotonic() - self.waited() - start
                 while len(self._unread) > (0 if pause else 1):
                     yield self._read_next()
@@ -120,9 +126,16 @@ class Steps(Iterator[FinishedStep]):
                 yield self._read_next()
             raise
 
-    def _next_inputs(self) -> StepInputs:
+    def _next_inputs(self) -> StepInputs | None:
+        """Return the inputs of the next step, or None if the ranks stop before it. The loader is before it then."""
+        config, position = self.config, self.loader.state_dict()
         with record_function(DATA):
-            return prepare_step(self.engine, self.loader.next_step(), self.config.router, self.config.run.seed)
+            batches, flags = self.loader.next_step(), self.interruption.flags()
+            inputs = prepare_step(self.engine, batches, config.router, config.run.seed, flags)
+        if self.interruption.agree(inputs.flags):
+            self.loader.load_state_dict(position)
+            return None
+        return inputs
 
     def _read_next(self) -> FinishedStep:
         step = self._unread.popleft()

@@ -40,7 +40,14 @@ QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 message about the reason."""
 RENDEZVOUS = "memory"
 """The name under which torch knows `_rendezvous_in_memory`."""
-HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that the launcher passes on to its workers."""
+AGENT_SIGNALS = "SIGQUIT"
+"""Signals for which torch's agent has its own handlers."""
+GRACE_S = 600
+"""Seconds that the workers have to end after such a signal. Then they are killed. A large checkpoint takes minutes."""
+STOPPING = "stopping"
+"""The launcher creates this file before it passes a signal on, and then waits for the end of the workers only."""
 
 
 class WorkerFailure(RuntimeError):
@@ -183,8 +190,9 @@ def launch_workers(
 
     Raises:
         WorkerFailure: a worker failed, and no restart was left.
-        KeyboardInterrupt: this process got SIGINT. The workers have ended.
-        SystemExit: with status 128 + n, this process got another signal n. The workers have ended.
+        KeyboardInterrupt: this process got SIGINT, and has passed it on. The workers have ended, or a second SIGINT has
+            killed them.
+        SystemExit: with status 128 + n, this process got another of `HANDLED_SIGNALS`, n.
     """
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -194,6 +202,8 @@ def launch_workers(
     from parallel.startup.threads import VARIABLES
 
     environment = _quiet() | {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(GRACE_S),
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": AGENT_SIGNALS,
         # Otherwise the agent serves a store on all interfaces, and restarted workers read the addresses of dead ones.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
@@ -205,26 +215,35 @@ def launch_workers(
         environment |= {LAUNCHER_PID: str(os.getpid())}
     rendezvous_handler_registry.register(RENDEZVOUS, _rendezvous_in_memory)
     # tempfile creates the directory for this user only (mode 0700).
-    with _signal_handlers_restored(), tempfile.TemporaryDirectory(prefix="workers-") as directory:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=nproc,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend=RENDEZVOUS,
-            local_addr="localhost",
-            max_restarts=max_restarts,
-            start_method="forkserver" if preloaded else "spawn",
-            logs_specs=DefaultLogsSpecs(log_dir=f"{directory}/logs"),
-        )
+    with tempfile.TemporaryDirectory(prefix="workers-") as directory:
         try:
-            with failures_recorded(Path(directory)), _environment(environment), _logging_disabled():
+            with (
+                _signals_passed_on(Path(directory)),
+                failures_recorded(Path(directory)),
+                _environment(environment),
+                _logging_disabled(),
+            ):
+                config = LaunchConfig(
+                    min_nodes=1,
+                    max_nodes=1,
+                    nproc_per_node=nproc,
+                    run_id=uuid.uuid4().hex,
+                    rdzv_backend=RENDEZVOUS,
+                    local_addr="localhost",
+                    max_restarts=max_restarts,
+                    start_method="forkserver" if preloaded else "spawn",
+                    logs_specs=DefaultLogsSpecs(log_dir=f"{directory}/logs"),
+                    signals_to_handle=AGENT_SIGNALS,
+                )
                 run = elastic_launch(config, _run_worker)
                 results = run(entry, args, os.getpid(), directory, threads, of_workers if preloaded else None)
                 return dict(sorted(results.items()))
         except ChildFailedError as error:
             raise _to_failure(error, list(Path(directory).glob(f"{max_restarts}-*.json"))) from None
         except SignalException as error:
+            refusal = _refusal(list(Path(directory).glob("[0-9]*-*.json")))
+            if refusal is not None:  # Saving has failed.
+                raise refusal from None
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + int(error.sigval)) from None
@@ -269,7 +288,7 @@ def _run_worker(
     set_threads(threads, world.local_world_size)
     report = Path(reports) / f"{world.restart_count}-{world.rank}.json"
     try:
-        return entry(*args)
+        result = entry(*args)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
         if code:
@@ -280,6 +299,9 @@ def _run_worker(
     except Exception:
         report.write_text(to_json({"exitcode": 1, "message": traceback.format_exc()}))
         raise SystemExit(1) from None
+    if (Path(reports) / STOPPING).exists():
+        raise SystemExit(128 + signal.SIGTERM)  # With status 0, torch would wait for the launcher to take the result.
+    return result
 
 
 def _quiet() -> dict[str, str]:
@@ -307,6 +329,12 @@ def _to_failure(error: Any, reports: list[Path]) -> WorkerFailure:
     return WorkerFailure(code, f"worker {rank} (process {first.pid}) {ending}")
 
 
+def _refusal(reports: list[Path]) -> WorkerFailure | None:
+    """Return the first report of a mistake that the user can correct."""
+    found = [parse_json(path.read_text()) for path in sorted(reports)]
+    return next((WorkerFailure(**report) for report in found if report["exitcode"] == 2), None)
+
+
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
     """Set environment variables, and restore their previous values at the end."""
@@ -328,11 +356,30 @@ def _set_variables(values: Mapping[str, str | None]) -> None:
 
 
 @contextlib.contextmanager
-def _signal_handlers_restored() -> Iterator[None]:
-    """Restore the signal handlers at the end. The agent installs handlers that raise exceptions, and does not remove
-    them: a later SIGTERM of this process would look like an error."""
-    before = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
+def _signals_passed_on(directory: Path) -> Iterator[None]:
+    """Make the first of `HANDLED_SIGNALS` end the agent, which passes it on to the workers and waits for their end.
+
+    After that, SIGINT kills the workers, and the other signals do nothing. A signal that this process ignores stays
+    ignored. The agent's own handlers cannot tell a second signal from the first, and are not removed at its end.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    stopping = directory / STOPPING
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not stopping.exists():
+            stopping.touch()
+            raise SignalException(f"signal {number}", signal.Signals(number))
+        if number == signal.SIGINT:
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    handled = (*HANDLED_SIGNALS, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in handled}
     try:
+        for number in HANDLED_SIGNALS:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, handle)
         yield
     finally:
         for number, handler in before.items():

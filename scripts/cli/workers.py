@@ -1,5 +1,6 @@
 """Running a function in this process, or in worker processes that this process starts."""
 
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from scripts.cli.command_line import UNREAD, discard_unread_output
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
 from training.owner import RunOwner
+from training.run import INTERRUPTED
 
 R = TypeVar("R")
 GPU_DRIVER = Path("/proc/driver/nvidia")
@@ -43,30 +45,51 @@ def execute(config: Config, train: Callable[..., dict[str, Any]], *, fresh_proce
         UserError: the configuration does not fit the number of processes, or cannot be used for another reason.
         WorkerFailure: a worker process failed.
         KeyboardInterrupt: Ctrl-C. The command that resumes the run has been printed.
+        SystemExit: the same, with status 128 + n, for another signal n of `training.interruption.SIGNALS`.
     """
     from training.report.trackers import check_tracking
 
-    launch, launched = config.launch, is_launched()
-    world = world_from_env() if launched else World(world_size=launch.nproc, local_world_size=launch.nproc)
+    launch = config.launch
+    world = world_from_env() if is_launched() else World(world_size=launch.nproc, local_world_size=launch.nproc)
     resolve_layout(config, build_workload(config, config.model), world)
     check_tracking(config.tracking)
     owner = RunOwner()
     try:
         with owner, disk_errors(Path(config.run.root)):
-            if launched:
-                prepare_launched(launch)
-                return train(config, owner)
-            if not _needs_workers(launch, fresh_processes):
-                return in_processes(launch, train, prepare_for_workers(config, owner), owner)
-            preloaded = config.train.device == "cpu" or not GPU_DRIVER.exists()
-            if preloaded:
-                preload_workers(TRAINING_MODULES)
-            named = prepare_for_workers(config, owner)
-            return in_processes(launch, train, named, fresh=fresh_processes, preloaded=preloaded)
-    except KeyboardInterrupt:
-        if owner.directory is not None and owner.directory.is_dir():
+            result = _train(config, train, owner, fresh_processes)
+        if result.get("status") == INTERRUPTED:
+            raise _as_exception(result["signal"])
+        return result
+    except (KeyboardInterrupt, SystemExit) as stop:
+        interrupted = isinstance(stop, KeyboardInterrupt) or stop.code in [_status(number) for number in signal.Signals]
+        if interrupted and owner.directory is not None and owner.directory.is_dir():
             _show_how_to_resume(owner.directory, config, world)
         raise
+
+
+def _train(
+    config: Config, train: Callable[..., dict[str, Any]], owner: RunOwner, fresh_processes: bool
+) -> dict[str, Any]:
+    launch = config.launch
+    if is_launched():
+        prepare_launched(launch)
+        return train(config, owner)
+    if not _needs_workers(launch, fresh_processes):
+        return in_processes(launch, train, prepare_for_workers(config, owner), owner)
+    preloaded = config.train.device == "cpu" or not GPU_DRIVER.exists()
+    if preloaded:
+        preload_workers(TRAINING_MODULES)
+    named = prepare_for_workers(config, owner)
+    return in_processes(launch, train, named, fresh=fresh_processes, preloaded=preloaded)
+
+
+def _as_exception(number: int) -> BaseException:
+    """Return the exception that ends a command after this signal."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(_status(number))
+
+
+def _status(number: int) -> int:
+    return 128 + number
 
 
 def _show_how_to_resume(directory: Path, config: Config, world: World) -> None:

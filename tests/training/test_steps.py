@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from parallel.mesh import mesh_of_one
 from training.config import OptimConfig
 from training.device import Moment
 from training.engine import NativeEngine
+from training.interruption import Interruption
 from training.step import move_to_device, train_step
 from training.steps import Steps
 
@@ -101,6 +104,12 @@ class Rows:
         self.clock[0] += 1
         return [batch(self.done)]
 
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.done = state["done"]
+
 
 def config() -> SimpleNamespace:
     return SimpleNamespace(train=SimpleNamespace(steps=STEPS), run=SimpleNamespace(seed=0), router=ROUTER, optim=OPTIM)
@@ -143,6 +152,37 @@ def test_the_caller_gets_every_step_before_one_that_fails(ahead):
     with pytest.raises(OSError, match="the disk is gone"):
         done.extend(step.done for step in steps)
     assert done == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_ends_the_steps_after_the_one_that_runs(ahead: bool, number: signal.Signals) -> None:
+    before, done, rows = signal.getsignal(number), [], Rows([0.0])
+    with Interruption() as interruption:
+        steps = Steps(
+            engine(), rows, config(), 0, ahead=ahead, pauses_after=lambda done: False, interruption=interruption
+        )
+        for step in steps:
+            done.append(step.done)
+            if step.done == 2:
+                os.kill(os.getpid(), number)
+    # With a device, the step after the one that is yielded has been started.
+    last = 4 if ahead else 2
+    assert done == list(range(1, last + 1)) and steps.done == rows.done == last
+    assert interruption.agreed == number and signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_ends_a_single_process_and_an_ignored_signal_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption, pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.flags() == [0, 0, 0, 0]
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interruption.flags() == [0, 1, 0, 0]
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(("device", "context", "known"), [("cuda", 1, True), ("cuda", 2, False), ("cpu", 1, False)])

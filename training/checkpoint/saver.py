@@ -17,7 +17,7 @@ from torch import Tensor
 from common.errors import CheckpointError
 from moe.region import LocalShard
 from training.checkpoint.checkpoint import Assignment, assign, prune, write
-from training.checkpoint.manifest import Retention
+from training.checkpoint.manifest import Retention, step_of
 from training.checkpoint.peers import NotFiniteError, Peers, StalledError
 from training.checkpoint.shards import as_shard
 from training.config import CheckpointConfig
@@ -92,6 +92,11 @@ class Saver:
         """
         if self._config.background:
             self._copy(self._choose(tensors()))
+
+    @property
+    def newest_step(self) -> int:
+        """The step of `newest`; 0: there is none."""
+        return 0 if self.newest is None else step_of(Path(self.newest))
 
     def refuse(self, step: int, reason: str) -> None:
         """Say that the checkpoint of `step` is not saved."""

@@ -1,0 +1,103 @@
+"""Signals to the processes of a run: it ends after its step, with a checkpoint from which it continues bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts.cli.command_line import CONF
+from tests.parallel.test_launch import children
+from tests.test_train import TINY, cache, numbers, run, start  # noqa: F401
+
+EVERY = ("train.steps=14", "checkpoint.every=3", "checkpoint.keep=9")
+
+
+def wait_for_step(directory: Path, process: subprocess.Popen[str], step: int = 3) -> None:
+    deadline = time.monotonic() + 120
+    while not (directory / "checkpoints" / f"step-{step}").is_dir():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+def saved_steps(directory: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (directory / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "processes", "target"),
+    [(signal.SIGHUP, 1, "launcher"), (signal.SIGTERM, 2, "launcher"), (signal.SIGUSR1, 2, "worker")],
+)
+def test_a_signal_ends_a_run_with_a_checkpoint_of_its_step(
+    tmp_path: Path,
+    cache: str,  # noqa: F811
+    number: signal.Signals,
+    processes: int,
+    target: str,
+) -> None:
+    directory, arguments = tmp_path / "stopped", (f"launch.nproc={processes}", "run.name=stopped", *EVERY)
+    process = start(tmp_path, cache, *arguments)
+    wait_for_step(directory, process)
+    started = [pid for pid in children(process.pid) if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(process.pid if target == "launcher" else started[-1], number)  # The first is the one that has forked them.
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (128 + number, "")
+    last = saved_steps(directory)[-1]
+    *_, checkpoint, resume = out.splitlines()
+    assert checkpoint.endswith(f"stopped/checkpoints/step-{last}") and resume.split()[0] == "resume"
+    if target == "worker":
+        run(tmp_path, cache, *arguments)
+        run(tmp_path, cache, *arguments, "run.name=whole")
+        assert last < 14 and numbers(directory) == numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_torchrun_passes_the_warning_of_a_cluster_on(tmp_path: Path, cache: str) -> None:  # noqa: F811
+    directory = tmp_path / "stopped"
+    environment = {"NPROC": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [CONF.parent / "scripts" / "node.sh", *TINY, cache, f"run.root={tmp_path}", "run.name=stopped", *EVERY],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for_step(directory, process)
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=120)
+    *_, checkpoint, resume = out.splitlines()
+    assert checkpoint.endswith(f"stopped/checkpoints/step-{saved_steps(directory)[-1]}")
+    assert "store_type=file" in resume and process.returncode == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_stops_after_the_job_that_a_signal_ends(tmp_path: Path, cache: str) -> None:  # noqa: F811
+    process = start(tmp_path, cache, "-m", "run.seed=1,2", "launch.nproc=2", "run.name=sweep", *EVERY)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("**/checkpoints/step-3")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "resume" in out
+    assert len(list(tmp_path.glob("**/checkpoints"))) == 1
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_workers_at_once(tmp_path: Path, cache: str) -> None:  # noqa: F811
+    # The step takes longer than the test waits.
+    slow = ("train.global_batch=4096", "train.seq_len=256", "train.accumulation=64")
+    process = start(tmp_path, cache, "launch.nproc=2", "run.name=stopped", *slow)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "stopped" / "config.yaml").is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    time.sleep(3)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(1)
+    assert process.wait(20) == 130
