@@ -203,7 +203,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
 
         def save(done: int, evaluated: Evaluation | None) -> None:
             if health.refused.in_a_row:
-                saver.refuse(done, "the gradients of its last step were not finite")
+                saver.refuse(done, f"its gradient norm is {result.grad_norm}")
                 return
             with goodput.spent_on("save"):
                 recorder.sync()
