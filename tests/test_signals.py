@@ -1,6 +1,8 @@
 """Signals to the processes of a run: it ends after its step, with a checkpoint from which it continues bit for bit."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -53,6 +55,31 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_step(
         run(tmp_path, cache, *arguments)
         run(tmp_path, cache, *arguments, "run.name=whole")
         assert last < 14 and numbers(directory) == numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path, cache: str, torchrun: bool) -> None:  # noqa: F811
+    directory, limit = tmp_path / "stopped", 12
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    launched = ("launch.nproc=1",) if torchrun else ("launch.nproc=2",)
+    process = start(
+        tmp_path, cache, *launched, "run.name=stopped", f"parallel.timeout_s={limit}", "train.steps=100000",
+        "checkpoint.every=3", launcher=launcher if torchrun else (),
+    )  # fmt: skip
+    wait_for_step(directory, process)
+    names = b"train.py" if torchrun else b"forkserver"
+    workers = [pid for pid in children(process.pid) if names in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(workers[-1], signal.SIGSTOP)
+    start_s = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert time.monotonic() - start_s < limit + 15  # On a quiet machine: limit + 5.
+    assert process.returncode == 1
+    assert re.search(
+        rf"rank \d \(process {workers[-1]}\) was stopped, and is killed: rank \d waited 12 s in \w+:\w+ of step \d", err
+    )
+    [record] = (directory / "collectives").glob("rank-*.json")
+    assert json.loads(record.read_text())["step"] >= 3
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ from training.config import Config
 from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
 from training.engine import Engine, NativeEngine
 from training.formats.reader import open_model
+from training.hangs import hangs_explained
 from training.health import Health
 from training.interruption import Interruption
 from training.memory import memory_explained
@@ -150,7 +151,8 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
     pids = all_gather_json(os.getpid(), mesh.world)
-    siblings = pids[world.rank - world.local_rank :][: world.local_world_size]
+    first = world.rank - world.local_rank
+    siblings = {rank: pids[rank] for rank in range(first, first + world.local_world_size)}
 
     # 6. The loop over optimizer steps, which `Steps` runs.
     first_step = run.state["step"] if run.state else 0
@@ -165,7 +167,8 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
         WaitingClock() as waiting,
         Saver(run.directory / CHECKPOINTS, config.checkpoint, savers, run.checkpoint, recorder.note) as saver,
-        Interruption(siblings) as interruption,
+        Interruption(list(siblings.values())) as interruption,
+        hangs_explained(run.directory, world.rank, siblings, config.parallel.timeout_s) as flight,
     ):
         saver.prepare(engine.tensors)
 
@@ -198,6 +201,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             waited=lambda: waiting.seconds,
             before_step=recheck_if_due,
         )
+        flight.step = lambda: queue.done
         replicas = ReplicaCheck(engine)
         goodput.started()
 

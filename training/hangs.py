@@ -1,0 +1,90 @@
+"""What a run says if a rank waits for another one until the time-out of a collective."""
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from common.errors import TrainingFailure
+from common.files import write_atomically
+from common.text import first_line, parse_json, to_json
+from training.interruption import process_state
+
+COLLECTIVES = "collectives"
+"""The directory in the run's directory with the last collectives of each rank that has failed."""
+LAST = 20
+
+
+class FlightRecord:
+    """Which step this rank is in, for the message."""
+
+    def __init__(self) -> None:
+        self.step: Callable[[], int] = lambda: 0
+        """Returns the number of steps that have been started."""
+
+
+@contextlib.contextmanager
+def hangs_explained(
+    directory: Path, rank: int, siblings: Mapping[int, int], timeout_s: float
+) -> Iterator[FlightRecord]:
+    """If a collective in the context fails, write down the last collectives. After a time-out, say who is at fault.
+
+    A stopped process of this host is killed: it ignores every other signal, so its launcher would wait for it.
+
+    Args:
+        directory: the run's.
+        siblings: rank -> process id, of the ranks on this host.
+        timeout_s: the limit of a collective.
+
+    Raises:
+        TrainingFailure: in place of the error of a time-out.
+    """
+    record = FlightRecord()
+    try:
+        yield record
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
+            raise
+        step, entries = record.step(), last_collectives()
+        with contextlib.suppress(OSError):
+            write_record(directory, rank, step, entries, error)
+        if not any(sign in str(error) for sign in ("Timed out", "timed out", "timeout")):
+            raise
+        # A time-out can have retired the collective already. Then it is the last one.
+        waiting = [entry for entry in entries if not entry["retired"]] or entries
+        operation = waiting[-1]["profiling_name"] if waiting else "a collective"
+        waited = f"rank {rank} waited {timeout_s:g} s in {operation} of step {step}"
+        where = f"the last collectives of the ranks that answer are in {directory / COLLECTIVES}"
+        stopped = {other: pid for other, pid in siblings.items() if process_state(pid) == "T"}
+        for pid in stopped.values():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        if stopped:
+            named = ", ".join(f"rank {other} (process {pid})" for other, pid in stopped.items())
+            raise TrainingFailure(f"{named} was stopped, and is killed: {waited}; {where}", alone=True) from error
+        raise TrainingFailure(f"{waited} for a rank that runs but does not answer; {where}", alone=True) from error
+
+
+def last_collectives() -> list[dict[str, Any]]:
+    """Return the last collectives of this rank from torch's flight recorder, the oldest first."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    if dump is None:
+        return []
+    keys = ("profiling_name", "process_group", "collective_seq_id", "input_sizes", "input_dtypes", "retired")
+    entries = parse_json(dump(True, False)).get("entries", [])
+    return [{key: entry[key] for key in keys} for entry in entries[-LAST:]]
+
+
+def write_record(directory: Path, rank: int, step: int, entries: list[dict[str, Any]], error: Exception) -> None:
+    """Write the last collectives of this rank to `<directory>/collectives/rank-<rank>.json`."""
+    (directory / COLLECTIVES).mkdir(exist_ok=True)
+    content = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step, "time": time.time()}
+    text = to_json(content | {"error": first_line(error), "collectives": entries}, indent=2)
+    write_atomically(directory / COLLECTIVES / f"rank-{rank}.json", text + "\n")
