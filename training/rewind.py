@@ -51,9 +51,9 @@ class Rewind:
     def go_back(self, done: int, finding: Finding) -> str | None:
         """Load weights, optimizer state and position from a checkpoint, and skip the rows of the steps that went wrong.
 
-        The rows of the step before them are skipped, too: its update can be the cause. The checkpoint is the newest one
-        from before that update; if the same checkpoint was chosen the last time, the one before it. Newer
-        checkpoints are deleted, because they have what the run turns away from.
+        The checkpoint is the newest one from before these steps. If it was chosen the last time, it is the one before.
+        The rows of the step before the steps that went wrong are skipped, too, if it is repeated: its update can be the
+        cause. Newer checkpoints are deleted, because they have what the run turns away from.
 
         Args:
             done: the number of steps done.
@@ -66,11 +66,11 @@ class Rewind:
         Raises:
             TrainingFailure: the same, and the problem ends the run; or the configuration does not want to go back.
         """
-        good = self._good_checkpoints(done - finding.bad_steps - 1)
+        good = self._good_checkpoints(done - finding.bad_steps)
         step = step_of(good[-1]) if good else self._last
         if not finding.goes_back or self.times == MAX_TIMES or step == self._last:
             known = f"the last good checkpoint is {good[0]}" if good else "there is no checkpoint from before"
-            tried = f"; the run has gone back {self.times} times" if self.times else ""
+            tried = f"; the run has gone back {self.times} time{'s' * (self.times > 1)}" if self.times else ""
             line = f"step {done}: {finding.problem}; {known}{tried}"
             if finding.ends_run:
                 raise TrainingFailure(line)
@@ -80,12 +80,13 @@ class Rewind:
         state, tensors = read_state(path), self.engine.tensors()
         checkpoint.load(path, tensors, self.peers)
         self.engine.finish_loading(tensors, state["updates"])
-        self.loader.go_back(state["loader"], done - step, finding.bad_steps + 1)
+        skip = min(finding.bad_steps + 1, done - step)
+        self.loader.go_back(state["loader"], done - step, skip)
         self.health.load_state_dict(state.get("health", {}))
         self.steps.go_back(step)
         self.recorder.note(
             f"step {done}: {finding.problem}; the run goes back to {path} and skips the rows of steps "
-            f"{done - finding.bad_steps} to {done}"
+            f"{done - skip + 1} to {done}"
         )
         self.recorder.go_back(state)
         self.times, self._last = self.times + 1, step

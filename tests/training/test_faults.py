@@ -130,11 +130,15 @@ def test_a_loss_that_jumps_is_told_or_takes_the_run_back(tmp_path, cache, monkey
     assert [row["step"] for row in back] == list(range(1, 10))
 
 
-def test_a_jump_without_a_checkpoint_before_it_is_told(tmp_path, cache, monkeypatch, capsys):
-    monkeypatch.setattr(steps, "start_step", Jump({12}))
+def test_a_jump_that_comes_again_without_an_older_checkpoint_is_told(tmp_path, cache, monkeypatch, capsys):
+    jump = Jump({12})
+    monkeypatch.setattr(steps, "start_step", jump)
     run(tmp_path, cache, "none", "health.on_spike=rewind", "checkpoint.every=7")
     out = capsys.readouterr().out
-    assert "there is no checkpoint from before; the run goes on\n" in out
+    assert "step-7 and skips the rows of steps 8 to 8\n" in out
+    # The weights of this checkpoint are those that have jumped.
+    assert "step-7; the run has gone back 1 time; the run goes on\n" in out
+    assert jump.seen == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
     assert len(numbers(tmp_path / "none")) == 9
 
 
