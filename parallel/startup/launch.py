@@ -45,7 +45,8 @@ HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 AGENT_SIGNALS = "SIGQUIT"
 """Signals for which torch's agent has its own handlers."""
 GRACE_S = 600
-"""Seconds that the workers have to end after such a signal. Then they are killed. A large checkpoint takes minutes."""
+"""Seconds that the workers have to end after such a signal. Then they are killed. A large checkpoint takes minutes. The
+agent of torch 2.11 always waits for 30 seconds."""
 STOPPING = "stopping"
 """The launcher creates this file before it passes a signal on, and then waits for the end of the workers only."""
 
