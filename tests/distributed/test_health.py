@@ -84,6 +84,9 @@ class Rows:
         layout = self.mesh.layout
         return micro_batches_of_rank(rows_of_step(self.step, 8), layout.data_rank(self.mesh.rank), layout.data)
 
+    def state_dict(self) -> dict[str, int]:
+        return {"rows": self.step}
+
 
 def times(layout: Layout) -> tuple[list[Any], list[float], list[float]]:
     engine = engine_of(layout)
