@@ -16,27 +16,40 @@ LAST_FAILURE = "MIXWRIGHT_LAST_FAILURE"
 def failures_recorded(reports: Path) -> Iterator[None]:
     """Make torch's elastic agent write a line about the worker that failed before it restarts the workers.
 
-    The agent itself does not tell the new workers.
+    The agent itself does not tell the new workers. It reports the first failure that it sees, which can be that of a
+    worker that has lost its connection. If a signal has killed a worker, the agent is made to report that one.
 
     Args:
         reports: the directory in which workers leave their exceptions as `<restarts>-<rank>.json`.
     """
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher import api
 
     agent = api.LocalElasticAgent
 
     class Agent(agent):  # type: ignore[misc, valid-type]
         def _monitor_workers(self, worker_group: Any) -> Any:
-            # The agent names the first worker that failed, and then ends the others. So it is asked second.
-            processes = getattr(self._pcontext, "_pc", None)
-            ended = [process.exitcode for process in processes.processes] if processes else []
+            # When the agent sees a failure, it ends the other workers with SIGTERM. So they are looked at before, too.
+            before = self._ended(worker_group)
             result = super()._monitor_workers(worker_group)
             if result.is_failed():
                 attempt = worker_group.spec.max_restarts - self._remaining_restarts
-                failed = {worker_group.workers[local].global_rank: code for local, code in enumerate(ended) if code}
-                failed |= {rank: failure.exitcode for rank, failure in result.failures.items()}
+                after = self._ended(worker_group).items()
+                ended = {rank: end for rank, end in after if end.exitcode != -signal.SIGTERM} | before
+                killed = {rank: end for rank, end in ended.items() if end.exitcode < 0}
+                result.failures = killed or result.failures
+                failed = {rank: end.exitcode for rank, end in (ended | result.failures).items()}
                 _file(reports, attempt).write_text(describe_failure(failed, reports, attempt), encoding="utf-8")
             return result
+
+        def _ended(self, worker_group: Any) -> dict[int, ProcessFailure]:
+            """Return how the workers have ended that have failed, by their ranks."""
+            context = getattr(self._pcontext, "_pc", None)
+            return {
+                worker_group.workers[local].global_rank: ProcessFailure(local, process.pid, process.exitcode, "")
+                for local, process in enumerate(context.processes if context else ())
+                if process.exitcode
+            }
 
     api.LocalElasticAgent = Agent  # type: ignore[misc]
     try:

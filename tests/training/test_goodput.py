@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -89,3 +91,27 @@ def test_the_agent_of_torch_is_restored(tmp_path: Path) -> None:
     with failures_recorded(tmp_path):
         assert api.LocalElasticAgent is not before and issubclass(api.LocalElasticAgent, before)
     assert api.LocalElasticAgent is before
+
+
+def test_a_killed_worker_is_reported_and_not_one_that_lost_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reports the first worker that it finds ended, and ends the others with SIGTERM before it returns."""
+    from torch.distributed.launcher import api
+
+    workers = [SimpleNamespace(pid=7 + rank, exitcode=0, global_rank=rank) for rank in range(3)]
+
+    class Agent:
+        _remaining_restarts = 0
+        _pcontext = SimpleNamespace(_pc=SimpleNamespace(processes=workers))
+
+        def _monitor_workers(self, group: object) -> SimpleNamespace:
+            workers[0].exitcode, workers[1].exitcode, workers[2].exitcode = 1, -9, -15
+            failures = {0: SimpleNamespace(exitcode=1)}
+            return SimpleNamespace(is_failed=lambda: True, failures=failures)
+
+    monkeypatch.setattr(api, "LocalElasticAgent", Agent)
+    with failures_recorded(tmp_path):
+        group = SimpleNamespace(workers=workers, spec=SimpleNamespace(max_restarts=0))
+        agent: Any = api.LocalElasticAgent
+        result = agent()._monitor_workers(group)
+    assert {rank: failure.exitcode for rank, failure in result.failures.items()} == {1: -9}
+    assert last_failure(tmp_path, 1) == "rank 1 was killed by SIGKILL"
