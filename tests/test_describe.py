@@ -121,7 +121,9 @@ def test_a_mistake_is_one_line_and_status_2(
     assert shown.err.startswith(f"error: {line}") and shown.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("tool_name", ["describe", "generate", "parity", "upcycle", "export_hf", "import_hf"])
+@pytest.mark.parametrize(
+    "tool_name", ["describe", "generate", "parity", "campaign", "upcycle", "export_hf", "import_hf"]
+)
 def test_help_shows_commands_and_keys_and_needs_no_torch(tool_name: str) -> None:
     done = subprocess.run(
         [sys.executable, f"scripts/{tool_name}.py", "--help"],
