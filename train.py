@@ -31,6 +31,7 @@ from common.strict import from_dict
 from scripts.cli.command_line import (
     CONF,
     asks_for_help,
+    check_presets,
     current_job,
     end,
     job_arguments,
@@ -40,6 +41,7 @@ from scripts.cli.command_line import (
     record_failure,
     show_train_help,
     sweep_directory,
+    take_flag,
     without_local_rank,
 )
 from scripts.cli.overrides import quote
@@ -92,6 +94,9 @@ def main() -> None:
     try:
         if asks_for_help(typed):
             return show_train_help(typed)
+        config_dir, _ = take_flag(typed, "--config-dir", "-cd")
+        if config_dir is not None:
+            check_presets(config_dir)
         sys.argv[1:] = job_command(typed)
         with RunOwner(sweep=True) as sweep:
             sweep_dir = sweep_directory(sys.argv[1:], sweep)

@@ -8,8 +8,9 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from common.errors import RunError, UserError
+from common.errors import RunError, UserError, require
 
 PIECE = 1 << 22
 """Bytes of a file that are read at once."""
@@ -57,6 +58,29 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """Open a regular file to read its bytes. Everything that the user or a stranger names is opened by this function.
+
+    Raises:
+        UnusableFile: the file is not a regular file.
+        OSError: the file cannot be opened.
+    """
+    return os.fdopen(open_regular(path), "rb")
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    Raises:
+        UnusableFile: the file is not a regular file, or is larger.
+        OSError: the file cannot be read.
+    """
+    with open_binary(path) as file:
+        content = file.read(limit + 1)
+    require(len(content) <= limit, UnusableFile, f"{path} has more than {limit} bytes")
+    return content
 
 
 def _expect_regular(path: Path, mode: int) -> None:
@@ -122,7 +146,7 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -
         OSError: the file cannot be read.
     """
     digest, done, piece = hashlib.sha256(), 0, bytearray(PIECE)
-    with path.open("rb", buffering=0) as file:
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
         while size := file.readinto(piece):
             digest.update(memoryview(piece)[:size])
             done += size

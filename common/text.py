@@ -6,8 +6,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+MAX_YAML = 2**19
+"""The most characters of a YAML file that is read. A parser needs seconds for them."""
 MAX_YAML_DEPTH = 100
-"""The deepest nesting of a YAML file that is read. The parser's time grows with the square of the depth."""
+"""The deepest nesting of a YAML file that is read. A parser's time grows with the square of the depth."""
+MAX_JSON = 2**26
+"""The most bytes of a JSON file that is read whole, unless its reader has another limit."""
 SIMILAR = 0.75
 """Ratio of `difflib.SequenceMatcher` from which one word is suggested in place of another."""
 
@@ -164,25 +168,48 @@ def parse_json_object(text: str | bytes) -> dict[str, Any]:
     return parsed
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str | bytes) -> Any:
     """Parse a YAML document without aliases, of which a few lines can expand to gigabytes.
 
+    Args:
+        text: the text, or its bytes in UTF-8.
+
     Raises:
-        ValueError: `text` is not YAML, has an alias or is nested too deeply. The message is one line.
+        ValueError: `text` is not YAML, has an alias, is too long or is nested too deeply. The message is one line.
     """
     import yaml
 
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError("expected YAML without aliases (a few lines of them can expand to gigabytes)")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_YAML_DEPTH:
-                raise ValueError(f"expected YAML that is nested at most {MAX_YAML_DEPTH} deep")
-        return yaml.safe_load(text)
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        check_yaml(decoded, aliases=False)
+        return yaml.load(decoded, loader)
     except Exception as error:  # Besides YAMLError, the constructors of dates, numbers and sets raise many types.
         raise ValueError(shorten(one_line(str(error)) or type(error).__name__, 200)) from error
+
+
+def check_yaml(text: str, *, aliases: bool) -> None:
+    """Check that a YAML document can be parsed in bounded time and memory.
+
+    Args:
+        aliases: whether the document can have aliases.
+
+    Raises:
+        ValueError: `text` is too long, is nested too deeply, or has an alias and must not.
+        yaml.YAMLError: `text` is not YAML.
+    """
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if len(text) > MAX_YAML:
+        raise ValueError(f"expected YAML of at most {MAX_YAML} characters, found {len(text)}")
+    depth = 0
+    for event in yaml.parse(text, loader):
+        if isinstance(event, yaml.AliasEvent) and not aliases:
+            raise ValueError("expected YAML without aliases (a few lines of them can expand to gigabytes)")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError(f"expected YAML that is nested at most {MAX_YAML_DEPTH} deep")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

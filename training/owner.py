@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from common.errors import RunError, require
-from common.files import open_regular, write_atomically
+from common.files import open_regular, read_file, write_atomically
 from common.text import parse_json, to_json
 from training.config import RunConfig
 
@@ -32,6 +32,8 @@ LOCK_FILE = ".lock"
 SWEEP_LOCK_FILE = ".sweep-lock"
 """The lock file of a sweep's directory, which has the directories of its jobs."""
 LAUNCH_FILE = "launch.json"
+MAX_LAUNCH = 4096
+"""The most bytes of this file."""
 SWEEP_TABLE = "sweep.csv"
 RUN_MARKS = (LOCK_FILE, LAUNCH_FILE, "config.yaml")
 """A directory that has one of these files is that of a run."""
@@ -277,7 +279,7 @@ def _find(run: RunConfig, identity: dict[str, Any]) -> str | None:
     """The name of the run that this launch has started already."""
     for path in sorted(Path(run.root).glob(f"{glob.escape(run.experiment)}-*/{LAUNCH_FILE}")):
         with contextlib.suppress(OSError, ValueError):
-            if parse_json(path.read_bytes()) == identity:
+            if parse_json(read_file(path, MAX_LAUNCH)) == identity:
                 return str(path.parent.relative_to(run.root))
     return None
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError, ConfigError, DataError, expect, require
+from common.files import read_file
 from common.plugins import missing_plugins
 from common.strict import from_dict, to_dict
-from common.text import parse_yaml, printable, show_value, to_json
+from common.text import MAX_YAML, parse_yaml, printable, shorten, show_value, to_json
 from moe.config import ModelConfig, RouterConfig
 from parallel.layout import Layout
 from parallel.startup.preflight import flatten
@@ -156,7 +157,7 @@ def saved_values(state: Mapping[str, Any], directory: Path, checkpoint: str) -> 
 def _read_config(directory: Path) -> dict[str, Any]:
     """The valid `config.yaml` of a run, without keys that this version does not have; empty if there is none."""
     try:
-        values = parse_yaml((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = parse_yaml(read_file(directory / CONFIG_FILE, MAX_YAML))
         known = {
             section: {key: value for key, value in keys.items() if f"{section}.{key}" in RULE_OF}
             for section, keys in values.items()
@@ -174,15 +175,45 @@ def resumable_state(path: str, steps: int) -> dict[str, Any]:
         CheckpointError: the checkpoint needs a plugin that is not loaded, or is of a later step than the run's last.
     """
     state = read_state(Path(path))
-    missing = missing_plugins(state.get("plugins", {}))
-    require(not missing, CheckpointError, f"{path}: {printable(missing)}")
-    require(isinstance(state.get("step"), int), CheckpointError, f"{path}: expected the state of a run ('step')")
+    plugins = state.get("plugins", {})
+    require(_is_table(plugins), CheckpointError, f"{path}: expected the state of a run ('plugins')")
+    missing = missing_plugins(plugins)
+    require(not missing, CheckpointError, f"{path}: {shorten(printable(missing), 400)}")
+    loader, health = state.get("loader", {}), state.get("health", {})
+    for holds, keys in (
+        (_is_count(state.get("step")), "step"),
+        (_is_count(state.get("updates")), "updates"),
+        (isinstance(loader, dict), "loader"),
+        (isinstance(state.get("config", {}), dict), "config"),
+        (isinstance(health, dict), "health"),
+    ):
+        require(holds, CheckpointError, f"{path}: expected the state of a run ('{keys}')")
+    skipped, losses = loader.get("skipped", []), health.get("losses", [])
+    for holds, keys in (
+        (all(_is_count(loader.get(name)) for name in ("rows", "seed", "seq_len")), "loader"),
+        (isinstance(loader.get("corpus"), str), "loader.corpus"),
+        (isinstance(skipped, list) and all(map(_is_range, skipped)), "loader.skipped"),
+        (isinstance(losses, list) and all(type(loss) in (int, float) for loss in losses), "health.losses"),
+    ):
+        require(holds, CheckpointError, f"{path}: expected the state of a run ('{keys}')")
     require(
         state["step"] <= steps,
         CheckpointError,
         f"train.steps={steps}: expected at least {state['step']}, the step of the checkpoint {path}",
     )
     return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_range(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
 
 
 def changed_keys(

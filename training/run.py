@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import write_atomically
-from common.text import finite, parse_json, to_json
+from common.files import read_file, write_atomically
+from common.text import MAX_JSON, finite, parse_json, to_json
 
 INTERRUPTED = "interrupted"
 """The status of a run that a signal has ended."""
@@ -20,13 +20,15 @@ def finished_result(directory: Path, steps: int) -> dict[str, Any] | None:
     """Return the content of `result.json` if the run in `directory` has finished after at least `steps` steps, else
     None."""
     try:
-        result = parse_json((directory / RESULT_FILE).read_bytes())
+        result = parse_json(read_file(directory / RESULT_FILE, MAX_JSON))
     except (OSError, ValueError):
         return None
     if not isinstance(result, dict) or result.get("status") != "finished":
         return None
-    step = result.get("step")
-    return finite(result) if isinstance(step, int) and step >= steps else None
+    step, loss = result.get("step"), result.get("eval/loss")
+    if type(step) is not int or step < steps or not (loss is None or type(loss) in (int, float)):
+        return None
+    return finite(result)
 
 
 def save_config(directory: Path, config: Mapping[str, Any]) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
 
 from common.errors import DataError, require
+from common.files import open_binary
 from common.text import first_line, printable, without_advice
 from data.config import FileFormat
 
@@ -37,6 +38,13 @@ JSON_ARRAY = re.compile(r"\s*\[" + JSON_OBJECT.pattern)
 JSON_SPACE = re.compile(r"[ \t\n\r]*")
 PARQUET_ROWS = 1024
 """Rows of a parquet file that are in memory at once."""
+MAX_ROW = 2**26
+"""The most characters of a row of a table (of parquet: bytes). A few kilobytes of a compressed file can expand to a row
+of gigabytes."""
+MAX_JSON_TEXT = 2**30
+"""The most bytes of a JSON file that is not one object per line. It is in memory at once."""
+MAX_XZ_MEMORY = 2**28
+"""The most memory that a `.xz` file can ask for."""
 UNDECODABLE = re.compile("[\udc80-\udcff]")
 """What Python's error handler `surrogateescape` gives for a byte that is not UTF-8."""
 
@@ -67,7 +75,7 @@ def detect(path: Path, forced: FileFormat | None = None) -> FileKind:
     promised = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     try:
         require(path.is_file(), DataError, "expected a regular file")
-        with path.open("rb") as file:
+        with open_binary(path) as file:
             start = file.read(8)
         require(start, DataError, "expected a file with text, found an empty one")
         compression = next((name for name, magic in COMPRESSIONS.items() if start.startswith(magic)), "")
@@ -130,6 +138,7 @@ def _unreadable(error: Exception) -> DataError:
 
 
 def _open_bytes(path: Path, compression: str) -> IO[bytes]:
+    open_binary(path).close()  # The libraries would wait for a named pipe.
     if compression == ".gz":
         import gzip
 
@@ -139,15 +148,55 @@ def _open_bytes(path: Path, compression: str) -> IO[bytes]:
 
         return bz2.open(path)
     if compression == ".xz":
-        import lzma
-
-        return lzma.open(path)
+        return io.BufferedReader(_XzReader(open_binary(path)))
     if compression == ".zst":
         import pyarrow
 
         stream: IO[bytes] = pyarrow.input_stream(str(path), compression="zstd")
         return stream
-    return path.open("rb")
+    return open_binary(path)
+
+
+class _XzReader(io.RawIOBase):
+    """Decompresses a `.xz` file. `lzma.open` has no limit of the memory, of which a file can ask for 4 GiB."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._decompressor = file, self._new_decompressor()
+
+    def _new_decompressor(self) -> Any:
+        import lzma
+
+        return lzma.LZMADecompressor(memlimit=MAX_XZ_MEMORY)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the start of `buffer`, and return the number of bytes. 0: the end."""
+        content = compressed = b""
+        while not content:
+            if self._decompressor.eof:
+                # Several streams can follow one another, with zeros between them.
+                compressed = self._decompressor.unused_data.lstrip(b"\0")
+                while not compressed:
+                    block = self._file.read(2**16)
+                    if not block:
+                        return 0
+                    compressed = block.lstrip(b"\0")
+                self._decompressor = self._new_decompressor()
+            elif self._decompressor.needs_input:
+                compressed = self._file.read(2**16)
+                if not compressed:
+                    raise EOFError("the file ends before its end marker")
+            content = self._decompressor.decompress(compressed, len(buffer))
+            compressed = b""
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        """Close the compressed file."""
+        self._file.close()
+        super().close()
 
 
 def _open_text(path: Path, kind: FileKind, newline: str | None = None) -> IO[str]:
@@ -197,9 +246,16 @@ def split_text(file: IO[str]) -> Iterator[str]:
 def _json_lines(path: Path, kind: FileKind) -> Iterator[tuple[str, Item]]:
     # The `datasets` library is not used here: it infers one schema for all rows, and cannot name an invalid line.
     with _open_text(path, kind) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW + 1), ""), start=1):
+            if len(line) > MAX_ROW:
+                yield f"line {number}", _too_long()
+                return
             if not line.isspace():
                 yield f"line {number}", _undecodable(line) or _json_row(line.rstrip("\n"), number)
+
+
+def _too_long() -> DataError:
+    return DataError(f"expected a row of at most {MAX_ROW} characters, found a longer one")
 
 
 def _json_row(line: str, number: int) -> Row | DataError:
@@ -222,12 +278,19 @@ def _not_json(error: ValueError | RecursionError, first_line: int = 1) -> DataEr
 def _json(path: Path, kind: FileKind) -> Iterator[tuple[str, Item]]:
     """Read a JSON array of objects, one object, or several objects one after another (such as JSON lines)."""
     with _open_text(path, kind) as file:
-        first = next((line for line in file if not line.isspace()), "")
+        first = next((line for line in iter(lambda: file.readline(MAX_ROW), "") if not line.isspace()), "")
     if JSON_OBJECT.match(first) and isinstance(_json_row(first, 1), dict):
         yield from _json_lines(path, kind)
         return
-    with _open_text(path, kind) as file:
-        text = file.read()
+    with _open_bytes(path, kind.compression) as stream:
+        content = stream.read(MAX_JSON_TEXT + 1)
+    require(
+        len(content) <= MAX_JSON_TEXT,
+        DataError,
+        f"expected at most {MAX_JSON_TEXT} bytes of JSON that is not one object per line (.jsonl), found more",
+    )
+    text = content.decode("utf-8-sig", errors="surrogateescape")
+    del content
     error = _undecodable(text)
     yield from [("", error)] if error else _json_values(text)
 
@@ -268,12 +331,22 @@ def _not_an_object(value: Any) -> DataError:
 
 
 def _csv(path: Path, kind: FileKind) -> Iterator[tuple[str, Item]]:
-    csv.field_size_limit(2**31 - 1)  # The default is 131,072 characters, which a document can exceed.
+    csv.field_size_limit(MAX_ROW)  # The default is 131,072 characters, which a document can exceed.
     header: list[str] = []
+    left = MAX_ROW  # characters that the lines of the current row can have
+
+    def lines(file: IO[str]) -> Iterator[str]:
+        nonlocal left
+        while line := file.readline(left + 1):
+            left -= len(line)
+            if left < 0:
+                raise _too_long()
+            yield line
+
     with _open_text(path, kind, newline="") as file:
-        reader = csv.reader(file, "excel-tab" if kind.format == "tsv" else "excel", strict=True)
+        reader = csv.reader(lines(file), "excel-tab" if kind.format == "tsv" else "excel", strict=True)
         while True:
-            place = f"line {reader.line_num + 1}"
+            place, left = f"line {reader.line_num + 1}", MAX_ROW
             try:
                 fields = next(reader)
             except StopIteration:
@@ -298,8 +371,50 @@ def _parquet(path: Path, kind: FileKind) -> Iterator[tuple[str, Item]]:
     source: Any = path
     if kind.compression:
         with _open_bytes(path, kind.compression) as stream:
-            source = io.BytesIO(stream.read())
+            content = stream.read(MAX_JSON_TEXT + 1)
+        require(
+            len(content) <= MAX_JSON_TEXT,
+            DataError,
+            f"expected parquet of at most {MAX_JSON_TEXT} bytes inside {kind.compression}, found more",
+        )
+        source = io.BytesIO(content)
     with pyarrow.parquet.ParquetFile(source) as file:
-        rows = (row for batch in file.iter_batches(batch_size=PARQUET_ROWS) for row in batch.to_pylist())
+        # Repeated values stay in a dictionary: written out, a thousand rows of one large value are gigabytes.
+        columns = [file.schema.column(number) for number in range(len(file.schema.names))]
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+    with pyarrow.parquet.ParquetFile(source, read_dictionary=texts) as file:
+        rows = (row for batch in file.iter_batches(batch_size=PARQUET_ROWS) for row in _rows_of(batch))
         for number, row in enumerate(rows, start=1):
             yield f"row {number}", row
+
+
+def _rows_of(batch: Any) -> Iterator[Row | DataError]:
+    """Yield the rows of a batch of a parquet file: one by one if they are large."""
+    if _size_of(batch) <= MAX_ROW:
+        yield from batch.to_pylist()
+        return
+    for row in (batch.slice(number, 1) for number in range(len(batch))):
+        if _size_of(row) > MAX_ROW:
+            yield DataError(f"expected a row of at most {MAX_ROW} bytes, found a larger one")
+        else:
+            yield from row.to_pylist()
+
+
+def _size_of(values: Any) -> int:
+    """Return the bytes of a batch or an array of pyarrow, in which each row has its own copy of its values."""
+    import pyarrow
+    import pyarrow.compute
+
+    if isinstance(values, pyarrow.RecordBatch):
+        return sum(map(_size_of, values.columns))
+    kind = values.type
+    if pyarrow.types.is_dictionary(kind):
+        lengths = pyarrow.compute.binary_length(values.dictionary).cast(pyarrow.int64())
+        return int(pyarrow.compute.sum(lengths.take(values.indices)).as_py() or 0)
+    if pyarrow.types.is_struct(kind):
+        return sum(map(_size_of, values.flatten()))
+    if pyarrow.types.is_map(kind):
+        return _size_of(values.keys) + _size_of(values.items)
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind):
+        return _size_of(values.flatten())
+    return int(values.nbytes)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError, require
-from common.files import write_atomically
-from common.text import parse_json_object, to_json
+from common.files import read_file, write_atomically
+from common.text import MAX_JSON, parse_json_object, to_json
 from data.tokens import marks as companions
 from data.tokens.huggingface_tokenizer import HuggingFaceTokenizer
 from data.tokens.marks import Marks
-from data.tokens.tokenizer import TextTokenizer, Tokenizer
+from data.tokens.tokenizer import MAX_TOKENIZER, TextTokenizer, Tokenizer
 
 SENTENCEPIECE = "tokenizer.model"
 HUGGING_FACE = "tokenizer.json"
@@ -66,7 +66,7 @@ class TokenizerFiles:
             path = self.directory / name
             if name == companions.GENERATION and not path.exists():
                 return _ids_of_model(self.directory / MODEL_CONFIG)
-            return path.read_bytes() if name in self.names else b""
+            return read_file(path, MAX_TOKENIZER) if name in self.names else b""
         except OSError as error:
             kind = "file" if name not in self.models else "sentencepiece model"
             raise DataError(f"{self._where(name)}: expected a {kind} that can be read ({error.strerror})") from error
@@ -173,7 +173,7 @@ def _matches(directory: Path, *patterns: str) -> tuple[str, ...]:
 def _ids_of_model(config: Path) -> bytes:
     """Return the token ids of a Hugging Face `config.json` as a `generation_config.json`, or b"" if it names none."""
     try:
-        raw: dict[str, Any] = parse_json_object(config.read_bytes()) if config.is_file() else {}
+        raw: dict[str, Any] = parse_json_object(read_file(config, MAX_JSON)) if config.is_file() else {}
     except ValueError:
         return b""  # The reader of the model's configuration reports the damage.
     ids = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw.get(key) is not None}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import DataError
-from common.files import fsync, sha256_of
-from common.text import parse_json
+from common.files import fsync, read_file, sha256_of
+from common.text import MAX_JSON, parse_json
 from data.config import DataConfig
 from data.corpora.corpus import open_corpus
 from data.corpora.document import Fault
@@ -115,7 +115,7 @@ class Store:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.directory / "manifest.json"
         try:
-            manifest: dict[str, Any] = parse_json(path.read_bytes())
+            manifest: dict[str, Any] = parse_json(read_file(path, MAX_JSON))
             found = manifest_sha256(manifest)
         except OSError as error:
             raise self._damaged(path, "a file that can be read", error.strerror or "none") from error

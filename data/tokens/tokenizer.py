@@ -12,9 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.errors import DataError
+from common.files import read_file
 from common.text import printable, shorten
 from data.tokens.marks import AddedToken, Marks
 
+MAX_TOKENIZER = 2**28
+"""The most bytes of a file of a tokenizer."""
 SPACE = "\u2581"
 """The character by which sentencepiece represents a space in a piece."""
 SENTENCE_CHARS = 2_048
@@ -201,9 +204,11 @@ def _read_model(path: Path, shown: str) -> Any:
     schema: Any = sentencepiece_model_pb2  # Its classes are created at import time, so type checkers do not see them.
     model = schema.ModelProto()
     try:
-        model.ParseFromString(path.read_bytes())
+        model.ParseFromString(read_file(path, MAX_TOKENIZER))
         processor = _processor(model)
         processor.id_to_piece(list(range(processor.vocab_size())))  # Damaged pieces are not UTF-8.
+    except OSError as error:
+        raise DataError(f"{shown}: expected a sentencepiece model that can be read ({error.strerror})") from error
     except Exception as error:  # Each protobuf implementation has its own DecodeError.
         raise DataError(f"{shown}: expected a sentencepiece model that can be read") from error
     return model

@@ -12,7 +12,8 @@ import sys
 import time
 import traceback
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
@@ -24,12 +25,14 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from yaml import YAMLError
 
 from common.errors import ConfigError, RunError, TrainingFailure, UserError, require
+from common.files import read_file
 from common.plugins import load_plugins
 from common.strict import from_dict, leaf_keys, suggested_key, unknown_key
-from common.text import nearest, one_line, shorten
+from common.text import MAX_YAML, check_yaml, nearest, one_line, shorten
 from parallel.startup.launch import WorkerFailure, interrupts_raise, is_launched
 from scripts.cli.help import train_help
 from scripts.cli.overrides import PARSER, as_typed, in_grammar, quote, text_keys, values_of
@@ -42,6 +45,12 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 INTERRUPTED, UNREAD = 130, 141
 """Exit statuses as a shell gives them: after Ctrl-C (128 + SIGINT), and if the reader of stdout has ended
 (128 + SIGPIPE), as in `| head`."""
+MAX_MESSAGE = 4000
+"""The most characters of the line about a mistake. Names and values in it can come from a file."""
+MAX_BRACKETS = 10_000
+"""The most brackets of a preset that is not YAML."""
+PRESETS = ("*.yaml", "*/*.yaml", "*/*/*.yaml")
+"""Where presets are below `--config-dir`."""
 PATIENCE_S = 3.0
 """Seconds that other ranks wait before they exit, so that local rank 0 can print the mistake that all of them make."""
 T = TypeVar("T")
@@ -135,7 +144,7 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: str | None =
         HydraException, OmegaConfBaseException: an override cannot be used. `user_message` explains both.
     """
     if config_dir is not None:
-        require(os.path.isdir(config_dir), ConfigError, f"--config-dir={config_dir}: expected a directory")
+        check_presets(config_dir)
         overrides = [f"hydra.searchpath=[{quote(f'file://{Path(config_dir).resolve()}')}]", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return plain(compose(name, list(overrides), return_hydra_config=True))
@@ -144,15 +153,21 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: str | None =
 def plain(cfg: DictConfig, sweep_dir: Path | None = None, number: int | None = None) -> dict[str, Any]:
     """Return a composed configuration as dicts, lists and scalars, with its interpolations resolved.
 
+    A configuration is saved with the run and sent to trackers. It must not read the environment, which has secrets.
+
     If `run.experiment` is null, it becomes the name of the model: that of `run.init_from`, or of the model's preset.
 
     Args:
         cfg: the configuration, inside a Hydra job or with Hydra's own section `hydra`, which is left out.
         sweep_dir, number: the directory of a sweep and the number of the job in it. They determine `run.name`.
+
+    Raises:
+        ConfigError: a value has an interpolation of the resolver `oc.env`.
     """
-    container = OmegaConf.to_container(
-        OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True
-    )
+    with _without_environment():
+        container = OmegaConf.to_container(
+            OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True
+        )
     assert isinstance(container, dict)
     raw: dict[str, Any] = {str(name): value for name, value in container.items()}
     if isinstance(raw.get("run"), dict) and raw["run"].get("experiment", "") is None:
@@ -161,6 +176,31 @@ def plain(cfg: DictConfig, sweep_dir: Path | None = None, number: int | None = N
     if sweep_dir is not None:
         raw["run"]["name"] = f"{os.path.relpath(sweep_dir, raw['run']['root'])}/{number}"
     return raw
+
+
+@contextmanager
+def _without_environment() -> Iterator[None]:
+    """Refuse interpolations such as `${oc.env:WANDB_API_KEY}`."""
+
+    refused = []
+
+    def refuse(name: str, *default: Any) -> NoReturn:
+        refused.append(f"${{oc.env:{name}}}")
+        raise ConfigError(refused[0])
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        require(
+            not refused,
+            ConfigError,
+            f"{error.full_key}={''.join(refused)}: expected a value that does not read the environment, because runs "
+            "save their configuration",
+        )
+        raise
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
 
 
 def _model_name(init_from: Any, preset: str | None) -> str | None:
@@ -312,7 +352,7 @@ def user_message(error: BaseException, arguments: Sequence[str], cls: type = Con
     if isinstance(error, WorkerFailure):
         return error.message if error.exitcode == 2 or "\n" not in error.message.strip() else None
     if isinstance(error, UserError | TrainingFailure):
-        return one_line(str(error))
+        return shorten(one_line(str(error)), MAX_MESSAGE)
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = sorted(error.options)
@@ -330,12 +370,38 @@ def user_message(error: BaseException, arguments: Sequence[str], cls: type = Con
 def _unreadable_preset(arguments: Sequence[str]) -> str | None:
     """Return the line about the first file below `--config-dir` that is not YAML, or None if all are."""
     directory, _ = take_flag(arguments, "--config-dir", "-cd")
-    for file in sorted(Path(directory).rglob("*.yaml")) if directory else []:
+    for file in _presets(directory) if directory else []:
         try:
             OmegaConf.load(file)
         except Exception as error:  # Besides YAMLError, the constructors of numbers and dates raise many types.
             return f"--config-dir={directory}: {file}: expected YAML ({shorten(one_line(str(error)), 200)})"
     return None
+
+
+def _presets(directory: str) -> list[Path]:
+    return sorted(file for pattern in PRESETS for file in Path(directory).glob(pattern))
+
+
+def check_presets(directory: str) -> None:
+    """Check that the presets below `--config-dir` are files which can be parsed in bounded time.
+
+    Raises:
+        ConfigError: `directory` is not a directory, or a preset is not a regular file, is too long or is nested too
+            deeply.
+    """
+    require(os.path.isdir(directory), ConfigError, f"--config-dir={directory}: expected a directory")
+    for file in _presets(directory):
+        try:
+            text = read_file(file, MAX_YAML).decode("utf-8", errors="replace")
+            check_yaml(text, aliases=True)
+        except YAMLError:
+            # If the preset is chosen, the error of Hydra is explained. Its parser is slower than that of `check_yaml`.
+            deep = text.count("[") + text.count("{") > MAX_BRACKETS
+            require(not deep, ConfigError, f"--config-dir={directory}: {file}: expected YAML with fewer brackets")
+        except OSError as error:
+            raise ConfigError(f"--config-dir={directory}: {error}") from error
+        except ValueError as error:
+            raise ConfigError(f"--config-dir={directory}: {file}: {error}") from error
 
 
 def details(error: BaseException) -> str:

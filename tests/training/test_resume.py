@@ -192,7 +192,8 @@ def test_a_state_that_cannot_be_continued(tmp_path, monkeypatch: pytest.MonkeyPa
     saved = str(checkpoint.save(root, 3, {"w": torch.ones(2)}, {"step": 3, "plugins": {"mine.py": ""}}, keep=2))
     with pytest.raises(CheckpointError, match=r"step-3: it was written with plugins=\[mine.py\]: name them again"):
         resumable_state(saved, 3)
-    saved = str(checkpoint.save(root, 4, {"w": torch.ones(2)}, {"step": 4}, keep=2))
+    state = {"step": 4, "updates": 4, "loader": {"rows": 8, "corpus": "x", "seed": 0, "seq_len": 8}}
+    saved = str(checkpoint.save(root, 4, {"w": torch.ones(2)}, state, keep=2))
     assert resumable_state(saved, 4)["step"] == 4
     with pytest.raises(CheckpointError, match=r"^train\.steps=3: expected at least 4, the step of the checkpoint"):
         resumable_state(saved, 3)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import CheckpointError, require
-from common.files import fsync, sha256_of, write_atomically
+from common.files import fsync, read_file, sha256_of, write_atomically
 from common.text import parse_json, shorten
 from training.checkpoint.peers import ALONE, Peers, StalledError
 
@@ -30,6 +30,10 @@ FORMAT = 1
 CHECKPOINTS = "checkpoints"
 """Name of the directory with the checkpoints, in a run's directory."""
 MANIFEST = "manifest.json"
+MAX_MANIFEST = 2**29
+"""The most bytes of a manifest."""
+MAX_DIMS = 64
+"""The most dimensions of a tensor, as in torch."""
 HELDOUT_LOSS = "heldout_loss"
 """Key of a checkpoint's state: the held-out loss at its step, if it was evaluated then."""
 STEP_DIRECTORY = re.compile(r"step-(0|[1-9][0-9]*)")
@@ -51,6 +55,7 @@ def write_manifest(directory: Path, body: dict[str, Any]) -> None:
         text = _canonical(body | {"sha256": _digest(body)})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}: state cannot be written as JSON: {error}") from error
+    require(len(text) <= MAX_MANIFEST, CheckpointError, f"{directory}: a manifest of {len(text)} bytes is too large")
     write_atomically(directory / MANIFEST, text)
     fsync(directory)
 
@@ -64,7 +69,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        raw = file.read_bytes()
+        raw = read_file(file, MAX_MANIFEST)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
     try:
@@ -75,13 +80,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: not the JSON that was written") from error
     require(intact, CheckpointError, f"{file}: damaged: found sha256 {actual}, expected {expected}")
-    require(
-        body.get("format") == FORMAT, CheckpointError, f"{file}: found format {body.get('format')!r}, expected {FORMAT}"
-    )
+    found = shorten(repr(body.get("format")), 40)
+    require(found == str(FORMAT), CheckpointError, f"{file}: found format {found}, expected {FORMAT}")
     try:
         _check_body(body)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not a checkpoint manifest: {error!r}") from error
+        raise CheckpointError(f"{file}: not a checkpoint manifest: {shorten(repr(error), 200)}") from error
     if STEP_DIRECTORY.fullmatch(path.name):
         step = body["state"].get("step", step_of(path))
         require(
@@ -312,12 +316,13 @@ def _check_body(body: dict[str, Any]) -> None:
     require(isinstance(body["state"], dict), TypeError, "state is not an object")
     for name, record in body["files"].items():
         require(SHARD_FILE.fullmatch(name), TypeError, f"file name {name!r}")
-        require(set(record) == {"size", "sha256"} and isinstance(record["size"], int), TypeError, f"record of {name}")
+        has_types = type(record["size"]) is int and isinstance(record["sha256"], str)
+        require(set(record) == {"size", "sha256"} and has_types, TypeError, f"record of {name}")
     for name, record in body["tensors"].items():
         dims, chunks = len(record["shape"]), record["chunks"]
         sizes = [record["shape"], *(chunk[key] for chunk in chunks for key in ("offset", "shape"))]
         require(
-            all(len(size) == dims and all(isinstance(n, int) and n >= 0 for n in size) for size in sizes),
+            dims <= MAX_DIMS and all(_is_size(size) and len(size) == dims for size in sizes),
             TypeError,
             f"shapes of {name!r}",
         )
@@ -326,6 +331,11 @@ def _check_body(body: dict[str, Any]) -> None:
             TypeError,
             f"record of {name!r}",
         )
+
+
+def _is_size(value: Any) -> bool:
+    """Whether `value` is a list of whole numbers that can be sizes or offsets of a tensor."""
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
 
 
 def _canonical(body: dict[str, Any]) -> bytes:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import CheckpointError, require
-from common.files import explain_os_error
+from common.files import explain_os_error, open_binary
 from common.text import to_json
 from moe.region import LocalShard, Region, whole_shard
 from training.checkpoint.peers import NotFiniteError
@@ -305,6 +305,7 @@ def read_shard(file: Path, slices: Sequence[SliceRead], progress: Progress = no_
         CheckpointError: the file is missing, is not a safetensors file, or lacks a tensor that the manifest names.
     """
     try:
+        open_binary(file).close()  # The library would wait for a named pipe.
         with safe_open(file, framework="pt") as shard:
             done, total = 0, sum(read.target.nbytes for read in slices)
             for read in slices:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import ConfigError, expect, require
-from common.text import nearest, parse_json_object, shorten, to_json
+from common.files import read_file
+from common.text import MAX_JSON, nearest, parse_json_object, shorten, to_json
 from parallel.config import ParallelConfig
 from training.config import EngineConfig, OptimConfig, TrainConfig
 
@@ -284,7 +285,7 @@ def _check_version() -> None:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        return parse_json_object(Path(path).read_bytes())
+        return parse_json_object(read_file(Path(path), MAX_JSON))
     except OSError as error:
         raise ConfigError(f"engine.ds_config={path}: expected a JSON file ({error.strerror})") from None
     except ValueError as error:

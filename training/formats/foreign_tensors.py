@@ -22,15 +22,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import ModelError, expect_no_tensors, require
-from common.text import parse_json_object, printable, shorten
+from common.files import open_binary, read_file
+from common.text import MAX_JSON, parse_json_object, printable, shorten
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_HEADER = 32 << 20
 """The most bytes that a header can have. More than 200,000 tensors fit into it."""
-MAX_JSON = 64 << 20
-"""The most bytes that a JSON file can have."""
+MAX_DIMS = 64
+"""The most dimensions of a tensor, as in torch."""
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 WEIGHTS = re.compile(r"(?i)[^.].*\.(safetensors(\.index\.json)?|bin|pth?|ckpt|gguf|h5|msgpack|npz|onnx)")
 """Names of files that can have weights. `NO_WEIGHTS` has the exceptions."""
@@ -118,6 +119,7 @@ class TensorDirectory:
         self._bytes_read += size
         if self._mapped is None or self._mapped[0] != path or self._bytes_read > MAPPED_BYTES:
             self._mapped = None  # Release the old mapping before the new one is made.
+            open_binary(path).close()  # The library would wait for a named pipe.
             self._mapped = (path, safe_open(path, framework="pt"))
             self._bytes_read = size
         return self._mapped[1]
@@ -147,7 +149,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
     try:
         size = file.stat().st_size
-        with open(file, "rb") as stream:
+        with open_binary(file) as stream:
             start = stream.read(8)
             length = int.from_bytes(start, "little")
             check(start != b"version ", "found a Git LFS pointer, expected a safetensors file (run git lfs pull)")
@@ -168,9 +170,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             isinstance(dtype, str) and dtype in DTYPES,
             f"{name}: found dtype {dtype!r}, expected one of {', '.join(DTYPES)}",
         )
+        check(len(shape) <= MAX_DIMS, f"{name}: damaged: {len(shape)} dimensions, expected at most {MAX_DIMS}")
         check(
-            all(type(number) is int and number >= 0 for number in (*shape, start, end)),
-            f"{name}: damaged: shape {shape}, bytes {start} to {end}",
+            all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, end)),
+            f"{name}: damaged: shape {shorten(str(shape), 200)}, bytes {shorten(f'{start} to {end}', 200)}",
         )
         check(
             end - start == prod(shape) * DTYPES[dtype].itemsize,
@@ -193,12 +196,9 @@ def read_json(file: Path) -> dict[str, Any]:
         ModelError: the file cannot be read, or is not a JSON object.
     """
     try:
-        with open(file, "rb") as stream:
-            text = stream.read(MAX_JSON + 1)
+        return _parse(read_file(file, MAX_JSON), file)
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
-    require(len(text) <= MAX_JSON, ModelError, f"{file}: expected at most {MAX_JSON} bytes")
-    return _parse(text, file)
 
 
 def _parse(text: bytes, file: Path) -> dict[str, Any]:

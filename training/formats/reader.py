@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError, ConfigError, DataError, ModelError, expect_no_tensors, require
+from common.files import read_file
 from common.plugins import missing_plugins, plugin_name
 from common.strict import from_dict
-from common.text import one_line, parse_yaml, printable, shorten, show_value
+from common.text import MAX_YAML, one_line, parse_yaml, printable, shorten, show_value
 from data.tokens.files import TokenizerFiles, find_tokenizer
 from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
 from moe.model import Transformer
@@ -388,7 +389,7 @@ def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
         ModelError: the file cannot be read, does not have these sections, or has an invalid value.
     """
     try:
-        raw = parse_yaml(file.read_text(encoding="utf-8"))
+        raw = parse_yaml(read_file(file, MAX_YAML))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read as YAML: {error}") from error
     require(

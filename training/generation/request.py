@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import ConfigError, DataError, ModelError, require
-from common.text import expect_characters, one_line, parse_json
+from common.files import read_file
+from common.text import MAX_JSON, expect_characters, one_line, parse_json
 from data.corpora.messages import Message, read_conversation, read_messages
 from data.tokens.conversation import encode_conversation, end_token_ids
 from data.tokens.tokenizer import TextTokenizer
@@ -67,7 +68,7 @@ def read_request(config: GenerateConfig) -> Request:
 
 def _read_json(file: str) -> Any:
     try:
-        messages = parse_json(sys.stdin.read() if file == STDIN else Path(file).read_bytes())
+        messages = parse_json(sys.stdin.read() if file == STDIN else read_file(Path(file), MAX_JSON))
         expect_characters(messages)
     except OSError as error:
         raise ConfigError(f"messages={file}: expected a JSON file that can be read ({error.strerror})") from error

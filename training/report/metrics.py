@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from common.errors import RunError, require
-from common.files import open_regular
+from common.files import open_binary
 from common.text import parse_json, shorten, show_ranges, to_json
 
 if TYPE_CHECKING:  # the launcher checks the section `tracking` without importing torch
@@ -232,7 +232,7 @@ def left_out(path: Path, damaged: Sequence[int]) -> str:
 def _complete_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file, without a last line that is incomplete. A line that is too long is cut into several,
     which are no rows."""
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_binary(path) as file:
         while line := file.readline(MAX_LINE_BYTES):
             if line.endswith(b"\n") or len(line) == MAX_LINE_BYTES:
                 yield line
@@ -242,7 +242,7 @@ def _starts_with(path: Path, record: MetricsRecord) -> bool:
     """Return whether the file begins with the bytes of which `record` has the hash."""
     if not os.path.lexists(path):
         return record.size == 0
-    with os.fdopen(open_regular(path), "rb") as file:
+    with open_binary(path) as file:
         digest, left = hashlib.sha256(), record.size
         while left > 0 and (block := file.read(min(left, 2**20))):
             digest.update(block)

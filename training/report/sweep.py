@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.text import parse_json, parse_yaml, shorten
+from common.files import read_file
+from common.text import MAX_JSON, MAX_YAML, parse_json, parse_yaml, shorten
 from parallel.planning.auto import AUTO_AXES
 from training.report.plots import is_number, plot_sweep
 from training.report.terminal import human_count, show_line, show_table
@@ -31,6 +32,8 @@ _PER_JOB = ("run.name", "run.root", "model.vocab_size")
 of a job that failed before it read its tokenizer."""
 _CHOSEN = tuple(f"parallel.{axis}" for axis in AUTO_AXES)
 """Configuration keys whose value `auto` a run replaces by a number. In a job that failed early it is still `auto`."""
+MAX_JOBS = 100_000
+"""Directories with larger numbers are not jobs of the sweep."""
 _MAX_ERROR = 160
 """The most characters of an error message that are printed."""
 
@@ -49,7 +52,7 @@ def sweep_table(sweep_dir: Path) -> list[dict[str, Any]]:
         For each job, a dict with the columns of the CSV file. A value that the job does not have is None.
     """
     numbers = [int(path.name) for path in sweep_dir.iterdir() if path.is_dir() and path.name.isdecimal()]
-    jobs = range(max(numbers) + 1) if numbers else range(0)
+    jobs = range(max((number for number in numbers if number < MAX_JOBS), default=-1) + 1)
     configs = [_config(sweep_dir / str(job)) for job in jobs]
     varying = _varying(configs)
     rows: list[dict[str, Any]] = []
@@ -73,7 +76,7 @@ def _result(job_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"status": "missing", "error": f"no {path.name}"}
     try:
-        result = parse_json(path.read_bytes())
+        result = parse_json(read_file(path, MAX_JSON))
     except (OSError, ValueError) as error:
         return {"status": "unreadable", "error": f"{path.name}: {error}"}
     return result if isinstance(result, dict) else {"status": "unreadable", "error": f"{path.name}: no JSON object"}
@@ -82,7 +85,7 @@ def _result(job_dir: Path) -> dict[str, Any]:
 def _config(job_dir: Path) -> dict[str, Any]:
     """Return the job's resolved configuration by dotted key, or an empty dict if it is missing or not readable."""
     try:
-        config = parse_yaml((job_dir / "config.yaml").read_text(encoding="utf-8"))
+        config = parse_yaml(read_file(job_dir / "config.yaml", MAX_YAML))
     except (OSError, ValueError):
         return {}
     return dict(_flat(config, "")) if isinstance(config, dict) else {}

@@ -35,7 +35,7 @@ from typing import Any, Protocol
 from urllib.parse import urlparse
 
 from common.errors import ConfigError, expect, require
-from common.files import disk_errors
+from common.files import disk_errors, read_file
 from common.registry import Registry
 from common.strict import to_dict
 from common.text import first_line
@@ -329,7 +329,7 @@ def _start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], 
 
 def _run_id(file: Path, resumed_step: int | None) -> str:
     if resumed_step is not None and file.is_file():
-        return file.read_text(encoding="utf-8").strip()
+        return read_file(file, 256).decode().strip()
     run_id = uuid.uuid4().hex[:12]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(run_id + "\n", encoding="utf-8")

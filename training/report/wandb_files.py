@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.files import open_binary
+
 MAGIC, HEADER_BYTES, BLOCK_BYTES = b":W&B", 7, 32768
 CHUNK = struct.Struct("<IHB")
 """Of every chunk: CRC-32 of kind and content, bytes of the content, kind."""
@@ -42,7 +44,7 @@ def logged_steps(directory: Path, run_id: str) -> set[int]:
 
 def read_records(path: Path) -> Iterator[bytes]:
     """Yield the records of the file `path` up to its end or its first damage, and remove an incomplete last record."""
-    with open(path, "rb") as file:
+    with open_binary(path) as file:
         if file.read(HEADER_BYTES)[: len(MAGIC)] != MAGIC:
             return
         record, complete = b"", HEADER_BYTES
