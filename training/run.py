@@ -34,7 +34,8 @@ def finished_result(directory: Path, steps: int) -> dict[str, Any] | None:
 def save_config(directory: Path, config: Mapping[str, Any]) -> Path:
     """Write a configuration of plain containers to `config.yaml` in `directory` atomically, and return the file.
 
-    It contains no secret, because keys come from the environment and no configuration dataclass has a field for one.
+    No configuration dataclass has a field for a secret: keys come from the environment, which a configuration cannot
+    read (`scripts.cli.command_line.plain`).
     """
     import yaml
 
