@@ -85,8 +85,8 @@ class Watch:
             if not allowed:
                 self.seen.append(f"open {path} {flags}")
         elif event == "exec":
-            file = os.path.realpath(getattr(arguments[0], "co_filename", "?"))
-            if not file.startswith((*OURS, "<frozen")):
+            file = getattr(arguments[0], "co_filename", "?")
+            if not file.startswith("<frozen") and (file[:1] == "<" or not os.path.realpath(file).startswith(OURS)):
                 self.seen.append(f"exec {file}")
         elif event in FORBIDDEN and not (event == "os.truncate" and isinstance(arguments[0], int)):
             paths = [os.path.realpath(os.fsdecode(item)) for item in arguments if isinstance(item, str | bytes | Path)]
