@@ -15,6 +15,7 @@ import torch.distributed as dist
 from common.errors import TrainingFailure
 from common.files import write_atomically
 from common.text import first_line, parse_json, to_json
+from training.checkpoint.peers import StalledError
 from training.interruption import process_state
 
 COLLECTIVES = "collectives"
@@ -36,6 +37,8 @@ def hangs_explained(
 ) -> Iterator[FlightRecord]:
     """If a collective in the context fails, write down the last collectives. After a time-out, say who is at fault.
 
+    The same is said if a rank waits for another one that reads or writes a checkpoint, and makes no progress.
+
     A stopped process of this host is killed: it ignores every other signal, so its launcher would wait for it.
 
     Args:
@@ -49,6 +52,10 @@ def hangs_explained(
     record = FlightRecord()
     try:
         yield record
+    except StalledError as error:
+        if stopped := _kill_stopped(siblings):
+            raise TrainingFailure(f"{stopped} was stopped, and is killed: {error}", alone=True) from error
+        raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
             raise
@@ -62,14 +69,18 @@ def hangs_explained(
         operation = waiting[-1]["profiling_name"] if waiting else "a collective"
         waited = f"rank {rank} waited {timeout_s:g} s in {operation} of step {step}"
         where = f"the last collectives of the ranks that answer are in {directory / COLLECTIVES}"
-        stopped = {other: pid for other, pid in siblings.items() if process_state(pid) == "T"}
-        for pid in stopped.values():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        if stopped:
-            named = ", ".join(f"rank {other} (process {pid})" for other, pid in stopped.items())
-            raise TrainingFailure(f"{named} was stopped, and is killed: {waited}; {where}", alone=True) from error
+        if stopped := _kill_stopped(siblings):
+            raise TrainingFailure(f"{stopped} was stopped, and is killed: {waited}; {where}", alone=True) from error
         raise TrainingFailure(f"{waited} for a rank that runs but does not answer; {where}", alone=True) from error
+
+
+def _kill_stopped(siblings: Mapping[int, int]) -> str:
+    """Kill the processes of this host that are stopped, and return their names; empty if there is none."""
+    stopped = {other: pid for other, pid in siblings.items() if process_state(pid) == "T"}
+    for pid in stopped.values():
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    return ", ".join(f"rank {other} (process {pid})" for other, pid in stopped.items())
 
 
 def last_collectives() -> list[dict[str, Any]]:

@@ -322,6 +322,8 @@ def _to_failure(error: Any, reports: list[Path]) -> WorkerFailure:
     by_rank = {int(path.stem.split("-")[1]): parse_json(path.read_text()) for path in sorted(reports)}
     messages = [report for report in by_rank.values() if report["exitcode"] == 2]
     messages += [report for report in by_rank.values() if "\n" not in report["message"].strip()]
+    if first.exitcode < 0:  # The others lost it, unless one of them has killed it and says why (`training.hangs`).
+        messages = [report for report in messages if report["exitcode"] == 1]
     report = next(iter(messages), by_rank.get(rank))
     if report is not None:
         return WorkerFailure(**report)

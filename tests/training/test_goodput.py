@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from parallel.startup.failures import describe_failure, failures_recorded, last_failure
+from parallel.startup.launch import _to_failure
 from training.report.goodput import FILE, Goodput, goodput_line
 
 
@@ -115,3 +116,13 @@ def test_a_killed_worker_is_reported_and_not_one_that_lost_it(tmp_path: Path, mo
         result = agent()._monitor_workers(group)
     assert {rank: failure.exitcode for rank, failure in result.failures.items()} == {1: -9}
     assert last_failure(tmp_path, 1) == "rank 1 was killed by SIGKILL"
+
+
+def test_a_killed_worker_comes_before_the_mistake_that_another_one_reports(tmp_path: Path) -> None:
+    """The workers that are left say that a rank has ended. A worker that has killed a stopped one says why."""
+    report = tmp_path / "0-1.json"
+    error = SimpleNamespace(get_first_failure=lambda: (0, SimpleNamespace(exitcode=-9, pid=7)))
+    report.write_text('{"exitcode": 2, "message": "a rank ended"}')
+    assert str(_to_failure(error, [report])) == "worker 0 (process 7) was killed by SIGKILL"
+    report.write_text('{"exitcode": 1, "message": "rank 0 (process 7) was stopped, and is killed"}')
+    assert str(_to_failure(error, [report])) == "rank 0 (process 7) was stopped, and is killed"
