@@ -23,7 +23,9 @@ def campaign(*arguments: str, script: str = "scripts/campaign.py") -> tuple[int,
 
 @pytest.mark.slow
 def test_kills_and_damages(tmp_path: Path) -> None:
-    status, table, output = campaign("kills=3", "damages=100", "seed=3", f"directory={tmp_path / 'runs'}")
+    status, table, output = campaign(
+        "campaigns=[kill,damage]", "kills=3", "damages=100", "seed=3", f"directory={tmp_path / 'runs'}"
+    )
     assert status == 0, output
     tried, _, noticed, lost, corrupted, *_ = table["kill"]
     assert (tried, noticed, lost, corrupted) == ("3", "3", "0", "0")

@@ -1,8 +1,13 @@
 """What a campaign counts: damages that are noticed or not, and differences from the run that was not disturbed."""
 
+import io
 import random
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ import torch
 from common.errors import ConfigError
 from training.campaign import damage
 from training.campaign.config import CAMPAIGNS, CampaignConfig
-from training.campaign.processes import Watched
+from training.campaign.processes import DISTURBANCES, Disk, NotANumber, Signal, Stop, Watched
 from training.campaign.runs import EVERY, STEPS, Reference, Tally, compare, configuration, content, rows_of
 from training.checkpoint import manifest
 from training.checkpoint.checkpoint import save
@@ -23,7 +28,9 @@ def test_the_keys() -> None:
     assert CampaignConfig().chosen() == CAMPAIGNS
     assert CampaignConfig(campaigns="damage").chosen() == CampaignConfig(campaigns=("damage",)).chosen() == ("damage",)
     for wrong in ("theft", (), ("kill", "theft")):
-        with pytest.raises(ConfigError, match=r"^campaigns=.*expected all, or a list of kill, damage$"):
+        with pytest.raises(
+            ConfigError, match=r"^campaigns=.*expected all, or a list of kill, stop, signal, nan, disk, damage$"
+        ):
             CampaignConfig(campaigns=wrong)
     with pytest.raises(ConfigError, match=r"^ranks=1: expected an integer from 2 to 16$"):
         CampaignConfig(ranks=1)
@@ -164,3 +171,42 @@ def test_a_directory_that_a_killed_save_has_left_is_not_a_save(tmp_path: Path) -
     assert not watched.saves()
     (checkpoints / ".tmp-step-4").mkdir()
     assert watched.saves()
+
+
+def test_what_counts_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = random.Random(0)
+
+    def ended(**values: Any) -> Any:
+        defaults = {"directory": tmp_path, "stopped": None, "newest": lambda: 6, "printed": io.StringIO("")}
+        return SimpleNamespace(**defaults | values)
+
+    stop = Stop(1, 1, choose)
+    stop.start = time.monotonic()
+    assert stop.problem(ended(failure="rank 1 (process 7) was stopped, and is killed: rank 0 waited")) is None
+    assert stop.problem(ended(failure="rank 0 (process 7) was stopped, and is killed: rank 1 waited"))
+    assert stop.problem(ended(failure="Traceback:\n  rank 1 (process 7)"))
+    stop.start -= 60
+    assert "60.0 s" in str(stop.problem(ended(failure="rank 1 (process 7) was stopped")))
+
+    monkeypatch.setattr("training.campaign.processes.rows_of", lambda directory: {5: "", 6: ""})
+    signalled = Signal(1, 1, choose)
+    signalled.number, resume = signal.SIGTERM, "  resume  python train.py"
+    good = {"failure": None, "stopped": signal.SIGTERM, "printed": io.StringIO(resume)}
+    assert signalled.problem(ended(**good)) is None
+    assert "the last step is 6, step 5 is saved" in str(signalled.problem(ended(**good | {"newest": lambda: 5})))
+    assert signalled.problem(ended(**good | {"stopped": signal.SIGINT}))
+    assert "no command that resumes" in str(signalled.problem(ended(**good | {"printed": io.StringIO("")})))
+
+    nan = NotANumber(1, 3, choose)
+    assert nan.spoiled is not None and nan.spoiled.since in (7, 8)
+    line = f"step {nan.spoiled.since}: not finite on rank 1 (host): {nan.spoiled.parameter}"
+    nan.newest = 6
+    assert nan.problem(ended(failure="step 12: five steps in a row", output=lambda: line)) is None
+    assert nan.problem(ended(failure="step 12: five steps in a row", output=lambda: line.replace("rank 1", "rank 0")))
+    assert nan.problem(ended(failure="step 12", output=lambda: line, newest=lambda: 8))
+
+    disk = Disk(1, 1, choose)
+    disk.limit = 9
+    assert disk.problem(ended(failure="rank 1: /run/x: File too large")) is None
+    assert disk.problem(ended(failure="Traceback:\nOSError: File too large"))
+    assert set(DISTURBANCES) == set(CAMPAIGNS) - {"kill", "damage"}

@@ -1,6 +1,7 @@
 """Disturb runs of a small model, continue them, and compare them with a run that was not disturbed.
 
-    python scripts/campaign.py campaigns=[kill,damage]
+    python scripts/campaign.py
+    python scripts/campaign.py campaigns=[signal,disk] faults=20
     python scripts/campaign.py campaigns=kill kills=200 ranks=2 seed=1
     python scripts/campaign.py campaigns=kill kills=60 ranks=4 inside=0.9
     python scripts/campaign.py campaigns=damage damages=1000
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from common.errors import expect, expect_fields
 
-CAMPAIGNS = ("kill", "damage")
+CAMPAIGNS = ("kill", "stop", "signal", "nan", "disk", "damage")
 EVERY = "all"
 """The value of `campaigns` that stands for all of them."""
 
@@ -24,6 +25,7 @@ class CampaignConfig:
     campaigns: str | tuple[str, ...] = EVERY
     kills: int = 20
     inside: float = 0.6
+    faults: int = 4
     damages: int = 1000
     ranks: int = 2
     seed: int = 0
@@ -38,6 +40,7 @@ class CampaignConfig:
             self,
             kills=(self.kills >= 1, "an integer >= 1"),
             inside=(0 <= self.inside <= 1, "a number in [0, 1]"),
+            faults=(self.faults >= 1, "an integer >= 1"),
             damages=(self.damages >= 1, "an integer >= 1"),
             ranks=(2 <= self.ranks <= 16, "an integer from 2 to 16"),
             seed=(self.seed >= 0, "an integer >= 0"),

@@ -129,7 +129,7 @@ def intact_files(run: Path, store: Path) -> Files:
 
     Files that a run which continues does not read are left out: config.yaml, result.json, plots.
     """
-    newest = step_directories(run / CHECKPOINTS)[:NEWEST]
+    newest = [path for path in step_directories(run / CHECKPOINTS) if step_of(path) % EVERY == 0][:NEWEST]
     files = {METRICS: (run / "metrics.jsonl").read_bytes()}
     for directory, name in [(path, f"{RUN}/{CHECKPOINTS}/{path.name}") for path in newest] + [(store, STORE)]:
         files |= {f"{name}/{file.name}": file.read_bytes() for file in sorted(directory.iterdir())}

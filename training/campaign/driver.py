@@ -7,7 +7,7 @@ from pathlib import Path
 
 from training.campaign.config import CampaignConfig
 from training.campaign.damage import damage
-from training.campaign.processes import kill, run_reference
+from training.campaign.processes import disturb, kill, run_reference
 from training.campaign.runs import Launch, Tally
 from training.report.terminal import human_time, show_line, show_table
 
@@ -35,7 +35,12 @@ def run_campaigns(config: CampaignConfig, launch: Launch) -> bool:
     tallies = []
     for name in config.chosen():
         start = time.monotonic()
-        tally = damage(config, root, reference) if name == "damage" else kill(config, root, launch, reference, pace)
+        if name == "damage":
+            tally = damage(config, root, reference)
+        elif name == "kill":
+            tally = kill(config, root, launch, reference, pace)
+        else:
+            tally = disturb(name, config, root, launch, reference)
         tally.seconds = time.monotonic() - start
         for line in (*tally.unnoticed, *tally.lost, *tally.corrupted):
             show_line(line)

@@ -3,12 +3,13 @@
 import io
 import os
 import random
+import resource
 import shutil
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,22 @@ from typing import NamedTuple
 
 from parallel.startup.launch import WorkerFailure
 from training.campaign.config import CampaignConfig
-from training.campaign.runs import EVERY, STEPS, Launch, Reference, Tally, compare, configuration, read_reference
-from training.campaign.worker import PROCESSES, train_quietly
+from training.campaign.runs import (
+    EVERY,
+    STEPS,
+    TIMEOUT_S,
+    Launch,
+    Reference,
+    Tally,
+    compare,
+    configuration,
+    read_reference,
+    rows_of,
+)
+from training.campaign.worker import OUTPUT, PROCESSES, Spoiled, train_quietly
 from training.checkpoint.manifest import CHECKPOINTS, committed, step_of
 from training.config import Config
+from training.interruption import SIGNALS
 from training.report.terminal import show_line
 from training.run import finished_result
 
@@ -59,12 +72,20 @@ class Watched:
         follow: runs in the thread. It ends soon after `ended` is set.
     """
 
-    def __init__(self, config: Config, launch: Launch, follow: Callable[["Watched"], None]) -> None:
+    def __init__(
+        self, config: Config, launch: Launch, follow: Callable[["Watched"], None], spoiled: Spoiled | None = None
+    ) -> None:
         self.directory = Path(config.run.root) / str(config.run.name)
         self.ended = threading.Event()
         self.failure: WorkerFailure | None = None
-        """How the launch ended; None: the run has finished."""
-        self._config, self._launch = config, launch
+        """How the launch ended, if a worker failed."""
+        self.sent: signal.Signals | None = None
+        """The signal that `follow` has sent, and after which the launch should end."""
+        self.stopped: int | None = None
+        """The number of the signal after which the launch ended."""
+        self.printed = io.StringIO()
+        """What the launcher has printed."""
+        self._config, self._launch, self._spoiled = config, launch, spoiled
         self._left_over = self._temporary()
         self._work = Path(config.run.root)
         self._thread = threading.Thread(target=follow, args=(self,), daemon=True)
@@ -76,14 +97,31 @@ class Watched:
         processes.mkdir(parents=True)
         self._thread.start()
         try:
-            with redirect_stdout(io.StringIO()):
-                self._launch(self._config, partial(train_quietly, self._work))
+            with redirect_stdout(self.printed):
+                self._launch(self._config, partial(train_quietly, self._work, self._spoiled))
         except WorkerFailure as failure:
             self.failure = failure
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if self.sent is None:
+                raise
+            self.stopped = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else int(stop.code or 128) - 128
         finally:
             self.ended.set()
             self._thread.join()
         return self
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the launch has ended before the run had finished."""
+        return self.failure is not None or self.stopped is not None
+
+    def output(self) -> str:
+        """Return what the workers of all launches have printed."""
+        return (self._work / OUTPUT).read_text(encoding="utf-8", errors="replace")
+
+    def newest(self) -> int:
+        """Return the step of the newest committed checkpoint; 0: there is none."""
+        return max((step_of(path) for path in committed(self.directory / CHECKPOINTS)), default=0)
 
     def process(self, rank: int) -> int:
         """Wait for the start of a rank, and return its process id; 0 if the launch ends before."""
@@ -131,13 +169,13 @@ def run_reference(config: CampaignConfig, root: Path, launch: Launch) -> tuple[R
             spans.append((begin, time.monotonic()))
 
     # Every checkpoint is kept.
-    run = configuration(root, "reference", ranks=config.ranks, seed=config.seed, keep_every=EVERY)
+    run = configuration(root, "reference", ranks=config.ranks, seed=config.seed, every=1, keep_every=1)
     watched = Watched(run, launch, follow).run()
     if watched.failure is not None:
         raise watched.failure
     first, last = spans[0][0], spans[-1][1]
-    step = (last - first) / (STEPS - EVERY)
-    pace = Pace(max(0.0, first - started - EVERY * step), step, statistics.median(end - begin for begin, end in spans))
+    step = (last - first) / (STEPS - 1)
+    pace = Pace(max(0.0, first - started - step), step, statistics.median(end - begin for begin, end in spans))
     return read_reference(watched.directory), pace
 
 
@@ -217,9 +255,9 @@ class Killer:
         for _ in range(self._skipped if self._aimed else 0):
             watched.wait_for_save(True)
             watched.wait_for_save(False)
-        newest = self._newest(watched)
+        newest = watched.newest()
         while self._aimed and watched.wait_for_save(True):
-            newest = self._newest(watched)
+            newest = watched.newest()
             if not watched.ended.wait(self._part * self._pace.save) and watched.saves():
                 break
         if watched.ended.is_set() or not pid:
@@ -229,5 +267,129 @@ class Killer:
             os.kill(pid, signal.SIGKILL)
             self.struck = Struck(self._rank, before and watched.saves(), newest)
 
-    def _newest(self, watched: Watched) -> int:
-        return max((step_of(path) for path in committed(watched.directory / CHECKPOINTS)), default=0)
+
+class Disturbance:
+    """Disturbs one run in one way, from a thread that follows the launch. A subclass for each campaign.
+
+    Args:
+        rank: the rank that is disturbed.
+        after: the number of saves of the run before which nothing happens.
+        choose: chooses the rest.
+    """
+
+    timeout_s: float | None = None
+    """As in `configuration`."""
+
+    def __init__(self, rank: int, after: int, choose: random.Random) -> None:
+        self.rank, self.after, self.choose = rank, after, choose
+        self.spoiled: Spoiled | None = None
+        """What the workers do themselves."""
+        self.newest = 0
+        """The step of the newest committed checkpoint immediately before the disturbance."""
+
+    def __call__(self, watched: Watched) -> None:
+        """Wait for the saves, and for a random part of a second, and disturb the run unless it has ended."""
+        pid = watched.process(self.rank)
+        for _ in range(self.after):
+            watched.wait_for_save(True)
+            watched.wait_for_save(False)
+        if not watched.ended.wait(self.choose.random() * 0.2):
+            self.newest = watched.newest()
+            self.disturb(watched, pid)
+
+    def disturb(self, watched: Watched, pid: int) -> None:
+        """Do it. The default does nothing."""
+
+    def problem(self, watched: Watched) -> str | None:
+        """Return what the user is not told although it has happened; None if all is told."""
+        raise NotImplementedError
+
+
+class Stop(Disturbance):
+    """Stops a rank with SIGSTOP. It counts as noticed if the launch ends in time with one line that names the rank."""
+
+    timeout_s = TIMEOUT_S
+
+    def disturb(self, watched: Watched, pid: int) -> None:
+        self.start = time.monotonic()
+        os.kill(pid, signal.SIGSTOP)
+
+    def problem(self, watched: Watched) -> str | None:
+        took, said = time.monotonic() - self.start, str(watched.failure)
+        named = said.startswith((f"rank {self.rank} (", f"worker {self.rank} (")) and "\n" not in said.strip()
+        return None if named and took <= TIMEOUT_S + 5 else f"rank {self.rank} stopped, {took:.1f} s: {said}"
+
+
+class Signal(Disturbance):
+    """Sends SIGTERM, SIGINT, SIGHUP or SIGUSR1 to the launcher or to a rank. The run saves its last step and ends."""
+
+    def disturb(self, watched: Watched, pid: int) -> None:
+        self.number = self.choose.choice(SIGNALS)
+        watched.sent = self.number
+        os.kill(self.choose.choice((pid, os.getpid())), self.number)
+
+    def problem(self, watched: Watched) -> str | None:
+        saved, last = watched.newest(), max(rows_of(watched.directory))
+        resumes = any(line.split()[:1] == ["resume"] for line in watched.printed.getvalue().splitlines())
+        if watched.stopped == self.number and saved == last and resumes:
+            return None
+        return (
+            f"{self.number.name}: ended by {watched.stopped} ({watched.failure}), the last step is {last}, step "
+            f"{saved} is saved, {'a' if resumes else 'no'} command that resumes the run"
+        )
+
+
+class NotANumber(Disturbance):
+    """A gradient of a rank is NaN from one step on. The run ends after five such steps, and names it."""
+
+    def __init__(self, rank: int, after: int, choose: random.Random) -> None:
+        super().__init__(rank, after, choose)
+        parameter = choose.choice(("layers.0.attention_norm.weight", "layers.1.ffn.router.weight", "head.weight"))
+        self.spoiled = Spoiled(rank, parameter, EVERY * after + choose.randrange(1, 1 + EVERY))
+
+    def __call__(self, watched: Watched) -> None:
+        assert self.spoiled is not None
+        self.newest = (self.spoiled.since - 1) // EVERY * EVERY
+
+    def problem(self, watched: Watched) -> str | None:
+        assert self.spoiled is not None
+        lines = [line for line in watched.output().splitlines() if self.spoiled.parameter in line]
+        named = any(f"rank {self.rank} " in line and f"step {self.spoiled.since}" in line for line in lines)
+        said = str(watched.failure).strip()
+        return None if named and "\n" not in said and watched.newest() == self.newest else f"{self.spoiled}: {said}"
+
+
+class Disk(Disturbance):
+    """The kernel refuses a rank to write beyond a number of bytes of any file, as it does on a disk that is full."""
+
+    def disturb(self, watched: Watched, pid: int) -> None:
+        self.limit = self.choose.randrange(2**12, 2**17)
+        with suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (self.limit, self.limit))
+
+    def problem(self, watched: Watched) -> str | None:
+        said = str(watched.failure).strip()
+        return None if "\n" not in said and "File too large" in said else f"{self.limit} bytes: {said}"
+
+
+DISTURBANCES: Mapping[str, type[Disturbance]] = {"stop": Stop, "signal": Signal, "nan": NotANumber, "disk": Disk}
+
+
+def disturb(name: str, config: CampaignConfig, root: Path, launch: Launch, reference: Reference) -> Tally:
+    """Disturb `config.faults` runs in the way `name`, continue each, and compare them with the reference."""
+    tally, choose = Tally(name), random.Random(f"{name} {config.seed}")
+    for number in range(config.faults):
+        disturbance = DISTURBANCES[name](choose.randrange(config.ranks), choose.randrange(1, 9), choose)
+        what = f"{name}-{number}"
+        make = partial(configuration, root, what, ranks=config.ranks, seed=config.seed)
+        run = make(timeout_s=disturbance.timeout_s, background=number % 2 == 1)
+        watched = Watched(run, launch, disturbance, disturbance.spoiled).run()
+        tally.tried += 1
+        problem = disturbance.problem(watched) if watched.disturbed else "the run has finished as if nothing had been"
+        tally.unnoticed += [] if problem is None else [f"{what}: {problem}"]
+        compare(watched.directory, reference, tally, what, at_least=disturbance.newest)
+        again = Watched(make(), launch, lambda watched: None).run()
+        if again.disturbed:
+            tally.lost.append(f"{what}: the run cannot continue: {again.failure}")
+        compare(watched.directory, reference, tally, f"{what}, end", at_least=STEPS)
+    return tally

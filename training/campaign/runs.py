@@ -1,7 +1,7 @@
 """The runs that a campaign disturbs, and their comparison with a run that was not disturbed."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +23,9 @@ from training.config import (
 from training.report.metrics import read_metrics
 
 STEPS, EVERY = 40, 2
-"""Optimizer steps of a run, and steps between its checkpoints."""
+"""Optimizer steps of a run, and steps between its checkpoints. The reference has a checkpoint of every step."""
+TIMEOUT_S = 4.0
+"""`parallel.timeout_s` and `checkpoint.io_timeout_s` of the runs of which a rank is stopped."""
 OF_THE_LAUNCH = ("config", "metrics")
 """Keys of a checkpoint's state that differ between runs: the run's name, and the hash of rows with timings."""
 Launch: TypeAlias = Callable[[Config, Callable[..., dict[str, Any]]], dict[str, Any]]
@@ -64,9 +66,26 @@ class Reference:
 
 
 def configuration(
-    root: Path, name: str, *, ranks: int, seed: int, keep_every: int = 0, background: bool = False
+    root: Path,
+    name: str,
+    *,
+    ranks: int,
+    seed: int,
+    every: int = EVERY,
+    keep_every: int = 0,
+    background: bool = False,
+    timeout_s: float | None = None,
 ) -> Config:
-    """Return the configuration of a run that takes seconds. Runs with the same `ranks` and `seed` are equal."""
+    """Return the configuration of a run that takes seconds. Runs with the same `ranks` and `seed` are equal.
+
+    Args:
+        timeout_s: of collectives and of checkpoints; None: the defaults.
+    """
+    parallel = ParallelConfig(expert=ranks)
+    checkpoint = CheckpointConfig(every=every, keep_every=keep_every, background=background)
+    if timeout_s is not None:
+        parallel = replace(parallel, timeout_s=timeout_s)
+        checkpoint = replace(checkpoint, io_timeout_s=timeout_s)
     return Config(
         run=RunConfig(experiment="campaign", name=name, root=str(root), seed=seed, sample_tokens=0),
         model=ModelConfig(
@@ -100,8 +119,8 @@ def configuration(
             log_every=1,
         ),
         optim=OptimConfig(lr=1e-2),
-        parallel=ParallelConfig(expert=ranks),
-        checkpoint=CheckpointConfig(every=EVERY, keep_every=keep_every, background=background),
+        parallel=parallel,
+        checkpoint=checkpoint,
         tracking=TrackingConfig(wandb="disabled"),
         launch=LaunchConfig(nproc=ranks, threads=1),
     )
@@ -133,7 +152,7 @@ def rows_of(directory: Path) -> dict[int, str]:
 def read_reference(directory: Path) -> Reference:
     """Return the run in `directory`, which must have kept all of its checkpoints."""
     checkpoints = {step_of(path): content(path) for path in committed(directory / CHECKPOINTS)}
-    assert checkpoints.keys() == {*range(EVERY, STEPS + 1, EVERY)}, checkpoints.keys()
+    assert checkpoints.keys() == {*range(1, STEPS + 1)}, checkpoints.keys()
     return Reference(directory, checkpoints, rows_of(directory))
 
 
