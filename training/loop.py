@@ -28,7 +28,8 @@ from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
 from parallel.apply import build_whole_model
 from parallel.collectives import all_gather_json
-from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
+from parallel.mesh import Mesh, broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
+from parallel.startup.launch import World
 from parallel.startup.rendezvous import open_store, wait_for_all
 from parallel.waiting import WaitingClock
 from training.agree import AgreedRun, agree_on_run
@@ -40,6 +41,7 @@ from training.checkpoint.saver import Saver
 from training.compilation import CompilationReport
 from training.config import Config
 from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
+from training.due import Due
 from training.engine import Engine, NativeEngine
 from training.formats.reader import open_model
 from training.hangs import hangs_explained
@@ -150,12 +152,10 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             show_restart(world, run, goodput.furthest)
     # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
-    pids = all_gather_json(os.getpid(), mesh.world)
-    first = world.rank - world.local_rank
-    siblings = {rank: pids[rank] for rank in range(first, first + world.local_world_size)}
+    siblings = processes_of_host(world, mesh)
 
     # 6. The loop over optimizer steps, which `Steps` runs.
-    first_step = run.state["step"] if run.state else 0
+    first_step, due = run.state["step"] if run.state else 0, Due(config)
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
     compilation = CompilationReport(engine.parts)
     evaluation, health = None, Health(config.health, mesh)
@@ -172,30 +172,19 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     ):
         saver.prepare(engine.tensors)
 
-        def saves_after(done: int) -> bool:
-            return is_due(done, config.checkpoint.every, steps, at_end=config.checkpoint.at_end)
-
-        def compares_after(done: int) -> bool:
-            every = config.health.every
-            return every > 0 and (saves_after(done) or is_due(done, every, steps))
-
         def pauses_after(done: int) -> bool:
-            evaluates = is_due(done, config.train.eval_every, steps)
-            profiles = profiler is not None and profiler.pauses_after(done)
-            return evaluates or profiles or compares_after(done) or saves_after(done)
+            return due.pauses(done) or (profiler is not None and profiler.pauses_after(done))
 
         def recheck_if_due(done: int, inputs: StepInputs) -> None:
-            every = config.health.recheck_every
-            if every > 0 and (done + 1) % every == 0 and isinstance(engine, NativeEngine):
+            if due.rechecks_next(done) and isinstance(engine, NativeEngine):
                 recheck(engine, inputs, config.router, done)  # or the run ends
 
-        steps_ahead = device.type != "cpu"
         queue = Steps(
             engine,
             loader,
             run.config,
             first_step,
-            ahead=steps_ahead,
+            ahead=device.type != "cpu",
             pauses_after=pauses_after,
             interruption=interruption,
             waited=lambda: waiting.seconds,
@@ -226,10 +215,10 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             found = health.check(step)
             row = step_row(result, step.lr) | speed_row(throughput, peak)
             row |= found.row
-            write = done == 1 or is_due(done, config.train.log_every, steps) or bool(found.row)
+            write = due.writes(done) or bool(found.row)
             if write:
                 throughput.start_interval()
-            if is_due(done, config.train.eval_every, steps):
+            if due.evaluates(done):
                 with goodput.spent_on("evaluation"):
                     evaluation = evaluator.evaluate()
                 row |= evaluation_row(evaluation)
@@ -245,11 +234,11 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                     saver.newest = gone_back
                     continue
 
-            if compares_after(done):
+            if due.compares(done):
                 with goodput.spent_on("compare"):
                     replicas.compare(done)  # or the run ends
-            if saves_after(done):
-                save(done, evaluation if is_due(done, config.train.eval_every, steps) else None)
+            if due.saves(done):
+                save(done, evaluation if due.evaluates(done) else None)
 
         with goodput.spent_on("save"):
             saver.finish()
@@ -291,6 +280,12 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     return outcome
 
 
+def processes_of_host(world: World, mesh: Mesh) -> dict[int, int]:
+    """Return rank -> process id of the ranks on this host. Collective."""
+    pids, first = all_gather_json(os.getpid(), mesh.world), world.rank - world.local_rank
+    return {rank: pids[rank] for rank in range(first, first + world.local_world_size)}
+
+
 def checkpoint_state(
     run: AgreedRun, engine: Engine, loader: Loader, health: Health, step: int, evaluation: Evaluation | None
 ) -> dict[str, Any]:
@@ -312,17 +307,6 @@ def checkpoint_state(
         "config": run.recorded,
         "plugins": loaded_plugins(),
     }
-
-
-def is_due(done: int, every: int, steps: int, *, at_end: bool = True) -> bool:
-    """Return whether something that happens every `every` steps, and after the last step, happens after step `done`.
-
-    Args:
-        every: 0 if it happens only after the last step.
-        steps: the number of steps of the run.
-        at_end: False if it does not happen because a step is the last one.
-    """
-    return (at_end and done == steps) or (every > 0 and done % every == 0)
 
 
 def step_profiler(summary: RunSummary, engine: Engine, first_step: int, peak: float | None) -> StepProfiler:

@@ -15,7 +15,8 @@ from moe.config import ModelConfig, RouterConfig
 from moe.model import ModelInputs, Transformer
 from training.config import OptimConfig
 from training.device import check_memory
-from training.loop import Throughput, is_due, speed_row, step_flops
+from training.due import is_due
+from training.loop import Throughput, speed_row, step_flops
 from training.optimizer import build_optimizer
 from training.schedule import SCHEDULES, learning_rate
 from training.step import StepResult

@@ -9,7 +9,8 @@ from torch.profiler import profile
 from moe.accounting.flops import matmul_costs
 from moe.config import ModelConfig, RouterConfig
 from moe.model import ModelInputs, Transformer
-from training.loop import is_due, step_flops
+from training.due import is_due
+from training.loop import step_flops
 from training.report import profile as profiles
 from training.report.profile import group_of, mark_parts, read_trace, summarize_trace
 from training.step import StepResult
