@@ -85,11 +85,11 @@ def _kill_stopped(siblings: Mapping[int, int]) -> str:
 
 def last_collectives() -> list[dict[str, Any]]:
     """Return the last collectives of this rank from torch's flight recorder, the oldest first."""
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    if dump is None:
+    recorded = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
+    if recorded is None:
         return []
     keys = ("profiling_name", "process_group", "collective_seq_id", "input_sizes", "input_dtypes", "retired")
-    entries = parse_json(dump(True, False)).get("entries", [])
+    entries = parse_json(recorded(True, False)).get("entries", [])
     return [{key: entry[key] for key in keys} for entry in entries[-LAST:]]
 
 
