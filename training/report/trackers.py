@@ -189,8 +189,14 @@ class WandbTracker(Tracker):
             self._run.log({name: self._wandb.Image(str(path))}, step=self._step)
 
     def finish(self) -> None:
+        """Finish the run, and wait for the end of W&B's service.
+
+        `Run.finish` returns before the service has written the last rows to the file of an offline run. If this process
+        were the last of a container, they would be lost. A worker process skips the exit hook in which W&B waits.
+        """
         with self._connection():
             self._run.finish()
+            self._wandb.teardown()
 
     @contextmanager
     def _connection(self) -> Iterator[None]:
@@ -385,7 +391,8 @@ class Recorder(ExitStack):
     @cached_property
     def tracker(self) -> Trackers:
         """The trackers. The first access starts them."""
-        tracker = self._start_tracking(rows=self._rows)
+        rows, self._rows = self._rows, []  # Those of a long run are large.
+        tracker = self._start_tracking(rows=rows)
         self.callback(tracker.finish)
         return tracker
 
