@@ -26,9 +26,9 @@ class Due:
         return is_due(done, self.config.checkpoint.every, self.steps, at_end=self.config.checkpoint.at_end)
 
     def compares(self, done: int) -> bool:
-        """Return whether replicas are compared: every `health.every` steps, and before a checkpoint is saved."""
+        """Return whether replicas are compared. They are also compared before a checkpoint is saved."""
         every = self.config.health.every
-        return every > 0 and (self.saves(done) or is_due(done, every, self.steps))
+        return every > 0 and is_due(done, every, self.steps)
 
     def pauses(self, done: int) -> bool:
         """Return whether something is done with the weights, so that no later step may have been started."""

@@ -194,7 +194,13 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         replicas = ReplicaCheck(engine)
         goodput.started()
 
+        def compare(done: int) -> None:
+            with goodput.spent_on("compare"):
+                replicas.compare(done)  # or the run ends
+
         def save(done: int, evaluated: Evaluation | None) -> None:
+            if config.health.every:
+                compare(done)
             if health.refused.in_a_row:
                 saver.refuse(done, f"its gradient norm is {result.grad_norm}")
                 return
@@ -230,15 +236,16 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
 
             if found.problem is not None:
                 saver.finish()
-                if gone_back := rewind.go_back(done, found):  # or the run ends
+                with goodput.spent_on("load"):
+                    gone_back = rewind.go_back(done, found)  # or the run ends
+                if gone_back is not None:
                     saver.newest = gone_back
                     continue
 
-            if due.compares(done):
-                with goodput.spent_on("compare"):
-                    replicas.compare(done)  # or the run ends
             if due.saves(done):
                 save(done, evaluation if due.evaluates(done) else None)
+            elif due.compares(done):
+                compare(done)
 
         with goodput.spent_on("save"):
             saver.finish()

@@ -1,6 +1,8 @@
 """Runs in which something goes wrong: gradients, the loss, memory."""
 
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from training.config import Config, HealthConfig
 from training.health import Finding, LossSpikes
 from training.memory import is_out_of_memory
 from training.owner import RunOwner
+from training.replicas import ReplicaCheck
 from training.report import run_report
 from training.step import StepResult
 from training.steps import FinishedStep
@@ -86,13 +89,29 @@ def test_refused_steps_are_told_and_end_the_run_or_take_it_back(tmp_path, cache,
     assert rows[5]["health/refused_parameter"] == "norm.weight" and rows[5]["health/refused_rank"] == 0
 
     spoiled.seen.clear()
-    run(tmp_path, cache, "back", "health.on_nan=rewind")
+    account = run(tmp_path, cache, "back", "health.on_nan=rewind")["goodput"]["seconds"]
+    assert account["load"] > 0 and account["repeated"] > 0
     out = capsys.readouterr().out
     assert "the run goes back to" in out and "step-2 and skips the rows of steps 3 to 8\n" in out
     assert spoiled.seen == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28]
     again = numbers(tmp_path / "back")
     assert [row["step"] for row in again] == list(range(1, 10))
     assert again[:2] == rows[:2] and all(math.isfinite(row["optim/grad_norm"]) for row in again)
+
+
+def test_replicas_are_compared_before_every_save(tmp_path, cache, monkeypatch):
+    compared, start_step = [], steps.start_step
+
+    def interrupt(*arguments: Any) -> Any:
+        if len(compared) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return start_step(*arguments)
+
+    monkeypatch.setattr(steps, "start_step", interrupt)
+    monkeypatch.setattr(ReplicaCheck, "compare", lambda self, done: compared.append(done))
+    result = run(tmp_path, cache, "interrupted")
+    assert (result["signal"], result["step"]) == (signal.SIGTERM, 3)
+    assert compared == [2, 3] and (tmp_path / "interrupted" / "checkpoints" / "step-3").is_dir()
 
 
 class Jump(Spoiled):
