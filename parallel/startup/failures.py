@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common.text import parse_json, shorten
+from common.files import write_atomically
+from common.text import parse_json, shorten, to_json
 
 LAST_FAILURE = "MIXWRIGHT_LAST_FAILURE"
 """Environment variable of a restarted worker: which worker of the attempt before failed, and how."""
@@ -20,7 +21,7 @@ def failures_recorded(reports: Path) -> Iterator[None]:
     worker that has lost its connection. If a signal has killed a worker, the agent is made to report that one.
 
     Args:
-        reports: the directory in which workers leave their exceptions as `<restarts>-<rank>.json`.
+        reports: the directory of `write_report`.
     """
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
     from torch.distributed.launcher import api
@@ -39,7 +40,8 @@ def failures_recorded(reports: Path) -> Iterator[None]:
                 killed = {rank: end for rank, end in ended.items() if end.exitcode < 0}
                 result.failures = killed or result.failures
                 failed = {rank: end.exitcode for rank, end in (ended | result.failures).items()}
-                _file(reports, attempt).write_text(describe_failure(failed, reports, attempt), encoding="utf-8")
+                messages = {rank: report["message"] for rank, report in read_reports(reports, attempt).items()}
+                _file(reports, attempt).write_text(describe_failure(failed, messages), encoding="utf-8")
             return result
 
         def _ended(self, worker_group: Any) -> dict[int, ProcessFailure]:
@@ -58,13 +60,29 @@ def failures_recorded(reports: Path) -> Iterator[None]:
         api.LocalElasticAgent = agent  # type: ignore[misc]
 
 
+def write_report(reports: Path, attempt: int, rank: int, exitcode: int, message: str) -> None:
+    """Leave the reason why this worker ends, for the launcher. The agent can kill the worker at any moment.
+
+    Args:
+        attempt: how often the workers have been restarted.
+        message: one line for the user, or a traceback.
+    """
+    write_atomically(reports / f"{attempt}-{rank}.json", to_json({"exitcode": exitcode, "message": message}))
+
+
+def read_reports(reports: Path, attempt: int) -> dict[int, dict[str, Any]]:
+    """Return the `exitcode` and the `message` of each rank that has left a report, in the order of the ranks."""
+    files = {int(file.stem.partition("-")[2]): file for file in reports.glob(f"{attempt}-*.json")}
+    return {rank: parse_json(files[rank].read_bytes()) for rank in sorted(files)}
+
+
 def last_failure(reports: Path, restarts: int) -> str | None:
     """Return the line about the failure before the restart number `restarts`; None before the first restart."""
     file = _file(reports, restarts - 1)
     return file.read_text(encoding="utf-8") if restarts and file.exists() else None
 
 
-def describe_failure(failed: dict[int, int], reports: Path, attempt: int) -> str:
+def describe_failure(failed: dict[int, int], messages: dict[int, str]) -> str:
     """Return which rank failed and how, in one line.
 
     The other ranks can have failed because they lost their connection to the rank at fault. So a rank that a signal
@@ -72,16 +90,13 @@ def describe_failure(failed: dict[int, int], reports: Path, attempt: int) -> str
 
     Args:
         failed: rank -> exit status; minus the number of the signal if one killed the rank.
-        attempt: how often the workers had been restarted before.
+        messages: rank -> the message of its report, for the ranks that have left one.
     """
-    messages = {}
-    for rank in failed:
-        report = reports / f"{attempt}-{rank}.json"
-        messages[rank] = parse_json(report.read_bytes())["message"].strip().splitlines() if report.exists() else []
-    rank, code = min(failed.items(), key=lambda item: (item[1] >= 0, len(messages[item[0]]) != 1, item[0]))
+    lines = {rank: messages.get(rank, "").strip().splitlines() for rank in failed}
+    rank, code = min(failed.items(), key=lambda item: (item[1] >= 0, len(lines[item[0]]) != 1, item[0]))
     if code < 0:
         return f"rank {rank} was killed by {signal.Signals(-code).name}"
-    said = [shorten(line, 300) for line in messages[rank][-1:]]
+    said = [shorten(line, 300) for line in lines[rank][-1:]]
     return ": ".join([f"rank {rank} ended with exit status {code}", *said])
 
 

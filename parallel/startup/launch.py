@@ -9,6 +9,7 @@ whoever reaches the port could run code.
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import multiprocessing
 import multiprocessing.forkserver
@@ -20,13 +21,13 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from common.errors import ConfigError
-from common.text import parse_json, to_json
-from parallel.startup.failures import LAST_FAILURE, failures_recorded, last_failure
+from parallel.startup.failures import LAST_FAILURE, failures_recorded, last_failure, read_reports, write_report
 
 PR_SET_PDEATHSIG = 1
 """The option of Linux's `prctl` that chooses the signal a process gets when its parent dies."""
@@ -240,11 +241,12 @@ def launch_workers(
                 results = run(entry, args, os.getpid(), directory, threads, of_workers if preloaded else None)
                 return dict(sorted(results.items()))
         except ChildFailedError as error:
-            raise _to_failure(error, list(Path(directory).glob(f"{max_restarts}-*.json"))) from None
+            raise _to_failure(error, read_reports(Path(directory), max_restarts)) from None
         except SignalException as error:
-            refusal = _refusal(list(Path(directory).glob("[0-9]*-*.json")))
-            if refusal is not None:  # Saving has failed.
-                raise refusal from None
+            reports = [read_reports(Path(directory), attempt).values() for attempt in range(max_restarts + 1)]
+            refused = [report for report in itertools.chain(*reports) if report["exitcode"] == 2]
+            if refused:  # Saving has failed.
+                raise WorkerFailure(**refused[0]) from None
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             raise SystemExit(128 + int(error.sigval)) from None
@@ -287,18 +289,18 @@ def _run_worker(
     world = world_from_env()
     _set_variables({LAST_FAILURE: last_failure(Path(reports), world.restart_count)})
     set_threads(threads, world.local_world_size)
-    report = Path(reports) / f"{world.restart_count}-{world.rank}.json"
+    report = partial(write_report, Path(reports), world.restart_count, world.rank)
     try:
         result = entry(*args)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
         if code:
-            report.write_text(to_json({"exitcode": code, "message": str(stop.__cause__ or stop.code)}))
+            report(code, str(stop.__cause__ or stop.code))
         raise
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception:
-        report.write_text(to_json({"exitcode": 1, "message": traceback.format_exc()}))
+        report(1, traceback.format_exc())
         raise SystemExit(1) from None
     if (Path(reports) / STOPPING).exists():
         raise SystemExit(128 + signal.SIGTERM)  # With status 0, torch would wait for the launcher to take the result.
@@ -315,11 +317,10 @@ def _raise_once(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _to_failure(error: Any, reports: list[Path]) -> WorkerFailure:
+def _to_failure(error: Any, by_rank: dict[int, dict[str, Any]]) -> WorkerFailure:
     """Convert the agent's error. Prefer a message for the user, then one line, from any rank, to the report of the
     worker that failed first: it can have failed because it lost its connection to another one."""
     rank, first = error.get_first_failure()
-    by_rank = {int(path.stem.split("-")[1]): parse_json(path.read_text()) for path in sorted(reports)}
     messages = [report for report in by_rank.values() if report["exitcode"] == 2]
     messages += [report for report in by_rank.values() if "\n" not in report["message"].strip()]
     if first.exitcode < 0:  # The others lost it, unless one of them has killed it and says why (`training.hangs`).
@@ -330,12 +331,6 @@ def _to_failure(error: Any, reports: list[Path]) -> WorkerFailure:
     code = first.exitcode
     ending = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
     return WorkerFailure(code, f"worker {rank} (process {first.pid}) {ending}")
-
-
-def _refusal(reports: list[Path]) -> WorkerFailure | None:
-    """Return the first report of a mistake that the user can correct."""
-    found = [parse_json(path.read_text()) for path in sorted(reports)]
-    return next((WorkerFailure(**report) for report in found if report["exitcode"] == 2), None)
 
 
 @contextlib.contextmanager

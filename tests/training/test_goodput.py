@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from parallel.startup.failures import describe_failure, failures_recorded, last_failure
+from parallel.startup.failures import describe_failure, failures_recorded, last_failure, read_reports, write_report
 from parallel.startup.launch import _to_failure
 from training.report.goodput import FILE, Goodput, goodput_line
 
@@ -57,7 +57,18 @@ def test_time_is_counted_by_cause_over_a_restart(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("content", [None, "", "[1]", '{"step": "x", "restarts": -1}', "{"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "[1]",
+        '{"step": "x", "restarts": -1}',
+        "{",
+        '{"step": 1e999, "restarts": 1e999}',
+        f'{{"step": {10**400}}}',
+    ],
+)
 def test_an_account_that_is_missing_or_damaged_starts_again(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / FILE).write_text(content)
@@ -73,16 +84,33 @@ def test_a_new_run_does_not_continue_the_account_of_another(tmp_path: Path) -> N
 
 
 def test_the_failure_before_a_restart_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "0-2.json").write_text(json.dumps({"exitcode": 1, "message": "Traceback\n  ...\nOSError: no disk\n"}))
-    assert describe_failure({2: 1, 4: 1}, tmp_path, 0) == "rank 2 ended with exit status 1: OSError: no disk"
-    (tmp_path / "0-3.json").write_text(json.dumps({"exitcode": 1, "message": "step 3: no memory"}))
-    assert describe_failure({2: 1, 3: 1}, tmp_path, 0) == "rank 3 ended with exit status 1: step 3: no memory"
+    messages = {2: "Traceback\n  ...\nOSError: no disk\n"}
+    assert describe_failure({2: 1, 4: 1}, messages) == "rank 2 ended with exit status 1: OSError: no disk"
+    messages[3] = "step 3: no memory"
+    assert describe_failure({2: 1, 3: 1}, messages) == "rank 3 ended with exit status 1: step 3: no memory"
     # A rank that was killed comes before the ranks that lost their connection to it.
-    assert describe_failure({2: 1, 3: -9}, tmp_path, 0) == "rank 3 was killed by SIGKILL"
-    assert describe_failure({5: 7}, tmp_path, 0) == "rank 5 ended with exit status 7"
+    assert describe_failure({2: 1, 3: -9}, messages) == "rank 3 was killed by SIGKILL"
+    assert describe_failure({5: 7}, messages) == "rank 5 ended with exit status 7"
     assert last_failure(tmp_path, 0) is None and last_failure(tmp_path, 1) is None
     (tmp_path / "failure-0.txt").write_text("rank 3 was killed by SIGKILL")
     assert last_failure(tmp_path, 1) == "rank 3 was killed by SIGKILL"
+
+
+def test_a_worker_that_is_killed_in_its_report_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent ends the other workers as soon as one has failed, also those that are writing."""
+    for rank in (10, 9):
+        write_report(tmp_path, 0, rank, 1, "step 3: no memory")
+
+    def killed(self: Path, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    for method in ("replace", "rename"):
+        monkeypatch.setattr(Path, method, killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(tmp_path, 0, 1, 1, "a connection was lost")
+    assert read_reports(tmp_path, 1) == {}
+    report = {"exitcode": 1, "message": "step 3: no memory"}
+    assert list(read_reports(tmp_path, 0).items()) == [(9, report), (10, report)]
 
 
 def test_the_agent_of_torch_is_restored(tmp_path: Path) -> None:
@@ -118,11 +146,10 @@ def test_a_killed_worker_is_reported_and_not_one_that_lost_it(tmp_path: Path, mo
     assert last_failure(tmp_path, 1) == "rank 1 was killed by SIGKILL"
 
 
-def test_a_killed_worker_comes_before_the_mistake_that_another_one_reports(tmp_path: Path) -> None:
+def test_a_killed_worker_comes_before_the_mistake_that_another_one_reports() -> None:
     """The workers that are left say that a rank has ended. A worker that has killed a stopped one says why."""
-    report = tmp_path / "0-1.json"
     error = SimpleNamespace(get_first_failure=lambda: (0, SimpleNamespace(exitcode=-9, pid=7)))
-    report.write_text('{"exitcode": 2, "message": "a rank ended"}')
-    assert str(_to_failure(error, [report])) == "worker 0 (process 7) was killed by SIGKILL"
-    report.write_text('{"exitcode": 1, "message": "rank 0 (process 7) was stopped, and is killed"}')
-    assert str(_to_failure(error, [report])) == "rank 0 (process 7) was stopped, and is killed"
+    mistake = {"exitcode": 2, "message": "a rank ended"}
+    assert str(_to_failure(error, {1: mistake})) == "worker 0 (process 7) was killed by SIGKILL"
+    reason = {"exitcode": 1, "message": "rank 0 (process 7) was stopped, and is killed"}
+    assert str(_to_failure(error, {1: reason})) == "rank 0 (process 7) was stopped, and is killed"

@@ -31,6 +31,8 @@ CAUSES = {
 """What a run spends its time on, and how it is called. `other` is what has no other cause, as logging and trackers."""
 MAX_BYTES = 2**16
 """The file is smaller."""
+MAX_NUMBER = 2**53
+"""Its numbers are below this: seconds, steps, restarts. JSON can also have infinite ones."""
 WRITE_EVERY_S = 1.0
 """The file is at most so much older than the account, unless something takes longer."""
 
@@ -146,6 +148,6 @@ def _read(file: Path) -> dict[str, float]:
     try:
         with os.fdopen(open_regular(file), "rb") as opened:
             account = parse_json(opened.read(MAX_BYTES))
-        return {key: value for key, value in account.items() if isinstance(value, int | float) and value >= 0}
+        return {key: value for key, value in account.items() if type(value) in (int, float) and 0 <= value < MAX_NUMBER}
     except (OSError, ValueError, AttributeError):
         return {}
