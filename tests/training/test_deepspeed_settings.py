@@ -99,6 +99,8 @@ def test_user_keys_are_passed_on_and_agreeing_keys_are_accepted(settings):
             {"wall_clock_breakdwn": True},
             "wall_clock_breakdwn=true: expected a key of docs/deepspeed.md; the nearest is wall",
         ),
+        ('{"steps_per_print": 1e999}', "steps_per_print=null: expected an integer >= 1"),
+        ('{"steps_per_print": NaN}', "steps_per_print=null: expected an integer >= 1"),
         ("[1]", "expected a JSON object, found [1]"),
         ("{", "not JSON: Expecting property name"),
         ('{"aio": {}, "aio": {}}', "aio: expected once, found several times"),

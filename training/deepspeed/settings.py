@@ -159,7 +159,7 @@ def has_kind(value: Any, kind: Kind) -> bool:
         return isinstance(value, bool)
     if kind == "section":
         return isinstance(value, dict)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0:  # also NaN and infinity
         return False
     return {"count": value >= 0, "positive": value >= 1, "even": value >= 2 and value % 2 == 0}[kind]
 
