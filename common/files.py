@@ -161,14 +161,26 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
     Raises:
         OSError: the file cannot be written.
     """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A context manager that gives a file to write, which replaces the file `path` at the end, as `write_atomically`
+    does. After an exception, `path` is as it was, and nothing else is left over.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:  # also Ctrl-C
         partial.unlink(missing_ok=True)
         raise
-    return path

@@ -40,6 +40,14 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+def escaped(text: str) -> str:
+    """`text` with a backslash escape in place of every character that is not printable. Newlines and tabs stay.
+
+    For text that goes to a terminal, whose settings an escape sequence can change.
+    """
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def show_value(value: object) -> str:
     """`value` as a user writes it in YAML or on the command line.
 

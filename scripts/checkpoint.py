@@ -76,11 +76,11 @@ def verify(config: CheckpointToolConfig) -> None:
 
 def diff(config: CheckpointToolConfig) -> None:
     """Print how the tensors of two checkpoints differ."""
-    from training.checkpoint.manifest import committed
+    from training.checkpoint.manifest import CHECKPOINTS, committed, step_of
     from training.report.checkpoints import show_differences
 
     directories("run", config.run)
-    newest = committed(Path(config.run) / "checkpoints")
+    newest = committed(Path(config.run) / CHECKPOINTS)
     if config.step is None:
         require(newest, ConfigError, f"run={config.run}: expected a checkpoint that is not damaged")
     path = newest[0] if config.step is None else directory_of("run", config.run, "step", config.step)
@@ -91,9 +91,7 @@ def diff(config: CheckpointToolConfig) -> None:
     else:
         key, run = ("run", config.run) if config.other_run is None else ("other_run", config.other_run)
         name = "step" if config.other is None else "other"
-        other = directory_of(
-            key, run, name, int(path.name.removeprefix("step-")) if config.other is None else config.other
-        )
+        other = directory_of(key, run, name, step_of(path) if config.other is None else config.other)
     show_differences(other, path, config.limit)
 
 
@@ -104,7 +102,10 @@ def prune(config: CheckpointToolConfig) -> None:
     from training.report.checkpoints import show_pruned
 
     paths = directories("run", config.run)
-    lock = DirectoryLock.acquire(Path(config.run) / LOCK_FILE)
+    try:
+        lock = DirectoryLock.acquire(Path(config.run) / LOCK_FILE)
+    except OSError as error:
+        raise ConfigError(f"run={config.run}: expected a directory that can be written ({error.strerror})") from error
     require(lock is not None, ConfigError, f"run={config.run}: expected a run that no process is writing")
     assert lock is not None
     try:

@@ -1,5 +1,7 @@
 """`scripts/checkpoint.py` on checkpoints of several steps: what each action prints, deletes and refuses."""
 
+import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +91,15 @@ def test_diff(call: Call, run: Path, tmp_path: Path) -> None:
     assert status == 2 and "3 tensors missing that" in error and error.count("\n") == 1
 
 
-def test_prune(call: Call, run: Path) -> None:
+def test_tensors_that_differ_in_the_sign_of_zero_come_last(call: Call, tmp_path: Path) -> None:
+    for step, sign, one in ((1, 1.0, 1.0), (2, -1.0, 1.1)):
+        tensors = {"a": sign * torch.zeros(2), "b": torch.full((2,), one), "c": torch.full((2,), one**20)}
+        save(tmp_path / "zeros" / "checkpoints", step, tensors, {"step": step}, keep=9)
+    _, lines, _ = call("action=diff", where=tmp_path / "zeros")
+    assert [words[0] for words in lines[-3:]] == ["c", "b", "a"] and lines[-1][1:] == ["0.000e+00", "0.000e+00"]
+
+
+def test_prune(call: Call, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damage(run, 30)
     status, lines, _ = call("action=prune", "keep=1", "keep_every=10")
     assert status == 0 and lines[-1][:3] == ["3", "checkpoints", "are"], "damaged or not, every 10th is kept"
@@ -104,6 +114,17 @@ def test_prune(call: Call, run: Path) -> None:
     status, _, error = call("action=prune")
     assert (status, error) == (2, f"error: run={run}: expected a run that no process is writing\n")
     lock.release()
+    (run / LOCK_FILE).unlink()
+    monkeypatch.setattr(os, "open", refuse)
+    status, _, error = call("action=prune")
+    assert (status, error) == (
+        2,
+        f"error: run={run}: expected a directory that can be written (Read-only file system)\n",
+    )
+
+
+def refuse(*arguments: object) -> int:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_mistakes_are_one_line(call: Call, run: Path, tmp_path: Path) -> None:

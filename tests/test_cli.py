@@ -191,6 +191,15 @@ def test_failed_jobs_are_rows_and_status_1(tmp_path: Path) -> None:
     assert (saved["run"]["name"], saved["model"]["top_k"], saved["data"]["paths"]) == ("s/3", 10, [])
 
 
+def test_a_job_whose_configuration_cannot_be_resolved_does_not_end_the_sweep(tmp_path: Path) -> None:
+    devices = "train.device=cpu,${oc.env:HOME},${nothing},cpu"
+    done = train("-m", f"run.root={tmp_path}", "run.name=s", "model.top_k=9", devices)
+    assert done.returncode == 1
+    assert [line.split(":")[1] for line in done.stderr.splitlines()] == [f" job {j}" for j in range(4)]
+    saved = yaml.safe_load((tmp_path / "s" / "1" / "config.yaml").read_text())
+    assert (saved["run"]["name"], saved["train"]["device"]) == ("s/1", "${oc.env:HOME}")
+
+
 def test_a_refusal_under_torchrun_leaves_no_run_behind(tmp_path, monkeypatch):
     config = composed(f"run.root={tmp_path}", "run.name=refused", "tracking=disabled")
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():

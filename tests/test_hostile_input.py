@@ -23,7 +23,7 @@ from data.config import DataConfig
 from data.corpora import formats
 from data.corpora.corpus import open_corpus
 from data.tokens.files import given_tokenizer
-from scripts.cli.command_line import check_presets, compose_config, user_message
+from scripts.cli.command_line import check_presets, compose_config, end, user_message
 from tests.commands import ROOT
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import MANIFEST, committed
@@ -33,6 +33,7 @@ from training.formats.foreign_tensors import read_header, read_json
 from training.formats.reader import open_model, read_run_config
 from training.generation.request import _read_json as read_messages
 from training.owner import _find, launch_identity
+from training.report.checkpoints import show_checkpoints, show_differences
 from training.report.metrics import read_metrics
 from training.report.run_report import show_finished
 from training.report.sweep import sweep_table
@@ -185,6 +186,32 @@ def rehash(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     body["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     (path / MANIFEST).write_text(json.dumps(body, sort_keys=True, separators=(",", ":")))
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [(10**400, [6]), (-1, [6]), (1, [2**62] * 64), (2**62, [2**62])],
+    ids=lambda value: str(value)[:9],
+)
+def test_sizes_of_a_manifest_have_limits(tmp_path: Path, size: int, shape: list[int]) -> None:
+    path = checkpoint.save(tmp_path, 1, {"model.a": torch.ones(6)}, {"step": 1}, keep=1)
+
+    def change(body: Any) -> None:
+        for record in body["files"].values():
+            record["size"] = size
+        body["tensors"]["model.a"] |= {"shape": shape, "chunks": []}
+
+    rehash(path, change)
+    show_checkpoints([path])
+    with pytest.raises(CheckpointError) as refused:
+        show_differences(path, path, 1)
+    assert "\n" not in str(refused.value)
+
+
+def test_names_in_a_message_have_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        end(CheckpointError("model.\x1b[2J: found 0 elements, expected 6"), [])
+    assert capsys.readouterr().err == "error: model.\\x1b[2J: found 0 elements, expected 6\n"
 
 
 STATE = {

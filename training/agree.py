@@ -22,7 +22,7 @@ from moe.config import ModelConfig
 from parallel.planning.plan import Plan
 from parallel.startup.preflight import check_ranks_agree, collect_properties, flatten
 from parallel.startup.rendezvous import choose_on_rank0, exposure
-from training.checkpoint.manifest import CHECKPOINTS, committed, newest_verified
+from training.checkpoint.manifest import CHECKPOINTS, newest_committed, newest_verified
 from training.checkpoint.peers import Peers
 from training.compilation import choose_compilation
 from training.config import Config, with_vocabulary
@@ -205,11 +205,10 @@ def find_checkpoint(
     root = directory / CHECKPOINTS
     resume = config.run.resume
     if resume == "never" and not restarted:
-        checkpoints = committed(root)
-        if checkpoints:
+        found = newest_committed(root)
+        if found is not None:
             raise CheckpointError(
-                f"run.resume=never: expected the name of a new run; {directory} has checkpoints up to "
-                f"{checkpoints[0].name}"
+                f"run.resume=never: expected the name of a new run; {directory} has checkpoints up to {found.name}"
             )
         return None
     newest = newest_verified(root, warn, peers)

@@ -29,10 +29,10 @@ from omegaconf.resolvers import oc
 from yaml import YAMLError
 
 from common.errors import ConfigError, RunError, TrainingFailure, UserError, require
-from common.files import read_file
+from common.files import disk_errors, read_file
 from common.plugins import load_plugins
 from common.strict import from_dict, leaf_keys, suggested_key, unknown_key
-from common.text import MAX_YAML, check_yaml, nearest, one_line, shorten
+from common.text import MAX_YAML, check_yaml, escaped, nearest, one_line, shorten
 from parallel.startup.launch import WorkerFailure, interrupts_raise, is_launched
 from scripts.cli.help import train_help
 from scripts.cli.overrides import PARSER, as_typed, in_grammar, quote, text_keys, values_of
@@ -150,8 +150,10 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: str | None =
         return plain(compose(name, list(overrides), return_hydra_config=True))
 
 
-def plain(cfg: DictConfig, sweep_dir: Path | None = None, number: int | None = None) -> dict[str, Any]:
-    """Return a composed configuration as dicts, lists and scalars, with its interpolations resolved.
+def plain(
+    cfg: DictConfig, sweep_dir: Path | None = None, number: int | None = None, *, resolve: bool = True
+) -> dict[str, Any]:
+    """Return a composed configuration as dicts, lists and scalars.
 
     A configuration is saved with the run and sent to trackers. It must not read the environment, which has secrets.
 
@@ -160,13 +162,15 @@ def plain(cfg: DictConfig, sweep_dir: Path | None = None, number: int | None = N
     Args:
         cfg: the configuration, inside a Hydra job or with Hydra's own section `hydra`, which is left out.
         sweep_dir, number: the directory of a sweep and the number of the job in it. They determine `run.name`.
+        resolve: whether interpolations are resolved.
 
     Raises:
         ConfigError: a value has an interpolation of the resolver `oc.env`.
+        OmegaConfBaseException: an interpolation cannot be resolved.
     """
     with _without_environment():
         container = OmegaConf.to_container(
-            OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True
+            OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=resolve
         )
     assert isinstance(container, dict)
     raw: dict[str, Any] = {str(name): value for name, value in container.items()}
@@ -287,8 +291,11 @@ def record_failure(
     if message is None:
         print(details(error), file=sys.stderr)
         message = details(error).strip().splitlines()[-1]
-    print(f"error: job {number}: {message}", file=sys.stderr)
-    raw = plain(cfg, sweep_dir, number)
+    print(f"error: job {number}: {escaped(message)}", file=sys.stderr)
+    try:
+        raw = plain(cfg, sweep_dir, number)
+    except (ConfigError, OmegaConfBaseException):  # This is why the job failed.
+        raw = plain(cfg, sweep_dir, number, resolve=False)
     # The table would show a key that only some jobs have as if the sweep had changed it.
     for section, cls in get_type_hints(Config).items():
         if is_dataclass(cls) and isinstance(raw.get(section), dict):
@@ -296,7 +303,7 @@ def record_failure(
             raw[section] = defaults | raw[section]
     run = RunConfig(experiment=sweep_dir.name, name=f"{sweep_dir.name}/{number}", root=str(sweep_dir.parent))
     try:
-        with RunOwner() as owner:
+        with RunOwner() as owner, disk_errors(sweep_dir):
             owner.claim(run)
             assert owner.directory is not None
             save_config(owner.directory, raw)
@@ -324,7 +331,7 @@ def end(error: BaseException, arguments: Sequence[str], cls: type = Config) -> N
         print(details(error), file=sys.stderr)
         raise SystemExit(1)
     if not is_launched() or os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "alone", False):
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {escaped(message)}", file=sys.stderr)
     else:
         # A launcher kills the other ranks as soon as one has exited. Local rank 0 has to print first.
         time.sleep(PATIENCE_S)

@@ -93,12 +93,11 @@ def _status(number: int) -> int:
 
 
 def _show_how_to_resume(directory: Path, config: Config, world: World) -> None:
-    from training.checkpoint.manifest import CHECKPOINTS, committed
+    from training.checkpoint.manifest import CHECKPOINTS, newest_committed
     from training.report.run_report import show_interrupted
 
     discard_unread_output()  # Ctrl-C also ends the `tee` of a pipeline.
-    newest = next(iter(committed(directory / CHECKPOINTS)), None)
-    show_interrupted(config, directory, newest, world.world_size)
+    show_interrupted(config, directory, newest_committed(directory / CHECKPOINTS), world.world_size)
 
 
 def in_processes(

@@ -159,6 +159,22 @@ def test_the_nth_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in committed(tmp_path)] == ["step-60", "step-50", "step-30"]
 
 
+def test_a_manifest_that_the_disk_does_not_give_is_not_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20, 30, 40):
+        save_step(tmp_path, step, keep=9)
+    (tmp_path / "step-20" / "manifest.json").unlink()
+    read = manifest.read_file
+
+    def read_file(path: Path, limit: int) -> bytes:
+        if path.parent.name == "step-10":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path, limit)
+
+    monkeypatch.setattr(manifest, "read_file", read_file)
+    manifest.delete_old_checkpoints(tmp_path, 40, manifest.Retention(2, every=10))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-30", "step-40"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_tensors_that_are_not_finite_are_not_saved(tmp_path: Path, dtype: torch.dtype) -> None:
     save_step(tmp_path, 1)

@@ -161,7 +161,8 @@ def test_a_record_that_was_not_written_here_is_no_record(tmp_path: Path) -> None
     good = recorded(tmp_path / "metrics.jsonl", 3).to_state()
     bomb = base64.b64encode(zlib.compress(b'{"step": 1}\n' * 2**22)).decode()
     for change in (
-        {"rows": None}, {"rows": "x"}, {"size": []}, {"tail": "?"}, {"tail": 3}, {"tail": "AAAA"}, {"tail": bomb},
+        {"rows": None}, {"rows": "x"}, {"rows": -1}, {"size": []}, {"tail": "?"}, {"tail": 3}, {"tail": "AAAA"},
+        {"tail": bomb},
         {"tail": base64.b64encode(zlib.compress(b'{"step": 2}\n{"step": 1}\n')).decode()},
         {"tail": base64.b64encode(zlib.compress(b'{"step": true}\n')).decode()},
         {"tail": base64.b64encode(zlib.compress(b"[" * 100_000 + b"\n")).decode()},
@@ -239,3 +240,20 @@ def test_a_row_that_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeyp
     assert path.read_bytes() == whole.read_bytes()
     assert writer.record() == expected.record()
     writer.close(), expected.close()
+
+
+def test_a_writer_that_could_not_go_back_can_be_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", None)
+    writer.write({"step": 1})
+    writer._waiting.append(b'{"step": 2}\n')  # as after a write that was refused
+    with monkeypatch.context() as full_disk:
+
+        def refuse(*arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        full_disk.setattr(os, "fsync", refuse)
+        full_disk.setattr(writer, "_write_waiting", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            writer.go_back(0)
+    writer.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -3,17 +3,20 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from common.errors import CheckpointError
 from training.checkpoint import checkpoint
+from training.checkpoint import saver as saver_module
 from training.checkpoint.manifest import committed, read_state, verify
-from training.checkpoint.peers import ALONE
+from training.checkpoint.peers import ALONE, Peers
 from training.checkpoint.saver import Saver
 from training.checkpoint.shards import write_shard
 from training.config import CheckpointConfig
@@ -134,3 +137,36 @@ def test_what_is_not_finite_is_refused_and_said(saver_of, tmp_path: Path) -> Non
     saver.finish()
     assert lines == ["step 1 is not saved: w[0:2] has an element that is inf; there is no checkpoint yet"]
     assert list((tmp_path / "background").iterdir()) == []
+
+
+def test_a_run_that_fails_does_not_wait_long_for_a_rank_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver_module, "PATIENCE_S", 0.2)
+    lines: list[str] = []
+    peers = Peers(dist.HashStore(), 0, 2, 60.0)
+    saver = Saver(tmp_path, CheckpointConfig(background=True), peers, None, lines.append)
+    saver._assignment = checkpoint.Assignment([], {})
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), saver:
+        saver.save(1, dict, {})
+        time.sleep(0.2)  # The thread waits for rank 1 already.
+        raise KeyboardInterrupt
+    assert time.monotonic() - start < 30 and lines[1].startswith(
+        "a checkpoint was not saved: rank 1: no progress for 0.2 s"
+    )
+
+
+def test_a_process_of_low_priority_saves_in_the_background(
+    saver_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def setpriority(which: int, who: int, priority: int) -> None:
+        if priority < 15:  # as for a process without the capability CAP_SYS_NICE
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 15)
+    monkeypatch.setattr(os, "setpriority", setpriority)
+    saver, _ = saver_of()
+    with saver:
+        saver.save(1, tensors, {"step": 1})
+    verify(tmp_path / "background" / "step-1")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError, expect_no_tensors, require
+from common.text import first_line
 from moe.region import Region
 from training.checkpoint.manifest import HELDOUT_LOSS, MANIFEST, read_manifest
 from training.checkpoint.shards import DTYPES, SliceRead, find_slices, read_shard
@@ -45,8 +46,12 @@ def read_contents(path: Path) -> Contents:
     parallel = state.get("config", {}).get("parallel", {}) if isinstance(state.get("config"), dict) else {}
     axes = parallel.items() if isinstance(parallel, dict) else ()
     loss = state.get(HELDOUT_LOSS)
+    try:
+        saved_at = (path / MANIFEST).stat().st_mtime
+    except OSError as error:  # A run that goes on has deleted it.
+        raise CheckpointError(f"{path / MANIFEST}: cannot be read: {error.strerror}") from error
     return Contents(
-        saved_at=(path / MANIFEST).stat().st_mtime,
+        saved_at=saved_at,
         size=sum(record["size"] for record in body["files"].values()),
         files=len(body["files"]),
         parameters=sum(math.prod(tensors[name]["shape"]) for name in tensors if name.startswith("model.")),
@@ -88,8 +93,10 @@ def compare(first: Path, second: Path) -> Iterator[Difference]:
             yield Difference(name, True, 0.0, 0.0)
             continue
         apart = a.double() - b.double()
-        relative = apart.norm() / a.double().norm()
-        yield Difference(name, False, apart.abs().max().item(), relative.item())
+        largest = apart.abs().max().item()
+        # 0 and -0 differ in their bits only.
+        relative = (apart.norm() / a.double().norm()).item() if largest else 0.0
+        yield Difference(name, False, largest, relative)
 
 
 def read_tensor(path: Path, name: str, record: dict[str, Any]) -> Tensor:
@@ -99,10 +106,14 @@ def read_tensor(path: Path, name: str, record: dict[str, Any]) -> Tensor:
         record: its record in the manifest.
 
     Raises:
-        CheckpointError: a file cannot be read, or the chunks do not cover the tensor.
+        CheckpointError: a file cannot be read, the chunks have not as many elements as the tensor, or it does not fit
+            in memory.
     """
     require(record["dtype"] in DTYPE_OF, CheckpointError, f"{path}: {name}: found dtype {record['dtype']!r}")
-    whole = torch.empty(record["shape"], dtype=DTYPE_OF[record["dtype"]])
+    try:
+        whole = torch.empty(record["shape"], dtype=DTYPE_OF[record["dtype"]])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {name}: expected a tensor that fits in memory ({first_line(error)})") from error
     slices: dict[str, list[SliceRead]] = {}
     if whole.numel():
         for file, read in find_slices(name, record, whole, Region.whole(record["shape"])):

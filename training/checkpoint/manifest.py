@@ -11,17 +11,19 @@ untrusted input: a manifest cannot name a file outside its directory, and readin
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import CheckpointError, require
-from common.files import fsync, read_file, sha256_of, write_atomically
+from common.files import UnusableFile, fsync, read_file, sha256_of, write_atomically
 from common.text import parse_json, shorten
 from training.checkpoint.peers import ALONE, Peers, StalledError
 
@@ -132,6 +134,11 @@ def committed(root: Path) -> list[Path]:
     return [path for path in step_directories(root) if is_committed(path)]
 
 
+def newest_committed(root: Path) -> Path | None:
+    """Return the newest committed checkpoint in `root`, or None. Manifests of older ones are not read."""
+    return next(filter(is_committed, step_directories(root)), None)
+
+
 def verify(path: Path, peers: Peers = ALONE, *, again: bool = True) -> None:
     """Read every file of the checkpoint `path` and compare its size and SHA-256 with the manifest. Collective.
 
@@ -194,7 +201,9 @@ def newest_verified(root: Path, warn: Callable[[str], None], peers: Peers = ALON
 def listed(root: Path, peers: Peers) -> list[Path]:
     """Return what `step_directories` returns on rank 0, on all ranks. Collective."""
     names = peers.run(
-        lambda: [path.name for path in step_directories(root)], root, lambda found: [found[0]] * len(found)
+        lambda: [path.name for path in step_directories(root)] if peers.rank == 0 else None,
+        root,
+        lambda found: [found[0]] * len(found),
     )
     return [root / name for name in names]
 
@@ -224,9 +233,9 @@ def delete_old_checkpoints(root: Path, newest: int | None, retention: Retention,
     found intact before, and that have not been changed since, are not read again. Checkpoints that `retention.every`
     keeps are not verified. A damaged checkpoint is deleted as soon as there are `retention.keep` intact ones.
 
-    This also deletes uncommitted directories, and damaged checkpoints of later steps. Later steps exist when a run was
-    resumed from an earlier step, and a damaged one would count as the run's newest checkpoint. Undamaged checkpoints of
-    later steps are kept and are not counted.
+    This also deletes directories whose manifest is missing or damaged, and damaged checkpoints of later steps. Later
+    steps exist when a run was resumed from an earlier step, and a damaged one would count as the run's newest
+    checkpoint. Undamaged checkpoints of later steps are kept and are not counted.
 
     Args:
         newest: None if no checkpoint was just saved. All are verified then.
@@ -252,13 +261,23 @@ def delete_old_checkpoints(root: Path, newest: int | None, retention: Retention,
 
     def is_superfluous(path: Path) -> bool:
         is_nth = retention.every > 0 and step_of(path) % retention.every == 0 and path not in later
-        return path not in kept and (not is_committed(path) or path in later or (enough and not is_nth))
+        return path not in kept and (path in later or (enough and not is_nth) or _is_uncommitted(path))
 
     def delete() -> None:
         for path in filter(is_superfluous, paths if peers.rank == 0 else ()):
             delete_checkpoint(path)
 
     peers.run(delete, root)
+
+
+def _is_uncommitted(path: Path) -> bool:
+    """Whether the manifest of `path` is missing or damaged. One that the disk does not give may be neither."""
+    try:
+        read_manifest(path)
+    except CheckpointError as error:
+        refused = error.__cause__
+        return not isinstance(refused, OSError) or isinstance(refused, FileNotFoundError | UnusableFile)
+    return False
 
 
 def _is_intact(path: Path, peers: Peers) -> bool:
@@ -276,9 +295,13 @@ def _best_first(paths: list[Path], peers: Peers) -> list[Path]:
     """Return the checkpoints that record a held-out loss, the lowest first; of equal ones the newest. Collective."""
 
     def find() -> list[str]:
-        losses = {path.name: read_state(path).get(HELDOUT_LOSS) for path in paths if is_committed(path)}
-        numbers = {name: loss for name, loss in losses.items() if isinstance(loss, int | float)}
-        return sorted(numbers, key=lambda name: numbers[name])
+        losses: dict[str, float] = {}
+        for path in paths if peers.rank == 0 else ():
+            with suppress(CheckpointError):
+                loss = read_state(path).get(HELDOUT_LOSS)
+                if isinstance(loss, int | float):
+                    losses[path.name] = loss
+        return sorted(losses, key=lambda name: losses[name])
 
     names = peers.run(find, paths[0].parent, lambda found: [found[0]] * len(found)) if paths else []
     return [paths[0].parent / name for name in names]
@@ -316,13 +339,15 @@ def _check_body(body: dict[str, Any]) -> None:
     require(isinstance(body["state"], dict), TypeError, "state is not an object")
     for name, record in body["files"].items():
         require(SHARD_FILE.fullmatch(name), TypeError, f"file name {name!r}")
-        has_types = type(record["size"]) is int and isinstance(record["sha256"], str)
+        has_types = _is_size([record["size"]]) and isinstance(record["sha256"], str)
         require(set(record) == {"size", "sha256"} and has_types, TypeError, f"record of {name}")
     for name, record in body["tensors"].items():
         dims, chunks = len(record["shape"]), record["chunks"]
         sizes = [record["shape"], *(chunk[key] for chunk in chunks for key in ("offset", "shape"))]
         require(
-            dims <= MAX_DIMS and all(_is_size(size) and len(size) == dims for size in sizes),
+            dims <= MAX_DIMS
+            and all(_is_size(size) and len(size) == dims for size in sizes)
+            and math.prod(record["shape"]) < 2**63,
             TypeError,
             f"shapes of {name!r}",
         )

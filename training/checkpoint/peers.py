@@ -53,7 +53,8 @@ class Peers:
 
     Args:
         store: the key-value store that the ranks share. A single process needs none.
-        timeout_s: seconds without progress on any rank after which waiting ends.
+        timeout_s: seconds without progress on any rank after which waiting ends. A change of the attribute also applies
+            to a thread that waits already.
         name: the start of the keys. Ranks create their `Peers` of one name once in the lifetime of the store.
     """
 
@@ -98,7 +99,7 @@ class Peers:
             key = f"{self._name}/{next(self._phases)}"
             if self.rank > 0:
                 self._send(f"{key}/result/{self.rank}", [result, failure])
-                reply, failed = self._receive(f"{key}/reply/{self.rank}", key, self.timeout_s + MARGIN_S)
+                reply, failed = self._receive(f"{key}/reply/{self.rank}", key, MARGIN_S)
                 failure = None if failed is None else Failure(*failed)
             else:
                 reply, failure, own = self._collect(key, result, failure, where, combine)
@@ -131,7 +132,7 @@ class Peers:
         outcomes: list[tuple[Any, Failure | None]] = [(result, failure)]
         try:
             for rank in range(1, self.world_size):
-                sent, failed = self._receive(f"{key}/result/{rank}", key, self.timeout_s)
+                sent, failed = self._receive(f"{key}/result/{rank}", key)
                 outcomes.append((sent, None if failed is None else Failure(*failed)))
         except StalledError as error:
             joined: Failure | None = Failure(StalledError.__name__, str(error))
@@ -150,11 +151,12 @@ class Peers:
         assert self._store is not None
         self._store.set(key, to_json(value))
 
-    def _receive(self, key: str, phase: str, timeout_s: float) -> Any:
+    def _receive(self, key: str, phase: str, margin_s: float = 0.0) -> Any:
         """Wait for the value of `key`, and return it.
 
         Raises:
-            StalledError: no rank made any progress for `timeout_s` seconds. The message names the rank and its file.
+            StalledError: no rank made any progress for `timeout_s + margin_s` seconds. The message names the rank and
+                its file.
         """
         store = self._store
         assert store is not None
@@ -165,8 +167,8 @@ class Peers:
             current = store.add(f"{self._name}/progress", 0)
             if current != progress:
                 progress, changed = current, now
-            elif now - changed > timeout_s:
-                raise StalledError(self._describe_stall(phase, timeout_s))
+            elif now - changed > self.timeout_s + margin_s:  # Another thread can shorten `timeout_s` meanwhile.
+                raise StalledError(self._describe_stall(phase, self.timeout_s + margin_s))
             time.sleep(min(0.25, max(0.0005, (now - start) / 20)))
         value = parse_json(store.get(key))
         store.delete_key(key)

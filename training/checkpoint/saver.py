@@ -25,7 +25,7 @@ from training.config import CheckpointConfig
 PATIENCE_S = 20.0
 """Seconds without progress after which a run that has failed no longer waits for the checkpoint in flight."""
 NICE = 10
-"""The priority of the thread that writes in the background, as nice(1) takes it."""
+"""The priority of the thread that writes in the background, as nice(1) takes it, unless the process has a lower one."""
 Tensors = Mapping[str, Tensor | LocalShard]
 
 
@@ -182,7 +182,9 @@ class Saver:
         """Write the checkpoint, and delete those that are not kept. It may run in a thread of its own."""
         assert self._assignment is not None
         if self._config.background and sys.platform == "linux":  # where a priority is that of a thread
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            thread = threading.get_native_id()
+            # Only root can raise a priority, and the process may have a lower one.
+            os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))
         path, error = None, None
         try:
             path = write(self._root, step, self._assignment, parts, state, self._peers)

@@ -277,7 +277,7 @@ def find_slices(name: str, record: dict[str, Any], local: Tensor, region: Region
         (file name, slice) pairs.
 
     Raises:
-        CheckpointError: the saved chunks do not cover the region exactly once.
+        CheckpointError: the saved chunks have more or fewer elements in the region than it has.
     """
     slices = []
     covered = 0

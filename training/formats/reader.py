@@ -33,7 +33,7 @@ from training.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST,
     SHARD_FILE,
-    committed,
+    newest_committed,
     newest_verified,
     read_manifest,
     verify,
@@ -443,7 +443,7 @@ def _check_layer_count(model: ModelConfig, num_tensors: int, file: Path, per_exp
 
 def _newest_checkpoint(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path:
     with _raise_model_errors():
-        newest = newest_verified(checkpoints, warn) if check else next(iter(committed(checkpoints)), None)
+        newest = newest_verified(checkpoints, warn) if check else newest_committed(checkpoints)
     if newest is None:
         raise ModelError(f"{checkpoints}: expected a checkpoint; found none")
     return newest

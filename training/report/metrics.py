@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from common.errors import RunError, require
-from common.files import open_binary
+from common.files import atomic_file, open_binary
 from common.text import parse_json, shorten, show_ranges, to_json
 
 if TYPE_CHECKING:  # the launcher checks the section `tracking` without importing torch
@@ -62,6 +62,8 @@ class MetricsRecord:
             steps = [_step_of(line) for line in record.tail]
         except (KeyError, TypeError, ValueError, zlib.error):
             return None
+        if record.rows < 0:
+            return None
         return record if steps == sorted(set(steps)) and all(line.endswith(b"\n") for line in record.tail) else None
 
 
@@ -97,18 +99,10 @@ class MetricsWriter:
         self.problems: list[str] = []
         self._rows, self._size, self._hash = 0, 0, hashlib.sha256()
         self._tail, self._tail_size = deque[bytes](), 0
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                for line in () if resume_step is None else self._kept(resume_step, record):
-                    file.write(line)
-                    self._count(line)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        with atomic_file(self.path) as file:
+            for line in () if resume_step is None else self._kept(resume_step, record):
+                file.write(line)
+                self._count(line)
         self._waiting = deque[bytes]()
         # Without a buffer, because a buffer would keep what a full disk has refused.
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
@@ -198,9 +192,10 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Write the rows that could not be written before, if they can be now, and close the file."""
-        with suppress(OSError):
-            self._write_waiting()
-        self._file.close()
+        if not self._file.closed:
+            with suppress(OSError):
+                self._write_waiting()
+            self._file.close()
 
 
 def read_metrics(path: Path, damaged: list[int] | None = None) -> list[Row]:

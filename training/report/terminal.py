@@ -20,6 +20,8 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from common.text import escaped
+
 PLAIN_WIDTH = 100_000
 """The width given to rich for plain output: more than any line needs, so that rich cuts and wraps nothing."""
 LEGEND_WIDTH = 120
@@ -66,9 +68,8 @@ def printable(text: str) -> str:
     Newlines and tabs stay. The text can come from a model, which can generate escape sequences that change the settings
     of a terminal.
     """
-    escaped = "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = _stdout().encoding or "utf-8"
-    return escaped.encode(encoding, errors="backslashreplace").decode(encoding)
+    return escaped(text).encode(encoding, errors="backslashreplace").decode(encoding)
 
 
 def show(renderable: RenderableType) -> None:
