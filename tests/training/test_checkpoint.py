@@ -200,6 +200,23 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     verify(path)
 
 
+def test_a_saved_step_counts_as_saved_if_its_old_files_cannot_be_removed(tmp_path: Path) -> None:
+    (save_step(tmp_path, 1) / "directory").mkdir()
+    save(tmp_path, 1, tensors_of(2), {"step": 1}, keep=2)
+    verify(tmp_path / "step-1")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_of_a_link_to_a_checkpoint_only_the_link_is_deleted(tmp_path: Path) -> None:
+    moved = save_step(tmp_path / "other_disk", 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-1").symlink_to(moved)
+    for step in (2, 3):
+        save_step(tmp_path / "run", step)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["step-2", "step-3"]
+    assert_saved(moved, 1)
+
+
 def flip_byte(file: Path, position: int) -> None:
     content = bytearray(file.read_bytes())
     content[position] ^= 1 << random.Random(position).randrange(8)

@@ -21,6 +21,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -300,7 +301,10 @@ def _publish(temporary: Path, final: Path) -> None:
     fsync(final)
     os.replace(temporary / MANIFEST, final / MANIFEST)
     fsync(final)
-    temporary.rmdir()
+    # The checkpoint is saved now. What cannot be removed here goes with it, or with the next one that is written.
+    with suppress(OSError):
+        temporary.rmdir()
     for file in final.iterdir():
         if file.name not in new_names:
-            file.unlink()
+            with suppress(OSError):
+                file.unlink()

@@ -209,7 +209,13 @@ def listed(root: Path, peers: Peers) -> list[Path]:
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint. The manifest goes first, so that a partly deleted checkpoint is not a committed one."""
+    """Delete a checkpoint. The manifest goes first, so that a partly deleted checkpoint is not a committed one.
+
+    Of a symbolic link, only the link is deleted: what it points to can be another checkpoint that is kept.
+    """
+    if path.is_symlink():
+        path.unlink()
+        return
     (path / MANIFEST).unlink(missing_ok=True)
     fsync(path)
     shutil.rmtree(path)
