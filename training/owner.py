@@ -101,7 +101,7 @@ class RunOwner:
 
     The lock is shared with rank 0 of the worker processes (`join_run`), so that the directory is still locked if the
     launcher is killed before its workers. If the context ends with an exception, and the directory has nothing but what
-    this object has written, everything that it has made is removed.
+    this object has written, these files are removed, and the directory if this object has made it. `run.root` stays.
 
     Args:
         sweep: own the directory of a sweep.
