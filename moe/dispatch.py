@@ -92,8 +92,9 @@ class LocalDispatcher(nn.Module):
         order, slots, counts_E = group_by_expert(experts, routing.num_experts, use_kernels(x_TD))
         rows, complete, dense = len(experts), routing.complete, True
         if not complete:
-            fixed = not x_TD.is_cpu or torch.compiler.is_compiling()  # shapes of a graph do not depend on values
-            if not fixed if count_rows is None else count_rows:
+            if count_rows is None:  # The shapes of a compiled graph must not depend on values.
+                count_rows = x_TD.is_cpu and not torch.compiler.is_compiling()
+            if count_rows:
                 rows = int(counts_E.sum())
                 complete = rows == len(experts)
             else:

@@ -1,7 +1,7 @@
 """What can go wrong in a step without an error, and how a run notices it.
 
-Every check uses figures that all ranks have alike, so all ranks come to the same conclusion and no rank waits for
-another. A step in which all is well costs no additional collective, and the host does not wait for the device.
+Every check uses figures that all ranks have alike, so all ranks come to the same conclusion. After most steps nothing
+is exchanged, and the host never waits for the device.
 """
 
 import math
@@ -24,7 +24,6 @@ from training.steps import FinishedStep
 
 MAX_REFUSED = 5
 """A step whose gradient norm is not finite changes no weight. After this many in a row the run stops or goes back."""
-
 
 WINDOW = 64
 """The number of recent losses with which a loss is compared."""
@@ -78,6 +77,7 @@ class Health:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue as after `state`, which is empty for a new run."""
         self.refused.in_a_row = 0  # No checkpoint is written after a step that was refused.
+        self.slow.times.clear()
         self.spikes.load_state_dict(state)
 
 
@@ -88,7 +88,7 @@ class LossSpikes:
         self.config = config
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.above = False
-        """Whether the loss of the last step was too high. Only the first of several such steps is told."""
+        """Whether the loss of the last step was too high. Only the first of several such steps is reported."""
 
     def check(self, step: FinishedStep) -> Finding:
         """Look at a finished step. A loss that is not finite is left to `RefusedSteps`."""

@@ -95,18 +95,24 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def describe(reports: list[dict[str, Any]]) -> str:
-    """Return which ranks differ in which tensor, for the first tensor that differs.
+    """Return which ranks differ in which tensor, for the first tensor that differs and that all its ranks name.
+
+    A rank names few tensors, and its first ones can be those of a group that another rank is not in.
 
     Args:
         reports: by rank: its host, the number of its tensors that differ, and the first `_Difference`s.
     """
-    name, ranks, _ = next(report["first"][0] for report in reports if report["first"])
-    prints = {rank: value for rank in ranks for other, _, value in reports[rank]["first"] if other == name}
+    found = []
+    for name, ranks, _ in (difference for report in reports for difference in report["first"]):
+        prints = {rank: value for rank in ranks for other, _, value in reports[rank]["first"] if other == name}
+        found.append((len(ranks) - len(prints), name, ranks, prints))
+    _, name, ranks, prints = min(found, key=lambda one: one[0])
     (common, votes), *_ = Counter(prints.values()).most_common(1)
     others = max(report["count"] for report in reports) - 1
-    what = f"{name.removeprefix('model.')}{f' and {others} more tensors' if others else ''}"
-    if 2 * votes <= len(prints):
-        return f"ranks {show_ranges(prints)} differ in {what}, and no value has a majority"
+    more = f" and {others} more tensor{'s' * (others > 1)}" if others else ""
+    what = name.removeprefix("model.") + more
+    if 2 * votes <= len(ranks):
+        return f"ranks {show_ranges(ranks)} differ in {what}, and no value has a majority"
     odd = [rank for rank, value in prints.items() if value != common]
     hosts = ", ".join(sorted({reports[rank]["host"] for rank in odd}))
     same = [rank for rank in prints if rank not in odd]

@@ -20,7 +20,7 @@ from parallel.waiting import WaitingClock
 from tests.distributed.harness import run_ranks
 from training.config import HealthConfig, OptimConfig
 from training.engine import NativeEngine
-from training.health import STEPS, Finding, RefusedSteps, SlowRanks, slow_ranks
+from training.health import STEPS, Finding, Health, RefusedSteps, SlowRanks, slow_ranks
 from training.parity.trial import micro_batches_of_rank, rows_of_step
 from training.recheck import recheck
 from training.replicas import ReplicaCheck, describe, fingerprint
@@ -227,7 +227,26 @@ def test_the_odd_rank_is_the_one_that_differs_from_most() -> None:
         return {"host": host, "count": count, "first": [["model.norm.weight", [0, 1, 3], value]] * bool(count)}
 
     line = describe([report("a", 5, 2), report("b", 6, 2), report("c", 0, 0), report("d", 5, 2)])
-    assert line == "rank 1 (b) differs from ranks 0,3 in norm.weight and 1 more tensors"
+    assert line == "rank 1 (b) differs from ranks 0,3 in norm.weight and 1 more tensor"
+
+
+def test_a_tensor_is_named_of_which_all_ranks_have_sent_the_fingerprint() -> None:
+    """All weights of rank 3, in the second stage of a pipeline, differ. So the tied embedding differs from rank 1's."""
+    tied = ["model.embedding.weight (first and last stage)", [1, 3], 5]
+    names = [f"model.layers.1.{name}" for name in ("wq", "wk", "wv")]
+    reports: list[dict[str, Any]] = [{"host": "a", "count": 0, "first": []} for _ in range(4)]
+    reports[1] |= {"count": 1, "first": [tied]}
+    for rank, value in ((2, 7), (3, 8)):
+        reports[rank] |= {"count": 9, "first": [[name, [2, 3], value] for name in names]}
+    assert describe(reports) == "ranks 2-3 differ in layers.1.wq and 8 more tensors, and no value has a majority"
+
+
+def test_times_from_before_a_checkpoint_are_forgotten_when_the_run_goes_back_to_it() -> None:
+    health = Health(HealthConfig(), SimpleNamespace(world_size=2))  # type: ignore[arg-type]
+    assert health.slow.check(FinishedStep(1, 0.0, SimpleNamespace(), 1.0, 0.5)) == Finding()  # type: ignore[arg-type]
+    assert health.slow.times == [0.5]
+    health.load_state_dict({})
+    assert health.slow.times == []
 
 
 def test_the_fingerprint_changes_with_every_bit() -> None:

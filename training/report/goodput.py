@@ -28,13 +28,13 @@ CAUSES = {
     "down": "from a failure to the restart",
     "other": "other",
 }
-"""What a run spends its time on, and how it is called. `other` is what has no other cause, as logging and trackers."""
+"""Name -> description of what a run spends its time on. `other` is the rest, such as logging and trackers."""
 MAX_BYTES = 2**16
 """The file is smaller."""
 MAX_NUMBER = 2**53
 """Its numbers are below this: seconds, steps, restarts. JSON can also have infinite ones."""
 WRITE_EVERY_S = 1.0
-"""The file is at most so much older than the account, unless something takes longer."""
+"""Seconds between two writes of the file. A step that takes longer delays the next one."""
 
 
 class Goodput:
