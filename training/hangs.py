@@ -4,7 +4,9 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from training.interruption import process_state
 COLLECTIVES = "collectives"
 """The directory in the run's directory with the last collectives of each rank that has failed."""
 LAST = 20
+INTERVAL_S = 0.5
+"""How often a rank looks whether others are stopped."""
 
 
 class FlightRecord:
@@ -39,7 +43,9 @@ def hangs_explained(
 
     The same is said if a rank waits for another one that reads or writes a checkpoint, and makes no progress.
 
-    A stopped process of this host is killed: it ignores every other signal, so its launcher would wait for it.
+    A process of this host that is stopped for as long as the limit is killed: it ignores every other signal, so its
+    launcher would wait for it. A thread looks for such processes, because a rank can wait without a limit for the
+    key-value store that a stopped rank 0 serves.
 
     Args:
         directory: the run's.
@@ -50,10 +56,12 @@ def hangs_explained(
         TrainingFailure: in place of the error of a time-out.
     """
     record = FlightRecord()
+    watch = _Watch({other: pid for other, pid in siblings.items() if other != rank}, timeout_s)
+    watch.start()
     try:
         yield record
     except StalledError as error:
-        if stopped := _kill_stopped(siblings):
+        if stopped := watch.kill_stopped():
             raise TrainingFailure(f"{stopped} was stopped, and is killed: {error}", alone=True) from error
         raise
     except RuntimeError as error:
@@ -62,25 +70,60 @@ def hangs_explained(
         step, entries = record.step(), last_collectives()
         with contextlib.suppress(OSError):
             write_record(directory, rank, step, entries, error)
+        where = f"the last collectives of the ranks that answer are in {directory / COLLECTIVES}"
+        if watch.killed:
+            waited = f"rank {rank} waited {timeout_s:g} s for it in step {step}"
+            raise TrainingFailure(
+                f"{watch.names()} was stopped, and is killed: {waited}; {where}", alone=True
+            ) from error
         if not any(sign in str(error) for sign in ("Timed out", "timed out", "timeout")):
             raise
         # A time-out can have retired the collective already. Then it is the last one.
         waiting = [entry for entry in entries if not entry["retired"]] or entries
         operation = waiting[-1]["profiling_name"] if waiting else "a collective"
         waited = f"rank {rank} waited {timeout_s:g} s in {operation} of step {step}"
-        where = f"the last collectives of the ranks that answer are in {directory / COLLECTIVES}"
-        if stopped := _kill_stopped(siblings):
+        if stopped := watch.kill_stopped():
             raise TrainingFailure(f"{stopped} was stopped, and is killed: {waited}; {where}", alone=True) from error
         raise TrainingFailure(f"{waited} for a rank that runs but does not answer; {where}", alone=True) from error
+    finally:
+        watch.ended.set()
 
 
-def _kill_stopped(siblings: Mapping[int, int]) -> str:
-    """Kill the processes of this host that are stopped, and return their names; empty if there is none."""
-    stopped = {other: pid for other, pid in siblings.items() if process_state(pid) == "T"}
-    for pid in stopped.values():
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-    return ", ".join(f"rank {other} (process {pid})" for other, pid in stopped.items())
+class _Watch(threading.Thread):
+    """Kills processes that are stopped for longer than a limit.
+
+    Args:
+        processes: rank -> process id.
+        limit_s: the limit. Only the time in which this process runs counts: Ctrl-Z stops all ranks at once.
+    """
+
+    def __init__(self, processes: Mapping[int, int], limit_s: float) -> None:
+        super().__init__(daemon=True)
+        self.processes, self.limit_s = processes, limit_s
+        self.killed: dict[int, int] = {}
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        """Look at the processes every `INTERVAL_S` until `ended` is set."""
+        seen: Counter[int] = Counter()
+        while not self.ended.wait(INTERVAL_S):
+            for rank, pid in self.processes.items():
+                seen[rank] = seen[rank] + 1 if process_state(pid) == "T" else 0
+            if any(times * INTERVAL_S > self.limit_s for times in seen.values()):
+                self.kill_stopped()
+
+    def kill_stopped(self) -> str:
+        """Kill the processes that are stopped, and return the names of all that were killed; empty if none was."""
+        for rank, pid in self.processes.items():
+            if process_state(pid) == "T":
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+                self.killed[rank] = pid
+        return self.names()
+
+    def names(self) -> str:
+        """Return the ranks and process ids that were killed, for a message."""
+        return ", ".join(f"rank {rank} (process {pid})" for rank, pid in self.killed.items())
 
 
 def last_collectives() -> list[dict[str, Any]]:
