@@ -9,7 +9,6 @@ This module does not import torch, so that the command line can use it.
 """
 
 import contextlib
-import errno
 import fcntl
 import glob
 import itertools
@@ -188,10 +187,11 @@ class RunOwner:
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.05)
-        raise RunError(f"run.name={name}: expected a run that no other process is writing; {directory} is in use")
+        found = "is in use" if directory.is_dir() else "is not a directory"
+        raise RunError(f"run.name={name}: expected a run that no other process is writing; {directory} {found}")
 
     def _make(self, run: RunConfig, name: str) -> bool:
-        """Own the directory of a name that no other run has. Return False if there is one."""
+        """Own the directory of a name that no other run has. Return False if there is one, or a file of this name."""
         directory = Path(run.root) / name
         with _as_run_error(run.root):
             return _make_directory(directory) and self._acquire(directory, made=True)
@@ -306,13 +306,11 @@ def _start_time(pid: int) -> str:
 
 
 def _make_directory(directory: Path) -> bool:
-    """Create a directory and its parents. Return False if it exists already."""
+    """Create a directory and its parents. Return False if there is a directory or a file of this name already."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     try:
         directory.mkdir()
     except FileExistsError:
-        if not directory.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory)) from None
         return False
     return True
 

@@ -64,6 +64,14 @@ def test_next_free_number_and_explicit_name(tmp_path: Path) -> None:
     assert os.listdir(root / "sweep" / "3") == [LOCK_FILE]
 
 
+def test_a_name_that_a_file_has_is_not_free(tmp_path: Path) -> None:
+    (tmp_path / "exp-1").write_text("")
+    (tmp_path / "exp-2").symlink_to(tmp_path / "missing")
+    assert claim(tmp_path) == "exp-3"
+    with pytest.raises(RunError, match=r"^run.name=exp-2: .* is not a directory$"):
+        claim(tmp_path, "exp-2")
+
+
 def test_simultaneous_launches_get_different_names(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         names = list(pool.map(lambda _: claim(tmp_path), range(24)))
