@@ -65,6 +65,7 @@ class Rewind:
 
         Raises:
             TrainingFailure: the same, and the problem ends the run; or the configuration does not want to go back.
+            CheckpointError: on all ranks, if the checkpoint cannot be read, or a newer one cannot be deleted.
         """
         good = self._good_checkpoints(done - finding.bad_steps)
         step = step_of(good[-1]) if good else self._last
@@ -90,10 +91,13 @@ class Rewind:
         )
         self.recorder.go_back(state)
         self.times, self._last = self.times + 1, step
-        for newer in step_directories(self.root) if self.peers.rank == 0 else []:
-            if step_of(newer) > step:
-                delete_checkpoint(newer)
+        self.peers.run(lambda: self._delete_after(step) if self.peers.rank == 0 else None, self.root)
         return str(path)
+
+    def _delete_after(self, step: int) -> None:
+        for path in step_directories(self.root):
+            if step_of(path) > step:
+                delete_checkpoint(path)
 
     def _good_checkpoints(self, newest: int) -> list[Path]:
         """Return the newest intact checkpoint up to step `newest`. Add the one before if the run went back to it last.

@@ -1,5 +1,6 @@
 """Runs in which something goes wrong: gradients, the loss, memory."""
 
+import errno
 import math
 import os
 import signal
@@ -10,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common.errors import TrainingFailure
+from common.errors import CheckpointError, TrainingFailure
 from common.strict import from_dict
 from scripts.cli.command_line import compose_config
 from tests.test_train import TINY, numbers
-from training import loop, steps
+from training import loop, rewind, steps
 from training.config import Config, HealthConfig
 from training.health import Finding, LossSpikes
 from training.memory import is_out_of_memory
@@ -147,6 +148,17 @@ def test_a_loss_that_jumps_is_told_or_takes_the_run_back(tmp_path, cache, monkey
     back, again = found
     assert back == again and back[:6] == rows[:6] and max(row["train/loss"] for row in back) < 10
     assert [row["step"] for row in back] == list(range(1, 10))
+
+
+def test_a_newer_checkpoint_that_cannot_be_deleted_is_one_line(tmp_path, cache, monkeypatch):
+    def refuse(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    monkeypatch.setattr(steps, "start_step", Spoiled({6, 8, 10, 12, 14}))
+    monkeypatch.setattr(rewind, "delete_checkpoint", refuse)
+    monkeypatch.setattr(rewind, "step_directories", lambda root: [root / "step-4"])
+    with pytest.raises(CheckpointError, match=r"step-4: Directory not empty$"):
+        run(tmp_path, cache, "full", "health.on_nan=rewind")
 
 
 def test_a_jump_that_comes_again_without_an_older_checkpoint_is_told(tmp_path, cache, monkeypatch, capsys):
