@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import ROOT, run_python
-from training.checkpoint.manifest import committed, verify
+from training.checkpoint.manifest import committed, step_of, verify
 from training.report.metrics import read_metrics
 
 SMALL = [
@@ -121,12 +121,12 @@ def test_ctrl_c_lets_the_save_in_flight_finish(tmp_path: Path, cache: str) -> No
             lines.append(line)
             if line.replace(" ", "").startswith("step4/"):
                 os.killpg(process.pid, signal.SIGINT)
-    path = tmp_path / "a" / "checkpoints" / "step-3"
     assert process.returncode == 130, lines
-    assert any(line.startswith(f"saved {path} in the background") for line in lines)
-    newest, before = committed(path.parent)
-    assert before == path and newest.name in ("step-4", "step-5")
-    verify(path)
+    newest, before = committed(tmp_path / "a" / "checkpoints")
+    # It is step 3, unless this process was slow to send the signal.
+    assert any(line.startswith(f"saved {before} in the background") for line in lines), lines
+    assert step_of(newest) > step_of(before) and step_of(before) % 3 == 0
+    verify(before)
     verify(newest)
 
 

@@ -73,11 +73,10 @@ def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path, cache: str, to
     os.kill(workers[-1], signal.SIGSTOP)
     start_s = time.monotonic()
     _, err = process.communicate(timeout=120)
-    assert time.monotonic() - start_s < limit + 15  # On a quiet machine: limit + 5.
+    assert time.monotonic() - start_s < limit + 25  # On a quiet machine: limit + 5. torch's agent would wait for 30 s.
     assert process.returncode == 1
-    assert re.search(
-        rf"rank \d \(process {workers[-1]}\) was stopped, and is killed: rank \d waited 12 s in \w+:\w+ of step \d", err
-    )
+    waited = r"rank \d waited 12 s (in \w+:\w+ of|for it in) step \d"
+    assert re.search(rf"rank \d \(process {workers[-1]}\) was stopped, and is killed: {waited}", err), err
     [record] = (directory / "collectives").glob("rank-*.json")
     assert json.loads(record.read_text())["step"] >= 3
 
