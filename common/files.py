@@ -167,9 +167,12 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, *, flush: bool = True) -> Iterator[IO[bytes]]:
     """A context manager that gives a file to write, which replaces the file `path` at the end, as `write_atomically`
     does. After an exception, `path` is as it was, and nothing else is left over.
+
+    Args:
+        flush: flush the content to the disk before. Otherwise a power cut can leave a part of it.
 
     Raises:
         OSError: the file cannot be written.
@@ -178,8 +181,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     try:
         with partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:  # also Ctrl-C
         partial.unlink(missing_ok=True)

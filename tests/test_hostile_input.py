@@ -311,7 +311,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 
 
 def expand(path: Path) -> tuple[str, int]:
-    """Read the first rows of a file in a process of its own, and return what it says and the MiB that it needs."""
+    """Read the first rows of a file in a new process. Return what the process prints, and its peak memory in MiB."""
     done = subprocess.run(
         [sys.executable, "-c", BOMB, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -61,8 +61,8 @@ def hangs_explained(
     try:
         yield record
     except StalledError as error:
-        if stopped := watch.kill_stopped():
-            raise TrainingFailure(f"{stopped} was stopped, and is killed: {error}", alone=True) from error
+        if watch.kill_stopped():
+            raise watch.failure(str(error)) from error
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
@@ -73,17 +73,15 @@ def hangs_explained(
         where = f"the last collectives of the ranks that answer are in {directory / COLLECTIVES}"
         if watch.killed:
             waited = f"rank {rank} waited {timeout_s:g} s for it in step {step}"
-            raise TrainingFailure(
-                f"{watch.names()} was stopped, and is killed: {waited}; {where}", alone=True
-            ) from error
+            raise watch.failure(f"{waited}; {where}") from error
         if not any(sign in str(error) for sign in ("Timed out", "timed out", "timeout")):
             raise
         # A time-out can have retired the collective already. Then it is the last one.
         waiting = [entry for entry in entries if not entry["retired"]] or entries
         operation = waiting[-1]["profiling_name"] if waiting else "a collective"
         waited = f"rank {rank} waited {timeout_s:g} s in {operation} of step {step}"
-        if stopped := watch.kill_stopped():
-            raise TrainingFailure(f"{stopped} was stopped, and is killed: {waited}; {where}", alone=True) from error
+        if watch.kill_stopped():
+            raise watch.failure(f"{waited}; {where}") from error
         raise TrainingFailure(f"{waited} for a rank that runs but does not answer; {where}", alone=True) from error
     finally:
         watch.ended.set()
@@ -112,18 +110,19 @@ class _Watch(threading.Thread):
             if any(times * INTERVAL_S > self.limit_s for times in seen.values()):
                 self.kill_stopped()
 
-    def kill_stopped(self) -> str:
-        """Kill the processes that are stopped, and return the names of all that were killed; empty if none was."""
+    def kill_stopped(self) -> bool:
+        """Kill the processes that are stopped. Return whether any was killed, now or before."""
         for rank, pid in self.processes.items():
             if process_state(pid) == "T":
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
                 self.killed[rank] = pid
-        return self.names()
+        return bool(self.killed)
 
-    def names(self) -> str:
-        """Return the ranks and process ids that were killed, for a message."""
-        return ", ".join(f"rank {rank} (process {pid})" for rank, pid in self.killed.items())
+    def failure(self, reason: str) -> TrainingFailure:
+        """Return the error that names the processes that were killed."""
+        names = ", ".join(f"rank {rank} (process {pid})" for rank, pid in self.killed.items())
+        return TrainingFailure(f"{names} was stopped, and is killed: {reason}", alone=True)
 
 
 def last_collectives() -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from common.processes import process_stat
 from parallel.startup.launch import is_launched
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -105,7 +105,4 @@ def _runs(pid: int) -> bool:
 
 def process_state(pid: int) -> str:
     """Return the state of a process of this host, as in proc_pid_stat(5): `T` if it is stopped, `` if it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
+    return next(iter(process_stat(pid)), "")

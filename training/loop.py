@@ -162,6 +162,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     health.load_state_dict((run.state or {}).get("health", {}))
     profiling = config.train.profile and process.is_main and first_step < steps
     with (
+        run.lock or nullcontext(),
         memory_explained(run, process),
         Recorder(run.config, run.directory, run.name, active=process.is_main, state=run.state) as recorder,
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
@@ -258,8 +259,6 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             interruption.close()
             engine.close()
             close_process_group()
-            if run.lock is not None:
-                run.lock.release()
             return {"status": INTERRUPTED, "signal": interruption.agreed, "step": queue.done}
         interruption.close()
 
@@ -282,8 +281,6 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 disk_errors=recorder.disk_errors,
             )
             recorder.finish(outcome, run.directory)
-    if run.lock is not None:
-        run.lock.release()
     return outcome
 
 

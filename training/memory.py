@@ -13,7 +13,7 @@ from training.device import Process
 from training.report.terminal import human_bytes
 
 SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Parts of the messages with which torch's allocators fail. Only CUDA's has an exception of its own."""
+"""Parts of the messages of torch's allocators. Only the one for CUDA raises a special exception, `OutOfMemoryError`."""
 
 
 @contextmanager

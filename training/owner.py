@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from common.errors import RunError, require
 from common.files import open_regular, read_file, write_atomically
+from common.processes import process_stat
 from common.text import parse_json, to_json
 from training.config import RunConfig
 
@@ -87,6 +88,14 @@ class DirectoryLock:
         except BlockingIOError:
             return False
         return True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
 
     def release(self) -> None:
         """Release the lock. The file stays."""
@@ -298,11 +307,7 @@ def _is_given(run_id: str, agent_pid: int) -> bool:
 
 def _start_time(pid: int) -> str:
     """The start time of a process in kernel ticks, because a process id is used again. Empty if there is no /proc."""
-    try:
-        # The command name is in parentheses and may contain spaces. The start time is field 22 of proc_pid_stat(5).
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+    return next(iter(process_stat(pid)[19:]), "")
 
 
 def _make_directory(directory: Path) -> bool:

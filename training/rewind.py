@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-from common.errors import CheckpointError, TrainingFailure
+from common.errors import TrainingFailure
 from data.loader import Loader
 from training.agree import AgreedRun
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import (
     CHECKPOINTS,
+    damage_of,
     delete_checkpoint,
     listed,
     read_state,
     step_directories,
     step_of,
-    verify,
 )
-from training.checkpoint.peers import Peers, StalledError
+from training.checkpoint.peers import Peers
 from training.engine import Engine
 from training.health import Finding, Health
 from training.report.trackers import Recorder
@@ -91,7 +91,7 @@ class Rewind:
         )
         self.recorder.go_back(state)
         self.times, self._last = self.times + 1, step
-        self.peers.run(lambda: self._delete_after(step) if self.peers.rank == 0 else None, self.root)
+        self.peers.on_rank_0(lambda: self._delete_after(step), self.root)
         return str(path)
 
     def _delete_after(self, step: int) -> None:
@@ -107,11 +107,9 @@ class Rewind:
         good: list[Path] = []
         for path in listed(self.root, self.peers):
             if step_of(path) <= newest and (not good or step_of(good[-1]) == self._last):
-                try:
-                    verify(path, self.peers)
+                error = damage_of(path, self.peers)
+                if error is None:
                     good.append(path)
-                except StalledError:
-                    raise
-                except CheckpointError as error:
+                else:
                     self.recorder.note(f"skipping checkpoint {path.name}: {error}")
         return good

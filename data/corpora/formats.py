@@ -282,17 +282,20 @@ def _json(path: Path, kind: FileKind) -> Iterator[tuple[str, Item]]:
     if JSON_OBJECT.match(first) and isinstance(_json_row(first, 1), dict):
         yield from _json_lines(path, kind)
         return
-    with _open_bytes(path, kind.compression) as stream:
-        content = stream.read(MAX_JSON_TEXT + 1)
-    require(
-        len(content) <= MAX_JSON_TEXT,
-        DataError,
-        f"expected at most {MAX_JSON_TEXT} bytes of JSON that is not one object per line (.jsonl), found more",
-    )
+    limit = f"expected at most {MAX_JSON_TEXT} bytes of JSON that is not one object per line (.jsonl), found more"
+    content = _content(path, kind, limit)
     text = content.decode("utf-8-sig", errors="surrogateescape")
     del content
     error = _undecodable(text)
     yield from [("", error)] if error else _json_values(text)
+
+
+def _content(path: Path, kind: FileKind, message: str) -> bytes:
+    """Return the decompressed content of a file, or raise DataError with `message` if it is above `MAX_JSON_TEXT`."""
+    with _open_bytes(path, kind.compression) as stream:
+        content = stream.read(MAX_JSON_TEXT + 1)
+    require(len(content) <= MAX_JSON_TEXT, DataError, message)
+    return content
 
 
 def _json_values(text: str) -> Iterator[tuple[str, Item]]:
@@ -370,14 +373,8 @@ def _parquet(path: Path, kind: FileKind) -> Iterator[tuple[str, Item]]:
 
     source: Any = path
     if kind.compression:
-        with _open_bytes(path, kind.compression) as stream:
-            content = stream.read(MAX_JSON_TEXT + 1)
-        require(
-            len(content) <= MAX_JSON_TEXT,
-            DataError,
-            f"expected parquet of at most {MAX_JSON_TEXT} bytes inside {kind.compression}, found more",
-        )
-        source = io.BytesIO(content)
+        limit = f"expected parquet of at most {MAX_JSON_TEXT} bytes inside {kind.compression}, found more"
+        source = io.BytesIO(_content(path, kind, limit))
     with pyarrow.parquet.ParquetFile(source) as file:
         # Repeated values stay in a dictionary: written out, a thousand rows of one large value are gigabytes.
         columns = [file.schema.column(number) for number in range(len(file.schema.names))]

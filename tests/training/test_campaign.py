@@ -108,7 +108,7 @@ def test_nothing_said_is_not_noticed(judge: Callable[..., tuple[str, Tally]]) ->
 def test_a_damaged_checkpoint_that_is_used_is_found(
     judge: Callable[..., tuple[str, Tally]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "verify", lambda path, peers: None)
+    monkeypatch.setattr(manifest, "verify", lambda path, peers, *, again: None)
     _, tally = judge(lambda run: flip(shard(run)))
     assert len(tally.corrupted) == 1 and f"step-{STEPS}/rank-00000" in tally.corrupted[0]
     assert "is used although it is damaged" in tally.corrupted[0] and tally.unnoticed

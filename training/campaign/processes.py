@@ -9,6 +9,7 @@ import signal
 import statistics
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
 from functools import partial
@@ -268,7 +269,7 @@ class Killer:
             self.struck = Struck(self._rank, before and watched.saves(), newest)
 
 
-class Disturbance:
+class Disturbance(ABC):
     """Disturbs one run in one way, from a thread that follows the launch. A subclass for each campaign.
 
     Args:
@@ -287,6 +288,18 @@ class Disturbance:
         self.newest = 0
         """The step of the newest committed checkpoint immediately before the disturbance."""
 
+    @abstractmethod
+    def __call__(self, watched: Watched) -> None:
+        """Follow the launch."""
+
+    @abstractmethod
+    def problem(self, watched: Watched) -> str | None:
+        """Return what the run should have told the user, and has not; None if it has told everything."""
+
+
+class Sudden(Disturbance):
+    """Disturbs a rank from this process, at a random moment."""
+
     def __call__(self, watched: Watched) -> None:
         """Wait for the saves, and for a random part of a second, and disturb the run unless it has ended."""
         pid = watched.process(self.rank)
@@ -297,15 +310,12 @@ class Disturbance:
             self.newest = watched.newest()
             self.disturb(watched, pid)
 
+    @abstractmethod
     def disturb(self, watched: Watched, pid: int) -> None:
-        """Do it. The default does nothing."""
-
-    def problem(self, watched: Watched) -> str | None:
-        """Return what the user is not told although it has happened; None if all is told."""
-        raise NotImplementedError
+        """Disturb the rank whose process id is `pid`."""
 
 
-class Stop(Disturbance):
+class Stop(Sudden):
     """Stops a rank with SIGSTOP. It counts as noticed if the launch ends in time with one line that names the rank."""
 
     timeout_s = TIMEOUT_S
@@ -320,7 +330,7 @@ class Stop(Disturbance):
         return None if named and took <= TIMEOUT_S + 5 else f"rank {self.rank} stopped, {took:.1f} s: {said}"
 
 
-class Signal(Disturbance):
+class Signal(Sudden):
     """Sends SIGTERM, SIGINT, SIGHUP or SIGUSR1 to the launcher or to a rank. The run saves its last step and ends."""
 
     def disturb(self, watched: Watched, pid: int) -> None:
@@ -359,7 +369,7 @@ class NotANumber(Disturbance):
         return None if named and "\n" not in said and watched.newest() == self.newest else f"{self.spoiled}: {said}"
 
 
-class Disk(Disturbance):
+class Disk(Sudden):
     """The kernel refuses a rank to write beyond a number of bytes of any file, as it does on a disk that is full."""
 
     def disturb(self, watched: Watched, pid: int) -> None:

@@ -172,11 +172,10 @@ def write(
     final, temporary = root / f"step-{step}", root / f".tmp-step-{step}"
 
     def prepare() -> None:
-        if peers.rank == 0:
-            root.mkdir(parents=True, exist_ok=True)
-            for unfinished in root.glob(".tmp-*"):
-                shutil.rmtree(unfinished)
-            temporary.mkdir()
+        root.mkdir(parents=True, exist_ok=True)
+        for unfinished in root.glob(".tmp-*"):
+            shutil.rmtree(unfinished)
+        temporary.mkdir()
 
     def commit(files: list[tuple[str, dict[str, Any]]]) -> list[None]:
         _check_visible(temporary, files)
@@ -185,7 +184,7 @@ def write(
         return [None] * len(files)
 
     try:
-        peers.run(prepare, root)
+        peers.on_rank_0(prepare, root)
         peers.run(lambda: write_shard(temporary, peers.rank, parts, peers.progress), root, commit)
     except CheckpointError:
         if peers.rank == 0:

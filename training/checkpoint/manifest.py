@@ -167,6 +167,21 @@ def verify(path: Path, peers: Peers = ALONE, *, again: bool = True) -> None:
     peers.run(find, path, report)
 
 
+def damage_of(path: Path, peers: Peers = ALONE, *, again: bool = True) -> CheckpointError | None:
+    """Return the error of `verify`, or None if the checkpoint is intact. Collective.
+
+    Raises:
+        StalledError: on all ranks, if one made no progress. It says nothing about the checkpoint.
+    """
+    try:
+        verify(path, peers, again=again)
+    except StalledError:
+        raise
+    except CheckpointError as error:
+        return error
+    return None
+
+
 def newest_verified(root: Path, warn: Callable[[str], None], peers: Peers = ALONE) -> Path | None:
     """Return the newest checkpoint in `root` that passes `verify`, or None if `root` has no checkpoint at all.
 
@@ -180,16 +195,12 @@ def newest_verified(root: Path, warn: Callable[[str], None], peers: Peers = ALON
     """
     damaged = []
     for path in listed(root, peers):
-        try:
-            verify(path, peers)
-        except StalledError:
-            raise
-        except CheckpointError as error:
-            if peers.rank == 0:
-                warn(f"skipping checkpoint {path.name}: {error}")
-            damaged.append(path.name)
-        else:
+        error = damage_of(path, peers)
+        if error is None:
             return path
+        if peers.rank == 0:
+            warn(f"skipping checkpoint {path.name}: {error}")
+        damaged.append(path.name)
     require(
         not damaged,
         CheckpointError,
@@ -200,11 +211,7 @@ def newest_verified(root: Path, warn: Callable[[str], None], peers: Peers = ALON
 
 def listed(root: Path, peers: Peers) -> list[Path]:
     """Return what `step_directories` returns on rank 0, on all ranks. Collective."""
-    names = peers.run(
-        lambda: [path.name for path in step_directories(root)] if peers.rank == 0 else None,
-        root,
-        lambda found: [found[0]] * len(found),
-    )
+    names = peers.on_rank_0(lambda: [path.name for path in step_directories(root)], root)
     return [root / name for name in names]
 
 
@@ -251,7 +258,7 @@ def delete_old_checkpoints(root: Path, newest: int | None, retention: Retention,
     """
 
     def first_intact(paths: Iterable[Path], number: int) -> list[Path]:
-        return list(itertools.islice((path for path in paths if _is_intact(path, peers)), number))
+        return list(itertools.islice((path for path in paths if damage_of(path, peers, again=False) is None), number))
 
     paths = listed(root, peers)
     later = [path for path in paths if newest is not None and step_of(path) > newest]
@@ -270,10 +277,10 @@ def delete_old_checkpoints(root: Path, newest: int | None, retention: Retention,
         return path not in kept and (path in later or (enough and not is_nth) or _is_uncommitted(path))
 
     def delete() -> None:
-        for path in filter(is_superfluous, paths if peers.rank == 0 else ()):
+        for path in filter(is_superfluous, paths):
             delete_checkpoint(path)
 
-    peers.run(delete, root)
+    peers.on_rank_0(delete, root)
 
 
 def _is_uncommitted(path: Path) -> bool:
@@ -286,30 +293,19 @@ def _is_uncommitted(path: Path) -> bool:
     return False
 
 
-def _is_intact(path: Path, peers: Peers) -> bool:
-    """Whether `path` passes `verify`. Collective."""
-    try:
-        verify(path, peers, again=False)
-    except StalledError:
-        raise
-    except CheckpointError:
-        return False
-    return True
-
-
 def _best_first(paths: list[Path], peers: Peers) -> list[Path]:
     """Return the checkpoints that record a held-out loss, the lowest first; of equal ones the newest. Collective."""
 
     def find() -> list[str]:
         losses: dict[str, float] = {}
-        for path in paths if peers.rank == 0 else ():
+        for path in paths:
             with suppress(CheckpointError):
                 loss = read_state(path).get(HELDOUT_LOSS)
                 if isinstance(loss, int | float):
                     losses[path.name] = loss
         return sorted(losses, key=lambda name: losses[name])
 
-    names = peers.run(find, paths[0].parent, lambda found: [found[0]] * len(found)) if paths else []
+    names = peers.on_rank_0(find, paths[0].parent) if paths else []
     return [paths[0].parent / name for name in names]
 
 

@@ -111,6 +111,10 @@ class Peers:
             raise failure.error() from cause
         return reply
 
+    def on_rank_0(self, work: Callable[[], Any], where: Path) -> Any:
+        """Call `work` on rank 0 only, and return its result on every rank. Collective. The rest is as in `run`."""
+        return self.run(lambda: work() if self.rank == 0 else None, where, lambda found: [found[0]] * len(found))
+
     def progress(self, file: Path, done: int, total: int) -> None:
         """Tell the other ranks that this rank reads or writes `file`, and has done `done` of `total` bytes."""
         now = time.monotonic()
@@ -184,7 +188,7 @@ class Peers:
         more = f" (also ranks {', '.join(map(str, late[1:9]))})" if len(late) > 1 else ""
         return (
             f"rank {late[0]}{more}: no progress for {timeout_s:g} s with {file}: expected a disk that answers, or "
-            + ("a larger checkpoint.io_timeout_s")
+            "a larger checkpoint.io_timeout_s"
         )
 
     def _status(self, rank: int) -> str:

@@ -179,7 +179,7 @@ class Saver:
         return list(self._copies.items())
 
     def _run(self, step: int, parts: list[tuple[str, Tensor]], state: dict[str, Any], start: float) -> None:
-        """Write the checkpoint, and delete those that are not kept. It may run in a thread of its own."""
+        """Write the checkpoint, and delete those that are not kept. A background thread can call it."""
         assert self._assignment is not None
         if self._config.background and sys.platform == "linux":  # where a priority is that of a thread
             thread = threading.get_native_id()

@@ -3,14 +3,13 @@
 Rank 0 keeps the account in `goodput.json` in the run's directory, so that it outlives a killed process.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.files import open_regular
+from common.files import atomic_file, read_file
 from common.text import parse_json, to_json
 from training.report.terminal import human_time
 
@@ -107,14 +106,9 @@ class Goodput:
                 "restarts": self.restarts,
                 "written_at": self._wall_clock(),
             }
-            partial = self._file.with_name(f".{FILE}.{os.getpid()}")
-            try:
-                # It is not flushed to the disk: after a power cut the account starts again.
-                partial.write_text(to_json(account, indent=2) + "\n", encoding="utf-8")
-                partial.replace(self._file)
-            except OSError:  # Training goes on without the account.
-                with suppress(OSError):
-                    partial.unlink(missing_ok=True)
+            # It is not flushed to the disk: after a power cut the account starts again. Without it, training goes on.
+            with suppress(OSError), atomic_file(self._file, flush=False) as file:
+                file.write(f"{to_json(account, indent=2)}\n".encode())
 
     def summary(self) -> dict[str, Any]:
         """Return the account for `result.json`: the share of useful time, and the seconds by cause."""
@@ -146,8 +140,7 @@ def goodput_line(summary: Mapping[str, Any], restarts: int) -> str:
 def _read(file: Path) -> dict[str, float]:
     """Return the numbers in the file; empty if it is missing or damaged."""
     try:
-        with os.fdopen(open_regular(file), "rb") as opened:
-            account = parse_json(opened.read(MAX_BYTES))
+        account = parse_json(read_file(file, MAX_BYTES))
         return {key: value for key, value in account.items() if type(value) in (int, float) and 0 <= value < MAX_NUMBER}
     except (OSError, ValueError, AttributeError):
         return {}

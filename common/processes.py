@@ -1,0 +1,15 @@
+"""What the kernel says about the processes of this host."""
+
+from pathlib import Path
+
+
+def process_stat(pid: int) -> list[str]:
+    """Return the fields of a process in proc_pid_stat(5) from the third on; empty if it is gone or there is no /proc.
+
+    The first of them is the state, such as `T` if the process is stopped. The start time has index 19.
+    """
+    try:
+        # The command name, the second field, is in parentheses and can contain spaces and parentheses.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
