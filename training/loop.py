@@ -54,6 +54,7 @@ from training.replicas import ReplicaCheck
 from training.report.goodput import Goodput
 from training.report.metrics import router_metrics, telemetry_metrics
 from training.report.profile import StepProfiler
+from training.report.recorder import Recorder
 from training.report.run_report import (
     RunSummary,
     evaluation_row,
@@ -63,7 +64,6 @@ from training.report.run_report import (
     show_restart,
     show_start,
 )
-from training.report.trackers import Recorder
 from training.rewind import Rewind
 from training.run import INTERRUPTED, save_config
 from training.step import Evaluation, StepInputs, StepResult, evaluate

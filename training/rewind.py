@@ -18,7 +18,7 @@ from training.checkpoint.manifest import (
 from training.checkpoint.peers import Peers
 from training.engine import Engine
 from training.health import Finding, Health
-from training.report.trackers import Recorder
+from training.report.recorder import Recorder
 from training.steps import Steps
 
 MAX_TIMES = 10

@@ -47,7 +47,7 @@ def execute(config: Config, train: Callable[..., dict[str, Any]], *, fresh_proce
         KeyboardInterrupt: Ctrl-C. The command that resumes the run has been printed.
         SystemExit: the same, with status 128 + n, for another signal n of `training.interruption.SIGNALS`.
     """
-    from training.report.trackers import check_tracking
+    from training.report.recorder import check_tracking
 
     launch = config.launch
     world = world_from_env() if is_launched() else World(world_size=launch.nproc, local_world_size=launch.nproc)

@@ -14,17 +14,10 @@ import pytest
 from common.errors import ConfigError
 from training.config import CheckpointConfig, TrackingConfig
 from training.report.metrics import Row, read_metrics
-from training.report.trackers import (
-    TRACKERS,
-    Recorder,
-    TrackedRun,
-    Tracker,
-    Trackers,
-    check_tracking,
-    load_histogram,
-    start_tracking,
-)
+from training.report.recorder import Recorder, check_tracking, start_tracking
+from training.report.trackers import TRACKERS, Alarm, TrackedRun, Tracker, Trackers
 from training.report.wandb_files import logged_steps, read_records
+from training.report.wandb_tracker import load_histogram
 
 
 def row_of(step: int) -> Row:
@@ -152,6 +145,7 @@ class FakeRun:
     def __init__(self, calls: int) -> None:
         self.logged: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
+        self.alerts: list[dict[str, Any]] = []
         self.calls = calls
 
     def log(self, row: dict[str, Any], step: int | None = None) -> None:
@@ -159,6 +153,9 @@ class FakeRun:
         if self.calls < 0:
             raise ConnectionResetError("Connection lost")
         self.logged.append(row)
+
+    def alert(self, **alert: Any) -> None:
+        self.alerts.append(alert)
 
     def finish(self) -> None:
         raise AssertionError("a service that has failed must not be called again")
@@ -178,6 +175,16 @@ def fake_wandb(run: FakeRun | Exception) -> SimpleNamespace:
         Histogram=lambda np_histogram: np_histogram,
         Image=lambda path: path,
     )
+
+
+def test_an_alarm_becomes_an_alert_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun(calls=9)
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(run))
+    tracker = start(tmp_path, None, [])
+    for layer in (0, 3):
+        tracker.alert(Alarm(step=120, rule="dead", layer=layer, message=f"layer {layer}: 5 of 8", first_step=100))
+    assert [alert["title"] for alert in run.alerts] == ["dead", "dead"]
+    assert run.alerts[1]["text"] == "layer 3: 5 of 8" and run.alerts[1]["wait_duration"] >= 60
 
 
 def test_a_failing_wandb_warns_once_and_is_not_called_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,13 +213,13 @@ def test_missing_pillow_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run = FakeRun(calls=9)
     warnings: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(run))
-    monkeypatch.setattr("training.report.trackers.find_spec", lambda name: None)
+    monkeypatch.setattr("training.report.wandb_tracker.find_spec", lambda name: None)
     start(tmp_path, None, warnings).image("router/heatmap", tmp_path / "heatmap.png")
     assert run.logged == []
     assert len(warnings) == 1 and "pillow is not installed" in warnings[0]
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(run))
-    monkeypatch.setattr("training.report.trackers.find_spec", lambda name: object())
+    monkeypatch.setattr("training.report.wandb_tracker.find_spec", lambda name: object())
     start(tmp_path, None, warnings).image("router/heatmap", tmp_path / "heatmap.png")
     assert run.logged == [{"router/heatmap": str(tmp_path / "heatmap.png")}]
 
@@ -317,7 +324,7 @@ def test_trackers_start_when_the_first_row_is_in_the_file(tmp_path: Path, monkey
     tracking = TrackingConfig(wandb="disabled", trackers=("starting",))
     train, saving = SimpleNamespace(steps=3), CheckpointConfig()
     config = SimpleNamespace(train=train, tracking=tracking, checkpoint=saving)
-    monkeypatch.setattr("training.report.trackers.to_dict", vars)
+    monkeypatch.setattr("training.report.recorder.to_dict", vars)
     row = {"train/loss": 1.0, "train/ce": 1.0, "optim/lr": 1.0, "optim/grad_norm": 1.0, "speed/tokens_per_s": 1.0}
     with Recorder(config, tmp_path, "tiny-1", active=True, state=None) as recorder:  # type: ignore[arg-type]
         recorder.step(row, 1, write=False)

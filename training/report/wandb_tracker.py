@@ -1,0 +1,177 @@
+"""The tracker of Weights & Biases."""
+
+import math
+import netrc
+import os
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from common.files import read_file
+from training.config import TrackingConfig
+from training.report.metrics import Row
+from training.report.trackers import Alarm, TrackedRun, Tracker
+from training.report.wandb_files import logged_steps
+
+MAX_BINS = 512
+"""The most bins that W&B accepts in a histogram."""
+INIT_TIMEOUT_S = 30
+"""Seconds that W&B gets to start. The other ranks wait meanwhile, so this must be well below `parallel.timeout_s`."""
+ALERT_PAUSE_S = 600
+"""Seconds after an alert in which W&B sends no other with the same title."""
+
+
+class WandbTracker(Tracker):
+    """A W&B run. A list (the load of E experts) becomes E scalars, `<name>/expert_XX`, and one histogram.
+
+    Args:
+        seen: the steps whose rows W&B has from earlier launches of this run.
+        step: the last step of the run that has a row.
+    """
+
+    def __init__(
+        self, wandb: Any, run: Any, warn: Callable[[str], None], seen: Collection[int] = (), step: int | None = None
+    ) -> None:
+        self._wandb, self._run, self._warn, self._seen, self._step = wandb, run, warn, seen, step
+        self._images = find_spec("PIL") is not None
+
+    def seen(self) -> Collection[int]:
+        return self._seen
+
+    def log(self, row: Row, step: int) -> None:
+        self._step = step
+        with self._connection():
+            # W&B writes the row when it gets one of a later step. Until then, `image` adds to it.
+            self._run.log(self._expand(row), step=step)
+
+    def alert(self, alarm: Alarm) -> None:
+        """Send the alarm as an alert of W&B, at most one in ten minutes for each rule."""
+        with self._connection():
+            self._run.alert(title=alarm.rule, text=alarm.message, level="WARN", wait_duration=ALERT_PAUSE_S)
+
+    def summary(self, values: dict[str, Any]) -> None:
+        with self._connection():
+            self._run.summary.update(values)
+
+    def image(self, name: str, path: Path) -> None:
+        """Add a PNG file to the row of the last step. Without the package pillow, warn and leave the image out."""
+        if not self._images:
+            self._warn(f"W&B does not get the image {name} ({path}): the package pillow is not installed")
+            return
+        with self._connection():
+            self._run.log({name: self._wandb.Image(str(path))}, step=self._step)
+
+    def finish(self) -> None:
+        """Finish the run, and wait for the end of W&B's service.
+
+        `Run.finish` returns before the service has written the last rows to the file of an offline run. If this process
+        were the last of a container, they would be lost. A worker process skips the exit hook in which W&B waits.
+        """
+        with self._connection():
+            self._run.finish()
+            self._wandb.teardown()
+
+    @contextmanager
+    def _connection(self) -> Iterator[None]:
+        """Remove W&B's exit hook if the connection to W&B's service is lost, and raise the error again."""
+        try:
+            yield
+        except ConnectionError:
+            # The hook would end the process with the traceback of the same error.
+            with suppress(Exception):
+                self._wandb.teardown(exit_code=0)
+            raise
+
+    def _expand(self, row: Row) -> dict[str, Any]:
+        expanded: dict[str, Any] = {}
+        for name, value in row.items():
+            if not isinstance(value, list):
+                expanded[name] = value
+                continue
+            for expert, share in enumerate(value):
+                expanded[f"{name}/expert_{expert:02d}"] = share
+            if all(math.isfinite(share) for share in value):
+                expanded[name] = self._wandb.Histogram(np_histogram=load_histogram(value))
+        return expanded
+
+
+def load_histogram(load_E: list[float]) -> tuple[list[float], list[float]]:
+    """Return the heights and the edges of a histogram over the expert index.
+
+    Each expert has a bin; beyond 512 experts, neighbouring experts share one.
+    """
+    import numpy as np
+
+    num_experts = len(load_E)
+    heights, edges = np.histogram(
+        np.arange(num_experts) + 0.5,
+        bins=min(num_experts, MAX_BINS),
+        range=(0, num_experts),
+        weights=np.asarray(load_E),
+    )
+    return heights.tolist(), edges.tolist()
+
+
+def start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], None]) -> WandbTracker:
+    """Start W&B in the mode `config.wandb`, and return its tracker. Nothing is printed.
+
+    Args:
+        warn: receives a line for each plot that W&B does not get.
+
+    Raises:
+        Exception: W&B does not start, e.g. because the service cannot be reached.
+    """
+    import wandb
+
+    run_id = _run_id(run.directory / "wandb" / "run_id.txt", run.resumed_step)
+    settings = wandb.Settings(
+        mode=config.wandb,
+        silent=True,
+        console="off",
+        disable_git=True,
+        disable_code=True,
+        disable_job_creation=True,
+        x_save_requirements=False,
+        init_timeout=INIT_TIMEOUT_S,
+    )
+    # This must come before init, which would otherwise print where it found the API key.
+    wandb.setup(settings=settings)
+    wandb_run = wandb.init(
+        project=config.project,
+        entity=config.entity,
+        name=run.name,
+        id=run_id,
+        # `wandb sync` appends the rows of an offline run to those of earlier launches if the run says so.
+        resume=None if run.resumed_step is None else "allow",
+        dir=str(run.directory),
+        config=run.config,
+        settings=settings,
+    )
+    if run.resumed_step is None:
+        return WandbTracker(wandb, wandb_run, warn)
+    # The service has all rows before the step that it expects next. It refuses earlier steps.
+    online = config.wandb == "online"
+    seen = range(wandb_run.starting_step) if online else logged_steps(run.directory / "wandb", run_id)
+    return WandbTracker(wandb, wandb_run, warn, seen, run.resumed_step)
+
+
+def _run_id(file: Path, resumed_step: int | None) -> str:
+    if resumed_step is not None and file.is_file():
+        return read_file(file, 256).decode().strip()
+    run_id = uuid.uuid4().hex[:12]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(run_id + "\n", encoding="utf-8")
+    return run_id
+
+
+def netrc_has_key() -> bool:
+    """Return whether the netrc file has an API key of W&B's service."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
