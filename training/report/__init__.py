@@ -10,5 +10,6 @@ The modules in reading order:
     heatmap         the expert load as a heatmap on stdout
     plots           the plots, as SVG and PNG files
     run_report      the start, the end and the `result.json` of a run, made from the modules above
+    probe           the files of a probe, and what is computed from them
     sweep           the table and the plot of a sweep
 """
