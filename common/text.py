@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 MAX_YAML = 2**19
@@ -59,6 +59,19 @@ def show_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"[{','.join(map(show_value, value))}]" if isinstance(value, list | tuple) else str(value)
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield all values in nested dicts with their dotted keys.
+
+    >>> list(flat({"model": {"top_k": 2}, "plugins": []}))
+    [('model.top_k', 2), ('plugins', [])]
+    """
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:

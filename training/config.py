@@ -230,6 +230,13 @@ class TrackingConfig:
     """The project's name in Weights & Biases."""
     entity: str | None = None
     """The user or team in Weights & Biases; `null`: the default of the account."""
+    tensorboard: bool = False
+    """Whether to write event files for TensorBoard (`<run>/tensorboard`). It needs the extra `[tensorboard]`."""
+    csv: bool = False
+    """Whether to write `<run>/metrics.csv`."""
+    per_expert: bool = False
+    """Whether trackers also get one number for each expert and layer. Without it, W&B and TensorBoard show a heatmap of
+    the experts for each layer."""
     trackers: tuple[str, ...] = ()
     """Further trackers, by the names under which plugins register them."""
 

@@ -1,6 +1,8 @@
 """Trackers: the content of an offline W&B run, trackers of plugins, and failures that must not end a run."""
 
+import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +29,10 @@ def row_of(step: int) -> Row:
         "router/max_vio": 0.2 * step,
         "router/load/layer_00": [0.125, 0.5, 0.25, 0.125],
     }
+
+
+def without_step(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name != "step"}
 
 
 def start(
@@ -394,7 +400,132 @@ def test_a_tracker_gets_no_row_twice_after_the_run_has_gone_back(tmp_path: Path)
     trackers = Trackers(warn=pytest.fail)
     trackers.start("list", lambda: tracker)
     trackers.log({"train/loss": 1.0}, 5)
-    trackers.go_back(5)
+    trackers.rewind(2, newest=5)
     for step in (3, 5, 6):
         trackers.log({"train/loss": 2.0}, step)
     assert tracker.calls[1:] == [(5, 1.0), (6, 2.0)]
+
+
+def csv_lines(directory: Path) -> list[dict[str, str]]:
+    with (directory / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_file_has_every_row_once_and_late_columns(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    config = TrackingConfig(wandb="disabled", csv=True)
+    rows = [row_of(step) for step in range(1, 7)]
+    rows[2]["eval/loss"] = math.nan  # a column that the first rows do not have
+    rows[4]["health/refused_parameter"] = 'a "b",\nc'
+    tracker = start(tmp_path, None, warnings, config)
+    for row in rows[:5]:
+        tracker.log(without_step(row), int(row["step"]))
+    whole = (tmp_path / "metrics.csv").read_text()
+    lines = csv_lines(tmp_path)
+    assert [line["step"] for line in lines] == list("12345")
+    assert [float(line["train/loss"]) for line in lines] == [row["train/loss"] for row in rows[:5]]
+    assert [line["eval/loss"] for line in lines] == ["", "", "nan", "", ""]
+    assert lines[4]["health/refused_parameter"] == 'a "b", c' and "experts/load/layer_00/expert_01" not in lines[0]
+    tracker.finish()
+
+    # A kill while line 5 was written. The checkpoint is that of step 4, and the file lacks its line, too.
+    four = whole.index("\n4,") + 1
+    for size in (whole.index("\n5,") + 4, four + 3, four, whole.index("\n3,") + 2, 2, 0):
+        (tmp_path / "metrics.csv").write_text(whole[:size])
+        again = start(tmp_path, 4, warnings, config, rows[:4])
+        for row in rows[4:]:
+            again.log(without_step(row), int(row["step"]))
+        again.finish()
+        lines = csv_lines(tmp_path)
+        assert [line["step"] for line in lines] == list("123456"), size
+        assert [line["eval/loss"] for line in lines] == ["", "", "nan", "", "", ""]
+        assert [float(line["train/loss"]) for line in lines] == [row["train/loss"] for row in rows]
+
+    # The run goes back to step 2 and repeats steps with other figures.
+    again = start(tmp_path, 6, warnings, config, rows)
+    again.rewind(2, newest=6)
+    again.log({"train/loss": 9.0}, 3)
+    again.finish()
+    assert [(line["step"], line["train/loss"]) for line in csv_lines(tmp_path)] == [
+        ("1", "1.0"),
+        ("2", "0.5"),
+        ("3", "9.0"),
+    ]
+    assert warnings == [] and [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_values_of_experts_are_columns_only_if_asked_for(tmp_path: Path) -> None:
+    tracker = start(tmp_path, None, [], TrackingConfig(wandb="disabled", csv=True, per_expert=True))
+    tracker.log({"router/load/layer_00": [0.25, 0.75], "experts/grad_norm/layer_00": [1.0, 2.0]}, 1)
+    tracker.finish()
+    assert csv_lines(tmp_path) == [
+        {
+            "step": "1",
+            "experts/load/layer_00/expert_00": "0.25",
+            "experts/load/layer_00/expert_01": "0.75",
+            "experts/grad_norm/layer_00/expert_00": "1.0",
+            "experts/grad_norm/layer_00/expert_01": "2.0",
+        }
+    ]
+
+
+def test_tensorboard_shows_every_step_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tracking.tensorboard needs the package tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def events() -> EventAccumulator:
+        return EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+
+    def scalars(name: str) -> list[tuple[int, float]]:
+        return [(event.step, pytest.approx(event.value)) for event in events().Scalars(name)]
+
+    warnings: list[str] = []
+    config = TrackingConfig(wandb="disabled", tensorboard=True)
+    rows = [row_of(step) for step in range(1, 7)]
+    expected = [(step, 1 / step) for step in range(1, 7)]
+    tracker = start(tmp_path, None, warnings, config)
+    for row in rows[:5]:
+        tracker.log(without_step(row), int(row["step"]))
+    tracker.alert(Alarm(step=5, rule="dead", layer=0, message="layer 0: 3 of 4", first_step=1))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert scalars("train/loss") == expected[:5]
+    assert not any(name.endswith("expert_01") for name in events().Tags()["scalars"])
+    (*_, load) = events().Histograms("experts/load/layer_00")
+    assert load.step == 5 and load.histogram_value.bucket_limit == [1, 2, 3, 4]
+    assert load.histogram_value.bucket == [0.125, 0.5, 0.25, 0.125]
+    (alarm,) = events().Tensors("alarms/dead/text_summary")
+    assert alarm.step == 5 and alarm.tensor_proto.string_val == [b"layer 0: 3 of 4"]
+
+    # A kill while row 5 was written, of a run whose checkpoint is that of step 4.
+    content = file.read_bytes()
+    for size in (len(content), len(content) - 3, *range(len(content) // 3, len(content) // 2, 250), 20, 0):
+        for path in (tmp_path / "tensorboard").iterdir():
+            path.unlink()
+        file.write_bytes(content[:size])
+        again = start(tmp_path, 4, warnings, config, rows[:4])
+        for row in rows[4:]:
+            again.log(without_step(row), int(row["step"]))
+        assert scalars("train/loss") == expected, size
+        shown = events()
+        for of_name in (shown.Scalars("router/max_vio"), shown.Histograms("experts/load/layer_00")):
+            assert [event.step for event in of_name] == [1, 2, 3, 4, 5, 6], size
+        again.finish()
+
+    again = start(tmp_path, 6, warnings, config, rows)
+    again.rewind(2, newest=6)
+    again.log({"train/loss": 9.0}, 3)
+    save_picture(tmp_path / "a.png")
+    again.image("a", tmp_path / "a.png")
+    again.summary({"eval/loss": None, "ranks": [1]})
+    again.finish()
+    assert scalars("train/loss") == [*expected[:2], (3, 9.0)]
+    assert [text.step for text in events().Tensors("config/text_summary")] == [1, 3]
+    (picture,) = events().Images("a")
+    assert (picture.step, picture.width, picture.height) == (3, 2, 2) and warnings == []
+
+
+def test_tensorboard_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.report.recorder.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^tracking\.tensorboard=true: expected the package tensorboard"):
+        check_tracking(TrackingConfig(wandb="disabled", tensorboard=True))
+    check_tracking(TrackingConfig(wandb="disabled"))

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from common.errors import ConfigError, expect, require
 from common.files import disk_errors
 from common.strict import to_dict
 from training.config import Config, TrackingConfig
+from training.report.csv_tracker import CsvTracker
 from training.report.metrics import MetricsRecord, MetricsWriter, Row, read_metrics
+from training.report.tensorboard_tracker import TensorBoardTracker
 from training.report.terminal import Progress, evaluation_line
 from training.report.trackers import TRACKERS, TrackedRun, Trackers
 from training.report.wandb_tracker import netrc_has_key, start_wandb
@@ -22,14 +25,19 @@ def check_tracking(config: TrackingConfig) -> None:
     """Check the section `tracking` before any process starts, without using the network.
 
     Raises:
-        ConfigError: `wandb` is `online` and there is no API key, neither in `WANDB_API_KEY` nor in the netrc file; or a
-            name in `trackers` is not registered.
+        ConfigError: `wandb` is `online` and there is no API key, neither in `WANDB_API_KEY` nor in the netrc file; the
+            package that `tensorboard` needs is missing; or a name in `trackers` is not registered.
     """
     require(
         config.wandb != "online" or os.environ.get("WANDB_API_KEY") or netrc_has_key(),
         ConfigError,
         "tracking.wandb=online: expected an API key in the environment variable WANDB_API_KEY or in ~/.netrc "
         "(`wandb login` writes it), or tracking.wandb=offline",
+    )
+    require(
+        not config.tensorboard or find_spec("tensorboard") is not None,
+        ConfigError,
+        "tracking.tensorboard=true: expected the package tensorboard (pip install 'mixwright[tensorboard]')",
     )
     unknown = [name for name in config.trackers if name not in TRACKERS]
     expect(
@@ -51,7 +59,7 @@ def start_tracking(
     rows: Sequence[Row] = (),
     warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Trackers:
-    """Start W&B, unless `tracking.wandb` is `disabled`, and each tracker in `tracking.trackers`. Call it on one rank.
+    """Start the trackers that the section `tracking` chooses. Call it on one rank.
 
     Neither this function nor W&B prints anything. W&B captures no console output, code, git state or list of packages.
 
@@ -72,6 +80,10 @@ def start_tracking(
     trackers = Trackers(warn)
     if config.wandb != "disabled":
         trackers.start("W&B", lambda: start_wandb(config, run, warn), rows)
+    if config.tensorboard:
+        trackers.start("TensorBoard", lambda: TensorBoardTracker(config, run), rows)
+    if config.csv:
+        trackers.start("metrics.csv", lambda: CsvTracker(config, run), rows)
     for registered in dict.fromkeys(config.trackers):
         trackers.start(f"tracker {registered}", partial(TRACKERS[registered], run), rows)
     return trackers
@@ -151,7 +163,7 @@ class Recorder(ExitStack):
             step = state["step"]
             self.metrics.go_back(step, MetricsRecord.from_state(state.get("metrics")))
             self.note(*self.metrics.problems)
-            self.tracker.go_back(self.progress.step)
+            self.tracker.rewind(step, self.progress.step)
             self.progress.go_back(step)
 
     def sync(self) -> None:

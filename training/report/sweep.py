@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_file
-from common.text import MAX_JSON, MAX_YAML, parse_json, parse_yaml, shorten
+from common.text import MAX_JSON, MAX_YAML, flat, parse_json, parse_yaml, shorten
 from parallel.planning.auto import AUTO_AXES
 from training.report.plots import is_number, plot_sweep
 from training.report.terminal import human_count, show_line, show_table
@@ -88,15 +88,7 @@ def _config(job_dir: Path) -> dict[str, Any]:
         config = parse_yaml(read_file(job_dir / "config.yaml", MAX_YAML))
     except (OSError, ValueError):
         return {}
-    return dict(_flat(config, "")) if isinstance(config, dict) else {}
-
-
-def _flat(section: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
-    """Return all values in nested dicts with their dotted keys."""
-    items: list[tuple[str, Any]] = []
-    for key, value in section.items():
-        items += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return items
+    return dict(flat(config)) if isinstance(config, dict) else {}
 
 
 def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -62,18 +62,30 @@ class Tracker(Protocol):
 
     def log(self, row: Row, step: int) -> None:
         """Receive the metrics of optimizer step `step`, under their names in `metrics.jsonl`. Must not change `row`."""
+        return
+
+    def go_back(self, step: int) -> bool:
+        """Remove the rows after `step`, because the run repeats the steps after it. Return whether they are removed.
+
+        If not, the tracker keeps its rows, and gets no row of a step that it has.
+        """
+        return False
 
     def alert(self, alarm: Alarm) -> None:
         """Receive a warning about the run."""
+        return
 
     def summary(self, values: dict[str, Any]) -> None:
         """Receive values that describe the whole run: the content of `result.json`."""
+        return
 
     def image(self, name: str, path: Path) -> None:
         """Receive a plot, which is the PNG file `path`."""
+        return
 
     def finish(self) -> None:
         """Write what is still buffered, and close. Also called when training fails."""
+        return
 
 
 @dataclass(frozen=True)
@@ -124,32 +136,62 @@ class Trackers(Tracker):
             self._warn(f"{name} did not start ({first_line(error)}); training continues, metrics.jsonl has every row")
 
     def log(self, row: Row, step: int) -> None:
-        self._forward(lambda tracker: tracker.log(row, step), step)
+        self._forward(lambda _, tracker: tracker.log(row, step), step)
 
     def alert(self, alarm: Alarm) -> None:
-        self._forward(lambda tracker: tracker.alert(alarm))
+        self._forward(lambda _, tracker: tracker.alert(alarm))
 
     def summary(self, values: dict[str, Any]) -> None:
-        self._forward(lambda tracker: tracker.summary(values))
+        self._forward(lambda _, tracker: tracker.summary(values))
 
     def image(self, name: str, path: Path) -> None:
-        self._forward(lambda tracker: tracker.image(name, path))
+        self._forward(lambda _, tracker: tracker.image(name, path))
 
     def finish(self) -> None:
-        self._forward(lambda tracker: tracker.finish())
+        self._forward(lambda _, tracker: tracker.finish())
 
-    def go_back(self, newest: int) -> None:
-        """Send the trackers no more rows up to step `newest`: they have had these, and the run repeats the steps."""
-        for name, seen in self._seen.items():
-            self._seen[name] = {*seen, *range(newest + 1)}
+    def rewind(self, step: int, newest: int) -> None:
+        """Follow a run that goes back to `step`, when `newest` is the last step that it has done.
 
-    def _forward(self, call: Callable[[Tracker], None], step: int | None = None) -> None:
+        A tracker that cannot remove its rows gets no more rows up to step `newest`.
+        """
+
+        def go_back(name: str, tracker: Tracker) -> None:
+            removed = tracker.go_back(step)
+            self._seen[name] = () if removed else {*self._seen[name], *range(newest + 1)}
+
+        self._forward(go_back)
+
+    def _forward(self, call: Callable[[str, Tracker], object], step: int | None = None) -> None:
         """Call the trackers, without those that have the row of `step` already."""
         for name, tracker in list(self.running.items()):
             if step in self._seen[name]:
                 continue
             try:
-                call(tracker)
+                call(name, tracker)
             except (Exception, SystemExit) as error:
                 del self.running[name]
                 self._warn(f"{name} stopped ({first_line(error)}); training continues, metrics.jsonl has every row")
+
+
+def separate(row: Row, per_expert: bool) -> tuple[dict[str, float | int | str], dict[str, list[float]]]:
+    """Separate the metrics of a row into single values, and lists with one value for each expert of a layer.
+
+    Args:
+        per_expert: whether the single values also have those of each expert, as `<name of the list>/expert_XX`.
+
+    Returns:
+        The values by name, and the lists by name. The names of lists are in the section `experts`:
+        `router/load/layer_00` becomes `experts/load/layer_00`.
+    """
+    values: dict[str, float | int | str] = {}
+    lists: dict[str, list[float]] = {}
+    for name, value in row.items():
+        if not isinstance(value, list):
+            values[name] = value
+            continue
+        name = f"experts/{name.removeprefix('router/').removeprefix('experts/')}"
+        lists[name] = value
+        if per_expert:
+            values |= {f"{name}/expert_{expert:02d}": number for expert, number in enumerate(value)}
+    return values, lists
