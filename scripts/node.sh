@@ -4,7 +4,7 @@
 #   NPROC=2 scripts/node.sh experiment=quickstart                                       one node
 #   HEAD=node1 NODES=2 JOB=first scripts/node.sh experiment=quickstart run.name=first   several nodes
 #
-# NODES    the number of nodes; default 1
+# NODES    the number of nodes, or the fewest and the most of them as in 1:4; default 1
 # HEAD     the name or address of one of several nodes, reachable from all; the agents meet at HEAD:PORT
 # JOB      a word that no other launch at this HEAD:PORT uses; one node needs none
 # NPROC    the number of processes on this node; default gpu, one per GPU
@@ -28,6 +28,10 @@ else
             exit 2
         fi
     done
+    if [[ $NODES == *:* && " $*" != *" run.name="* ]]; then
+        echo "error: run.name=: expected a name, because another node can have rank 0 after nodes have come or gone" >&2
+        exit 2
+    fi
     rendezvous=(--rdzv-endpoint "$HEAD:${PORT:-29400}")
 fi
 if [[ -z ${PYTHON:-} ]]; then

@@ -9,13 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
 from scripts.cli.command_line import CONF
-from tests.test_train import TINY
+from tests.test_train import TINY, numbers
+from training.checkpoint.manifest import read_state
 
 ROOT = CONF.parent
 NODE, SLURM, KUBERNETES = (ROOT / "scripts" / name for name in ("node.sh", "slurm.sbatch", "kubernetes.yaml"))
@@ -30,11 +32,26 @@ def executable(path: Path, text: str) -> Path:
 
 
 def wait_for(path: Path) -> str:
+    wait_until(lambda: path.exists() and bool(path.read_text()))
+    return path.read_text()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
-    while not (path.exists() and path.read_text()):
+    while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
-    return path.read_text()
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def clean_environment() -> dict[str, str]:
@@ -44,10 +61,8 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_two_agents_on_one_machine_train_one_run(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    place = {"HEAD": "localhost", "NODES": "2", "JOB": "two", "NPROC": "1", "PORT": str(port), "ADDRESS": "localhost"}
+    port = free_port()
+    place = {"HEAD": "localhost", "NODES": "2", "JOB": "two", "NPROC": "1", "PORT": port, "ADDRESS": "localhost"}
     environment = clean_environment() | place | {"PYTHON": sys.executable}
     overrides = (*TINY, f"data.cache={tmp_path}/cache", f"run.root={tmp_path}/runs", "train.steps=2")
     # The second node has another cache, which is allowed.
@@ -63,12 +78,69 @@ def test_two_agents_on_one_machine_train_one_run(tmp_path):
     assert [row["experts"] for row in result["ranks"]] == [[0, 1], [2, 3]]
 
 
+@pytest.mark.slow
+def test_a_run_goes_on_while_a_node_leaves_and_comes_back(tmp_path):
+    """fp64: 2 nodes, 1, and 2 again, compared with one process that does the same steps."""
+    directory, port = tmp_path / "elastic", free_port()
+    place = {"HEAD": "localhost", "NODES": "1:2", "JOB": "elastic", "NPROC": "1", "PORT": port, "ADDRESS": "localhost"}
+    waits = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    environment = clean_environment() | place | {"PYTHON": sys.executable, "PET_RDZV_CONF": waits}
+    # A step takes a moment, so that there are few. The schedule does not depend on their number.
+    arguments = (
+        *TINY, f"data.cache={tmp_path}/cache", f"run.root={tmp_path}", "train.precision=fp64", "train.seq_len=256",
+        "train.accumulation=2", "checkpoint.every=2", "checkpoint.keep=99", "checkpoint.at_end=true",
+        "optim.schedule=constant", "optim.warmup_steps=0",
+    )  # fmt: skip
+
+    def start_node() -> subprocess.Popen[bytes]:
+        command = [NODE, *arguments, "run.name=elastic", "train.steps=100000"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def wait_for_ranks(ranks: int, after: int) -> int:
+        """Wait for a checkpoint that this number of ranks has written after this step. Return its step."""
+        end = time.monotonic() + 150
+        while True:
+            for path in sorted(directory.glob("checkpoints/step-*/manifest.json")):
+                step = int(path.parent.name.removeprefix("step-"))
+                layout = read_state(path.parent)["config"]["parallel"]
+                if step > after and layout["replicate"] == ranks:
+                    return step
+            assert time.monotonic() < end and stays.poll() is None
+            time.sleep(0.1)
+
+    stays = start_node()
+    wait_until(lambda: is_open(int(port)))  # This agent serves the rendezvous.
+    leaves = start_node()
+    step = wait_for_ranks(2, after=0)
+    leaves.kill()  # Its worker dies with it.
+    step = wait_for_ranks(1, after=step)
+    comes = start_node()
+    wait_for_ranks(2, after=step)
+    for agent in (stays, comes):
+        agent.send_signal(signal.SIGTERM)
+    for agent in (stays, comes):
+        agent.communicate(timeout=120)
+    rows = numbers(directory)
+    last = rows[-1]["step"]
+    command = [sys.executable, "train.py", *arguments, "run.name=whole", f"train.steps={last}"]
+    subprocess.run(command, cwd=ROOT, env=clean_environment(), check=True, stdout=subprocess.DEVNULL)
+    assert [row["step"] for row in rows] == list(range(1, last + 1))
+    for mine, other in zip(rows, numbers(tmp_path / "whole"), strict=True):
+        for key in mine.keys() & other.keys():
+            assert mine[key] == pytest.approx(other[key], rel=1e-9), (mine["step"], key)
+    elastic, whole = (read_state(tmp_path / name / "checkpoints" / f"step-{last}") for name in ("elastic", "whole"))
+    assert elastic["loader"] == whole["loader"] and elastic["config"]["parallel"]["replicate"] == 2
+
+
 def test_node_script_names_what_is_missing_and_keeps_arguments_whole(tmp_path):
     python = executable(tmp_path / "python", 'printf "%s\\n" "$@" "$OMP_NUM_THREADS" "$NCCL_DEBUG"')
     one = clean_environment() | {"PYTHON": str(python)}
     environment = one | {"HEAD": "node1", "NODES": "4"}
     refused = subprocess.run([NODE], env=environment, capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.startswith("error: JOB=: expected a value")
+    elastic = environment | {"JOB": "j", "NODES": "1:4"}
+    refused = subprocess.run([NODE, "a=1"], env=elastic, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and refused.stderr.startswith("error: run.name=: expected a name")
     arguments = ["data.paths=[a b.txt]", "run.prompt='x y'"]
     done = subprocess.run(
         [NODE, *arguments], env=environment | {"JOB": "j"}, capture_output=True, text=True, check=True

@@ -119,7 +119,8 @@ def agree_on_run(
         check_memory(counts.total, plan.fullest.state, world.local_world_size)
 
     # Where it starts: at a checkpoint of this run, at another model's weights, or at random weights.
-    checkpoint = find_checkpoint(config, directory, peers, restarted=world.restart_count > 0, warn=show_line)
+    restarted = from_rank_0("restarted", lambda: world.restart_count > 0)  # Other nodes can count otherwise.
+    checkpoint = find_checkpoint(config, directory, peers, restarted=restarted, warn=show_line)
     state = None if checkpoint is None else resumable_state(checkpoint, config.train.steps)
     saved = {} if checkpoint is None or state is None else saved_values(state, directory, checkpoint)
     done = 0 if state is None else state["step"]

@@ -303,6 +303,17 @@ def test_world_from_env(monkeypatch: pytest.MonkeyPatch) -> None:
         world_from_env()
 
 
+def test_ranks_of_agents_that_count_restarts_differently_share_a_store(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    first, joined = (open_store(World(rank, 0, 2, 1, restart_count=1 - rank), 5.0) for rank in (0, 1))
+    first.set("name", "run")
+    assert joined.get("name") == b"run"
+
+
 def _wait(holds: Callable[[], bool], seconds: float) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
