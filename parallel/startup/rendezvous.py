@@ -73,8 +73,8 @@ def open_store(world: World, timeout_s: float) -> dist.Store:
                 raise PreflightError(f"MASTER_PORT={port}: expected a port that is free on this host") from error
             time.sleep(0.5)
     # The agent's store survives a restart of the workers, and the prefix separates the keys of each attempt. Rank 0's
-    # store ends with it. It must have no prefix, because each agent counts the restarts for itself: the counts differ if
-    # a node has joined later, or if an agent restarts its workers because those of another one have failed.
+    # store ends with it. It must have no prefix, because each agent counts the restarts for itself: the counts differ
+    # if a node has joined later, or if an agent restarts its workers because those of another one have failed.
     return dist.PrefixStore(f"attempt-{world.restart_count}", store) if of_agent else store
 
 
