@@ -21,7 +21,17 @@ ROOMS = {
     "training": {"common", "data", "moe", "parallel"},
 }
 OURS = {*ROOMS, "scripts", "train", "tests", "benchmarks"}
-HEAVY = {"datasets", "wandb", "matplotlib", "transformers", "sentencepiece", "tokenizers", "jinja2", "deepspeed"}
+HEAVY = {
+    "datasets",
+    "wandb",
+    "matplotlib",
+    "transformers",
+    "sentencepiece",
+    "tokenizers",
+    "jinja2",
+    "plotly",
+    "deepspeed",
+}
 FILES = [(room, path) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 SOURCES = [*[path for _, path in FILES], *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "train.py"]
 

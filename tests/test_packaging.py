@@ -47,6 +47,15 @@ def test_every_package_is_in_the_wheel_and_no_test(wheel: Path) -> None:
     assert [folder for folder in folders if not (ROOT / folder / "__init__.py").is_file()] == []
 
 
+def test_the_files_of_the_report_are_in_the_wheel(wheel: Path) -> None:
+    page = Path("training/report/page")
+    names = {path.name for path in (ROOT / page).iterdir() if path.suffix in (".css", ".jinja", ".js")}
+    assert names == {path.name for path in (wheel / page).iterdir()} - {
+        path.name for path in (ROOT / page).glob("*.py")
+    }
+    assert len(names) == 3
+
+
 def test_the_changelog_begins_with_the_version_of_the_wheel(wheel: Path) -> None:
     (metadata,) = wheel.glob("*.dist-info/METADATA")
     version = re.search(r"^Version: (.+)$", metadata.read_text(encoding="utf-8"), re.MULTILINE)

@@ -73,7 +73,7 @@ def test_one_process_writes_everything_and_continues_only_when_asked(tmp_path, c
     assert result["status"] == "finished" and result["step"] == 3
     assert result["ranks"][0]["experts"] == [0, 1, 2, 3] and result["ranks"][0]["parameters"] == result["total_params"]
     assert (directory / "checkpoints" / "step-3" / "manifest.json").is_file()
-    for name in ("config.yaml", "expert_load.svg", "expert_load.png", "curves.svg"):
+    for name in ("config.yaml", "expert_load.svg", "expert_load.png", "curves.svg", "report.html"):
         assert (directory / name).stat().st_size > 0
     assert list((directory / "wandb").glob("offline-run-*/*.wandb"))
     last = numbers(directory)[-1]

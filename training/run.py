@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import read_file, write_atomically
-from common.text import MAX_JSON, finite, parse_json, to_json
+from common.text import MAX_JSON, MAX_YAML, finite, flat, parse_json, parse_yaml, to_json
 
 INTERRUPTED = "interrupted"
 """The status of a run that a signal has ended."""
@@ -45,3 +45,28 @@ def save_config(directory: Path, config: Mapping[str, Any]) -> Path:
 def save_result(directory: Path, result: Mapping[str, Any]) -> Path:
     """Write a result of plain containers to `result.json` in `directory` atomically, and return the file."""
     return write_atomically(directory / RESULT_FILE, to_json(dict(result), indent=2) + "\n")
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """Return the content of `result.json`, of a run in any state.
+
+    Without the file the result has the status `missing`, and if it is no JSON object, the status `unreadable`. Both
+    have an `error`, which says why.
+    """
+    path = directory / RESULT_FILE
+    if not path.is_file():
+        return {"status": "missing", "error": f"no {path.name}"}
+    try:
+        result = parse_json(read_file(path, MAX_JSON))
+    except (OSError, ValueError) as error:
+        return {"status": "unreadable", "error": f"{path.name}: {error}"}
+    return result if isinstance(result, dict) else {"status": "unreadable", "error": f"{path.name}: no JSON object"}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the values of `config.yaml` by dotted key, or an empty dict if it is missing or not readable."""
+    try:
+        config = parse_yaml(read_file(directory / CONFIG_FILE, MAX_YAML))
+    except (OSError, ValueError):
+        return {}
+    return dict(flat(config)) if isinstance(config, dict) else {}

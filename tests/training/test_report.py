@@ -215,7 +215,15 @@ def test_sample_and_end(capsys: Capture) -> None:
     show_sample("The ", "end\x1b[31m [red]\nof\x00 é", "generation is dropless")
     long = "runs/" + "x" * 300
     show_end(
-        Path("runs/a"), Path(long), "python train.py run.name=a", "as before", "ls runs/a", 321.0, 12_345.0, "90 %"
+        Path("runs/a"),
+        Path(long),
+        "python train.py run.name=a",
+        "as before",
+        "ls runs/a",
+        None,
+        321.0,
+        12_345.0,
+        "90 %",
     )
     text = plain(capsys)
     assert "brackets)\ngeneration is dropless\n  [The ]end\\x1b[31m [red]\n  of\\x00 é\n" in text

@@ -12,4 +12,5 @@ The modules in reading order:
     run_report      the start, the end and the `result.json` of a run, made from the modules above
     probe           the files of a probe, and what is computed from them
     sweep           the table and the plot of a sweep
+    page            the report of a run, as an HTML file
 """

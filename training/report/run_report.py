@@ -28,6 +28,7 @@ from training.device import DTYPE_NAMES
 from training.report.goodput import Goodput, goodput_line
 from training.report.heatmap import show_load
 from training.report.metrics import left_out, read_metrics
+from training.report.page.write import write_run_page_or_say_why
 from training.report.plots import plot_curves, plot_load, plot_overview
 from training.report.tables import (
     RankSummary,
@@ -118,7 +119,7 @@ def finish_run(
     goodput: Goodput,
     disk_errors: Callable[[str], AbstractContextManager[None]],
 ) -> dict[str, Any]:
-    """Print the results, write the plots and `result.json`, and return the content of the latter.
+    """Print the results, write the plots, `result.json` and the report, and return the content of `result.json`.
 
     Args:
         evaluation: of the final weights.
@@ -177,12 +178,14 @@ def finish_run(
     result = finite(result)  # So that trackers and the caller get what the file has.
     with disk_errors("result.json"):
         save_result(run.directory, result)
+    page = write_run_page_or_say_why(run.directory, show_line)
     show_end(
         run.directory,
         None if checkpoint is None else Path(checkpoint),
         resume_command(run.config, run.name, len(summary.ranks), 2 * run.config.train.steps),
         rate_of_resumption(run.config.optim, run.config.train.steps),
         open_command(run.config, run.directory),
+        page,
         wall_s,
         tokens_per_s or 0.0,
         goodput_line(account, goodput.restarts),

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.files import read_file
-from common.text import MAX_JSON, MAX_YAML, flat, parse_json, parse_yaml, shorten
+from common.text import shorten
 from parallel.planning.auto import AUTO_AXES
 from training.report.plots import is_number, plot_sweep
 from training.report.terminal import human_count, show_line, show_table
+from training.run import read_config, read_result
 
 _RESULT_KEYS = (
     "num_experts",
@@ -41,54 +41,62 @@ _MAX_ERROR = 160
 def sweep_table(sweep_dir: Path) -> list[dict[str, Any]]:
     """Print the table of a sweep, and write `sweep.csv`, `sweep.svg` and `sweep.png` into `sweep_dir`.
 
-    Jobs are the subdirectories whose name is a number. A number that is missing in between counts as a job, too. A job
-    without a `result.json` has the status `missing`, and one whose `result.json` is no JSON object has the status
-    `unreadable`. Each configuration key whose value differs between jobs has a column, under its dotted name.
-
-    Args:
-        sweep_dir: the directory of the sweep.
-
     Returns:
-        For each job, a dict with the columns of the CSV file. A value that the job does not have is None.
+        The rows of `sweep_rows`, with the columns of the CSV file.
     """
-    numbers = [int(path.name) for path in sweep_dir.iterdir() if path.is_dir() and path.name.isdecimal()]
-    jobs = range(max((number for number in numbers if number < MAX_JOBS), default=-1) + 1)
-    configs = [_config(sweep_dir / str(job)) for job in jobs]
-    varying = _varying(configs)
-    rows: list[dict[str, Any]] = []
-    for job, config in zip(jobs, configs, strict=True):
-        result = _result(sweep_dir / str(job))
-        row: dict[str, Any] = {"job": job} | {key: config.get(key) for key in varying}
-        row |= {key: result.get(key) for key in _RESULT_KEYS}
-        for key in _MODEL_KEYS:
-            # If the job failed before it built a model, the configuration has the values that it would have used.
-            name = key.removeprefix("model.")
-            row[name] = config.get(key) if row[name] is None else row[name]
-        rows.append(row)
+    rows, varying = sweep_rows(sweep_dir)
     _write_csv(sweep_dir / "sweep.csv", ["job", *varying, *_RESULT_KEYS], rows)
     plot_sweep(rows, sweep_dir / "sweep")
     _print(sweep_dir, rows, varying)
     return rows
 
 
-def _result(job_dir: Path) -> dict[str, Any]:
-    path = job_dir / "result.json"
-    if not path.is_file():
-        return {"status": "missing", "error": f"no {path.name}"}
-    try:
-        result = parse_json(read_file(path, MAX_JSON))
-    except (OSError, ValueError) as error:
-        return {"status": "unreadable", "error": f"{path.name}: {error}"}
-    return result if isinstance(result, dict) else {"status": "unreadable", "error": f"{path.name}: no JSON object"}
+def sweep_jobs(sweep_dir: Path) -> list[Path]:
+    """Return the directories of the jobs of a sweep: the subdirectories whose name is a number.
+
+    A number that is missing in between counts as a job, too, so a returned directory can be missing.
+
+    Raises:
+        OSError: `sweep_dir` cannot be read.
+    """
+    numbers = [int(path.name) for path in sweep_dir.iterdir() if path.is_dir() and path.name.isdecimal()]
+    return [
+        sweep_dir / str(job) for job in range(max((number for number in numbers if number < MAX_JOBS), default=-1) + 1)
+    ]
 
 
-def _config(job_dir: Path) -> dict[str, Any]:
-    """Return the job's resolved configuration by dotted key, or an empty dict if it is missing or not readable."""
-    try:
-        config = parse_yaml(read_file(job_dir / "config.yaml", MAX_YAML))
-    except (OSError, ValueError):
-        return {}
-    return dict(flat(config)) if isinstance(config, dict) else {}
+def sweep_rows(sweep_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return one row for each job of a sweep, and the configuration keys whose values differ between its jobs."""
+    jobs = sweep_jobs(sweep_dir)
+    rows, varying = result_rows(jobs)
+    return [{"job": number} | row for number, row in enumerate(rows)], varying
+
+
+def result_rows(runs: Sequence[Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the results of several runs as the rows of a table.
+
+    A run without a `result.json` has the status `missing`, and one whose `result.json` is no JSON object has the status
+    `unreadable`. Each configuration key whose value differs between the runs has a column, under its dotted name.
+
+    Args:
+        runs: the directories of the runs.
+
+    Returns:
+        For each run a dict with a value for each column, which is None if the run does not have it; and the keys that
+        differ, sorted.
+    """
+    configs = [read_config(run) for run in runs]
+    varying = _varying(configs)
+    rows: list[dict[str, Any]] = []
+    for run, config in zip(runs, configs, strict=True):
+        result = read_result(run)
+        row = {key: config.get(key) for key in varying} | {key: result.get(key) for key in _RESULT_KEYS}
+        for key in _MODEL_KEYS:
+            # If the job failed before it built a model, the configuration has the values that it would have used.
+            name = key.removeprefix("model.")
+            row[name] = config.get(key) if row[name] is None else row[name]
+        rows.append(row)
+    return rows, varying
 
 
 def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -246,6 +246,7 @@ def show_end(
     resume_command: str,
     rate: str,
     open_command: str,
+    page: Path | None,
     wall_s: float,
     tokens_per_s: float,
     goodput: str,
@@ -258,6 +259,7 @@ def show_end(
         resume_command: the command line that continues the run.
         rate: the learning rate of the continued run, in words.
         open_command: the command line that shows the run's metrics.
+        page: the report, if it was written.
         wall_s: the seconds that the run took.
         tokens_per_s: the training speed.
         goodput: what the run has spent its time on.
@@ -270,6 +272,7 @@ def show_end(
             "resume": resume_command,
             "": f"({rate}; docs/runs.md has other ways)",
             "results": open_command,
+            "report": "none" if page is None else str(page),
             "goodput": goodput,
         },
     )

@@ -1,0 +1,114 @@
+"""The report in a real browser, headless: it draws without errors, asks no host for anything, and reacts."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.test_page import write_run
+from training.report.page.write import write_run_page
+
+pytestmark = pytest.mark.slow
+FLAGS = ("no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the extra `dev` has Playwright")
+    path = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium is on the PATH")
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=path, args=[f"--{flag}" for flag in FLAGS])
+
+
+@pytest.fixture(params=[1440, 800])
+def opened(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A function that opens a file, waits until it is drawn, and returns the page. No error and no request may come."""
+    wrong: list[str] = []
+    context = browser.new_context(viewport={"width": request.param, "height": 900})
+
+    def opened(file: Path) -> Any:
+        page = context.new_page()
+        page.on("console", lambda message: wrong.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+        page.on("request", lambda sent: sent.url.startswith(file.as_uri()) or wrong.append(f"request: {sent.url}"))
+        page.goto(file.as_uri())
+        page.wait_for_selector("body[data-ready=yes]", timeout=60_000)
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= request.param, "the page does not scroll sideways"
+        return page
+
+    yield opened
+    context.close()
+    assert wrong == []
+
+
+def loads_shown(page: Any) -> list[list[float]]:
+    return page.evaluate("document.getElementById('load').data[0].customdata")
+
+
+def click_cell(page: Any, figure: str, x: float, y: float) -> None:
+    """Click the middle of a heatmap's cell, as a user does."""
+    place = page.evaluate(
+        """([name, x, y]) => {
+            const figure = document.getElementById(name), box = figure.getBoundingClientRect();
+            const { xaxis, yaxis } = figure._fullLayout;
+            return [box.left + xaxis._offset + xaxis.d2p(x), box.top + yaxis._offset + yaxis.d2p(y)];
+        }""",
+        [figure, x, y],
+    )
+    page.mouse.move(*place)
+    page.wait_for_timeout(100)
+    page.mouse.click(*place)
+    page.wait_for_timeout(400)  # plotly waits for a second click
+
+
+def test_the_slider_the_clicks_and_the_theme(opened: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", sample="</script><script>document.title = 'attacked'</script>")
+    (run / "alarms.jsonl").write_text('{"step": 4, "message": "layer 1: <b>1 expert</b>"}\n')
+    page = opened(write_run_page(run))
+    assert page.title() == "r - Mixwright report"
+    assert page.locator("#step-name").text_content() == "step 12 of 12"
+    assert loads_shown(page)[0] == [3.0, 0.5, 0.5, 0.0]
+
+    page.locator("#step").fill("0")
+    assert page.locator("#step-name").text_content() == "step 1 of 12"
+    assert loads_shown(page)[0][0] == pytest.approx(4 * (0.25 + 1 / 24), rel=1e-4)
+    marks = page.evaluate("document.getElementById('curve-loss').layout.shapes.map((shape) => shape.x0)")
+    assert marks == [4, 1], "the alarm's step and the slider's"
+
+    page.locator("[data-step]").click()
+    assert page.locator("#step-name").text_content() == "step 4 of 12"
+
+    page.locator("#load").scroll_into_view_if_needed()
+    click_cell(page, "load", 2, 1)
+    assert page.locator("#expert-name").text_content() == "2 of layer 1"
+    assert page.locator("#layer").input_value() == "1" and page.locator("#expert").input_value() == "2"
+    click_cell(page, "history", 8, 0)
+    assert page.locator("#expert-name").text_content() == "0 of layer 1"
+    assert page.locator("#step-name").text_content() == "step 8 of 12"
+    shown = page.evaluate("document.getElementById('expert-load').data[0].y")
+    assert shown == pytest.approx([4 * (0.25 + step / 24) for step in range(1, 13)], rel=1e-4)
+
+    page.locator("#step").fill("10")
+    page.locator("#play").click()
+    page.get_by_text("step 12 of 12").wait_for()
+    page.get_by_text("▶").wait_for()
+
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.locator("#theme").click()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+
+
+def test_the_cursor_is_common_to_the_curves(opened: Any, tmp_path: Path) -> None:
+    page = opened(write_run_page(write_run(tmp_path / "r")))
+    page.locator("#curve-loss").scroll_into_view_if_needed()
+    click_cell(page, "curve-loss", 6, 4.35)
+    labels = page.locator("#curve-max_vio .hoverlayer text").all_text_contents()
+    assert "6" in labels and "all layers : 0.5" in labels, "the other curve has the values of step 6"
+    assert page.locator("#step-name").text_content() == "step 6 of 12"

@@ -1,0 +1,162 @@
+"""The report of a run as an HTML file: what is in it for whole, damaged, dense and hostile runs."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts import report as tool
+from training.report.page.curves import reduced
+from training.report.page.gather import expert_frames, load_frames, read_run, straggler, thinned
+from training.report.page.write import run_page, write_run_page, write_run_page_or_say_why
+
+
+def write_run(directory: Path, *, steps: int = 12, layers: int = 2, experts: int = 4, **result: Any) -> Path:
+    """A run whose expert 0 gets more with each step, and whose last expert gets nothing."""
+    directory.mkdir(parents=True)
+    rows = []
+    for step in range(1, steps + 1):
+        row: dict[str, Any] = {"step": step, "train/loss": 5.0 - step / 10, "train/ce": 4.9 - step / 10}
+        for layer in range(layers):
+            share = 0.25 + step / (2 * steps)
+            rest = (1 - share) / (experts - 2)
+            row[f"router/load/layer_{layer:02d}"] = [share, *[rest] * (experts - 2), 0.0]
+            row[f"router/max_vio/layer_{layer:02d}"] = share * experts - 1
+        rows.append(row | {"router/max_vio": 0.5, "mine/extra": step * 2})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "run": {"name": "r", "prompt": "The "},
+        "model": {"num_experts": experts, "top_k": 2, "num_layers": layers},
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    whole = {"status": "finished", "name": "r", "step": steps, "eval/loss": 3.5, "total_params": 1000, **result}
+    (directory / "result.json").write_text(json.dumps(whole))
+    return directory
+
+
+def script_of(page: str) -> dict[str, Any]:
+    """The JSON that the script of a page reads."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    return json.loads(text)
+
+
+def test_the_page_has_every_metric_and_every_step_of_the_loads(tmp_path: Path) -> None:
+    from plotly.graph_objects import Figure
+
+    page = write_run_page(write_run(tmp_path / "r")).read_text(encoding="utf-8")
+    script = script_of(page)
+    assert {"curve-loss", "curve-max_vio", "curve-other-0", "load", "history", "straggler"} <= script["figures"].keys()
+    assert script["figures"]["curve-other-0"]["data"][0]["y"] == [step * 2 for step in range(1, 13)]
+    assert script["router"]["steps"] == list(range(1, 13))
+    last = script["router"]["values"][-1]
+    assert last == [[3.0, 0.5, 0.5, 0.0]] * 2, "shares of 0.75, 0.125, 0.125 and 0 of 4 experts"
+    for figure in script["figures"].values():
+        Figure(figure)  # plotly refuses properties that it does not have
+    assert "held-out loss" in page and "3.5000" in page
+
+
+def test_text_of_a_run_is_text(tmp_path: Path) -> None:
+    attack = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    run = write_run(tmp_path / "r", sample=attack, name=attack, torch=attack)
+    (run / "alarms.jsonl").write_text(json.dumps({"step": 3, "message": attack}) + '\n{"step": 4, "mess')
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 13, attack: 1.0, f"eval/bits_per_byte/{attack}": 2.0}) + "\n")
+    page = run_page(read_run(run))
+    # The page has three script elements, and no other element comes from the run.
+    assert len(re.findall("<script", page)) == len(re.findall("</script", page)) == 3 and "<img" not in page
+    titles = [figure["layout"]["title"]["text"] for figure in script_of(page)["figures"].values()]
+    assert any("&lt;img" in title for title in titles) and not any("<" in title for title in titles)
+
+
+@pytest.mark.parametrize("lost", ["metrics.jsonl", "result.json", "config.yaml"])
+def test_a_run_without_one_of_its_files_has_a_report_that_says_so(lost: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    (run / lost).unlink()
+    data = read_run(run)
+    assert any(lost in note for note in data.notes)
+    assert all(note in run_page(data) for note in data.notes)
+
+
+def test_damaged_rows_are_left_out_and_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    lines[3] = lines[3][:40]
+    short, text = json.loads(lines[5]), json.loads(lines[6])
+    short["router/load/layer_01"] = [1.0]
+    text["router/load/layer_00"] = "all"
+    lines[5:7] = [json.dumps(short), json.dumps(text)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 13, "train/lo')
+    data = read_run(run)
+    assert data.notes == ["Damaged lines of metrics.jsonl are left out: 4."]
+    loads = load_frames(data.rows)
+    assert loads is not None and loads.steps == [1, 2, 3, 5, 8, 9, 10, 11, 12]
+    run_page(data)
+    (run / "metrics.jsonl").write_text("nothing\n")
+    (run / "result.json").write_text("[]")
+    (run / "config.yaml").write_text("a: [")
+    run_page(read_run(run))
+
+
+def test_a_dense_run_has_curves_and_no_router(tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/ce": 2.0}\n')
+    (run / "config.yaml").write_text("model: {num_experts: null}\n")
+    page = run_page(read_run(run))
+    assert "dense model" in page and 'id="step"' not in page
+    assert script_of(page)["router"] is None and script_of(page)["figures"].keys() == {"curve-loss"}
+
+
+def test_long_runs_are_thinned() -> None:
+    assert thinned(5, 9) == [0, 1, 2, 3, 4] and thinned(101, 3) == [0, 50, 100]
+    values = [0.0] * 10_000
+    values[1234], values[7777] = 9.0, -9.0
+    steps, kept = reduced(list(range(10_000)), values, 100)
+    assert len(steps) <= 100 and {1234, 7777, 0, 9999} <= set(steps)
+    assert [values[step] for step in steps] == kept
+    rows = [{"step": step, "router/load/layer_00": [0.5, 0.5]} for step in range(1000)]
+    frames = expert_frames(rows, "router/load")
+    assert frames is not None and len(frames.steps) == 240 and frames.steps[-1] == 999
+
+
+def test_the_straggler_factor_is_that_of_contiguous_ranges() -> None:
+    # Ranks of two experts get 6 and 2 rows of 8: 1.5 times the mean. In the second layer both get 4.
+    assert straggler([[5, 1, 1, 1], [1, 3, 3, 1]], 2) == pytest.approx((1.5 + 1.0) / 2)
+    assert straggler([[5, 1, 1, 1]], 4) == pytest.approx(2.5)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    return int(ended.value.code or 0)
+
+
+def test_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    assert call(monkeypatch, f"run={run}", f"out={tmp_path / 'page.html'}") == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n" and not (run / "report.html").exists()
+    (tmp_path / "file").write_text("")
+    for arguments, line in {
+        (f"run={tmp_path / 'none'}",): f"run={tmp_path / 'none'}: expected a run's directory",
+        (f"run={run}", f"out={tmp_path}"): f"out={tmp_path}: expected a place for a file that can be written",
+        (f"run={run}", f"out={tmp_path}/a/b"): f"out={tmp_path}/a/b: expected a place for a file that can be written",
+        (f"run={run}", f"out={tmp_path}/file/b"): f"out={tmp_path}/file/b: expected a place",
+    }.items():
+        assert call(monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {line}") and error.count("\n") == 1, error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "page.html", "r"]
+
+
+def test_a_run_does_not_fail_with_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    assert write_run_page_or_say_why(tmp_path / "none", said.append) is None
+    monkeypatch.setattr("training.report.page.write.run_page", lambda data: 1 / 0)
+    assert write_run_page_or_say_why(write_run(tmp_path / "r"), said.append) is None
+    assert [line.startswith("warning: report.html cannot be written: ") for line in said] == [True, True]
+    assert "ZeroDivisionError" in said[1]

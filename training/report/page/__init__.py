@@ -1,0 +1,12 @@
+"""The report of a run: one HTML file, which opens without a network.
+
+The modules in reading order:
+
+    gather          what the files of a run contain, and what is missing
+    theme           colours and fonts of the figures, on light and on dark pages
+    curves          the metrics over the steps
+    figures         loads, experts, domains
+    write           the template, the script and the data become one file
+
+`page.html.jinja`, `page.css` and `page.js` are the template, its style, and the script that links the figures.
+"""

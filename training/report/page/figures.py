@@ -1,0 +1,134 @@
+"""The figures of the router, and the numbers that `page.js` puts into them.
+
+A figure has its axes, its colours and its text here. If what it shows depends on the chosen step, layer or expert, the
+script fills in the values, from the numbers that `router_numbers` returns.
+
+Shape suffixes: L MoE layers, E experts, F frames (logged steps that the page shows).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from training.report.heatmap import scale_limit
+from training.report.page.curves import Figure, figure_layout, level_line, rounded
+from training.report.page.gather import Frames, RunData, expert_frames, load_frames, series, straggler
+from training.report.page.theme import BLUE, ORANGE
+
+LOAD_TICKS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
+"""Relative loads with a label on the colour scale."""
+
+
+def router_numbers(data: RunData) -> dict[str, Any] | None:
+    """Return what the script needs to draw the router at any step, or None for a run without loads.
+
+    `load` is the relative load of each expert, [F, L, E], and `steps` are the F steps. `norms` has the norms of the
+    experts by name, with their own steps.
+    """
+    loads = load_frames(data.rows)
+    if loads is None:
+        return None
+    norms = {
+        title: _numbers(frames)
+        for title, key in (("gradient norm", "experts/grad_norm"), ("weight norm", "experts/weight_norm"))
+        if (frames := expert_frames(data.rows, key)) is not None
+    }
+    return {**_numbers(loads), "limit": math.log2(_limit(loads)), "norms": norms}
+
+
+def _numbers(frames: Frames) -> dict[str, Any]:
+    values = [[[rounded(value) for value in values_E] for values_E in values_LE] for values_LE in frames.values_FLE]
+    return {"steps": frames.steps, "values": values}
+
+
+def _limit(loads: Frames) -> float:
+    return max(map(scale_limit, loads.values_FLE))
+
+
+def router_figures(data: RunData) -> dict[str, Figure]:
+    """Return identifier -> figure for a run with loads, else an empty dict."""
+    loads = load_frames(data.rows)
+    if loads is None:
+        return {}
+    layers, experts = len(loads.values_FLE[0]), len(loads.values_FLE[0][0])
+    limit = _limit(loads)
+    return {
+        "load": load_map(limit, "Load of every expert (1 = balanced)", x="expert", y="MoE layer", rows=layers),
+        "history": load_map(limit, "Load of one layer over training", x="optimizer step", y="expert", rows=layers),
+        "expert-load": _line_figure("Load over training (1 = balanced)", level=1),
+        **_straggler(data, loads, experts),
+    }
+
+
+def load_map(limit: float, title: str, *, x: str, y: str, rows: int) -> Figure:
+    """Return an empty heatmap of relative loads, whose colours range from 1 / `limit` to `limit`.
+
+    Args:
+        rows: its height, in rows of cells.
+    """
+    ticks = [tick for tick in LOAD_TICKS if 1 / limit <= tick <= limit]
+    colorbar = {
+        "tickvals": [math.log2(tick) for tick in ticks],
+        "ticktext": [f"{tick:.3g}" for tick in ticks],
+        "thickness": 10,
+        "len": 1,
+    }
+    trace = {
+        "type": "heatmap",
+        "zmin": -math.log2(limit),
+        "zmax": math.log2(limit),
+        "autocolorscale": True,
+        "colorbar": colorbar,
+        "xgap": 1,
+        "ygap": 1,
+        "hovertemplate": f"{x} %{{x}}, {y} %{{y}}<br>load %{{customdata:.3g}}<extra></extra>",
+    }
+    layout = figure_layout(title, x=x, y=y, height=max(250, min(100 + 24 * rows, 900)))
+    layout["yaxis"] |= {"autorange": "reversed", "tickformat": "d", "showgrid": False, "zeroline": False}
+    layout["xaxis"] |= {"tickformat": "d", "showgrid": False, "zeroline": False}
+    return {"data": [trace], "layout": layout}
+
+
+def _line_figure(title: str, level: float | None = None, **axis: Any) -> Figure:
+    layout = figure_layout(title, x="optimizer step", hovermode="x")
+    if level is not None:
+        layout["shapes"] = [level_line(level)]
+    layout["yaxis"] |= {"rangemode": "tozero"} | axis
+    return {"data": [], "layout": layout}
+
+
+def _straggler(data: RunData, loads: Frames, experts: int) -> dict[str, Figure]:
+    """The straggler factor by expert parallelism: as logged in the last row that has it, else from the last loads."""
+    sizes = [size for size in range(2, min(experts, 64) + 1) if experts % size == 0]
+    if not sizes:
+        return {}
+    curves = []
+    for name, key, colour in (
+        ("experts in order", "router/straggler", BLUE),
+        ("experts placed by load", "router/straggler_placed", ORANGE),
+    ):
+        points = [(size, values[-1]) for size in sizes if (values := series(data.rows, f"{key}/ep_{size}")[1])]
+        if points:
+            curves.append(_points(name, points, colour))
+    if not curves:
+        computed = [(size, straggler(loads.values_FLE[-1], size)) for size in sizes]
+        curves.append(_points("experts in order", [point for point in computed if math.isfinite(point[1])], BLUE))
+    layout = figure_layout(
+        "Straggler price at the end: slowest rank over mean", x="expert-parallel ranks", hovermode="x"
+    )
+    layout["xaxis"] |= {"type": "category"}
+    layout["yaxis"] |= {"rangemode": "tozero"}
+    layout["shapes"] = [level_line(1)]
+    return {"straggler": {"data": curves, "layout": layout}}
+
+
+def _points(name: str, points: Sequence[tuple[int, float]], colour: str) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "name": name,
+        "x": [str(size) for size, _ in points],
+        "y": [rounded(value) for _, value in points],
+        "mode": "lines+markers",
+        "line": {"color": colour},
+        "showlegend": True,
+    }

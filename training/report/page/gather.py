@@ -1,0 +1,198 @@
+"""What the files of a run contain, as far as they can be read. Nothing here writes.
+
+Shape suffixes: L MoE layers, E experts, F frames (logged steps that the page shows).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import expect
+from common.files import open_binary
+from common.text import parse_json, shorten, show_ranges
+from training.report.heatmap import relative_load
+from training.report.metrics import Row, read_metrics
+from training.report.plots import is_number
+from training.run import CONFIG_FILE, RESULT_FILE, read_config, read_result
+
+METRICS_FILE, ALARMS_FILE = "metrics.jsonl", "alarms.jsonl"
+RUN_FILES = (METRICS_FILE, RESULT_FILE, CONFIG_FILE)
+"""A directory with one of these files is a run's."""
+MAX_CELLS = 600_000
+"""The most cells of experts, layers and frames together that a page has."""
+MAX_FRAMES = 240
+"""The most steps that the slider can stop at."""
+MAX_ALARMS = 200
+"""The most alarms that a page shows."""
+MAX_ALARM_BYTES = 2**24
+"""The most bytes of the alarms that are read."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A quantity of every expert at some steps."""
+
+    steps: list[int]
+    values_FLE: list[list[list[float]]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The files of one run."""
+
+    directory: Path
+    name: str
+    config: dict[str, Any]
+    """`config.yaml` by dotted key, or empty."""
+    result: dict[str, Any]
+    """As `training.run.read_result` returns it."""
+    rows: list[Row]
+    """The rows of `metrics.jsonl`, sorted, one a step."""
+    alarms: list[dict[str, Any]]
+    """Those of `alarms.jsonl`, each with `step`, `message`, and `rule` and `layer`, which can be None."""
+    notes: list[str]
+    """What the run lacks, a sentence each."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has done all its steps."""
+        return self.result.get("status") == "finished"
+
+
+def is_run(directory: Path) -> bool:
+    """Return whether `directory` has the files of a run."""
+    return any((directory / file).is_file() for file in RUN_FILES)
+
+
+def read_run(directory: Path, key: str = "run") -> RunData:
+    """Read the files of a run. Files that are missing or damaged become notes.
+
+    Args:
+        key: the key that named the directory, for the message.
+
+    Raises:
+        ConfigError: `directory` is not a run's.
+    """
+    expect(is_run(directory), key, directory, f"a run's directory, with {METRICS_FILE} or {RESULT_FILE}")
+    notes: list[str] = []
+    config, result = read_config(directory), read_result(directory)
+    if not config:
+        notes.append(f"{CONFIG_FILE} is missing or cannot be read: the configuration is unknown.")
+    if result.get("status") in ("missing", "unreadable"):
+        notes.append(f"There is no readable {RESULT_FILE}: the run has not ended, or was killed.")
+    rows = _rows(directory / METRICS_FILE, notes)
+    alarms = _alarms(directory / ALARMS_FILE, notes)
+    name = result.get("name") or config.get("run.name") or directory.resolve().name
+    return RunData(directory, str(name), config, result, rows, alarms, notes)
+
+
+def _rows(path: Path, notes: list[str]) -> list[Row]:
+    damaged: list[int] = []
+    try:
+        rows = read_metrics(path, damaged)
+    except OSError as error:
+        notes.append(f"{METRICS_FILE} cannot be read ({error.strerror}): there are no curves.")
+        return []
+    if damaged:
+        notes.append(f"Damaged lines of {METRICS_FILE} are left out: {shorten(show_ranges(damaged), 80)}.")
+    if not rows:
+        notes.append(f"{METRICS_FILE} has no row: there are no curves.")
+    by_step = {int(row["step"]): row for row in rows}  # type: ignore[arg-type]
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _alarms(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """Return the alarms that are well-formed, the first `MAX_ALARMS` of them."""
+    try:
+        with open_binary(path) as file:
+            lines = file.read(MAX_ALARM_BYTES).splitlines()
+    except OSError:
+        return []
+    alarms = []
+    for line in lines:
+        try:
+            alarm = parse_json(line)
+        except ValueError:
+            continue  # The last line of a run that was killed can be incomplete.
+        if isinstance(alarm, dict) and type(alarm.get("step")) is int and isinstance(alarm.get("message"), str):
+            alarms.append({"rule": None, "layer": None} | alarm)
+    if len(alarms) > MAX_ALARMS:
+        notes.append(f"Only the first {MAX_ALARMS} of {len(alarms)} alarms are shown.")
+    return alarms[:MAX_ALARMS]
+
+
+def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
+    """Return the steps and the values of the rows in which a metric is a finite number."""
+    points = [(row["step"], row[key]) for row in rows if key in row and _is_finite(row[key])]
+    return [int(step) for step, _ in points], [float(value) for _, value in points]  # type: ignore[arg-type]
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, bool) and is_number(value)
+
+
+def layer_keys(rows: Sequence[Row], prefix: str) -> list[str]:
+    """Return the metrics `<prefix>/layer_XX` of all rows, in the order of the layers."""
+    keys = {key for row in rows for key in row if key.startswith(f"{prefix}/layer_")}
+    numbered = [(int(key.rpartition("_")[2]), key) for key in keys if key.rpartition("_")[2].isdecimal()]
+    return [key for _, key in sorted(numbered)]
+
+
+def thinned(count: int, most: int) -> list[int]:
+    """Return at most `most` of the indices 0 to `count` - 1, evenly spaced, with the first and the last."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
+
+
+def expert_frames(rows: Sequence[Row], prefix: str) -> Frames | None:
+    """Return a metric that has a list of one number per expert for each layer (`<prefix>/layer_XX`).
+
+    Rows in which a layer is missing, or has another number of experts, are left out, and of many rows some.
+
+    Returns:
+        None if no row is complete.
+    """
+    keys = layer_keys(rows, prefix)
+    shapes = [_shape(row, keys) for row in rows] if keys else []
+    sizes = [size for size in shapes if size]
+    if not sizes:
+        return None
+    experts = max(set(sizes), key=sizes.count)
+    complete = [row for row, size in zip(rows, shapes, strict=True) if size == experts]
+    most = max(2, min(MAX_FRAMES, MAX_CELLS // (experts * len(keys))))
+    chosen = [complete[index] for index in thinned(len(complete), most)]
+    return Frames([int(row["step"]) for row in chosen], [[row[key] for key in keys] for row in chosen])  # type: ignore[arg-type, misc]
+
+
+def _shape(row: Row, keys: Sequence[str]) -> int | None:
+    """Return the number of experts of every layer in the row, or None if they differ or one has something else."""
+    sizes = set()
+    for key in keys:
+        value = row.get(key)
+        if not isinstance(value, list) or not all(map(_is_finite, value)):
+            return None
+        sizes.add(len(value))
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def load_frames(rows: Sequence[Row]) -> Frames | None:
+    """Return the relative load of every expert: 1 is balance, 0 an expert without a token."""
+    shares = expert_frames(rows, "router/load")
+    return None if shares is None else Frames(shares.steps, [relative_load(load_LE) for load_LE in shares.values_FLE])
+
+
+def straggler(load_LE: Sequence[Sequence[float]], ranks: int) -> float:
+    """Return the straggler factor at expert parallelism `ranks`: the rows of the fullest rank over their mean.
+
+    A rank has a contiguous range of E / `ranks` experts. The result is the mean over the layers, and a lower bound of
+    how much longer the experts of a step take than with a balanced load.
+    """
+    factors = []
+    for load_E in load_LE:
+        size, total = len(load_E) // ranks, sum(load_E)
+        rows = [sum(load_E[start : start + size]) for start in range(0, len(load_E), size)]
+        factors.append(max(rows) * ranks / total if total else math.nan)
+    return sum(factors) / len(factors)

@@ -1,0 +1,200 @@
+"""The template, the script and the data become one HTML file, which needs nothing else.
+
+Everything in the page that comes from a run is text: the template escapes it, and in the JSON of the figures no
+character can end the script element. The page forbids itself to load anything (its Content-Security-Policy).
+"""
+
+import base64
+import zlib
+from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from common.files import explain_os_error, write_atomically
+from common.text import first_line, show_value, to_json
+from training.report.page.curves import curve_figures
+from training.report.page.figures import router_figures, router_numbers
+from training.report.page.gather import RunData, read_run
+from training.report.page.theme import THEMES
+from training.report.terminal import human_count, human_time
+
+HERE = Path(__file__).parent
+REPORT_FILE = "report.html"
+
+
+def write_run_page(directory: Path, target: Path | None = None) -> Path:
+    """Write the report of a run, atomically.
+
+    Args:
+        target: the file; None: `report.html` in the run's directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: `directory` is not a run's.
+        OSError: the file cannot be written.
+    """
+    page = run_page(read_run(directory))
+    return write_atomically(target or directory / REPORT_FILE, page)
+
+
+def run_page(data: RunData) -> str:
+    """Return the HTML of the report of a run."""
+    curves, router = curve_figures(data), router_figures(data)
+    notes = list(data.notes)
+    if data.rows and not router:
+        dense = data.config.get("model.num_experts", 0) is None
+        notes.append("This is a dense model: it has no router." if dense else "metrics.jsonl has no loads of experts.")
+    script = {
+        "figures": curves | router,
+        "themes": THEMES,
+        "router": router_numbers(data),
+        "alarms": sorted({alarm["step"] for alarm in data.alarms}),
+    }
+    return render(
+        title=data.name,
+        run=data,
+        facts=facts(data),
+        tiles=tiles(data),
+        notes=notes,
+        config_text=config_text(data),
+        curves=list(curves),
+        router=list(router),
+        script=script,
+    )
+
+
+def render(*, script: Mapping[str, Any], **values: Any) -> str:
+    """Fill in `page.html.jinja`.
+
+    Args:
+        script: what `page.js` gets as JSON.
+        values: the variables of the template.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.jinja").render(
+        style=_file("page.css"), code=_file("page.js"), plotly=plotly_code(), data=script_json(script), **values
+    )
+
+
+def script_json(value: Any) -> str:
+    """Return JSON that can stand in a script element: no `<` in it can end the element or begin a comment."""
+    return to_json(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+@cache
+def plotly_code() -> str:
+    """Return plotly.js, compressed with gzip and encoded in base64: 2.3 MB instead of 4.8. More effort saves little."""
+    code = (files("plotly") / "package_data" / "plotly.min.js").read_bytes()
+    compressor = zlib.compressobj(level=1, wbits=31)
+    return base64.b64encode(compressor.compress(code) + compressor.flush()).decode()
+
+
+def _file(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def facts(data: RunData) -> dict[str, str]:
+    """Return name -> value of what ran and on what, as far as it is known."""
+    config, result = data.config, data.result
+
+    def known(*keys: str) -> list[str]:
+        return [show_value(config[key]) for key in keys if config.get(key) is not None]
+
+    experts = known("model.num_experts", "model.top_k")
+    shape = [f"{experts[0]} experts, top-{experts[1]}"] if len(experts) == 2 else ["dense"] if config else []
+    shape += [
+        f"{value} {name}"
+        for name, value in zip(("layers", "wide"), known("model.num_layers", "model.dim"), strict=False)
+    ]
+    sizes = [
+        f"{human_count(result[key])} {name}"
+        for key, name in (("total_params", "in all"), ("active_params", "active per token"))
+        if isinstance(result.get(key), int)
+    ]
+    ranks = [rank for rank in result.get("ranks") or [] if isinstance(rank, dict)]
+    devices, hosts = ({str(rank.get(key)) for rank in ranks} for key in ("device", "host"))
+    layout = [
+        f"{key.partition('.')[2]}={value}"
+        for key, value in config.items()
+        if key.startswith("parallel.") and type(value) is int and value > 1
+    ]
+    batch = known("train.global_batch", "train.seq_len")
+    step, steps = result.get("step"), config.get("train.steps")
+    rows = {
+        "model": ", ".join(shape),
+        "parameters": ", ".join(sizes),
+        "router": ", ".join(
+            known("router.kind")
+            + [f"{key}={show_value(config[f'router.{key}'])}" for key in ROUTER_KEYS if config.get(f"router.{key}")]
+        )
+        if experts
+        else "",
+        "data": ", ".join(known("data.kind") + [f"batch of {' x '.join(batch)} tokens"] * (len(batch) == 2)),
+        "optimizer": ", ".join(known("optim.kind") + [f"lr={v}" for v in known("optim.lr")] + known("optim.schedule")),
+        "steps": f"{step if step is not None else data.rows[-1]['step'] if data.rows else '?'} of {steps or '?'}",
+        "ranks": f"{len(ranks)} ({', '.join([*sorted(devices), f'{len(hosts)} host' + 's' * (len(hosts) != 1)])})"
+        if ranks
+        else "",
+        "layout": ", ".join(layout) if len(ranks) > 1 else "",
+        "torch": str(result.get("torch") or ""),
+        "time": human_time(result["wall_s"]) if isinstance(result.get("wall_s"), float) else "",
+    }
+    return {name: value for name, value in rows.items() if value}
+
+
+ROUTER_KEYS = ("balance_coef", "z_coef", "capacity_factor", "bias_update_rate", "jitter")
+
+
+def tiles(data: RunData) -> list[tuple[str, str, str]]:
+    """Return the main results: (name, value, what it compares with)."""
+    result, shown = data.result, list[tuple[str, str, str]]()
+
+    def add(name: str, key: str, form: str, note: str = "") -> None:
+        value = result.get(key)
+        if isinstance(value, (int, float)):
+            shown.append((name, format(value, form), note))
+
+    add("held-out loss", "eval/loss", ".4f", "nats per token")
+    baselines = result.get("baselines")
+    for key in sorted(result):
+        if key.startswith("eval/bits_per_byte/"):
+            domain = key.removeprefix("eval/bits_per_byte/")
+            baseline = baselines.get(domain) if isinstance(baselines, dict) else None
+            gzip = baseline.get("gzip_bits_per_byte") if isinstance(baseline, dict) else None
+            add(domain, key, ".3f", "bits per byte" + (f", gzip {gzip:.3f}" if isinstance(gzip, float) else ""))
+    add("MaxVio", "router/max_vio", ".3f", "0 = balanced")
+    speed = result.get("speed/tokens_per_s")
+    if isinstance(speed, float):
+        shown.append(("speed", human_count(speed), "tokens per second"))
+    return shown
+
+
+def config_text(data: RunData) -> str:
+    """Return the configuration as one line per key."""
+    return "\n".join(f"{key}={show_value(value)}" for key, value in data.config.items())
+
+
+def write_run_page_or_say_why(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """Write the report of a run that has just ended. A run does not fail because of it.
+
+    Args:
+        say: gets a line if the report cannot be written.
+
+    Returns:
+        The file, or None.
+    """
+    try:
+        return write_run_page(directory)
+    except OSError as error:
+        say(f"warning: {REPORT_FILE} cannot be written: {explain_os_error(error, directory)}")
+    except Exception as error:
+        say(f"warning: {REPORT_FILE} cannot be written: {first_line(error)}")
+    return None
