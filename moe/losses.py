@@ -1,7 +1,7 @@
 """Every term of the loss (docs/losses.md has the formulas and their sources).
 
 Shapes: B batch (sequences), S sequence, T tokens (B · S, or a chunk of them), D model, V vocabulary (or this rank's
-part of it), L MoE layers, E experts; N tokens of the global micro-batch.
+part of it), L MoE layers, E experts, M figures of a layer (`LAYER_FIGURES`); N tokens of the global micro-batch.
 
 All functions return *sums* over the tokens of this rank. `training.step` divides them, once, by the number of tokens
 of the whole optimizer step. A plain sum over ranks and micro-batches is therefore the loss of the global batch.
@@ -18,7 +18,7 @@ from common.errors import expect
 from moe.chunks import chunks
 from moe.config import RouterConfig
 from moe.kernels import use_kernels
-from moe.router import ROUTERS, RouterStats
+from moe.router import ROUTERS, TOKEN_FIGURES, RouterStats
 
 IGNORE = -100
 """Label of positions that are not predicted."""
@@ -238,6 +238,10 @@ class _StoredGradient(torch.autograd.Function):
         return gradient.to(grad.dtype).mul_(grad).to(ctx.dtype), None
 
 
+LAYER_FIGURES = ("balance_loss", "z_loss", *TOKEN_FIGURES)
+"""The figures of each layer that `auxiliary_losses` adds up."""
+
+
 class Auxiliary(NamedTuple):
     """The router losses of one micro-batch on this rank, and its global counts."""
 
@@ -247,8 +251,10 @@ class Auxiliary(NamedTuple):
     """This rank's contribution to N · L_z."""
     counts_LE: Tensor
     """Assignments to each expert over the global micro-batch, before any drop."""
-    dropped: Tensor
-    """Dropped assignments of the global micro-batch, over all layers."""
+    kept_LE: Tensor
+    """Those that are dispatched."""
+    figures_LM: Tensor
+    """This rank's contribution to N times `LAYER_FIGURES` of each layer, fp64. No gradient."""
     router_sum: Tensor
     """This rank's contribution to N times the router kind's own term (`Router.auxiliary_loss`); 0 for most kinds."""
     extra_LX: Tensor
@@ -287,13 +293,13 @@ def auxiliary_losses(
         counts_LBE, tokens_LB = whole[..., :-1], whole[..., -1]
     else:
         counts_LBE, tokens_LB = stats.counts_BE, stats.tokens_B
-    local_LE = stats.counts_BE.sum(dim=1)
+    local_2LE = torch.stack((stats.counts_BE.sum(dim=1), stats.kept_BE.sum(dim=1)))
     # Every rank that has a part of a sequence counts it, so it is counted `sequence_parts` times in all.
     sequences = (tokens_LB[0] > 0).sum()
-    totals = torch.stack((stats.dropped_B.sum(), stats.tokens_B[0].sum(), sequences))
-    reduced = reductions.counts(torch.cat((local_LE.flatten(), totals)))
-    counts_LE = reduced[:-3].view(stage_layers, num_experts)
-    dropped, tokens, sequences = reduced[-3:]
+    totals = torch.stack((stats.tokens_B[0].sum(), sequences))
+    reduced = reductions.counts(torch.cat((local_2LE.flatten(), totals)))
+    counts_LE, kept_LE = reduced[:-2].view_as(local_2LE)
+    tokens, sequences = reduced[-2:]
 
     if config.balance_scope == "global":
         balance_L = num_experts * (shares(counts_LE) * stats.prob_sum_BE.sum(dim=1)).sum(dim=-1)
@@ -306,12 +312,15 @@ def auxiliary_losses(
         balance_L = per_sequence_LB.sum(dim=1) * sequence_weight
     z_L = stats.z_sum_B.sum(dim=1)
     router_L, extra_LX = _router_term(stats, config, reductions, tokens)
+    figures_LM = torch.cat((torch.stack((balance_L, z_L), dim=1), stats.figures_BM.sum(dim=1)), dim=1).detach().double()
     if config.layer_reduction == "hf_pooled":
         counts = counts_LE if config.balance_scope == "global" else counts_LBE.sum(dim=1)
         pooled = _pooled(counts, stats, num_experts)
-        return Auxiliary(pooled, z_L.mean(), counts_LE, dropped, router_L.mean(), extra_LX)
+        return Auxiliary(pooled, z_L.mean(), counts_LE, kept_LE, figures_LM, router_L.mean(), extra_LX)
     share = layers if config.layer_reduction == "mean" else 1
-    return Auxiliary(balance_L.sum() / share, z_L.sum() / share, counts_LE, dropped, router_L.sum() / share, extra_LX)
+    return Auxiliary(
+        balance_L.sum() / share, z_L.sum() / share, counts_LE, kept_LE, figures_LM, router_L.sum() / share, extra_LX
+    )
 
 
 def _router_term(

@@ -1,13 +1,14 @@
 """The router: which experts a token goes to, with what weight, and the statistics that the balance losses need.
 
-Shapes: L MoE layers, B batch (sequences), S sequence, T = B·S tokens, D model, E experts, K top-k, X columns of a
-router's own sums.
+Shapes: L MoE layers, B batch (sequences), S sequence, T = B·S tokens, D model, E experts, K top-k, M figures of a token
+(`TOKEN_FIGURES`), X columns of a router's own sums.
 
 `Router` is the base class. Each kind of router is a subclass in `moe/routers/`, and a plugin can register more
 (docs/extending.md). Statistics are returned, one row per sequence, and never stored: the caller decides over which
 tokens they are summed.
 """
 
+import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple, Protocol, TypeVar
 
@@ -25,11 +26,21 @@ from moe.selection import (
     expert_capacity,
     first_equal_rows,
     limit_to_groups,
+    margin,
+    margin_of_choice,
     most_probable,
     tie_tolerance,
     top_k_stable,
     within_capacity,
 )
+
+TOKEN_FIGURES = ("entropy", "margin", "logit_range")
+"""The figures of each token that every router sums (`Router.token_figures`). Each is logged as `router/<name>`."""
+METRICS = (
+    *("auxiliary_loss", "balance_loss", "churn", "dead", "drop_rate", "grad_norm", "load", "load_entropy", "max_vio"),
+    *("rank_load_max", "straggler", "straggler_placed", "weight_norm", "z_loss", *TOKEN_FIGURES),
+)
+"""The metrics `router/<name>` that runs log for every kind of router. No kind can use their names (`TELEMETRY`)."""
 
 
 class Routing(NamedTuple):
@@ -55,12 +66,14 @@ class RouterStats(NamedTuple):
     """Sum over tokens of the router's probabilities; carries the gradient of the balance loss."""
     z_sum_B: Tensor
     """Sum over tokens of logsumexp(logits)²; carries the gradient of the z-loss."""
-    dropped_B: Tensor
-    """Assignments dropped over capacity, int64."""
+    kept_BE: Tensor
+    """Assignments to each expert that are dispatched, int64. The others are dropped over capacity."""
     tokens_B: Tensor
     """Tokens, int64."""
     experts_BSK: Tensor
     """The experts chosen for each token before any drop. Entries on padding have no meaning: mask them."""
+    figures_BM: Tensor
+    """Sums over tokens of `TOKEN_FIGURES`, fp32 or wider. No gradient."""
     extra_BX: Tensor
     """Sums over tokens that this kind of router adds, fp32 or wider (`Router.compute_extra`); X = 0 for most kinds."""
 
@@ -125,7 +138,8 @@ class Router(nn.Module):
     """
 
     TELEMETRY: ClassVar[tuple[str, ...]] = ()
-    """Names of the last columns of `extra_BX`. Each is logged as `router/<name>`, a mean over tokens."""
+    """Names of the last columns of `extra_BX`. Each is logged as `router/<name>`, a mean over tokens. None is one
+    of `METRICS`."""
 
     GROUP_TOP: ClassVar[int] = 1
     """How many of its best experts make up a group's score under group-limited routing (DeepSeek-V2: 1)."""
@@ -187,14 +201,17 @@ class Router(nn.Module):
         self._check_shapes(experts_BSK, taken_BSK, weights_BSK, extra_BX)
         counts_BE = count(experts_BSK, taken_BSK, num_experts)
         kept_BSK = self._keep_within_capacity(scores_BSE.detach(), experts_BSK, taken_BSK, counts_BE, tolerance)
+        log_sum_BS = logits_BSE.logsumexp(dim=-1)
+        figures_BSM = self.token_figures(logits_BSE.detach(), log_sum_BS.detach(), probs_BSE.detach(), experts_BSK)
 
         stats = RouterStats(
             counts_BE=counts_BE,
             prob_sum_BE=(probs_BSE * mask_BS1).sum(dim=1),
-            z_sum_B=(logits_BSE.logsumexp(dim=-1).square() * mask_BS1.squeeze(-1)).sum(dim=1),
-            dropped_B=(taken_BSK - kept_BSK).sum(dim=(1, 2)),
+            z_sum_B=(log_sum_BS.square() * mask_BS1.squeeze(-1)).sum(dim=1),
+            kept_BE=counts_BE if kept_BSK is taken_BSK else count(experts_BSK, kept_BSK, num_experts),
             tokens_B=mask_BS1.sum(dim=(1, 2)),
             experts_BSK=experts_BSK if self.tokens_choose else experts_BSK.where(taken_BSK.bool(), num_experts),
+            figures_BM=(figures_BSM * mask_BS1).sum(dim=1),
             extra_BX=extra_BX,
         )
         complete = valid_BS is None and self.capacity_factor is None and self.tokens_choose
@@ -280,6 +297,40 @@ class Router(nn.Module):
         if self.config.scale != 1:
             weights_BSK = weights_BSK * self.config.scale
         return weights_BSK
+
+    def token_figures(self, logits_BSE: Tensor, log_sum_BS: Tensor, probs_BSE: Tensor, experts_BSK: Tensor) -> Tensor:
+        """Return `TOKEN_FIGURES` of each token, [B, S, M]. No gradient.
+
+        - entropy: that of the probabilities over ln E, from 0 to 1; 1 if there is one expert.
+        - margin: the `top_k`-th largest probability minus the next one; 0 if there is no next one.
+        - logit_range: the largest logit minus the smallest one.
+
+        Args:
+            log_sum_BS: logsumexp of the logits.
+        """
+        own = type(self)
+        is_softmax = own.compute_scores is Router.compute_scores
+        # The entropy of a softmax needs no further logarithms.
+        nats_BS = (
+            log_sum_BS - torch.linalg.vecdot(probs_BSE, logits_BSE)
+            if is_softmax
+            else torch.special.entr(probs_BSE).sum(dim=-1)
+        )
+        entropy_BS = nats_BS / math.log(self.num_experts) if self.num_experts > 1 else torch.ones_like(nats_BS)
+        takes_most_probable = (
+            is_softmax
+            and self.tokens_choose
+            and self.config.num_groups is None
+            and own.rank_experts is Router.rank_experts
+            and own.choose_experts is Router.choose_experts
+        )
+        if self.top_k == self.num_experts:
+            margin_BS = torch.zeros_like(nats_BS)
+        elif takes_most_probable:
+            margin_BS = margin_of_choice(probs_BSE, experts_BSK)
+        else:
+            margin_BS = margin(probs_BSE, self.top_k)
+        return torch.stack((entropy_BS, margin_BS, logits_BSE.amax(dim=-1) - logits_BSE.amin(dim=-1)), dim=-1)
 
     def compute_extra(self, decision: Decision) -> Tensor:
         """Return the sums over the tokens of each sequence that this kind of router adds to the statistics, [B, X].
@@ -419,6 +470,8 @@ def register_router(kind: str, config: type[RouterConfig] = RouterConfig) -> Cal
         key = "router.kind"
         expect(issubclass(router, Router), key, kind, f"a subclass of moe.router.Router, found {router.__name__}")
         expect(issubclass(config, RouterConfig), key, kind, f"a RouterConfig, found {config.__name__}")
+        taken = ", ".join(sorted({*METRICS} & {*router.TELEMETRY}))
+        expect(not taken, key, kind, f"names in TELEMETRY that are no metrics of every router, found {taken}")
         unknown = ", ".join(set(config.MEANING) - set(leaf_keys(config)))
         expect(not unknown, key, kind, f"fields of {config.__name__} in MEANING, found {unknown}")
         expect(

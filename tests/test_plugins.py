@@ -139,6 +139,7 @@ class MyRouter({base}):
         ("Router", "x: 'Unknown' = 1", "pass", "NameError: name 'Unknown' is not defined in mine.py, line"),
         ("Router", "MEANING: ClassVar = ('kind', 'slope')", "pass", "fields of Config in MEANING, found slope"),
         ("Router", "x: int = 1", "TELEMETRY = ('a',)", "expected num_extra in Config, the number of columns that"),
+        ("Router", "x: int = 1", "TELEMETRY = ('entropy',)", "expected names in TELEMETRY that are no metrics of"),
     ],
 )  # fmt: skip
 def test_a_router_that_cannot_work_is_refused_when_it_is_registered(

@@ -221,6 +221,18 @@ class HealthConfig:
 
 
 @dataclass(frozen=True)
+class TelemetryConfig:
+    """What a run records about its routers and experts besides the metrics of every row (docs/losses.md)."""
+
+    every: int = 50
+    """Steps between rows with the norms of routers and experts and the straggler factors, which are also in the row of
+    the last step; 0: never."""
+
+    def __post_init__(self) -> None:
+        expect_fields(self, every=(self.every >= 0, "an integer >= 0 (0: never)"))
+
+
+@dataclass(frozen=True)
 class TrackingConfig:
     """Where a run's figures are shown besides `metrics.jsonl`."""
 
@@ -268,6 +280,7 @@ class EngineConfig:
 
 NATIVE = EngineConfig()
 HEALTHY = HealthConfig()
+TELEMETRY = TelemetryConfig()
 
 
 @dataclass(frozen=True)
@@ -307,6 +320,7 @@ class Config:
     launch: LaunchConfig
     engine: EngineConfig = NATIVE
     health: HealthConfig = HEALTHY
+    telemetry: TelemetryConfig = TELEMETRY
     plugins: tuple[str, ...] = ()
     """Python modules to import before anything else: paths of `.py` files, entry points of `mixwright.plugins`, or
     module names. They register routers, corpora, optimizers and so on (docs/extending.md)."""

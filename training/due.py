@@ -7,7 +7,8 @@ class Due:
     """Says what is due after a number of optimizer steps, `done`.
 
     Args:
-        config: `train.log_every`, `train.eval_every`, `health.every`, `checkpoint.every` and `checkpoint.at_end`.
+        config: `train.log_every`, `train.eval_every`, `telemetry.every`, `health.every`, `checkpoint.every` and
+            `checkpoint.at_end`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -20,6 +21,11 @@ class Due:
     def evaluates(self, done: int) -> bool:
         """Return whether the model is evaluated on the held-out tokens."""
         return is_due(done, self.config.train.eval_every, self.steps)
+
+    def measures(self, done: int) -> bool:
+        """Return whether the metrics that are not cheap are computed for step `done`, and its row is written."""
+        every = self.config.telemetry.every
+        return self.config.model.is_moe and every > 0 and is_due(done, every, self.steps)
 
     def saves(self, done: int) -> bool:
         """Return whether a checkpoint is saved."""

@@ -26,6 +26,7 @@ from data.tokens.tokenizer import TextTokenizer
 from moe.accounting.flops import MatmulCosts, count_parameters, meta_model
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
+from moe.router import TOKEN_FIGURES
 from parallel.apply import build_whole_model
 from parallel.collectives import all_gather_json
 from parallel.mesh import Mesh, broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
@@ -52,7 +53,7 @@ from training.owner import RunOwner
 from training.recheck import recheck
 from training.replicas import ReplicaCheck
 from training.report.goodput import Goodput
-from training.report.metrics import router_metrics, telemetry_metrics
+from training.report.metrics import layer_metrics, router_metrics, straggler_metrics, telemetry_metrics
 from training.report.profile import StepProfiler
 from training.report.recorder import Recorder
 from training.report.run_report import (
@@ -220,9 +221,10 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             if profiler is not None:
                 profiler.step(result)
             found = health.check(step)
-            row = step_row(result, step.lr) | speed_row(throughput, peak)
+            measured = due.measures(done)
+            row = step_row(result, step.lr, layout.expert, measured) | speed_row(throughput, peak)
             row |= found.row
-            write = due.writes(done) or bool(found.row)
+            write = due.writes(done) or measured or bool(found.row)
             if write:
                 throughput.start_interval()
             if due.evaluates(done):
@@ -340,12 +342,21 @@ def step_profiler(summary: RunSummary, engine: Engine, first_step: int, peak: fl
     )
 
 
-def step_row(result: StepResult, lr: float) -> dict[str, Any]:
-    """Return the metrics of one optimizer step, under their names in `metrics.jsonl`."""
+def step_row(result: StepResult, lr: float, expert_parallel: int = 1, measured: bool = False) -> dict[str, Any]:
+    """Return the metrics of one optimizer step, under their names in `metrics.jsonl`.
+
+    Args:
+        expert_parallel: the ranks over which the experts are spread.
+        measured: whether the metrics of every `telemetry.every`th step are among them.
+    """
     row: dict[str, Any] = {"train/loss": result.loss, "train/ce": result.ce}
-    if result.counts_LE is not None:
+    if result.counts_LE is not None and result.kept_LE is not None:
         row |= {"router/balance_loss": result.balance, "router/z_loss": result.z}
-        row |= router_metrics(result.counts_LE, result.dropped)
+        row |= router_metrics(result.counts_LE, result.kept_LE, expert_parallel)
+        for name, values_L in result.layers.items():
+            row |= telemetry_metrics({name: values_L}) if name in TOKEN_FIGURES else layer_metrics(name, values_L)
+        if measured:
+            row |= straggler_metrics(result.kept_LE)
     if result.router is not None:
         row |= {"router/auxiliary_loss": result.router} | telemetry_metrics(result.telemetry)
     return row | {"optim/lr": lr, "optim/grad_norm": result.grad_norm}
@@ -353,8 +364,7 @@ def step_row(result: StepResult, lr: float) -> dict[str, Any]:
 
 def step_flops(result: StepResult, costs: MatmulCosts) -> int:
     """Return the FLOPs of the model in one optimizer step: of the tokens, assignments and pairs that are computed."""
-    assignments = 0 if result.counts_LE is None else int(result.counts_LE.sum()) - result.dropped
-    return costs.training_flops(result.tokens, assignments, result.pairs)
+    return costs.training_flops(result.tokens, result.assignments, result.pairs)
 
 
 def speed_row(throughput: "Throughput", peak: float | None) -> dict[str, Any]:

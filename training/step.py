@@ -8,7 +8,7 @@ contribution of its own tokens. Gradients are therefore *summed* over ranks, nev
 the layout. L_router is the term that a kind of router can add (`Router.auxiliary_loss`); the built-in kinds add none.
 
 Shapes: B batch, S sequence, D model, V vocabulary, L MoE layers, E experts, K top-k, G domains,
-X columns of a router's own sums.
+M figures of a layer (`moe.losses.LAYER_FIGURES`), X columns of a router's own sums.
 """
 
 import math
@@ -23,7 +23,7 @@ from torch import Tensor
 from data.batch import IGNORE, Batch
 from moe.attention.varlen import segments_of
 from moe.config import ModelConfig, RouterConfig
-from moe.losses import Reductions, auxiliary_losses, linear_cross_entropy
+from moe.losses import LAYER_FIGURES, Reductions, auxiliary_losses, linear_cross_entropy
 from moe.model import ModelInputs
 from moe.noise import noise_keys
 from moe.router import ROUTERS, RouterStats, update_routers
@@ -51,11 +51,24 @@ class StepResult(NamedTuple):
     """Query-key pairs, summed over the layers, that the causal mask, the windows and the documents leave."""
     counts_LE: Tensor | None
     """Assignments to each expert, before any drop."""
-    dropped: int
+    kept_LE: Tensor | None = None
+    """Those of them that were dispatched."""
+    layers: Mapping[str, Sequence[float]] = {}
+    """The figures of every router: name (`moe.losses.LAYER_FIGURES`) -> one number per layer, without coefficients."""
     router: float | None = None
     """The router kind's own term; None if it has none."""
     telemetry: Mapping[str, Sequence[float]] = {}
     """The router kind's own telemetry: name -> mean over tokens per layer."""
+
+    @property
+    def assignments(self) -> int:
+        """Assignments that were dispatched, over all layers."""
+        return 0 if self.kept_LE is None else int(self.kept_LE.sum())
+
+    @property
+    def dropped(self) -> int:
+        """Assignments that were dropped over capacity, over all layers."""
+        return 0 if self.counts_LE is None else int(self.counts_LE.sum()) - self.assignments
 
 
 def move_to_device(batch: Batch, mesh: Mesh, seed: int | None = None) -> tuple[ModelInputs, Batch]:
@@ -103,16 +116,22 @@ class StepLoss:
         """
         self.batches, self.router, self.mesh = batches, router, mesh
         self.labels, self.tokens = (max(1, number) for number in counted)
-        self.layers, self.vocabulary = model.num_moe_layers, vocabulary_part(mesh.tensor, model.vocab_size or 0)
+        self.model, self.layers = model, model.num_moe_layers
+        self.vocabulary = vocabulary_part(mesh.tensor, model.vocab_size or 0)
         experts = model.num_experts or 0
         columns = router.num_extra(experts) if model.is_moe else 0
-        self.sums = torch.zeros(4 if columns else 3, dtype=torch.float64, device=mesh.device)
-        """This rank's sums of the cross-entropy, and of the balance loss, z-loss and router's own term times tokens."""
-        self.counts_LE = torch.zeros(self.layers, experts, dtype=torch.int64, device=mesh.device)
-        """Assignments of the whole step, for the layers of this stage."""
+        terms, figures = 4 if columns else 3, len(LAYER_FIGURES)
+        self.all_sums = torch.zeros(terms + self.layers * figures, dtype=torch.float64, device=mesh.device)
+        """This rank's contributions to the two that follow, which are views of it: one all-reduce sums them."""
+        self.sums = self.all_sums[:terms]
+        """The cross-entropy, and the balance loss, z-loss and router's own term times tokens."""
+        self.figures_LM = self.all_sums[terms:].view(self.layers, figures)
+        """The figures of the layers of this stage times tokens."""
+        self.assignments_2LE = torch.zeros(2, self.layers, experts, dtype=torch.int64, device=mesh.device)
+        self.counts_LE, self.kept_LE = self.assignments_2LE
+        """Assignments of the whole step, before and after drops, for the layers of this stage."""
         self.extra_LX = torch.zeros(self.layers, columns, dtype=torch.float64, device=mesh.device)
         """The router kind's own sums over the whole step, for the layers of this stage."""
-        self.dropped = torch.zeros((), dtype=torch.int64, device=mesh.device)
         self.reductions = Reductions(
             counts=lambda counts: _all_reduce(counts, mesh.stage),
             sequences=lambda counts: _all_reduce(counts, mesh.sequence),
@@ -132,8 +151,9 @@ class StepLoss:
         aux = auxiliary_losses(stats, self.router, self.reductions, self.layers)
         self.sums[1] += aux.balance_sum.detach()
         self.sums[2] += aux.z_sum.detach()
+        self.figures_LM[layers] += aux.figures_LM
         self.counts_LE[layers] += aux.counts_LE
-        self.dropped += aux.dropped
+        self.kept_LE[layers] += aux.kept_LE
         total = self.router.balance_coef * aux.balance_sum + self.router.z_coef * aux.z_sum
         if self.extra_LX.shape[1]:
             self.sums[3] += aux.router_sum.detach()
@@ -144,7 +164,7 @@ class StepLoss:
     def reduce_over_stages(self) -> None:
         """Sum the counts over the pipeline stages, each of which has counted its layers."""
         if self.mesh.pipeline.size() > 1:
-            for counted in (self.counts_LE, self.dropped, *([self.extra_LX] if self.extra_LX.shape[1] else [])):
+            for counted in (self.assignments_2LE, *([self.extra_LX] if self.extra_LX.shape[1] else [])):
                 _all_reduce(counted, self.mesh.pipeline)
 
 
@@ -192,10 +212,10 @@ class PendingResult:
             gradient_norms: what `Engine.gradient_norms` returned.
         """
         self._gradient_norms = gradient_norms
-        self.router, self.is_moe = loss.router, loss.layers > 0
+        self.router, self.model, self.is_moe = loss.router, loss.model, loss.layers > 0
         self.labels, self.loss_tokens = loss.labels, loss.tokens
         self.tokens, self.pairs = inputs.tokens, inputs.pairs
-        figures = (loss.sums, grad_norm, loss.dropped, loss.counts_LE, loss.extra_LX)
+        figures = (loss.sums, loss.figures_LM, grad_norm, loss.assignments_2LE, loss.extra_LX)
         self._shapes = [figure.shape for figure in figures]
         # fp64 represents every count below 2**53.
         packed = torch.cat([figure.flatten().double() for figure in figures])
@@ -206,15 +226,19 @@ class PendingResult:
         """Wait for the device to finish the step, and return its figures."""
         self.end.wait()
         parts = self._packed.split([shape.numel() for shape in self._shapes])
-        sums, grad_norm, dropped, counts_LE, extra_LX = (
+        sums, figures_LM, grad_norm, assignments_2LE, extra_LX = (
             part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)
         )
         ce, norm = sums[0].item() / self.labels, grad_norm.item()
         if not self.is_moe:
-            return StepResult(ce, ce, None, None, norm, self.tokens, self.pairs, None, 0)
+            return StepResult(ce, ce, None, None, norm, self.tokens, self.pairs, None)
         balance, z, *extra = (total / self.loss_tokens for total in sums[1:].tolist())
         total = ce + self.router.balance_coef * balance + self.router.z_coef * z + sum(extra)
-        result = StepResult(total, ce, balance, z, norm, self.tokens, self.pairs, counts_LE.long(), int(dropped))
+        layers = dict(zip(LAYER_FIGURES, (figures_LM / self.loss_tokens).t().tolist(), strict=True))
+        if self.model.top_k == self.model.num_experts:
+            del layers["margin"]  # There is no next expert.
+        counts_LE, kept_LE = assignments_2LE.long()
+        result = StepResult(total, ce, balance, z, norm, self.tokens, self.pairs, counts_LE, kept_LE, layers)
         if not extra:
             return result
         # The last columns of the router kind's own sums have names.
@@ -249,7 +273,7 @@ def start_step(engine: Engine, inputs: StepInputs, router: RouterConfig, lr: flo
     loss.reduce_over_stages()
     for model in engine.parts if config.is_moe else []:
         update_routers(model, loss.counts_LE[model.moe_layers], grad_norm.isfinite())
-    _all_reduce(loss.sums, mesh.world)
+    _all_reduce(loss.all_sums, mesh.world)
     return PendingResult(loss, grad_norm, inputs, engine.gradient_norms())
 
 

@@ -48,7 +48,7 @@ from training.device import compute_dtype, peak_flops
 from training.engine import NativeEngine
 from training.layout import build_workload
 from training.loop import step_flops
-from training.report.metrics import router_metrics
+from training.report.metrics import max_vio
 from training.report.profile import (
     activities,
     flops_by_group,
@@ -252,8 +252,7 @@ class Run:
         peak = peak_flops(self.stage.device, torch.bfloat16, None)
         flops = sum(step_flops(one, self.costs) for one in results) / total
         memory = torch.cuda.max_memory_allocated() / 1e9 if self.stage.device.type == "cuda" else math.nan
-        counts_LE = result.counts_LE
-        assert counts_LE is not None
+        assert result.counts_LE is not None
         self.stage.row(
             model=self.name,
             variant=variant,
@@ -265,7 +264,7 @@ class Run:
             pairs_share=result.pairs / (self.whole_pairs() * self.config.model.num_layers),
             gb=memory,
             planned_gb=self.planned_bytes() / 1e9,
-            max_vio=router_metrics(counts_LE, result.dropped)["router/max_vio"],
+            max_vio=sum(max_vio(result.counts_LE)) / len(result.counts_LE),
             loss=result.loss,
             recompute=self.recompute,
         )

@@ -485,9 +485,9 @@ def _router(device: torch.device, top_k: int, config: RouterConfig, padded: bool
         total = (weights * factor).sum() + stats.prob_sum_BE[:, 0].sum() + stats.z_sum_B.sum()
         grads = torch.autograd.grad(total, (leaf, router.weight))
         kept = routing.experts_TK if valid is None else routing.experts_TK[valid.flatten().to(place)]
-        counted = (stats.counts_BE, stats.dropped_B, stats.tokens_B)
+        counted = (stats.counts_BE, stats.kept_BE, stats.tokens_B)
         results.append((kept, weights, *counted, stats.prob_sum_BE, stats.z_sum_B, *grads))
-    names = ("experts", "weights", "counts", "dropped", "tokens", "probabilities", "z", "input", "weight gradient")
+    names = ("experts", "weights", "counts", "kept", "tokens", "probabilities", "z", "input", "weight gradient")
     yield from zip(names, *results, strict=True)
 
 

@@ -134,7 +134,7 @@ def routers_on(rank, ranks):
         used = got.experts_TK.shape[1]
         assert torch.equal(got.experts_TK, experts[:, :used]) and experts[:, used:].eq(4).all()
         torch.testing.assert_close(got.weights_TK, weights[:, :used], **EXACT)
-        for name in ("counts_BE", "prob_sum_BE", "z_sum_B", "dropped_B", "tokens_B"):
+        for name in ("counts_BE", "prob_sum_BE", "z_sum_B", "kept_BE", "tokens_B", "figures_BM"):
             total = getattr(stats, name).detach().clone()
             dist.all_reduce(total)
             torch.testing.assert_close(total, getattr(whole, name).detach(), **EXACT)

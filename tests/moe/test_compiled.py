@@ -61,6 +61,9 @@ def inputs(seed: int, *, padded: bool = False, packed: bool = False) -> ModelInp
     )
 
 
+STATS = ("counts_BE", "experts_BSK", "kept_BE", "figures_BM")
+
+
 def losses_and_gradients(model: Transformer, *batches: ModelInputs) -> list[Tensor]:
     """Run micro-batches; return their losses, choices of experts and the sum of their gradients."""
     model.zero_grad()
@@ -71,7 +74,7 @@ def losses_and_gradients(model: Transformer, *batches: ModelInputs) -> list[Tens
         loss = output.logits_BSV.square().mean() + output.stats.prob_sum_BE.square().mean()
         if loss.requires_grad:
             loss.backward()
-        found += [loss.detach(), output.stats.counts_BE, output.stats.experts_BSK, output.stats.dropped_B]
+        found += [loss.detach(), *(getattr(output.stats, name) for name in STATS)]
     return found + [weight.grad for weight in model.parameters() if weight.grad is not None]
 
 

@@ -67,9 +67,10 @@ def test_balance_is_one_at_balance_for_every_k(top_k):
         counts_BE=counts,
         prob_sum_BE=torch.full((1, 1, experts), tokens / experts, dtype=torch.float64),
         z_sum_B=torch.zeros(1, 1, dtype=torch.float64),
-        dropped_B=torch.zeros(1, 1, dtype=torch.int64),
+        kept_BE=counts,
         tokens_B=torch.tensor([[tokens]]),
         experts_BSK=torch.zeros(1, 1, tokens, top_k, dtype=torch.int64),
+        figures_BM=torch.zeros(1, 1, 3),
         extra_BX=torch.zeros(1, 1, 0),
     )
     for scope in ("global", "sequence", "rank"):
@@ -83,9 +84,10 @@ def test_balance_gradient_pushes_down_the_overloaded_expert_only_through_probabi
         counts_BE=counts,
         prob_sum_BE=probs,
         z_sum_B=probs.new_zeros(1, 1),
-        dropped_B=counts.new_zeros(1, 1),
+        kept_BE=counts,
         tokens_B=torch.tensor([[8]]),
         experts_BSK=counts.new_zeros(1, 1, 8, 1),
+        figures_BM=probs.new_zeros(1, 1, 3),
         extra_BX=probs.new_zeros(1, 1, 0),
     )
     auxiliary_losses(stats, RouterConfig()).balance_sum.backward()
@@ -95,8 +97,10 @@ def test_balance_gradient_pushes_down_the_overloaded_expert_only_through_probabi
 def test_global_scope_uses_the_counts_of_all_ranks():
     stats, logits, chosen = layer_stats(1, 2, 6, 4, 2)
     other, _, other_chosen = layer_stats(1, 2, 6, 4, 2, seed=1)
-    local = torch.cat((stats.counts_BE.sum(1).flatten(), torch.tensor([0, 12, 2])))
-    remote = torch.cat((other.counts_BE.sum(1).flatten(), torch.tensor([0, 12, 2])))
+    local, remote = (
+        torch.cat((*(counts.sum(1).flatten() for counts in (one.counts_BE, one.kept_BE)), torch.tensor([12, 2])))
+        for one in (stats, other)
+    )
 
     def reduce(counts):
         assert torch.equal(counts, local)
@@ -137,9 +141,10 @@ def test_hf_pooled_is_blind_to_layers_that_overload_different_experts():
         counts_BE=counts,
         prob_sum_BE=counts.double() / 2,
         z_sum_B=torch.zeros(layers, 1, dtype=torch.float64),
-        dropped_B=torch.zeros(layers, 1, dtype=torch.int64),
+        kept_BE=counts,
         tokens_B=torch.full((layers, 1), tokens),
         experts_BSK=torch.zeros(layers, 1, tokens, 2, dtype=torch.int64),
+        figures_BM=torch.zeros(layers, 1, 3),
         extra_BX=torch.zeros(layers, 1, 0),
     )
     pooled = auxiliary_losses(stats, RouterConfig(layer_reduction="hf_pooled")).balance_sum / tokens
@@ -228,3 +233,28 @@ def test_a_router_that_returns_one_loss_for_all_layers_is_refused(monkeypatch):
     monkeypatch.setattr(Router, "auxiliary_loss", lambda config, extra_LX, tokens: extra_LX.sum())
     with pytest.raises(ConfigError, match=r"^router.kind=softmax_topk: expected auxiliary_loss .* \[2\], found \[\]$"):
         auxiliary_losses(stats, RouterConfig())
+
+
+@pytest.mark.parametrize("scope", ["global", "sequence", "rank"])
+def test_the_figures_of_each_layer_follow_the_definition(scope):
+    valid = torch.ones(2, 6, dtype=torch.bool)
+    valid[1, 4:] = False
+    stats, logits, chosen = layer_stats(3, 2, 6, 4, 2, valid=valid)
+    reduction = "sum" if scope == "sequence" else "hf_pooled"  # It does not change them.
+    aux = auxiliary_losses(stats, RouterConfig(balance_scope=scope, layer_reduction=reduction))
+    figures = dict(zip(losses.LAYER_FIGURES, (aux.figures_LM / valid.sum()).t(), strict=True))
+    for layer, (x, c) in enumerate(zip(logits, chosen, strict=True)):
+        probs = x.softmax(-1)
+        parts = [valid[b] for b in (0, 1)] if scope == "sequence" else [valid]
+        of_sequence = [(probs[b], c[b]) for b in (0, 1)] if scope == "sequence" else [(probs, c)]
+        balance = [balance_of(p[v], e[v], 4) for (p, e), v in zip(of_sequence, parts, strict=True)]
+        best = probs[valid].sort(dim=-1, descending=True).values
+        expected = {
+            "balance_loss": torch.stack(balance).mean(),
+            "z_loss": x.logsumexp(-1)[valid].square().mean(),
+            "entropy": -(probs * probs.log()).sum(-1)[valid].mean() / math.log(4),
+            "margin": (best[:, 1] - best[:, 2]).mean(),
+            "logit_range": (x.amax(-1) - x.amin(-1))[valid].mean(),
+        }
+        for name, value in expected.items():
+            torch.testing.assert_close(figures[name][layer], value.detach(), msg=name)

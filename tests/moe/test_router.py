@@ -53,7 +53,7 @@ def test_routing_equals_a_loop(experts, top_k, normalize):
         assert stats.z_sum_B[b].item() == pytest.approx(z_sum, rel=1e-12)
     assert stats.counts_BE.tolist() == counts
     assert stats.tokens_B.tolist() == [5, 3]
-    assert stats.dropped_B.tolist() == [0, 0]
+    assert stats.kept_BE.tolist() == counts
 
 
 def test_normalised_weights_are_the_softmax_over_the_selected_logits():
@@ -107,7 +107,7 @@ def test_dropped_assignments_have_no_weight_and_are_counted():
     routing, stats = router(torch.ones(1, 8, 4, dtype=torch.float64), None)
     assert routing.experts_TK.flatten().tolist() == [0, 0, 2, 2, 2, 2, 2, 2]
     assert routing.weights_TK[2:].eq(0).all() and routing.weights_TK[:2].gt(0).all()
-    assert stats.dropped_B.tolist() == [6] and stats.counts_BE.tolist() == [[8, 0]]
+    assert stats.kept_BE.tolist() == [[2, 0]] and stats.counts_BE.tolist() == [[8, 0]]
 
 
 def test_capacity_is_of_the_factor_as_it_is_written():

@@ -7,7 +7,7 @@ import torch
 
 from moe.config import RouterConfig
 from moe.noise import noise_keys, uniform
-from moe.router import update_routers
+from moe.router import Router, update_routers
 from moe.routers import build_router
 
 
@@ -170,7 +170,8 @@ def test_drop_policy_prob_keeps_the_most_probable():
         assigned = [s for s in range(9) if e in chosen[s]]
         kept = sorted(sorted(assigned, key=lambda s: -p[s, e].item())[:capacity])
         assert [s for s in range(9) if e in routing.experts_TK[s].tolist()] == kept
-    assert stats.dropped_B.item() == 18 - int((routing.experts_TK < 3).sum()) > 0
+    assert stats.kept_BE.tolist() == [torch.bincount(routing.experts_TK.flatten(), minlength=4)[:3].tolist()]
+    assert stats.kept_BE.sum() < stats.counts_BE.sum() == 18
 
 
 def test_jitter_scales_the_input_in_training_only_and_depends_on_the_token_only():
@@ -272,3 +273,53 @@ def test_combinations_that_make_no_sense_are_refused(fields, message):
 def test_what_router_and_model_know_together(fields, experts, top_k, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         RouterConfig(**fields).check(experts, top_k)
+
+
+class TakesTheLeastProbable(Router):
+    """A plugin's router, whose choice is not that of the most probable experts."""
+
+    def rank_experts(self, logits_BSE, scores_BSE):
+        return -scores_BSE
+
+
+SIZES = [(6, 2), (6, 6), (1, 1), (32, 3), (8, 7)]
+FIGURES_OF = [
+    *((kind, *sizes) for kind in ("softmax", "fp32", "sigmoid", "expert_choice", "plugin") for sizes in SIZES),
+    *((kind, *sizes) for kind in ("groups", "sigmoid_groups") for sizes in ((6, 2), (32, 3), (8, 4))),
+]
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize(("kind", "experts", "top_k"), FIGURES_OF)
+def test_figures_of_tokens_equal_a_loop_in_float64(kind, experts, top_k, scale):
+    """With a scale of 300 many probabilities are 0, as after a collapse. One row has one token, another has none."""
+    torch.manual_seed(experts)
+    options = {"kind": "sigmoid_topk"} if kind.startswith("sigmoid") else {}
+    if kind.endswith("groups"):
+        options |= {"num_groups": 2, "topk_groups": 1}
+    if kind == "expert_choice":
+        options = {"kind": kind, "allow_noncausal": True, "balance_coef": 0.0}
+    router = build(7, experts, top_k, **options, normalize=False)
+    if kind == "plugin":
+        router = TakesTheLeastProbable(7, experts, top_k, RouterConfig()).double()
+        torch.nn.init.normal_(router.weight)
+    x = scale * torch.randn(3, 5, 7, dtype=torch.float64)
+    valid = torch.arange(5) < torch.tensor([[5], [1], [0]])
+    if kind == "fp32":
+        router, x = router.float(), x.float()
+    with torch.no_grad():
+        stats = router(x, valid)[1]
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for b, s in valid.nonzero().tolist():
+        logits = (router.weight.double() @ x[b, s].double()).tolist()
+        if kind.startswith("sigmoid"):
+            terms = [1 / (1 + math.exp(-max(v, -700.0))) for v in logits]
+        else:
+            terms = [math.exp(v - max(logits)) for v in logits]
+        probs = [term / sum(terms) for term in terms]
+        best = sorted(probs, reverse=True)
+        entropy = sum(-p * math.log(p) for p in probs if p) / math.log(experts) if experts > 1 else 1.0
+        margin = best[top_k - 1] - best[top_k] if top_k < experts else 0.0
+        expected[b] += torch.tensor([entropy, margin, max(logits) - min(logits)], dtype=torch.float64)
+    digits = {"rtol": 1e-6, "atol": 1e-4 if scale > 1 else 1e-6} if kind == "fp32" else {"rtol": 1e-9, "atol": 1e-12}
+    torch.testing.assert_close(stats.figures_BM.double(), expected, **digits)

@@ -174,7 +174,7 @@ def test_a_jump_that_comes_again_without_an_older_checkpoint_is_told(tmp_path, c
 
 
 def step_of_loss(loss: float) -> FinishedStep:
-    return FinishedStep(1, 0.0, StepResult(loss, loss, None, None, 1.0, 1, 1, None, 0), 1.0)
+    return FinishedStep(1, 0.0, StepResult(loss, loss, None, None, 1.0, 1, 1, None), 1.0)
 
 
 def test_the_z_score_by_hand():

@@ -12,11 +12,13 @@ from data.batch import Batch
 from data.packing import pack_row
 from moe.accounting.flops import attended_pairs, matmul_costs, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
+from moe.losses import LAYER_FIGURES
 from moe.model import ModelInputs, Transformer
+from moe.router import METRICS
 from training.config import OptimConfig
 from training.device import check_memory
 from training.due import is_due
-from training.loop import Throughput, speed_row, step_flops
+from training.loop import Throughput, speed_row, step_flops, step_row
 from training.optimizer import build_optimizer
 from training.schedule import SCHEDULES, learning_rate
 from training.step import StepResult
@@ -102,16 +104,15 @@ def test_the_flops_of_a_step_are_those_that_torch_counts(router):
     assert pairs == visible < sum(attended_pairs(window, 12) for window in (3, None, 5)) * 2
 
     stats = output.stats
-    dropped = int(stats.dropped_B.sum())
-    assert (dropped > 0) == (router.kind == "softmax_topk")
-    result = StepResult(0, 0, None, None, 0, batch.num_valid, pairs, stats.counts_BE.sum(1), dropped)
+    result = StepResult(0, 0, None, None, 0, batch.num_valid, pairs, stats.counts_BE.sum(1), stats.kept_BE.sum(1))
+    assert (result.dropped > 0) == (router.kind == "softmax_topk")
     flops = step_flops(result, matmul_costs(model))
     assert flops == matmuls + 3 * 4 * 2 * 8 * visible
     # `describe` assumes full rows of one document. With a balanced load it has the same number of experts per token.
     one_document = training_flops_per_token(model, 12) * 24 - 3 * 4 * 2 * 8 * 2 * sum(
         attended_pairs(window, 12) for window in (3, None, 5)
     )
-    assert one_document == pytest.approx(matmuls, rel=0.1 if dropped else 1e-12)
+    assert one_document == pytest.approx(matmuls, rel=0.1 if result.dropped else 1e-12)
 
 
 def test_what_is_due_every_few_steps_and_at_the_end():
@@ -125,3 +126,15 @@ def test_a_schedule_that_returns_no_learning_rate_is_refused(monkeypatch, factor
     config = OptimConfig(lr=1.0, schedule="mine", warmup_steps=0)
     with pytest.raises(ConfigError, match=rf"^optim.schedule=mine: .* a number >= 0, found {factor!r} at step 2$"):
         learning_rate(2, 6, config)
+
+
+@pytest.mark.parametrize("top_k", [2, 4])
+def test_every_metric_of_a_router_has_a_name_that_no_plugin_can_take(top_k):
+    layers = {name: [1.0, 2.0] for name in LAYER_FIGURES if name != "margin" or top_k < 4}
+    counts_LE = torch.tensor([[3, 1, 0, 0], [1, 1, 1, 1]])
+    row = step_row(StepResult(1, 1, 1, 1, 1, 4, 9, counts_LE, counts_LE, layers), 0.1, 2, measured=True)
+    names = {key.removeprefix("router/").split("/")[0] for key in row if key.startswith("router/")}
+    assert names <= {*METRICS} and set(layers) <= names and "straggler_placed" in names
+    assert row["router/entropy"] == 1.5 and row["router/entropy/layer_01"] == 2
+    assert ("router/margin" in row) == (top_k < 4)
+    assert row["router/balance_loss"] == 1 and row["router/balance_loss/layer_01"] == 2

@@ -21,6 +21,7 @@ from training.report.metrics import (
     load_entropy,
     read_metrics,
     router_metrics,
+    straggler_metrics,
 )
 
 
@@ -183,7 +184,8 @@ def test_a_file_that_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, ki
 
 def test_router_metrics_by_hand() -> None:
     # Layer 0: 12 assignments over 4 experts, mean 3, largest 6. Layer 1: 12 assignments, all to expert 2.
-    row = router_metrics(torch.tensor([[6, 3, 3, 0], [0, 0, 12, 0]]), dropped=6.0)
+    kept_LE = torch.tensor([[6, 3, 3, 0], [0, 0, 6, 0]])
+    row = router_metrics(torch.tensor([[6, 3, 3, 0], [0, 0, 12, 0]]), kept_LE, expert_parallel=2)
     assert row == {
         "router/max_vio": 2.0,
         "router/max_vio/layer_00": 1.0,
@@ -191,22 +193,65 @@ def test_router_metrics_by_hand() -> None:
         "router/load/layer_00": [0.5, 0.25, 0.25, 0.0],
         "router/load/layer_01": [0.0, 0.0, 1.0, 0.0],
         "router/dead": 4,
+        "router/dead/layer_00": 1,
+        "router/dead/layer_01": 3,
         "router/drop_rate": 0.25,
+        "router/drop_rate/layer_00": 0.0,
+        "router/drop_rate/layer_01": 0.5,
         # The entropy of (1/2, 1/4, 1/4) is 1.5 bits of 2, and that of a single expert is 0.
         "router/load_entropy": pytest.approx(0.375, abs=1e-15),
+        "router/load_entropy/layer_00": pytest.approx(0.75, abs=1e-15),
+        "router/load_entropy/layer_01": pytest.approx(0, abs=1e-15),
+        # Layer 0: ranks with 9 and 3 rows, mean 6. Layer 1: 0 and 6 rows.
+        "router/rank_load_max": 1.75,
+        "router/rank_load_max/layer_00": 1.5,
+        "router/rank_load_max/layer_01": 2.0,
     }
 
 
 def test_balance_is_zero_vio_and_full_entropy() -> None:
-    row = router_metrics(torch.full((3, 8), 5), dropped=0.0)
+    row = router_metrics(torch.full((3, 8), 5), torch.full((3, 8), 5), 4)
     assert row["router/max_vio"] == 0
     assert row["router/load_entropy"] == pytest.approx(1, abs=1e-15)
-    assert row["router/dead"] == 0
+    assert row["router/dead"] == 0 and row["router/rank_load_max"] == 1
     assert load_entropy(torch.tensor([[7]])) == [1.0]
 
 
+def placed_by_hand(rows: list[int], ranks: int) -> float:
+    """The largest number of rows of a rank over the mean, after the greedy placement of one layer."""
+    held: list[list[int]] = [[] for _ in range(ranks)]
+    for expert in sorted(range(len(rows)), key=lambda e: -rows[e]):
+        open_ranks = [rank for rank in held if len(rank) < len(rows) // ranks]
+        min(open_ranks, key=lambda rank: sum(rows[e] for e in rank)).append(expert)
+    sums = [sum(rows[e] for e in rank) for rank in held]
+    return max(sums) / (sum(sums) / ranks)
+
+
+@pytest.mark.parametrize("experts", [1, 2, 6, 8, 64])
+def test_straggler_factors_equal_a_loop(experts: int) -> None:
+    """Layers with random, equal and very unequal loads; the last one sends everything to one expert."""
+    rows_LE = torch.randint(0, 50, (4, experts), generator=torch.Generator().manual_seed(0))
+    rows_LE[1], rows_LE[2], rows_LE[3] = 7, 2 ** (torch.arange(experts) % 20), 0
+    rows_LE[3, experts // 2] = 9
+    row, sizes = (
+        straggler_metrics(rows_LE),
+        {1: [], 2: [2], 6: [2, 6], 8: [2, 4, 8], 64: [2, 4, 8, 16, 32, 64]}[experts],
+    )
+    names = [f"router/{name}/ep_{ranks}" for ranks in sizes for name in ("straggler", "straggler_placed")]
+    assert sorted(row) == sorted(names)
+    for ranks in sizes:
+        size, factors, placed = experts // ranks, [], []
+        for rows in rows_LE.tolist():
+            sums = [sum(rows[first : first + size]) for first in range(0, experts, size)]
+            factors.append(max(sums) * ranks / sum(sums))
+            placed.append(placed_by_hand(rows, ranks))
+        assert row[f"router/straggler/ep_{ranks}"] == pytest.approx(sum(factors) / 4, rel=1e-14)
+        assert row[f"router/straggler_placed/ep_{ranks}"] == pytest.approx(sum(placed) / 4, rel=1e-14)
+
+
 def test_counts_beyond_float32_are_exact() -> None:
-    row = router_metrics(torch.tensor([[2**24 + 1, 2**24 - 1]]), dropped=0.0)
+    counts_LE = torch.tensor([[2**24 + 1, 2**24 - 1]])
+    row = router_metrics(counts_LE, counts_LE)
     assert row["router/max_vio"] == 2.0**-24
 
 

@@ -142,7 +142,7 @@ def test_the_time_of_a_gpu_is_that_of_its_kernels_and_of_its_waits():
 def test_the_flops_of_the_groups_are_those_of_the_step():
     costs = matmul_costs(Transformer(MODEL, RouterConfig(), torch.float32))
     counts_LE = torch.tensor([[20, 10, 10, 8]])
-    result = StepResult(1.0, 1.0, 1.0, 1.0, 1.0, 24, 150, counts_LE, 3)
+    result = StepResult(1.0, 1.0, 1.0, 1.0, 1.0, 24, 150, counts_LE, counts_LE - torch.tensor([[3, 0, 0, 0]]))
     flops = profiles.flops_by_group(result, costs, MODEL)
     assert sum(flops.values()) == step_flops(result, costs) and min(flops.values()) > 0
 
@@ -150,7 +150,8 @@ def test_the_flops_of_the_groups_are_those_of_the_step():
 @pytest.mark.parametrize(("steps", "traced"), [(1, [1]), (2, [2]), (4, [2, 3, 4]), (20, [5, 6, 7])])
 def test_a_run_of_any_length_is_traced(tmp_path, steps, traced):
     model = Transformer(MODEL, RouterConfig(), torch.float32)
-    result = StepResult(1.0, 1.0, 1.0, 1.0, 1.0, 24, 150, torch.tensor([[20, 10, 10, 8]]), 0)
+    counts_LE = torch.tensor([[20, 10, 10, 8]])
+    result = StepResult(1.0, 1.0, 1.0, 1.0, 1.0, 24, 150, counts_LE, counts_LE)
     profiler = profiles.StepProfiler(
         [model], torch.device("cpu"), tmp_path, steps=steps, first_step=0, costs=matmul_costs(model), ranks=1,
         peak=1e12, about={"run": "x"},

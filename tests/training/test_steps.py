@@ -129,7 +129,11 @@ def run(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> list:
         assert rows.done == (3 if step.done == 3 else started), step.done
         found.append(
             step._replace(
-                seconds=0, own_seconds=0, result=step.result._replace(counts_LE=step.result.counts_LE.tolist())
+                seconds=0,
+                own_seconds=0,
+                result=step.result._replace(
+                    counts_LE=step.result.counts_LE.tolist(), kept_LE=step.result.kept_LE.tolist()
+                ),
             )
         )
         found[-1] = (found[-1], step.seconds)

@@ -63,7 +63,7 @@ class Differences(NamedTuple):
     """
 
     figures: float
-    """Losses of all steps: the total, cross-entropy, balance loss and z-loss."""
+    """Losses of all steps: the total, cross-entropy, balance loss and z-loss; the figures of every layer."""
     grad_norm: float
     gradients: float
     weights: float
@@ -72,8 +72,8 @@ class Differences(NamedTuple):
     same_initial_weights: bool
     """Whether the initial weights are equal bit for bit."""
     same_counts: bool
-    """Whether tokens, query-key pairs, dropped assignments, and assignments to every expert of every layer are equal in
-    every step."""
+    """Whether tokens, query-key pairs, and the assignments to every expert of every layer, before and after drops, are
+    equal in every step."""
     share: float
     """The largest part of the weights that one rank stores. It shows that the layout was in effect."""
 
@@ -97,7 +97,10 @@ def compare(result: Result, reference: Result) -> Differences:
     figures = ("loss", "ce", "balance", "z")
     final = _tensor_differences(result.final, reference.final)
     return Differences(
-        figures=max(_difference(getattr(a, name), getattr(b, name)) for a, b in steps for name in figures),
+        figures=max(
+            *(_difference(getattr(a, name), getattr(b, name)) for a, b in steps for name in figures),
+            *(_layer_difference(a.layers, b.layers) for a, b in steps),
+        ),
         grad_norm=max(_difference(a.grad_norm, b.grad_norm) for a, b in steps),
         gradients=max(_tensor_differences(result.gradients, reference.gradients).values()),
         weights=max(difference for name, difference in final.items() if name.startswith("model.")),
@@ -115,6 +118,14 @@ def _difference(value: float | None, expected: float | None) -> float:
     return difference if difference == difference else torch.inf
 
 
+def _layer_difference(layers: Mapping[str, Sequence[float]], expected: Mapping[str, Sequence[float]]) -> float:
+    """Return the largest difference of a figure of a layer."""
+    pairs = [
+        pair for name in layers.keys() & expected.keys() for pair in zip(layers[name], expected[name], strict=True)
+    ]
+    return max((_difference(*pair) for pair in pairs), default=0.0) if layers.keys() == expected.keys() else torch.inf
+
+
 def _tensor_differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
     differences = dict.fromkeys(tensors.keys() ^ expected.keys(), torch.inf)
     for name in tensors.keys() & expected.keys():
@@ -126,7 +137,8 @@ def _tensor_differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Te
 
 
 def _counts(step: StepResult) -> tuple[Any, ...]:
-    return step.tokens, step.pairs, step.dropped, (None if step.counts_LE is None else step.counts_LE.tolist())
+    assignments = [None if counts is None else counts.tolist() for counts in (step.counts_LE, step.kept_LE)]
+    return step.tokens, step.pairs, *assignments
 
 
 class JobResult(NamedTuple):

@@ -297,47 +297,119 @@ def load_entropy(counts_LE: "Tensor") -> list[float]:
     return (torch.special.entr(load_LE).sum(dim=1) / math.log(num_experts)).tolist()
 
 
-def router_metrics(counts_LE: "Tensor", dropped: float) -> Row:
-    """Return the router's metrics of one optimizer step.
+def rank_load_max(rows_LE: "Tensor", ranks: int) -> list[float]:
+    """Return, for each layer, the rows that the fullest of `ranks` expert-parallel ranks receives over their mean.
+
+    A step waits for the fullest rank, so this is a lower bound of the slowdown of its experts. 1 is balance, and
+    `ranks` means that one rank receives all rows.
 
     Args:
-        counts_LE: [L, E] assignments of tokens to experts before any drop, without padding tokens, summed over
-            micro-batches and ranks.
-        dropped: the number of assignments dropped because an expert was full, summed over micro-batches, ranks and
-            layers.
+        rows_LE: [L, E] rows that each expert receives. Each rank has E / ranks neighbouring experts.
+    """
+    rows_LR = rows_LE.double().unflatten(1, (ranks, -1)).sum(dim=2)
+    return (rows_LR.amax(dim=1) / rows_LR.mean(dim=1)).tolist()
+
+
+def place_greedily(rows_LE: "Tensor", ranks: int) -> "Tensor":
+    """Return an assignment of experts to ranks that balances the rows of the ranks, [L, E] of ranks.
+
+    In each layer, from the fullest expert to the emptiest, an expert goes to the rank with the fewest rows among those
+    that have less than E / ranks experts. Of equal ranks and experts, the first one is taken.
+    """
+    import torch
+
+    layers, experts = rows_LE.shape
+    rank_LE = torch.zeros(layers, experts, dtype=torch.int64)
+    load_LR = torch.zeros(layers, ranks, dtype=torch.float64)
+    free_LR = torch.full((layers, ranks), experts // ranks)
+    for expert_L in rows_LE.argsort(dim=1, descending=True, stable=True).t():
+        expert_L1 = expert_L.unsqueeze(1)
+        rank_L1 = load_LR.masked_fill(free_LR == 0, math.inf).argmin(dim=1, keepdim=True)
+        rank_LE.scatter_(1, expert_L1, rank_L1)
+        load_LR.scatter_add_(1, rank_L1, rows_LE.double().gather(1, expert_L1))
+        free_LR.scatter_add_(1, rank_L1, torch.full_like(rank_L1, -1))
+    return rank_LE
+
+
+def expert_parallel_sizes(experts: int) -> list[int]:
+    """Return the numbers of expert-parallel ranks to consider: the powers of two that divide `experts`, and `experts`.
+
+    >>> expert_parallel_sizes(8), expert_parallel_sizes(12), expert_parallel_sizes(1)
+    ([2, 4, 8], [2, 4, 12], [])
+    """
+    powers = (2**exponent for exponent in range(1, experts.bit_length()))
+    return [*(size for size in powers if size < experts and experts % size == 0), *([experts] if experts > 1 else [])]
+
+
+def straggler_metrics(rows_LE: "Tensor") -> Row:
+    """Return what the load of a step would cost under expert parallelism over N = 2, 4, ..., E ranks.
+
+    Args:
+        rows_LE: [L, E] rows that each expert receives.
 
     Returns:
-        `router/max_vio` and `router/load_entropy` (means over layers), `router/max_vio/layer_XX`,
-        `router/load/layer_XX` (E shares), `router/dead` (experts without an assignment, summed over layers) and
-        `router/drop_rate` (the share of assignments that were dropped). XX counts the MoE layers from 00. A layer
+        `router/straggler/ep_N`, `rank_load_max` over N ranks, and `router/straggler_placed/ep_N`, the same after
+        `place_greedily`. Both are means over layers.
+    """
+    row: Row = {}
+    for ranks in expert_parallel_sizes(rows_LE.shape[1]):
+        # The experts in the order of their ranks: each rank has equally many, so they are neighbours.
+        placed_LE = rows_LE.gather(1, place_greedily(rows_LE, ranks).argsort(dim=1, stable=True))
+        row[f"router/straggler/ep_{ranks}"] = _mean(rank_load_max(rows_LE, ranks))
+        row[f"router/straggler_placed/ep_{ranks}"] = _mean(rank_load_max(placed_LE, ranks))
+    return row
+
+
+def router_metrics(counts_LE: "Tensor", kept_LE: "Tensor", expert_parallel: int = 1) -> Row:
+    """Return the router's metrics of one optimizer step that follow from the assignments of tokens to experts.
+
+    Args:
+        counts_LE: [L, E] assignments before any drop, without padding tokens, summed over micro-batches and ranks.
+        kept_LE: those that were not dropped because an expert was full.
+        expert_parallel: the ranks over which the experts are spread.
+
+    Returns:
+        `router/max_vio`, `router/load_entropy` and `router/rank_load_max` (means over layers), `router/dead` (experts
+        without an assignment, summed over layers), `router/drop_rate` (the share of assignments that were dropped), and
+        each of them as `<name>/layer_XX`; `router/load/layer_XX` (E shares). XX counts the MoE layers from 00. A layer
         without any assignment gives NaN.
     """
-    counts_LE = counts_LE.detach().cpu()
-    vio_L = max_vio(counts_LE)
-    entropy_L = load_entropy(counts_LE)
+    counts_LE, kept_LE = counts_LE.detach().cpu(), kept_LE.detach().cpu()
+    dead_LE, counts_L, dropped_L = counts_LE == 0, counts_LE.sum(dim=1), (counts_LE - kept_LE).sum(dim=1)
     row: Row = {
-        "router/max_vio": sum(vio_L) / len(vio_L),
-        "router/load_entropy": sum(entropy_L) / len(entropy_L),
-        "router/dead": int((counts_LE == 0).sum()),
-        "router/drop_rate": dropped / max(1.0, float(counts_LE.double().sum())),
+        "router/dead": int(dead_LE.sum()),
+        "router/drop_rate": float(dropped_L.sum() / counts_L.sum().clamp(min=1)),
     }
-    for layer, (vio, load_E) in enumerate(zip(vio_L, load_shares(counts_LE), strict=True)):
-        row[f"router/max_vio/layer_{layer:02d}"] = vio
-        row[f"router/load/layer_{layer:02d}"] = load_E
-    return row
+    for name, values_L in (
+        ("max_vio", max_vio(counts_LE)),
+        ("load_entropy", load_entropy(counts_LE)),
+        ("rank_load_max", rank_load_max(kept_LE, expert_parallel)),
+    ):
+        row |= {f"router/{name}": _mean(values_L)} | layer_metrics(name, values_L)
+    row |= layer_metrics("dead", dead_LE.sum(dim=1).tolist())
+    row |= layer_metrics("drop_rate", (dropped_L / counts_L.clamp(min=1)).tolist())
+    return row | layer_metrics("load", load_shares(counts_LE))
 
 
 def telemetry_metrics(telemetry: Mapping[str, Sequence[float]]) -> Row:
-    """Return the metrics that a kind of router adds: `router/<name>`, a mean over layers, and `router/<name>/layer_XX`.
+    """Return `router/<name>`, a mean over layers, and `router/<name>/layer_XX`.
 
     Args:
-        telemetry: name -> one value per MoE layer (`Router.TELEMETRY`).
+        telemetry: name -> one value per MoE layer (`moe.router.TOKEN_FIGURES`, `Router.TELEMETRY`).
     """
     row: Row = {}
     for name, values_L in telemetry.items():
-        row[f"router/{name}"] = sum(values_L) / len(values_L)
-        row |= {f"router/{name}/layer_{layer:02d}": value for layer, value in enumerate(values_L)}
+        row |= {f"router/{name}": _mean(values_L)} | layer_metrics(name, values_L)
     return row
+
+
+def layer_metrics(name: str, values_L: Sequence[Value]) -> Row:
+    """Return `router/<name>/layer_XX` for one value per MoE layer."""
+    return {f"router/{name}/layer_{layer:02d}": value for layer, value in enumerate(values_L)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _encode(value: Value) -> Value | str | list[float | str]:

@@ -308,10 +308,9 @@ def flops_by_group(result: StepResult, costs: MatmulCosts, config: ModelConfig) 
 
     The router's matmuls count as dense ones, which are about a thousand times larger.
     """
-    assignments = 0 if result.counts_LE is None else int(result.counts_LE.sum()) - result.dropped
     head = config.dim * (config.vocab_size or 0)
     return {
-        EXPERTS: 6.0 * costs.assignment * assignments,
+        EXPERTS: 6.0 * costs.assignment * result.assignments,
         DENSE: 6.0 * (costs.token - head) * result.tokens,
         ATTENTION: 6.0 * costs.pair * result.pairs,
         HEAD: 6.0 * head * result.tokens,
