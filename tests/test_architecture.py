@@ -24,6 +24,8 @@ OURS = {*ROOMS, "scripts", "train", "tests", "benchmarks"}
 HEAVY = {
     "datasets",
     "wandb",
+    "wandb_workspaces",
+    "tensorboard",
     "matplotlib",
     "transformers",
     "sentencepiece",

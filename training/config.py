@@ -242,6 +242,16 @@ class TrackingConfig:
     """The project's name in Weights & Biases."""
     entity: str | None = None
     """The user or team in Weights & Biases; `null`: the default of the account."""
+    group: str | None = None
+    """The group of the run in Weights & Biases; `null`: the name of its sweep, if it is a job of one."""
+    job_type: str = "train"
+    """The run's type within its group."""
+    tags: tuple[str, ...] = ()
+    """Tags of the run."""
+    notes: FreeText | None = None
+    """A text about the run, e.g. what it is for."""
+    diff: bool = False
+    """Whether Weights & Biases also gets the uncommitted changes of this checkout (`code.diff`)."""
     tensorboard: bool = False
     """Whether to write event files for TensorBoard (`<run>/tensorboard`). It needs the extra `[tensorboard]`."""
     csv: bool = False
@@ -251,6 +261,12 @@ class TrackingConfig:
     the experts for each layer."""
     trackers: tuple[str, ...] = ()
     """Further trackers, by the names under which plugins register them."""
+
+    def __post_init__(self) -> None:
+        tags = all(1 <= len(tag) <= 64 for tag in self.tags)
+        expect(tags, "tags", f"[{','.join(self.tags)}]", "tags of 1 to 64 characters")
+        group = self.group is None or 1 <= len(self.group) <= 128
+        expect(group, "group", repr(self.group), "a name of 1 to 128 characters, or null")
 
 
 @dataclass(frozen=True)

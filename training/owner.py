@@ -261,6 +261,11 @@ def join_run(directory: Path, name: str) -> DirectoryLock:
     return lock
 
 
+def sweep_of(directory: Path) -> str | None:
+    """Return the name of the sweep that the run in `directory` is a job of, or None."""
+    return directory.parent.name if _has_any(directory.parent, SWEEP_MARKS) else None
+
+
 def run_token(directory: Path) -> str:
     """Return the token that the owner of a run's directory has written there; empty if this process cannot read it."""
     try:

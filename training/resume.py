@@ -78,7 +78,7 @@ RULES: dict[str, dict[str, str]] = {
     "checkpoint": {FREE: "every keep at_end io_timeout_s background keep_every keep_best on_error"},
     "health": {LISTED: "on_nan on_spike spike_z", FREE: "every recheck_every"},
     "telemetry": {FREE: "every"},
-    "tracking": {FREE: "wandb project entity tensorboard csv per_expert trackers"},
+    "tracking": {FREE: "wandb project entity group job_type tags notes diff tensorboard csv per_expert trackers"},
     "launch": {FREE: "nproc max_restarts threads"},
     "engine": {LISTED: "kind zero_stage ds_config"},
     "": {FREE: "plugins"},  # Their names and hashes are compared (common/plugins.py).

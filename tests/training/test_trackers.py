@@ -4,22 +4,34 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
+import yaml
 
-from common.errors import ConfigError
-from training.config import CheckpointConfig, TrackingConfig
+from common.errors import ConfigError, RunError
+from common.strict import from_dict
+from scripts.cli.command_line import compose_config, to_overrides
+from scripts.wandb_workspace import WorkspaceConfig
+from scripts.wandb_workspace import save as save_workspace
+from tests.commands import ROOT
+from training.config import CheckpointConfig, Config, TrackingConfig
+from training.report import code_state as code_state_module
+from training.report.code_state import code_state, uncommitted_changes
 from training.report.metrics import Row, read_metrics
 from training.report.recorder import Recorder, check_tracking, start_tracking
 from training.report.trackers import TRACKERS, Alarm, TrackedRun, Tracker, Trackers
 from training.report.wandb_files import logged_steps, read_records
 from training.report.wandb_tracker import load_histogram
+from training.report.wandb_workspace import SECTIONS, workspace
 
 
 def row_of(step: int) -> Row:
@@ -97,7 +109,7 @@ def test_offline_files_together_have_every_row_once(tmp_path: Path, capfd: pytes
     warnings: list[str] = []
     others = children()  # Other tests of this process can have started some that stay.
     save_picture(tmp_path / "a.png")
-    tracker = start(tmp_path, None, warnings)
+    tracker = start(tmp_path, None, warnings, TrackingConfig(group="g", tags=("a", "b"), notes="why = ?"))
     for step in (1, 2, 3):
         tracker.log(row_of(step), step)
     for name in ("a", "b"):
@@ -113,12 +125,23 @@ def test_offline_files_together_have_every_row_once(tmp_path: Path, capfd: pytes
     assert [step for step, _ in rows] == [1, 2, 3]
     for step, item in rows:
         assert item["router/max_vio"] == pytest.approx(0.2 * step, abs=1e-15)
-        assert item["router/load/layer_00/expert_01"] == 0.5
-        assert item["router/load/layer_00/expert_03"] == 0.125
-        assert item["router/load/layer_00._type"] == "histogram"
-        assert item["router/load/layer_00.values"] == [0.125, 0.5, 0.25, 0.125]
+        assert item["step"] == step and not any("expert_01" in name for name in item)
+        assert item["experts/load/layer_00._type"] == "histogram"
+        assert item["experts/load/layer_00.values"] == [0.125, 0.5, 0.25, 0.125]
         assert [item.get(f"{name}._type") for name in ("a", "b")] == ["image-file" if step == 3 else None] * 2
     assert any(record.get("summary", {}).get("update", {}).get("eval/loss") == 0.5 for record in first)
+
+    # Every section of metrics has the step as its x axis, and the run says what it belongs to and which code it ran.
+    metrics = [record["metric"] for record in first if record["type"] == "metric"]
+    axes = {metric["glob_name"]: metric["step_metric"] for metric in metrics if "glob_name" in metric}
+    assert {f"{name.partition('/')[0]}/*" for _, item in rows for name in item if "/" in name} <= axes.keys()
+    assert set(axes.values()) == {"step"}
+    run = next(record["run"] for record in first if record["type"] == "run")
+    assert (run["run_group"], run["job_type"], run["tags"], run["notes"]) == ("g", "train", ["a", "b"], "why = ?")
+    code = run["config"]["update"]["code"]
+    assert code["versions"]["torch"] == torch.__version__
+    assert run.get("git", {}).get("commit") == code["commit"]
+    assert not any(path.suffix in (".diff", ".patch") for path in tmp_path.rglob("*"))
 
     # A kill while row 3 was being written: the run has it in metrics.jsonl, and W&B has a part of it.
     (file,) = first_files.glob("*.wandb")
@@ -145,6 +168,10 @@ def test_offline_files_together_have_every_row_once(tmp_path: Path, capfd: pytes
     assert {path.name for path in tmp_path.iterdir()} == {"wandb", "a.png"}
 
 
+GIVEN: dict[str, Any] = {}
+"""What `wandb.init` was given the last time."""
+
+
 class FakeRun:
     """A W&B run whose service fails after `calls` calls of `log`."""
 
@@ -160,6 +187,9 @@ class FakeRun:
             raise ConnectionResetError("Connection lost")
         self.logged.append(row)
 
+    id = "fake"
+    define_metric = save = Mock()
+
     def alert(self, **alert: Any) -> None:
         self.alerts.append(alert)
 
@@ -168,7 +198,9 @@ class FakeRun:
 
 
 def fake_wandb(run: FakeRun | Exception) -> SimpleNamespace:
-    def init(**settings: object) -> FakeRun:
+    def init(**given: Any) -> FakeRun:
+        GIVEN.clear()
+        GIVEN.update(given)
         if isinstance(run, Exception):
             raise run
         return run
@@ -181,6 +213,116 @@ def fake_wandb(run: FakeRun | Exception) -> SimpleNamespace:
         Histogram=lambda np_histogram: np_histogram,
         Image=lambda path: path,
     )
+
+
+def test_the_jobs_of_a_sweep_are_a_group_and_an_agents_id_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FakeRun(calls=9)
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(run))
+    job = tmp_path / "sizes" / "0"
+    job.mkdir(parents=True)
+    start(job, None, [])
+    assert GIVEN["group"] is None and (job / "wandb" / "run_id.txt").read_text() == "fake\n"
+    (tmp_path / "sizes" / ".sweep-lock").touch()
+    start(job, 3, [])
+    assert (GIVEN["group"], GIVEN["id"], GIVEN["resume"]) == ("sizes", "fake", "allow")
+    start(job, None, [], TrackingConfig(group="mine"))
+    assert GIVEN["group"] == "mine"
+
+
+def test_scalars_of_experts_and_changes_of_the_code_only_if_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = FakeRun(calls=9)
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(run))
+    monkeypatch.setattr("training.report.wandb_tracker.uncommitted_changes", lambda: "+ a line\n")
+    start(tmp_path, None, [], TrackingConfig(per_expert=True, diff=True)).log(row_of(1), 1)
+    assert run.logged[0]["experts/load/layer_00/expert_01"] == 0.5
+    assert (tmp_path / "wandb" / "code.diff").read_text() == "+ a line\n"
+    many = {f"router/load/layer_{layer:02d}": [1 / 64] * 64 for layer in range(2)}
+    start(tmp_path, None, []).log(many, 2)
+    assert run.logged[1].keys() == {"step", "experts/load/layer_00", "experts/load/layer_01"}
+
+
+def test_the_code_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    monkeypatch.setattr(code_state_module, "ROOT", tmp_path)
+    for key in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(key)
+    assert (code_state()["commit"], code_state()["dirty"]) == (None, None)
+    git("init", "-q")
+    (tmp_path / "other.py").touch()
+    git("add", ".")
+    git("commit", "-qm", "another project")
+    assert code_state()["commit"] is None  # It has no train.py.
+    (tmp_path / "train.py").touch()
+    git("add", ".")
+    git("commit", "-qm", "a")
+    (tmp_path / "runs").touch()
+    assert code_state()["commit"] == git("rev-parse", "HEAD").strip()
+    assert code_state()["dirty"] is False and uncommitted_changes() is None
+    (tmp_path / "train.py").write_text("changed\n")
+    assert code_state()["dirty"] is True and "+changed" in (uncommitted_changes() or "")
+
+
+def test_the_workspace_is_one_that_wandb_workspaces_takes() -> None:
+    pytest.importorskip("wandb_workspaces", reason="the workspace needs the package wandb-workspaces")
+    from wandb_workspaces.workspaces.internal import View
+
+    view = workspace("a-team", "mixwright", "MoE")._to_model()
+    sent = json.loads(json.dumps(view.model_dump(by_alias=True, exclude_none=True)))
+    assert View.model_validate(sent).model_dump(by_alias=True, exclude_none=True) == sent
+    shown = {section["name"]: section["panels"] for section in sent["spec"]["section"]["panelBankConfig"]["sections"]}
+    assert {name: len(shown[name]) for name in SECTIONS} == {name: len(panels) for name, panels in SECTIONS.items()}
+    plots = [panel["config"] for name in SECTIONS for panel in shown[name]]
+    patterns = [plot["metricRegex"] for plot in plots if "metricRegex" in plot]
+    names = ["router/max_vio/layer_00", "router/max_vio/layer_117", "eval/bits_per_byte/code", "alarm/dead"]
+    assert [[re.search(pattern, name) is not None for name in names] for pattern in patterns] == [
+        [False, False, True, False],
+        [True, True, False, False],
+        [False, False, False, False],
+        [False, False, False, True],
+    ]
+    assert {plot["xAxis"] for plot in plots} == {"step"}
+    assert {metric for plot in plots for metric in plot["metrics"]} >= {"train/loss", "eval/loss", "router/max_vio"}
+
+
+def test_the_workspace_tool_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("scripts.wandb_workspace.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^wandb-workspaces is not installed: pip install 'mixwright\[workspace\]'$"):
+        save_workspace(WorkspaceConfig(entity="a-team"))
+    monkeypatch.setattr("scripts.wandb_workspace.find_spec", lambda name: object())
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(ConfigError, match="expected an API key"):
+        save_workspace(WorkspaceConfig(entity="a-team"))
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    refused = Mock(save=Mock(side_effect=ConnectionError("no network")))
+    monkeypatch.setattr("training.report.wandb_workspace.workspace", lambda *names: refused)
+    with pytest.raises(RunError, match=r"entity=a-team project=mixwright: W&B refused \(ConnectionError: no network\)"):
+        save_workspace(WorkspaceConfig(entity="a-team"))
+
+
+def test_the_arguments_of_a_wandb_agent_are_those_of_train() -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    sweep = yaml.safe_load((ROOT / "examples" / "wandb_sweep.yaml").read_text())
+    chosen = {
+        name: {"value": values["values"][-1] if "values" in values else values["min"]}
+        for name, values in sweep["parameters"].items()
+    }
+    arguments = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+    command = create_sweep_command(list(sweep["command"]))
+    assert command[:3] == ["${env}", "${interpreter}", "${program}"] and command[-1] == "${args_no_hyphens}"
+    config = from_dict(Config, compose_config("config", to_overrides([*command[3:-1], *arguments], Config)))
+    assert (config.model.num_experts, config.model.top_k, config.router.balance_coef) == (16, 2, 0.001)
+    assert config.tracking.wandb == "online" and (ROOT / sweep["program"]).is_file()
 
 
 def test_an_alarm_becomes_an_alert_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from common.errors import ConfigError, expect, require
 from common.files import disk_errors
 from common.strict import to_dict
 from training.config import Config, TrackingConfig
+from training.owner import sweep_of
 from training.report.csv_tracker import CsvTracker
 from training.report.metrics import MetricsRecord, MetricsWriter, Row, read_metrics
 from training.report.tensorboard_tracker import TensorBoardTracker
@@ -61,7 +62,8 @@ def start_tracking(
 ) -> Trackers:
     """Start the trackers that the section `tracking` chooses. Call it on one rank.
 
-    Neither this function nor W&B prints anything. W&B captures no console output, code, git state or list of packages.
+    Neither this function nor W&B prints anything. W&B captures no console output and no code. It gets the git commit,
+    whether there are uncommitted changes, and the versions of some packages.
 
     Args:
         config: the section `tracking`, which `check_tracking` has accepted.
@@ -76,7 +78,7 @@ def start_tracking(
     Returns:
         One tracker that forwards to all of them, and that never raises.
     """
-    run = TrackedRun(name, directory, resolved_config, resumed_step)
+    run = TrackedRun(name, directory, resolved_config, resumed_step, sweep_of(directory))
     trackers = Trackers(warn)
     if config.wandb != "disabled":
         trackers.start("W&B", lambda: start_wandb(config, run, warn), rows)

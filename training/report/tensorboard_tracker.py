@@ -9,6 +9,7 @@ from typing import Any
 from common.files import open_binary
 from common.text import flat, show_value
 from training.config import TrackingConfig
+from training.report.code_state import code_state
 from training.report.metrics import Row
 from training.report.trackers import Alarm, TrackedRun, Tracker, separate
 
@@ -40,7 +41,7 @@ class TensorBoardTracker(Tracker):
         self._per_expert, self._directory = config.per_expert, run.directory / DIRECTORY
         self._step = run.resumed_step or 0
         self._steps = remove_events(self._directory, after=-1 if run.resumed_step is None else run.resumed_step)
-        self._config: str | None = _as_table(run.config)
+        self._config: str | None = _as_table(run.config | {"code": code_state()})
         self._open()
 
     def seen(self) -> Collection[int]:

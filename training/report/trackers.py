@@ -100,6 +100,8 @@ class TrackedRun:
     resumed_step: int | None
     """The step of the checkpoint that the run continues from, or None for a new run. Rows of later steps that were
     logged before are logged again, unless the tracker has `seen` them."""
+    sweep: str | None = None
+    """The name of the sweep that the run is a job of; None: of none."""
 
 
 TRACKERS: Registry[Callable[[TrackedRun], Tracker]] = Registry("tracking.trackers")

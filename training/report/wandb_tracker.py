@@ -13,30 +13,46 @@ from urllib.parse import urlparse
 
 from common.files import read_file
 from training.config import TrackingConfig
+from training.report.code_state import code_state, uncommitted_changes
 from training.report.metrics import Row
-from training.report.trackers import Alarm, TrackedRun, Tracker
+from training.report.trackers import Alarm, TrackedRun, Tracker, separate
 from training.report.wandb_files import logged_steps
 
 MAX_BINS = 512
 """The most bins that W&B accepts in a histogram."""
 INIT_TIMEOUT_S = 30
 """Seconds that W&B gets to start. The other ranks wait meanwhile, so this must be well below `parallel.timeout_s`."""
+SECTIONS = ("train", "eval", "router", "experts", "optim", "speed", "health", "alarm")
+"""The first parts of the metrics' names. W&B shows a section of panels for each, with the step as the x axis."""
 ALERT_PAUSE_S = 600
 """Seconds after an alert in which W&B sends no other with the same title."""
 
 
 class WandbTracker(Tracker):
-    """A W&B run. A list (the load of E experts) becomes E scalars, `<name>/expert_XX`, and one histogram.
+    """A W&B run. The values of a layer's experts become a histogram over the expert's index: a heatmap over the steps.
 
     Args:
         seen: the steps whose rows W&B has from earlier launches of this run.
         step: the last step of the run that has a row.
+        per_expert: whether every expert also has a scalar.
     """
 
     def __init__(
-        self, wandb: Any, run: Any, warn: Callable[[str], None], seen: Collection[int] = (), step: int | None = None
+        self,
+        wandb: Any,
+        run: Any,
+        warn: Callable[[str], None],
+        *,
+        seen: Collection[int] = (),
+        step: int | None = None,
+        per_expert: bool = False,
     ) -> None:
         self._wandb, self._run, self._warn, self._seen, self._step = wandb, run, warn, seen, step
+        self._per_expert = per_expert
+        with self._connection():
+            run.define_metric("step", hidden=True)
+            for section in SECTIONS:
+                run.define_metric(f"{section}/*", step_metric="step")
         self._images = find_spec("PIL") is not None
 
     def seen(self) -> Collection[int]:
@@ -46,7 +62,7 @@ class WandbTracker(Tracker):
         self._step = step
         with self._connection():
             # W&B writes the row when it gets one of a later step. Until then, `image` adds to it.
-            self._run.log(self._expand(row), step=step)
+            self._run.log({"step": step} | self._expand(row), step=step)
 
     def alert(self, alarm: Alarm) -> None:
         """Send the alarm as an alert of W&B, at most one in ten minutes for each rule."""
@@ -87,16 +103,12 @@ class WandbTracker(Tracker):
             raise
 
     def _expand(self, row: Row) -> dict[str, Any]:
-        expanded: dict[str, Any] = {}
-        for name, value in row.items():
-            if not isinstance(value, list):
-                expanded[name] = value
-                continue
-            for expert, share in enumerate(value):
-                expanded[f"{name}/expert_{expert:02d}"] = share
-            if all(math.isfinite(share) for share in value):
-                expanded[name] = self._wandb.Histogram(np_histogram=load_histogram(value))
-        return expanded
+        values, lists = separate(row, self._per_expert)
+        return values | {
+            name: self._wandb.Histogram(np_histogram=load_histogram(value_E))
+            for name, value_E in lists.items()
+            if all(map(math.isfinite, value_E))
+        }
 
 
 def load_histogram(load_E: list[float]) -> tuple[list[float], list[float]]:
@@ -127,12 +139,15 @@ def start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], N
     """
     import wandb
 
-    run_id = _run_id(run.directory / "wandb" / "run_id.txt", run.resumed_step)
+    id_file = run.directory / "wandb" / "run_id.txt"
+    id_file.parent.mkdir(parents=True, exist_ok=True)
+    code = code_state()
     settings = wandb.Settings(
         mode=config.wandb,
         silent=True,
         console="off",
-        disable_git=True,
+        disable_git=True,  # It would also send uncommitted changes, and the address of the repository.
+        git_commit=code["commit"],
         disable_code=True,
         disable_job_creation=True,
         x_save_requirements=False,
@@ -144,28 +159,37 @@ def start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], N
         project=config.project,
         entity=config.entity,
         name=run.name,
-        id=run_id,
+        group=config.group or run.sweep,
+        job_type=config.job_type,
+        tags=config.tags or None,
+        notes=config.notes,
+        id=_run_id(id_file, run.resumed_step),
         # `wandb sync` appends the rows of an offline run to those of earlier launches if the run says so.
         resume=None if run.resumed_step is None else "allow",
         dir=str(run.directory),
-        config=run.config,
+        config=run.config | {"code": code},
         settings=settings,
     )
-    if run.resumed_step is None:
-        return WandbTracker(wandb, wandb_run, warn)
-    # The service has all rows before the step that it expects next. It refuses earlier steps.
-    online = config.wandb == "online"
-    seen = range(wandb_run.starting_step) if online else logged_steps(run.directory / "wandb", run_id)
-    return WandbTracker(wandb, wandb_run, warn, seen, run.resumed_step)
+    # An agent of `wandb sweep` has chosen another id.
+    id_file.write_text(f"{wandb_run.id}\n", encoding="utf-8")
+    changes = uncommitted_changes() if config.diff else None
+    if changes is not None:
+        file = run.directory / "wandb" / "code.diff"
+        file.write_text(changes, encoding="utf-8")
+        wandb_run.save(str(file), base_path=str(file.parent), policy="now")
+    seen: Collection[int] = ()
+    if run.resumed_step is not None:
+        # The service has all rows before the step that it expects next. It refuses earlier steps.
+        online = config.wandb == "online"
+        seen = range(wandb_run.starting_step) if online else logged_steps(id_file.parent, wandb_run.id)
+    return WandbTracker(wandb, wandb_run, warn, seen=seen, step=run.resumed_step, per_expert=config.per_expert)
 
 
 def _run_id(file: Path, resumed_step: int | None) -> str:
+    """Return the id of the run that is resumed, which `file` has, or a new one."""
     if resumed_step is not None and file.is_file():
         return read_file(file, 256).decode().strip()
-    run_id = uuid.uuid4().hex[:12]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(run_id + "\n", encoding="utf-8")
-    return run_id
+    return uuid.uuid4().hex[:12]
 
 
 def netrc_has_key() -> bool:
