@@ -35,8 +35,8 @@ PICTURES = ("overview", "expert_load", "curves")
 def workspace(entity: str, project: str, name: str) -> Any:
     """Return a workspace of the package wandb-workspaces. Its method `save` sends it to W&B, with the user's API key.
 
-    A panel stays empty if no run has its metrics. The load of the experts is a histogram. W&B makes a panel for it in the
-    section `experts` by itself.
+    A panel stays empty if no run has its metrics. The load of the experts is a histogram. W&B makes a panel for it
+    in the section `experts` by itself.
     """
     from wandb_workspaces.reports import v2 as panels
     from wandb_workspaces.workspaces import Section, Workspace, WorkspaceSettings
