@@ -1,6 +1,7 @@
 """The output of a run: the numbers are there, in plain text, and the plots are reproducible."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -136,17 +137,10 @@ def test_progress_lines_and_eta(capsys: Capture) -> None:
     assert "ETA" not in first and dense.endswith("ETA 14.0 s")
 
 
-def test_terminal_gets_a_bar_and_colours() -> None:
-    """A process under a pseudo-terminal prints escape codes, which the other tests see nowhere else."""
-    program = (
-        "from training.report.heatmap import show_load\n"
-        "from training.report.terminal import Progress\nfrom training.report.tables import show_evaluation\n"
-        f"with Progress(2) as p:\n    p.update({MOE_ROW!r}, 1)\n    p.print('a line above')\n"
-        "    show_evaluation({'code': 1.5}, 3.0, {'code': (2.0, 4.5)})\n    p.update({}, 2)\n"
-        "show_load([[1.0, 3.0]], {})\nshow_load([[1.0] * 300], {})\n"
-    )
+def on_terminal(program: str, columns: int = 80) -> str:
+    """Run a program under a pseudo-terminal, and return what it printed."""
     parent, child = pty.openpty()
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "80", "PYTHONPATH": os.getcwd()}
+    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns), "PYTHONPATH": os.getcwd()}
     process = subprocess.Popen([sys.executable, "-c", program], stdout=child, stderr=child, env=environment)
     os.close(child)
     output = b""
@@ -157,7 +151,18 @@ def test_terminal_gets_a_bar_and_colours() -> None:
         pass
     os.close(parent)
     assert process.wait() == 0, output
-    text = output.decode()
+    return output.decode()
+
+
+def test_terminal_gets_a_bar_and_colours() -> None:
+    """A process under a pseudo-terminal prints escape codes, which the other tests see nowhere else."""
+    text = on_terminal(
+        "from training.report.heatmap import show_load\n"
+        "from training.report.terminal import Progress\nfrom training.report.tables import show_evaluation\n"
+        f"with Progress(2) as p:\n    p.update({MOE_ROW!r}, 1)\n    p.print('a line above')\n"
+        "    show_evaluation({'code': 1.5}, 3.0, {'code': (2.0, 4.5)})\n    p.update({}, 2)\n"
+        "show_load([[1.0, 3.0]], {})\nshow_load([[1.0] * 300], {})\n"
+    )
     assert "\x1b[" in text and "step 1/2" in text and "step 2/2" in text and "a line above" in text
     assert (
         "below gzip -9" in text
@@ -165,6 +170,52 @@ def test_terminal_gets_a_bar_and_colours() -> None:
         and "1.50" in text
         and "a cell is the least balanced of 5 experts" in text
     )
+
+
+def test_eighty_columns_break_no_word_and_keep_a_history() -> None:
+    columns = ["job", "optim.lr", "router.balance_coef", "router.capacity_factor", "train.accumulation", "status"]
+    cells = [["0", "0.0003", "0.01", "1.25", "4", "finished"], ["12", "0.001", "0.1", "2", "16", "failed"]]
+    long = "layer 3: 5 of 8 experts without a token since step 120; router logits grew from 4 to 100: lower the rate"
+    printed = on_terminal(
+        "from training.report.terminal import Progress, show_table, show_line\n"
+        f"row, table = {MOE_ROW!r}, ({columns!r}, {cells!r})\n"
+        "with Progress(400) as p:\n"
+        "    for step in range(1, 401):\n"
+        "        evaluation = {'eval/loss': 3.0} if step == 203 else {}\n"
+        "        p.update(row | evaluation, step, log=step % 5 == 0 or bool(evaluation))\n"
+        f"    p.print({long!r})\n"
+        f"show_line({long!r})\nshow_table({long!r}, *table, left=['status'])\n"
+    )
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed).replace("\r", "\n")
+    lines = [line.rstrip() for line in text.split("\n")]
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).split()
+    for word in [*columns, *(cell for row in cells for cell in row), *long.split()]:
+        assert word in words, word
+    assert " ".join(words).count(long) == 3
+    history = [line for line in lines if line.startswith("step ") and "loss" in line]
+    steps = [*range(5, 203, 20), 203, *range(225, 400, 20), 400]
+    assert [line.split()[1] for line in history] == [f"{step}/400" for step in steps]
+    assert all("ce  3.2000" in line and "balance 1.0500" in line for line in history)
+
+
+def test_the_eta_is_smooth() -> None:
+    now = 0.0
+    with Progress(1000, clock=lambda: now) as progress:
+        shown = []
+        for step in range(1, 501):
+            now += 60.0 if step < 3 else 21.0 if step % 100 == 0 else 1.0  # start, evaluations, steps
+            progress.update(MOE_ROW, step, log=False)
+            shown.append(progress.eta())
+        assert shown[:2] == [None, None] and shown[2] == 997.0
+        # The time that is left is 500 steps and 5 evaluations: 600 s. No value jumps by more than a fifth.
+        assert progress.eta() == pytest.approx(600, rel=0.02)
+        late = [eta for eta in shown[150:] if eta is not None]
+        assert max(abs(after / before - 1) for before, after in itertools.pairwise(late)) < 0.2
+        progress.go_back(400)
+        now += 1000.0  # a checkpoint is loaded
+        progress.update(MOE_ROW, 401, log=False)
+        assert progress.eta() == pytest.approx(719, rel=0.02)
 
 
 def test_evaluation(capsys: Capture) -> None:

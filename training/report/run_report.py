@@ -242,8 +242,11 @@ def resume_command(config: Config, name: str, world_size: int, steps: int) -> st
 
 def open_command(config: Config, directory: Path) -> str:
     """Return the command line that shows the run's curves."""
-    show_wandb = [_tool("wandb"), "leet", str(directory / "wandb")]
-    return shlex.join(["ls", str(directory)] if config.tracking.wandb == "disabled" else show_wandb)
+    if config.tracking.wandb != "disabled":
+        return shlex.join([_tool("wandb"), "leet", str(directory / "wandb")])
+    if config.tracking.tensorboard:
+        return shlex.join([_tool("tensorboard"), "--logdir", str(directory)])
+    return shlex.join(["ls", str(directory)])
 
 
 def show_finished(directory: Path, result: dict[str, Any]) -> None:

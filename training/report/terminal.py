@@ -9,12 +9,12 @@ import os
 import sys
 import textwrap
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TextIO
 
 from rich import box, progress
+from rich.cells import cell_len
 from rich.columns import Columns
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -26,8 +26,14 @@ PLAIN_WIDTH = 100_000
 """The width given to rich for plain output: more than any line needs, so that rich cuts and wraps nothing."""
 LEGEND_WIDTH = 120
 """The legend breaks into lines of at most this many columns, and of the terminal's width if that is less."""
-ETA_UPDATES = 20
-"""The estimated time to the end of the run (ETA) uses the speed over this many updates."""
+FIRST_STEPS = 2
+"""The first steps of a process do not count for the estimated time to the end (ETA): blocks are compiled in them, and
+trackers start."""
+PACE_STEPS = 500
+"""The ETA uses the mean time of up to this many steps, with evaluations and checkpoints; after more, older steps count
+exponentially less."""
+HISTORY_LINES = 20
+"""Above the progress bar, so many lines with the metrics stay on the terminal in a whole run, besides evaluations."""
 
 
 def _stdout() -> TextIO:
@@ -86,16 +92,34 @@ def show(renderable: RenderableType) -> None:
     sys.stdout.flush()
 
 
-def show_line(text: str = "", style: str = "") -> None:
-    """Print `text` without interpreting markup and without wrapping it.
+def wrapped(text: str) -> str:
+    """Return `text` with line breaks between words, so that it fits into the width of the terminal.
 
-    The terminal itself wraps a long line, so a command that is copied from it stays one line.
+    Plain output is not wrapped. A word that is longer than a line stays whole.
     """
-    show(Text(printable(text), style=style))
+    if not on_terminal():
+        return text
+    fill = textwrap.TextWrapper(
+        console().width, expand_tabs=False, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+    ).fill
+    return "\n".join(map(fill, text.split("\n")))
+
+
+def show_line(text: str = "", style: str = "") -> None:
+    """Print `text` without interpreting markup. A terminal breaks it between words."""
+    _show_unwrapped(wrapped(printable(text)), style)
+
+
+def _show_unwrapped(text: str, style: str = "") -> None:
+    """Print `text`, which the terminal itself wraps, so that a command which is copied from it stays one line."""
+    show(Text(text, style=style))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
     """Print an empty line, `title` and a table.
+
+    On a terminal, cells break between words. If the words of all columns do not fit side by side, the table is printed
+    in several parts, each with the first column.
 
     Args:
         title: the line above the table.
@@ -104,17 +128,53 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         left: the names of the columns that are left-aligned, besides the first. The others are right-aligned.
     """
     drawn = on_terminal()
-    table = Table(
-        box=box.SIMPLE_HEAD if drawn else None, show_edge=False, pad_edge=False, padding=(0, 1 if drawn else 2, 0, 0)
-    )
-    for index, name in enumerate(columns):
-        justify = "left" if index == 0 or name in left else "right"
-        table.add_column(Text(name), justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
+    cells = [[printable(cell) for cell in row] for row in rows]
+    words = [[part for row in (columns, *cells) for part in row[index].split()] for index in range(len(columns))]
+    narrowest = [max(map(cell_len, texts), default=0) for texts in words]
+    widest = [max(cell_len(row[index]) for row in (columns, *cells)) for index in range(len(columns))]
     show_line()
     show_line(title, style="bold")
-    show(table)
+    for number, part in enumerate(_parts(narrowest, console().width)):
+        if number:
+            show_line()
+        table = Table(
+            box=box.SIMPLE_HEAD if drawn else None,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1 if drawn else 2, 0, 0),
+        )
+        free = console().width - _width_of([narrowest[index] for index in part])
+        for index in part:
+            width = min(widest[index], narrowest[index] + max(0, free))
+            free -= width - narrowest[index]
+            table.add_column(
+                Text(columns[index]),
+                justify="left" if index == 0 or columns[index] in left else "right",
+                overflow="fold",
+                width=width if drawn else None,
+            )
+        for row in cells:
+            table.add_row(*(Text(row[index]) for index in part))
+        show(table)
+
+
+def _width_of(columns: Sequence[int]) -> int:
+    """Return the width of a drawn table: its columns, and two blanks between neighbours."""
+    return sum(columns) + 2 * (len(columns) - 1)
+
+
+def _parts(widths: Sequence[int], limit: int) -> list[list[int]]:
+    """Divide the columns of a table into parts that fit into `limit` characters. Each has the first column.
+
+    Returns:
+        The indices of each part's columns.
+    """
+    parts = [[0]]
+    for index in range(1, len(widths)):
+        if len(parts[-1]) > 1 and _width_of([widths[each] for each in [*parts[-1], index]]) > limit:
+            parts.append([0])
+        parts[-1].append(index)
+    return parts
 
 
 def show_fields(title: str, fields: Mapping[str, str]) -> None:
@@ -123,7 +183,7 @@ def show_fields(title: str, fields: Mapping[str, str]) -> None:
     show_line(title, style="bold")
     width = max(map(len, fields))
     for name, value in fields.items():
-        show_line(f"  {name:<{width}}  {value}")
+        _show_unwrapped(printable(f"  {name:<{width}}  {value}"))
 
 
 def _scaled(value: float, units: Sequence[str]) -> str:
@@ -217,6 +277,35 @@ def evaluation_line(row: Mapping[str, Any]) -> str:
     return "; bits per byte: ".join([f"held-out loss {row['eval/loss']:.4f}", *([", ".join(bits)] if bits else [])])
 
 
+class Pace:
+    """The smoothed time of a step.
+
+    Args:
+        clock: returns monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.seconds: float | None = None
+        """Seconds per step, with what happens between steps; None in the first steps."""
+        self._clock, self._uncounted, self._counted = clock, FIRST_STEPS, 0
+        self._before: float | None = None
+
+    def step(self) -> None:
+        """Count the time since the last step."""
+        now = self._clock()
+        if self._uncounted:
+            self._uncounted -= 1
+        elif self._before is not None:
+            self._counted += 1
+            mean = self.seconds or 0.0
+            self.seconds = mean + (now - self._before - mean) / min(self._counted, PACE_STEPS)
+        self._before = now
+
+    def pause(self) -> None:
+        """Do not count the time until the next step."""
+        self._before = None
+
+
 class Progress:
     """A context manager that shows the progress of the training loop on stdout.
 
@@ -227,10 +316,10 @@ class Progress:
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total_steps, self.step, self._clock = total_steps, start_step, clock
-        self._updates: deque[tuple[int, float]] = deque(maxlen=ETA_UPDATES + 1)
+        self.total_steps, self.step, self._pace = total_steps, start_step, Pace(clock)
         self._bar: _Bar | None = None
         self._legend_shown = False
+        self._last_line: int | None = None
 
     def __enter__(self) -> Self:
         if on_terminal():
@@ -262,52 +351,65 @@ class Progress:
         Args:
             row: the metrics by their names in `metrics.jsonl`.
             step: the number of optimizer steps done.
-            log: whether to print a line where there is no bar.
+            log: whether to print a line. Above a bar, only `HISTORY_LINES` of them are printed, and those of
+                evaluations.
         """
         self.step = step
-        self._updates.append((step, self._clock()))
+        self._pace.step()
         metrics = [metric for metric in METRICS if row.get(metric.key) is not None]
         if not self._legend_shown and metrics and (log or self._bar is not None):
             self._legend_shown = True
             legend = "; ".join(f"{metric.label}: {metric.meaning}" for metric in metrics)
             self.print(textwrap.fill(legend, min(LEGEND_WIDTH, console().width)))
         values = [f"{metric.label} {row[metric.key]:{metric.form}}" for metric in metrics]
-        if self._bar is not None:
-            self._bar.update(
-                progress.TaskID(0),
-                completed=step,
-                speed="  ".join(self._speed(row)).strip(),
-                metrics=values,
-                refresh=True,
-            )
-        elif log:
-            width = len(str(self.total_steps))
-            show_line("  ".join([f"step {step:>{width}}/{self.total_steps}", *values, *self._speed(row)]))
+        fields = [f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}", *values]
+        if self._bar is None:
+            if log:
+                show_line("  ".join([*fields, *self._speed(row)]))
+            return
+        if log and self._is_history(row, step):
+            self._last_line = step
+            self.print(_fitting(fields, self._bar.console.width))
+        self._bar.update(
+            progress.TaskID(0), completed=step, speed="  ".join(self._speed(row)).strip(), metrics=values, refresh=True
+        )
+
+    def _is_history(self, row: Mapping[str, Any], step: int) -> bool:
+        """Return whether the metrics of a step stay on the terminal, above the bar."""
+        last = self._last_line
+        far = last is None or step - last >= self.total_steps / HISTORY_LINES
+        return far or "eval/loss" in row or step == self.total_steps
 
     def go_back(self, step: int) -> None:
         """Continue after `step`, an earlier one."""
-        self.step = step
-        self._updates.clear()
+        self.step, self._last_line = step, None
+        self._pace.pause()
 
     def print(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.console.print(Text(printable(text)), soft_wrap=True)
+            self._bar.console.print(Text(wrapped(printable(text))), soft_wrap=True)
         else:
             show_line(text)
 
     def eta(self) -> float | None:
-        """Return the seconds to the end of the run at the speed of the last updates, or None before the second."""
-        if len(self._updates) < 2:
-            return None
-        # The time before the first update is not counted: that step also compiles, and trackers start before it.
-        (first, then), (last, now) = self._updates[0], self._updates[-1]
-        return (self.total_steps - last) * (now - then) / (last - first)
+        """Return the seconds to the end of the run at the pace of the last steps, or None in the first ones."""
+        return None if self._pace.seconds is None else (self.total_steps - self.step) * self._pace.seconds
 
     def _speed(self, row: Mapping[str, Any]) -> list[str]:
         rate, eta = row.get("speed/tokens_per_s"), self.eta()
         fields = [] if rate is None else [f"{human_count(rate):>7} tokens/s"]
         return fields + ([] if eta is None else [f"ETA {human_time(eta)}"])
+
+
+def _fitting(fields: Sequence[str], width: int) -> str:
+    """Return the first fields in one line of at most `width` characters."""
+    kept = list(fields[:1])
+    for field in fields[1:]:
+        if len("  ".join([*kept, field])) > width:
+            break
+        kept.append(field)
+    return "  ".join(kept)
 
 
 class _Bar(progress.Progress):
