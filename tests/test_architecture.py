@@ -33,6 +33,7 @@ HEAVY = {
     "jinja2",
     "plotly",
     "deepspeed",
+    "fsspec",
 }
 FILES = [(room, path) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 SOURCES = [*[path for _, path in FILES], *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "train.py"]

@@ -23,7 +23,8 @@ from parallel.planning.plan import Plan
 from parallel.startup.preflight import check_ranks_agree, collect_properties, flatten
 from parallel.startup.rendezvous import choose_on_rank0, exposure
 from training.checkpoint.manifest import CHECKPOINTS, newest_committed, newest_verified
-from training.checkpoint.peers import Peers
+from training.checkpoint.peers import Peers, RemoteError
+from training.checkpoint.remote import RemoteCheckpoints, newest_of_both
 from training.compilation import choose_compilation
 from training.config import Config, with_vocabulary
 from training.device import Process, check_memory, memory_of_a_rank
@@ -73,6 +74,8 @@ class AgreedRun:
     """The checkpoint that the run continues from; None for a run that starts at step 0."""
     state: dict[str, Any] | None
     """The state in this checkpoint."""
+    remote: RemoteCheckpoints | None
+    """The copies of the run's checkpoints in a store (`checkpoint.remote`)."""
     initial_directory: str | None
     """The model directory whose weights the run starts from; None for random weights or a checkpoint."""
     finished_result: dict[str, Any] | None
@@ -120,7 +123,9 @@ def agree_on_run(
 
     # Where it starts: at a checkpoint of this run, at another model's weights, or at random weights.
     restarted = from_rank_0("restarted", lambda: world.restart_count > 0)  # Other nodes can count otherwise.
-    checkpoint = find_checkpoint(config, directory, peers, restarted=restarted, warn=show_line)
+    url = config.checkpoint.remote
+    remote = None if url is None else RemoteCheckpoints(url, name)
+    checkpoint = find_checkpoint(config, directory, peers, restarted=restarted, warn=show_line, remote=remote)
     state = None if checkpoint is None else resumable_state(checkpoint, config.train.steps)
     saved = {} if checkpoint is None or state is None else saved_values(state, directory, checkpoint)
     done = 0 if state is None else state["step"]
@@ -151,6 +156,7 @@ def agree_on_run(
         notes=notes,
         checkpoint=checkpoint,
         state=state,
+        remote=remote,
         initial_directory=from_rank_0("initial", lambda: find_initial(init_from, warn=show_line)),
         finished_result=from_rank_0("finished", lambda: finished_result(directory, config.train.steps)),
     )
@@ -189,7 +195,13 @@ def check_shared(from_rank_0: Callable[[str, Callable[[], Any]], Any], directory
 
 
 def find_checkpoint(
-    config: Config, directory: Path, peers: Peers, *, restarted: bool, warn: Callable[[str], None]
+    config: Config,
+    directory: Path,
+    peers: Peers,
+    *,
+    restarted: bool,
+    warn: Callable[[str], None],
+    remote: RemoteCheckpoints | None = None,
 ) -> str | None:
     """Return the newest undamaged checkpoint of the run in `directory`, or None if the run starts at step 0.
 
@@ -198,10 +210,12 @@ def find_checkpoint(
     Args:
         restarted: whether the launcher has restarted the workers. The run then continues even with `run.resume=never`.
         warn: receives one line for each damaged checkpoint, on rank 0.
+        remote: the copies of the checkpoints. A newer one than those in `directory` is copied there.
 
     Raises:
         CheckpointError: on all ranks, if `run.resume=never` and there is a checkpoint, `run.resume=must` and there is
-            none, or all checkpoints are damaged.
+            none, all checkpoints are damaged, or the remote store does not answer and `checkpoint.on_error=stop` or
+            `directory` has no checkpoint.
     """
     root = directory / CHECKPOINTS
     resume = config.run.resume
@@ -211,8 +225,26 @@ def find_checkpoint(
             raise CheckpointError(
                 f"run.resume=never: expected the name of a new run; {directory} has checkpoints up to {found.name}"
             )
-        return None
-    newest = newest_verified(root, warn, peers)
+    try:
+        if remote is not None:
+            remote.check(peers)
+        if resume == "never" and not restarted:
+            step = None if remote is None else remote.newest(peers)
+            if remote is not None and step is not None:
+                raise CheckpointError(
+                    f"run.resume=never: expected the name of a new run; {remote.url} has checkpoints up to step-{step}"
+                )
+            return None
+        newest = newest_verified(root, warn, peers) if remote is None else newest_of_both(root, remote, warn, peers)
+    except RemoteError as error:
+        problem = (
+            f"checkpoint.remote={config.checkpoint.remote}: expected a store that can be read and written ({error})"
+        )
+        newest = newest_verified(root, warn, peers) if config.checkpoint.on_error == "warn" else None
+        if newest is None:  # The store may have checkpoints of the run, so it does not start at step 0.
+            raise CheckpointError(problem) from error
+        if peers.rank == 0:
+            warn(f"warning: {problem}; the run continues from {newest}")
     require(
         newest is not None or resume != "must",
         CheckpointError,

@@ -11,6 +11,7 @@ from common.strict import FreeText
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig
+from training.checkpoint.remote_files import check_url
 from training.optimizer import OPTIMIZERS
 from training.schedule import SCHEDULES
 
@@ -179,6 +180,10 @@ class CheckpointConfig:
     on_error: Literal["stop", "warn"] = "stop"
     """What happens if a checkpoint cannot be written, e.g. because the disk is full. `stop`: the run ends; `warn`: a
     line says so, and the run goes on."""
+    remote: str | None = None
+    """URL of a directory in a store, e.g. `s3://bucket/runs`. Every checkpoint is also copied to
+    `<url>/<run.name>/checkpoints`, and a run whose directory is lost continues from there (docs/runs.md). `null`:
+    none."""
 
     def __post_init__(self) -> None:
         expect_fields(
@@ -190,6 +195,8 @@ class CheckpointConfig:
             every=(self.every >= 0, "an integer >= 0 (0: only at the end)"),
             keep=(self.keep >= 2, "an integer >= 2"),
         )
+        if self.remote is not None:
+            check_url("remote", self.remote)
 
 
 @dataclass(frozen=True)
@@ -369,6 +376,12 @@ class Config:
             "health.recheck_every",
             self.health.recheck_every,
             "0 with engine=deepspeed",
+        )
+        expect(
+            self.checkpoint.remote is None or self.run.name is not None,
+            "run.name",
+            None,
+            "the name of the run with checkpoint.remote (a run finds its checkpoints there by its name)",
         )
         length = "train.steps" if self.optim.schedule_steps is None else "optim.schedule_steps"
         steps = self.optim.schedule_steps or self.train.steps

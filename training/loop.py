@@ -168,7 +168,9 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         Recorder(run.config, run.directory, run.name, active=process.is_main, state=run.state) as recorder,
         step_profiler(summary, engine, first_step, peak) if profiling else nullcontext() as profiler,
         WaitingClock() as waiting,
-        Saver(run.directory / CHECKPOINTS, config.checkpoint, savers, run.checkpoint, recorder.note) as saver,
+        Saver(
+            run.directory / CHECKPOINTS, config.checkpoint, savers, run.checkpoint, recorder.note, run.remote
+        ) as saver,
         Interruption(list(siblings.values())) as interruption,
         hangs_explained(run.directory, world.rank, siblings, config.parallel.timeout_s) as flight,
     ):
@@ -242,7 +244,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 with goodput.spent_on("load"):
                     gone_back = rewind.go_back(done, found)  # or the run ends
                 if gone_back is not None:
-                    saver.newest = gone_back
+                    saver.go_back(gone_back)
                     continue
 
             if due.saves(done):

@@ -75,7 +75,7 @@ RULES: dict[str, dict[str, str]] = {
         "overlap",
         FREE: "start_timeout_s timeout_s",
     },
-    "checkpoint": {FREE: "every keep at_end io_timeout_s background keep_every keep_best on_error"},
+    "checkpoint": {FREE: "every keep at_end io_timeout_s background keep_every keep_best on_error remote"},
     "health": {LISTED: "on_nan on_spike spike_z", FREE: "every recheck_every"},
     "telemetry": {FREE: "every"},
     "tracking": {FREE: "wandb project entity group job_type tags notes diff tensorboard csv per_expert trackers"},

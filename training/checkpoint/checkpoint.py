@@ -18,10 +18,8 @@ of a process group limits how long a rank writes or reads.
 """
 
 import itertools
-import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +27,12 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError, expect_no_tensors, require
-from common.files import fsync
 from moe.region import LocalShard, Region
 from training.checkpoint.manifest import (
     FORMAT,
-    MANIFEST,
     Retention,
+    begin_checkpoint,
+    commit_checkpoint,
     delete_old_checkpoints,
     read_manifest,
     write_manifest,
@@ -171,20 +169,14 @@ def write(
     """
     final, temporary = root / f"step-{step}", root / f".tmp-step-{step}"
 
-    def prepare() -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        for unfinished in root.glob(".tmp-*"):
-            shutil.rmtree(unfinished)
-        temporary.mkdir()
-
     def commit(files: list[tuple[str, dict[str, Any]]]) -> list[None]:
         _check_visible(temporary, files)
         write_manifest(temporary, _manifest_body(assignment.tensors, files, state))
-        _publish(temporary, final)
+        commit_checkpoint(temporary, final)
         return [None] * len(files)
 
     try:
-        peers.on_rank_0(prepare, root)
+        peers.on_rank_0(lambda: str(begin_checkpoint(root, step)), root)
         peers.run(lambda: write_shard(temporary, peers.rank, parts, peers.progress), root, commit)
     except CheckpointError:
         if peers.rank == 0:
@@ -286,24 +278,3 @@ def _check_visible(directory: Path, files: list[tuple[str, dict[str, Any]]]) -> 
             CheckpointError,
             f"{file}: rank {rank} wrote this file, and rank 0 does not see it: expected a shared directory",
         )
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Make the finished directory `temporary` the checkpoint `final`, in one atomic step."""
-    if not final.exists():
-        temporary.rename(final)
-        fsync(final.parent)
-        return
-    new_names = {file.name for file in temporary.iterdir()}
-    for name in sorted(new_names - {MANIFEST}):
-        os.replace(temporary / name, final / name)
-    fsync(final)
-    os.replace(temporary / MANIFEST, final / MANIFEST)
-    fsync(final)
-    # The checkpoint is saved now. What cannot be removed here goes with it, or with the next one that is written.
-    with suppress(OSError):
-        temporary.rmdir()
-    for file in final.iterdir():
-        if file.name not in new_names:
-            with suppress(OSError):
-                file.unlink()

@@ -16,9 +16,10 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,42 @@ def write_manifest(directory: Path, body: dict[str, Any]) -> None:
     fsync(directory)
 
 
+def begin_checkpoint(root: Path, step: int) -> Path:
+    """Make the directory in which the checkpoint of a step is written until `commit_checkpoint`, and remove what
+    unfinished ones have left.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for unfinished in root.glob(".tmp-*"):
+        shutil.rmtree(unfinished)
+    temporary = root / f".tmp-step-{step}"
+    temporary.mkdir()
+    return temporary
+
+
+def commit_checkpoint(temporary: Path, final: Path) -> None:
+    """Make the finished directory `temporary` the checkpoint `final`, in one atomic step."""
+    if not final.exists():
+        temporary.rename(final)
+        fsync(final.parent)
+        return
+    new_names = {file.name for file in temporary.iterdir()}
+    for name in sorted(new_names - {MANIFEST}):
+        os.replace(temporary / name, final / name)
+    fsync(final)
+    os.replace(temporary / MANIFEST, final / MANIFEST)
+    fsync(final)
+    # The checkpoint is saved now. What cannot be removed here goes with it, or with the next one that is written.
+    with suppress(OSError):
+        temporary.rmdir()
+    for file in final.iterdir():
+        if file.name not in new_names:
+            with suppress(OSError):
+                file.unlink()
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the checkpoint directory `path`, after checking its hash and its fields.
 
@@ -74,6 +111,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raw = read_file(file, MAX_MANIFEST)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+    return parse_manifest(raw, str(file), step_of(path) if STEP_DIRECTORY.fullmatch(path.name) else None)
+
+
+def parse_manifest(raw: bytes, file: str, step: int | None) -> dict[str, Any]:
+    """Return the manifest with the content `raw`, after checking its hash and its fields.
+
+    Args:
+        file: its path or URL, for messages.
+        step: the step of the checkpoint; None if its directory does not say.
+
+    Raises:
+        CheckpointError: as in `read_manifest`.
+    """
     try:
         body: dict[str, Any] = parse_json(raw)
         expected = body.pop("sha256")
@@ -82,20 +132,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: damaged: not the JSON that was written") from error
     require(intact, CheckpointError, f"{file}: damaged: found sha256 {actual}, expected {expected}")
-    found = shorten(repr(body.get("format")), 40)
-    require(found == str(FORMAT), CheckpointError, f"{file}: found format {found}, expected {FORMAT}")
+    version = shorten(repr(body.get("format")), 40)
+    require(version == str(FORMAT), CheckpointError, f"{file}: found format {version}, expected {FORMAT}")
     try:
         _check_body(body)
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a checkpoint manifest: {shorten(repr(error), 200)}") from error
-    if STEP_DIRECTORY.fullmatch(path.name):
-        step = body["state"].get("step", step_of(path))
-        require(
-            step == step_of(path),
-            CheckpointError,
-            f"{file}: found the checkpoint of step {shorten(repr(step), 40)}, expected that of step {step_of(path)}, "
-            "as its directory says",
-        )
+    found = body["state"].get("step", step)
+    require(
+        step is None or found == step,
+        CheckpointError,
+        f"{file}: found the checkpoint of step {shorten(repr(found), 40)}, expected that of step {step}, "
+        "as its directory says",
+    )
     return body
 
 
@@ -228,6 +277,17 @@ def delete_checkpoint(path: Path) -> None:
     shutil.rmtree(path)
 
 
+class Choice(NamedTuple):
+    """What becomes of the checkpoints of a run, by their steps."""
+
+    newest: list[int]
+    """The newest intact ones, which are kept."""
+    superfluous: set[int]
+    """Those to delete."""
+    others: set[int]
+    """Those to delete only if they have no undamaged manifest."""
+
+
 class Retention(NamedTuple):
     """Which checkpoints are kept."""
 
@@ -237,6 +297,37 @@ class Retention(NamedTuple):
     """Every checkpoint whose step is a multiple of this number is kept, too; 0: none."""
     best: int = 0
     """Number of checkpoints with the lowest held-out loss that are kept, too."""
+
+    def choose(
+        self,
+        steps: Sequence[int],
+        saved: int | None,
+        is_intact: Callable[[int], bool],
+        best_first: Callable[[Sequence[int]], Sequence[int]],
+    ) -> Choice:
+        """Choose among the checkpoints `steps`, the newest first.
+
+        Args:
+            saved: the step that was just saved, which is intact; None: there is none, and no step counts as later.
+            is_intact: whether a checkpoint is not damaged. It is called for the checkpoints that are kept only.
+            best_first: returns those of some steps that have a held-out loss, the lowest first.
+        """
+
+        def first_intact(candidates: Sequence[int], number: int) -> list[int]:
+            return list(itertools.islice(filter(is_intact, candidates), number))
+
+        later = [step for step in steps if saved is not None and step > saved]
+        just_saved = [step for step in steps if step == saved]
+        older = [step for step in steps if step not in later and step not in just_saved]
+        newest = just_saved + first_intact(older, self.keep - len(just_saved))
+        enough = len(newest) >= self.keep
+        kept = {*newest, *first_intact(later, len(later))}
+        if self.best:
+            kept |= {*first_intact(best_first(just_saved + older), self.best)}
+        superfluous = {step for step in steps if step not in kept and (step in later or enough)}
+        if self.every:
+            superfluous -= {step for step in superfluous if step % self.every == 0 and step not in later}
+        return Choice(newest, superfluous, {*steps} - superfluous - kept)
 
 
 def delete_old_checkpoints(root: Path, newest: int | None, retention: Retention, peers: Peers = ALONE) -> None:
@@ -256,29 +347,20 @@ def delete_old_checkpoints(root: Path, newest: int | None, retention: Retention,
     Raises:
         CheckpointError: on all ranks, if no checkpoint is intact, or one cannot be deleted.
     """
-
-    def first_intact(paths: Iterable[Path], number: int) -> list[Path]:
-        return list(itertools.islice((path for path in paths if damage_of(path, peers, again=False) is None), number))
-
-    paths = listed(root, peers)
-    later = [path for path in paths if newest is not None and step_of(path) > newest]
-    # The checkpoint of this step was hashed when it was written.
-    just_saved = [path for path in paths if step_of(path) == newest]
-    older = [path for path in paths if path not in later and path not in just_saved]
-    kept = just_saved + first_intact(older, retention.keep - len(just_saved))
-    require(kept, CheckpointError, f"{root}: expected an intact checkpoint; nothing is deleted")
-    enough = len(kept) >= retention.keep
-    kept += first_intact(later, len(later))
-    if retention.best:
-        kept += first_intact(_best_first(just_saved + older, peers), retention.best)
-
-    def is_superfluous(path: Path) -> bool:
-        is_nth = retention.every > 0 and step_of(path) % retention.every == 0 and path not in later
-        return path not in kept and (path in later or (enough and not is_nth) or _is_uncommitted(path))
+    path_of = {step_of(path): path for path in listed(root, peers)}
+    choice = retention.choose(
+        [*path_of],
+        newest,
+        # The checkpoint of this step was hashed when it was written.
+        is_intact=lambda step: damage_of(path_of[step], peers, again=False) is None,
+        best_first=lambda steps: _best_first([path_of[step] for step in steps], peers),
+    )
+    require(choice.newest, CheckpointError, f"{root}: expected an intact checkpoint; nothing is deleted")
 
     def delete() -> None:
-        for path in filter(is_superfluous, paths):
-            delete_checkpoint(path)
+        for step, path in path_of.items():
+            if step in choice.superfluous or (step in choice.others and _is_uncommitted(path)):
+                delete_checkpoint(path)
 
     peers.on_rank_0(delete, root)
 
@@ -293,20 +375,28 @@ def _is_uncommitted(path: Path) -> bool:
     return False
 
 
-def _best_first(paths: list[Path], peers: Peers) -> list[Path]:
-    """Return the checkpoints that record a held-out loss, the lowest first; of equal ones the newest. Collective."""
+def _best_first(paths: list[Path], peers: Peers) -> list[int]:
+    """Return the steps of the checkpoints that record a held-out loss, the lowest first; of equal ones the newest.
+    Collective."""
 
-    def find() -> list[str]:
-        losses: dict[str, float] = {}
+    def find() -> list[int]:
+        states = {}
         for path in paths:
             with suppress(CheckpointError):
-                loss = read_state(path).get(HELDOUT_LOSS)
-                if isinstance(loss, int | float):
-                    losses[path.name] = loss
-        return sorted(losses, key=lambda name: losses[name])
+                states[step_of(path)] = read_state(path)
+        return by_loss(states)
 
-    names = peers.on_rank_0(find, paths[0].parent) if paths else []
-    return [paths[0].parent / name for name in names]
+    return [*peers.on_rank_0(find, paths[0].parent)] if paths else []
+
+
+def by_loss(states: Mapping[int, Mapping[str, Any]]) -> list[int]:
+    """Return the steps whose state has a held-out loss, the lowest loss first. Equal ones stay in their order.
+
+    >>> by_loss({30: {"heldout_loss": 2.5}, 20: {"heldout_loss": 2.0}, 10: {"heldout_loss": None}})
+    [20, 30]
+    """
+    found = [(state.get(HELDOUT_LOSS), step) for step, state in states.items()]
+    return [step for _, step in sorted((pair for pair in found if isinstance(pair[0], int | float)), key=itemgetter(0))]
 
 
 _intact: set[tuple[Path, int, int, int, str]] = set()

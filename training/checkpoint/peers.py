@@ -33,6 +33,10 @@ class StalledError(CheckpointError):
     """A rank made no progress while it read or wrote, or has ended. The other ranks cannot continue without it."""
 
 
+class RemoteError(CheckpointError):
+    """A remote store refused to read or write, or did not answer. It says nothing about the checkpoints in it."""
+
+
 class Failure(NamedTuple):
     """An error on one rank, as the ranks exchange it."""
 
@@ -45,7 +49,7 @@ class Failure(NamedTuple):
         return ERRORS[self.kind](self.message)
 
 
-ERRORS = {error.__name__: error for error in (CheckpointError, NotFiniteError, StalledError)}
+ERRORS = {error.__name__: error for error in (CheckpointError, NotFiniteError, StalledError, RemoteError)}
 
 
 class Peers:
@@ -115,8 +119,9 @@ class Peers:
         """Call `work` on rank 0 only, and return its result on every rank. Collective. The rest is as in `run`."""
         return self.run(lambda: work() if self.rank == 0 else None, where, lambda found: [found[0]] * len(found))
 
-    def progress(self, file: Path, done: int, total: int) -> None:
-        """Tell the other ranks that this rank reads or writes `file`, and has done `done` of `total` bytes."""
+    def progress(self, file: Path | str, done: int, total: int) -> None:
+        """Tell the other ranks that this rank reads or writes `file`, a path or a URL, and has done `done` of `total`
+        bytes."""
         now = time.monotonic()
         if self._store is None or (str(file) == self._shown and now - self._shown_at < min(1.0, self.timeout_s / 5)):
             return

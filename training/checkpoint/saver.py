@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from moe.region import LocalShard
 from training.checkpoint.checkpoint import Assignment, assign, prune, write
 from training.checkpoint.manifest import Retention, step_of
 from training.checkpoint.peers import NotFiniteError, Peers, StalledError
+from training.checkpoint.remote import RemoteCheckpoints
 from training.checkpoint.shards import as_shard
 from training.config import CheckpointConfig
 
@@ -30,15 +32,17 @@ Tensors = Mapping[str, Tensor | LocalShard]
 
 
 class Outcome(NamedTuple):
-    """How a save has ended. The same on all ranks, apart from the time."""
+    """How a save has ended. The same on all ranks, apart from the times."""
 
     step: int
     path: Path | None
     """The checkpoint; None if it was not saved."""
-    error: Exception | None
-    """Why it was not saved, or, if it was, why older checkpoints could not be deleted."""
-    seconds: float
-    """The time from the start of the save to its end."""
+    errors: list[Exception]
+    """Why it was not saved, or, if it was, why it could not be copied or older checkpoints could not be deleted."""
+    save_s: float | None
+    """The time from the start of the save until older checkpoints were deleted; None if it was only copied."""
+    copy_s: float | None
+    """The time for which it was copied to the remote store; None if it was not."""
 
 
 class Saver:
@@ -53,14 +57,21 @@ class Saver:
         peers: the ranks. Nothing else may use this object, because a thread does.
         newest: the checkpoint that the run continues from.
         note: receives lines for the user.
+        remote: where every checkpoint is copied to.
     """
 
     def __init__(
-        self, root: Path, config: CheckpointConfig, peers: Peers, newest: str | None, note: Callable[[str], None]
+        self,
+        root: Path,
+        config: CheckpointConfig,
+        peers: Peers,
+        newest: str | None,
+        note: Callable[[str], None],
+        remote: RemoteCheckpoints | None = None,
     ) -> None:
         self.newest = newest
         """The newest checkpoint that was saved or that the run continues from."""
-        self._root, self._config, self._peers, self._note = root, config, peers, note
+        self._root, self._config, self._peers, self._note, self._remote = root, config, peers, note, remote
         self._retention = Retention(config.keep, config.keep_every, config.keep_best)
         self._assignment: Assignment | None = None
         self._copies: dict[str, Tensor] = {}
@@ -87,11 +98,18 @@ class Saver:
     def prepare(self, tensors: Callable[[], Tensors]) -> None:
         """Allocate the memory of the copies, if checkpoints are saved in the background. Collective.
 
+        If the remote store lacks the checkpoint that the run continues from, it is copied there.
+
         Args:
             tensors: as in `save`.
+
+        Raises:
+            CheckpointError: as in `save`.
         """
         if self._config.background:
             self._copy(self._choose(tensors()))
+        if self._remote is not None and self.newest is not None:
+            self._begin(partial(self._upload, Path(self.newest)))
 
     @property
     def newest_step(self) -> int:
@@ -119,13 +137,22 @@ class Saver:
         self.finish()
         parts = self._choose(tensors())
         if self._config.background:
-            arguments = (step, self._copy(parts), copy.deepcopy(state), start)
-            self._thread = threading.Thread(target=self._run, args=arguments, name=f"save-{step}", daemon=True)
-            self._thread.start()
-        else:
-            self._run(step, parts, state, start)
-            self._conclude()
+            parts, state = self._copy(parts), copy.deepcopy(state)
+        self._begin(partial(self._run, step, parts, state, start))
         self._figures["speed/checkpoint_stall_s"] = time.monotonic() - start
+
+    def go_back(self, path: str) -> None:
+        """Continue from the checkpoint `path` after newer ones have been deleted, and delete their copies. Collective.
+
+        Raises:
+            CheckpointError: as in `save`.
+        """
+        self.newest = path
+        if self._remote is not None:
+            try:
+                self._remote.delete_after(self.newest_step, self._peers)
+            except CheckpointError as error:
+                self._warn_or_raise(error)
 
     def poll(self) -> None:
         """Report the save in flight if it has ended on all ranks. Collective.
@@ -155,8 +182,9 @@ class Saver:
     def take_figures(self) -> dict[str, float]:
         """Return the metrics of the saves since the last call, in seconds.
 
-        They are `speed/checkpoint_stall_s`, the time for which the training loop waited, and `speed/checkpoint_s`, the
-        time until the checkpoint was complete and older ones were deleted.
+        They are `speed/checkpoint_stall_s`, the time for which the training loop waited, `speed/checkpoint_s`, the
+        time until the checkpoint was complete and older ones were deleted, and `speed/checkpoint_upload_s`, the time
+        for which it was then copied to the remote store.
         """
         figures, self._figures = self._figures, {}
         return figures
@@ -178,37 +206,86 @@ class Saver:
             torch.cuda.synchronize()
         return list(self._copies.items())
 
-    def _run(self, step: int, parts: list[tuple[str, Tensor]], state: dict[str, Any], start: float) -> None:
-        """Write the checkpoint, and delete those that are not kept. A background thread can call it."""
+    def _begin(self, work: Callable[[], Outcome]) -> None:
+        """Call `work` and report how it has ended, in a thread if checkpoints are saved in the background."""
+
+        def run() -> None:
+            if self._config.background and sys.platform == "linux":  # where a priority is that of a thread
+                thread = threading.get_native_id()
+                # Only root can raise a priority, and the process may have a lower one.
+                os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))
+            self._outcome = work()
+
+        if self._config.background:
+            self._thread = threading.Thread(target=run, name="save", daemon=True)
+            self._thread.start()
+        else:
+            run()
+            self._conclude()
+
+    def _run(self, step: int, parts: list[tuple[str, Tensor]], state: dict[str, Any], start: float) -> Outcome:
+        """Write the checkpoint, delete those that are not kept, and copy it. A background thread can call it."""
         assert self._assignment is not None
-        if self._config.background and sys.platform == "linux":  # where a priority is that of a thread
-            thread = threading.get_native_id()
-            # Only root can raise a priority, and the process may have a lower one.
-            os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))
-        path, error = None, None
+        errors = []
         try:
             path = write(self._root, step, self._assignment, parts, state, self._peers)
+        except Exception as error:
+            return Outcome(step, None, [error], None, None)
+        try:
             prune(self._root, step, self._retention, self._peers)
-        except Exception as caught:
-            error = caught
-        self._outcome = Outcome(step, path, error, time.monotonic() - start)
+        except Exception as error:
+            errors.append(error)
+        seconds = time.monotonic() - start
+        if self._remote is None or any(isinstance(error, StalledError) for error in errors):
+            return Outcome(step, path, errors, seconds, None)
+        copied = self._upload(path)
+        return copied._replace(errors=errors + copied.errors, save_s=seconds)
+
+    def _upload(self, path: Path) -> Outcome:
+        """Copy a checkpoint to the remote store, and delete those that are not kept there."""
+        assert self._remote is not None
+        start, step, seconds = time.monotonic(), step_of(path), None
+        errors: list[Exception] = []
+        saved = f"{path} is saved, but it could not be copied to {self._remote.url}"
+        try:
+            if self._remote.upload(path, self._peers):
+                seconds = time.monotonic() - start
+                saved = f"{path} is copied to {self._remote.url}, but older checkpoints could not be deleted there"
+                self._remote.prune(step, self._retention, self._peers)
+        except StalledError as error:
+            errors.append(error)
+        except CheckpointError as error:
+            errors.append(CheckpointError(f"{saved}: {error}"))
+        except Exception as error:
+            errors.append(error)
+        return Outcome(step, path, errors, None, seconds)
 
     def _conclude(self) -> None:
         """Report how the last save has ended."""
         assert self._outcome is not None
-        step, path, error, seconds = self._outcome
-        if path is not None:
+        step, path, errors, save_s, copy_s = self._outcome
+        if path is not None and save_s is not None:
             self.newest = str(path)
-            self._figures["speed/checkpoint_s"] = seconds
-            self._note(f"saved {path}{f' in the background, in {seconds:.1f} s' if self._config.background else ''}")
-        if error is None:
-            return
-        if isinstance(error, NotFiniteError):
-            self.refuse(step, str(error))
-            return
+            self._figures["speed/checkpoint_s"] = save_s
+            self._note(f"saved {path}{f' in the background, in {save_s:.1f} s' if self._config.background else ''}")
+        if self._remote is not None and copy_s is not None:
+            self._figures["speed/checkpoint_upload_s"] = copy_s
+            self._note(f"copied step-{step} to {self._remote.url} in {copy_s:.1f} s")
+        for error in errors:
+            if isinstance(error, NotFiniteError):
+                self.refuse(step, str(error))
+            else:
+                self._warn_or_raise(error, unsaved=step if path is None else None)
+
+    def _warn_or_raise(self, error: Exception, unsaved: int | None = None) -> None:
+        """Raise `error`, or say it if the run goes on (`checkpoint.on_error`).
+
+        Args:
+            unsaved: the step that was not saved because of the error.
+        """
         if not isinstance(error, CheckpointError) or isinstance(error, StalledError) or self._config.on_error == "stop":
             raise error
-        if path is None:
-            self.refuse(step, f"{error} (checkpoint.on_error=warn)")
-        else:
+        if unsaved is None:
             self._note(f"warning: {error} (checkpoint.on_error=warn)")
+        else:
+            self.refuse(unsaved, f"{error} (checkpoint.on_error=warn)")
