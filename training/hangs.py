@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from common.errors import TrainingFailure
 from common.files import write_atomically
+from common.processes import process_state
 from common.text import first_line, parse_json, to_json
 from training.checkpoint.peers import StalledError
-from training.interruption import process_state
 
 COLLECTIVES = "collectives"
 """The directory in the run's directory with the last collectives of each rank that has failed."""
@@ -60,20 +60,17 @@ def hangs_explained(
     watch.start()
     try:
         yield record
-    except StalledError as error:
-        if watch.kill_stopped():
-            raise watch.failure(str(error)) from error
-        raise
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(name in str(error) for name in ("gloo", "NCCL")):
+    except (StalledError, RuntimeError) as error:
+        collective = isinstance(error, dist.DistError) or any(name in str(error) for name in ("gloo", "NCCL"))
+        if not collective and not (isinstance(error, StalledError) and watch.kill_stopped()):
             raise
         step, entries = record.step(), last_collectives()
         with contextlib.suppress(OSError):
             write_record(directory, rank, step, entries, error)
         where = f"the last collectives of the ranks that answer are in {directory / COLLECTIVES}"
         if watch.killed:
-            waited = f"rank {rank} waited {timeout_s:g} s for it in step {step}"
-            raise watch.failure(f"{waited}; {where}") from error
+            waited = f"rank {rank} waited {timeout_s:g} s for it in" if collective else f"{error}, in"
+            raise watch.failure(f"{waited} step {step}; {where}") from error
         if not any(sign in str(error) for sign in ("Timed out", "timed out", "timeout")):
             raise
         # A time-out can have retired the collective already. Then it is the last one.

@@ -12,19 +12,23 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Self
 
-from common.processes import process_stat
+from common.processes import has_ended
 from parallel.startup.launch import is_launched
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REPEAT_S = 1.0
 """A worker gets one Ctrl-C twice: from the terminal, and from its launcher. After this time it is another one."""
+REPORT_S = 5.0
+"""How long a rank that has lost another one can take to report what it knows, before SIGTERM ends it."""
 
 
 class Interruption:
     """Handles the signals while the context is active. A signal that this process ignores stays ignored.
 
-    A second SIGINT ends the process at once. So does SIGTERM after another rank of this host has ended: its launcher
-    sends it then, and the step cannot end.
+    A second SIGINT ends the process at once. SIGTERM ends it after `REPORT_S` if another rank of this host has
+    ended: the launcher sends it then, and the step cannot end. In that time the collective that this rank waits in
+    fails, and the rank reports why. For the same reason, the handlers of a rank that a launcher has started stay after
+    an exception.
 
     Args:
         siblings: process ids of the ranks on this host.
@@ -35,6 +39,7 @@ class Interruption:
         """The number of the signal after which all ranks stop; 0: they go on."""
         self._siblings, self._received, self._since = siblings, 0, 0.0
         self._handlers: dict[signal.Signals, object] = {}
+        self._closed = threading.Event()
         self._wakeup = (-1, -1)
         self._writer = -1
 
@@ -57,13 +62,15 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None or not is_launched():
+            self.close()
 
     def close(self) -> None:
         """Restore what the signals did before. More calls do nothing."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what getsignal has returned
         self._handlers = {}
+        self._closed.set()
         if self._writer >= 0:
             signal.set_wakeup_fd(self._wakeup[1])
             os.close(self._writer)  # The thread reads the end of the pipe.
@@ -91,18 +98,9 @@ class Interruption:
             for number in numbers:
                 if number == signal.SIGINT and first is not None and time.monotonic() - first > REPEAT_S:
                     os._exit(128 + number)
-                if number == signal.SIGTERM and not all(map(_runs, self._siblings)):
+                lost = number == signal.SIGTERM and any(map(has_ended, self._siblings))
+                if lost and not self._closed.wait(REPORT_S):
                     os._exit(128 + number)
                 if number in SIGNALS and first is None:
                     first = time.monotonic()
         os.close(reader)
-
-
-def _runs(pid: int) -> bool:
-    """Return whether a process of this host has not ended."""
-    return process_state(pid) not in ("", "Z", "X")
-
-
-def process_state(pid: int) -> str:
-    """Return the state of a process of this host, as in proc_pid_stat(5): `T` if it is stopped, `` if it is gone."""
-    return next(iter(process_stat(pid)), "")

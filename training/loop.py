@@ -154,6 +154,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
     siblings = processes_of_host(world, mesh)
+    peers.siblings = savers.siblings = siblings
 
     # 6. The loop over optimizer steps, which `Steps` runs.
     first_step, due = run.state["step"] if run.state else 0, Due(config)

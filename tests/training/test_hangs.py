@@ -24,7 +24,7 @@ def test_a_rank_that_is_stopped_in_a_save_is_named_and_killed(tmp_path: Path) ->
             raise StalledError("rank 1: no progress")
         os.kill(process.pid, signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-        said = rf"^rank 1 \(process {process.pid}\) was stopped, and is killed: rank 1: no progress$"
+        said = rf"^rank 1 \(process {process.pid}\) was stopped, and is killed: rank 1: no progress, in step 0; "
         with (
             pytest.raises(TrainingFailure, match=said),
             hangs_explained(tmp_path, 0, {1: process.pid}, 4.0),

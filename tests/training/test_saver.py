@@ -2,6 +2,7 @@
 
 import errno
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from common.errors import CheckpointError
 from training.checkpoint import checkpoint
 from training.checkpoint import saver as saver_module
 from training.checkpoint.manifest import committed, read_state, verify
-from training.checkpoint.peers import ALONE, Peers
+from training.checkpoint.peers import ALONE, Peers, StalledError
 from training.checkpoint.saver import Saver
 from training.checkpoint.shards import write_shard
 from training.config import CheckpointConfig
@@ -155,6 +156,17 @@ def test_a_run_that_fails_does_not_wait_long_for_a_rank_that_is_gone(
     assert time.monotonic() - start < 30 and lines[1].startswith(
         "a checkpoint was not saved: rank 1: no progress for 0.2 s"
     )
+
+
+def test_nothing_is_expected_from_a_rank_that_has_ended_but_what_it_has_sent(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    peers = Peers(dist.HashStore(), 0, 2, 60.0)
+    peers.siblings = {0: os.getpid(), 1: process.pid}
+    peers._send("io/0/result/1", ["sent", None])
+    assert peers.run(lambda: "own", tmp_path, lambda results: [results, None]) == ["own", "sent"]
+    with pytest.raises(StalledError, match=r"^rank 1 has ended, and is waited for with a checkpoint$"):
+        peers.run(lambda: "own", tmp_path)
 
 
 def test_a_process_of_low_priority_saves_in_the_background(

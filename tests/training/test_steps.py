@@ -4,6 +4,8 @@ import itertools
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -187,6 +189,33 @@ def test_a_second_ctrl_c_ends_a_single_process_and_an_ignored_signal_stays_ignor
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+LOSES_A_RANK = """
+import os, signal, subprocess, sys, time
+import training.interruption as module
+
+os.environ["RANK"] = "0"
+module.REPORT_S = float(sys.argv[1])
+rank = subprocess.Popen(["true"])
+rank.wait()
+try:
+    with module.Interruption([rank.pid]):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2 if sys.argv[2] == "fails" else 60)
+        raise RuntimeError
+except RuntimeError:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.2)
+    print("reported")
+"""
+
+
+@pytest.mark.parametrize(("report_s", "step", "end"), [(30, "fails", (0, "reported\n")), (0.1, "waits", (143, ""))])
+def test_a_rank_that_loses_another_one_has_time_to_report_it(report_s: float, step: str, end: tuple[int, str]) -> None:
+    command = [sys.executable, "-c", LOSES_A_RANK, str(report_s), step]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=50)
+    assert (process.returncode, process.stdout) == end
 
 
 @pytest.mark.parametrize(("device", "context", "known"), [("cuda", 1, True), ("cuda", 2, False), ("cpu", 1, False)])

@@ -7,12 +7,13 @@ publishes its progress there. The others wait for as long as there is any, and `
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.errors import CheckpointError
 from common.files import explain_os_error
+from common.processes import has_ended
 from common.text import parse_json, to_json
 
 if TYPE_CHECKING:  # the command line looks for checkpoints without importing torch
@@ -60,12 +61,17 @@ class Peers:
         timeout_s: seconds without progress on any rank after which waiting ends. A change of the attribute also applies
             to a thread that waits already.
         name: the start of the keys. Ranks create their `Peers` of one name once in the lifetime of the store.
+
+    Attributes:
+        siblings: rank -> process id, of the ranks on this host, as far as they are known. Nothing is expected from one
+            that has ended.
     """
 
     def __init__(
         self, store: "Store | None", rank: int, world_size: int, timeout_s: float = IO_TIMEOUT_S, name: str = "io"
     ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
+        self.siblings: Mapping[int, int] = {}
         self._store, self._name = store, name
         self._phases = itertools.count()
         self._shown, self._shown_at = "", 0.0
@@ -96,14 +102,14 @@ class Peers:
         Raises:
             CheckpointError: on all ranks, if `work` failed on any rank or `combine` failed.
             NotFiniteError: the same, if every error is that a tensor is not finite.
-            StalledError: a rank made no progress for `timeout_s` seconds.
+            StalledError: a rank made no progress for `timeout_s` seconds, or has ended.
         """
         result, failure, cause = _attempt(work, where)
         if self.world_size > 1:
             key = f"{self._name}/{next(self._phases)}"
             if self.rank > 0:
                 self._send(f"{key}/result/{self.rank}", [result, failure])
-                reply, failed = self._receive(f"{key}/reply/{self.rank}", key, MARGIN_S)
+                reply, failed = self._receive(f"{key}/reply/{self.rank}", 0, key, MARGIN_S)
                 failure = None if failed is None else Failure(*failed)
             else:
                 reply, failure, own = self._collect(key, result, failure, where, combine)
@@ -141,7 +147,7 @@ class Peers:
         outcomes: list[tuple[Any, Failure | None]] = [(result, failure)]
         try:
             for rank in range(1, self.world_size):
-                sent, failed = self._receive(f"{key}/result/{rank}", key)
+                sent, failed = self._receive(f"{key}/result/{rank}", rank, key)
                 outcomes.append((sent, None if failed is None else Failure(*failed)))
         except StalledError as error:
             joined: Failure | None = Failure(StalledError.__name__, str(error))
@@ -160,18 +166,24 @@ class Peers:
         assert self._store is not None
         self._store.set(key, to_json(value))
 
-    def _receive(self, key: str, phase: str, margin_s: float = 0.0) -> Any:
-        """Wait for the value of `key`, and return it.
+    def _receive(self, key: str, sender: int, phase: str, margin_s: float = 0.0) -> Any:
+        """Wait for the value of `key`, which the rank `sender` sets, and return it.
 
         Raises:
-            StalledError: no rank made any progress for `timeout_s + margin_s` seconds. The message names the rank and
-                its file.
+            StalledError: no rank made any progress for `timeout_s + margin_s` seconds, or `sender` has ended. The
+                message names the rank and its file.
         """
         store = self._store
         assert store is not None
         start = changed = time.monotonic()
         progress = -1
-        while not store.check([key]):
+        while True:
+            # Before the key is looked for, because a rank can end after it has sent the value.
+            ended = sender in self.siblings and has_ended(self.siblings[sender])
+            if store.check([key]):
+                break
+            if ended:
+                raise StalledError(f"rank {sender} has ended, and is waited for with {self._file_of(sender)}")
             now = time.monotonic()
             current = store.add(f"{self._name}/progress", 0)
             if current != progress:
@@ -188,13 +200,17 @@ class Peers:
         assert self._store is not None
         others = range(1, self.world_size) if self.rank == 0 else (0,)
         late = [rank for rank in others if not self._store.check([f"{phase}/result/{rank}"])] or [0]
-        status = self._status(late[0])
-        file = self._store.get(status).decode() if self._store.check([status]) else "a checkpoint"
         more = f" (also ranks {', '.join(map(str, late[1:9]))})" if len(late) > 1 else ""
         return (
-            f"rank {late[0]}{more}: no progress for {timeout_s:g} s with {file}: expected a disk that answers, or "
-            "a larger checkpoint.io_timeout_s"
+            f"rank {late[0]}{more}: no progress for {timeout_s:g} s with {self._file_of(late[0])}: expected a disk that "
+            "answers, or a larger checkpoint.io_timeout_s"
         )
+
+    def _file_of(self, rank: int) -> str:
+        """Return what a rank read or wrote last."""
+        assert self._store is not None
+        status = self._status(rank)
+        return self._store.get(status).decode() if self._store.check([status]) else "a checkpoint"
 
     def _status(self, rank: int) -> str:
         return f"{self._name}/status/{rank}"
