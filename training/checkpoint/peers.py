@@ -202,8 +202,8 @@ class Peers:
         late = [rank for rank in others if not self._store.check([f"{phase}/result/{rank}"])] or [0]
         more = f" (also ranks {', '.join(map(str, late[1:9]))})" if len(late) > 1 else ""
         return (
-            f"rank {late[0]}{more}: no progress for {timeout_s:g} s with {self._file_of(late[0])}: expected a disk that "
-            "answers, or a larger checkpoint.io_timeout_s"
+            f"rank {late[0]}{more}: no progress for {timeout_s:g} s with {self._file_of(late[0])}: "
+            "expected a disk that answers, or a larger checkpoint.io_timeout_s"
         )
 
     def _file_of(self, rank: int) -> str:
