@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.test_page import write_run
+from tests.training.test_page import write_probe, write_run
 from training.report.page.write import write_run_page
 
 pytestmark = pytest.mark.slow
@@ -48,6 +48,11 @@ def opened(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     assert wrong == []
 
 
+def drawn(page: Any) -> None:
+    """Wait until the page has drawn what was chosen, which it does with the next frame of the screen."""
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
 def loads_shown(page: Any) -> list[list[float]]:
     return page.evaluate("document.getElementById('load').data[0].customdata")
 
@@ -77,32 +82,81 @@ def test_the_slider_the_clicks_and_the_theme(opened: Any, tmp_path: Path) -> Non
     assert loads_shown(page)[0] == [3.0, 0.5, 0.5, 0.0]
 
     page.locator("#step").fill("0")
+    drawn(page)
     assert page.locator("#step-name").text_content() == "step 1 of 12"
     assert loads_shown(page)[0][0] == pytest.approx(4 * (0.25 + 1 / 24), rel=1e-4)
     marks = page.evaluate("document.getElementById('curve-loss').layout.shapes.map((shape) => shape.x0)")
     assert marks == [4, 1], "the alarm's step and the slider's"
 
     page.locator("[data-step]").click()
+    drawn(page)
     assert page.locator("#step-name").text_content() == "step 4 of 12"
 
     page.locator("#load").scroll_into_view_if_needed()
     click_cell(page, "load", 2, 1)
-    assert page.locator("#expert-name").text_content() == "2 of layer 1"
+    assert page.locator("#router .expert-name").text_content() == "2 of layer 1"
     assert page.locator("#layer").input_value() == "1" and page.locator("#expert").input_value() == "2"
     click_cell(page, "history", 8, 0)
-    assert page.locator("#expert-name").text_content() == "0 of layer 1"
+    assert page.locator("#router .expert-name").text_content() == "0 of layer 1"
     assert page.locator("#step-name").text_content() == "step 8 of 12"
     shown = page.evaluate("document.getElementById('expert-load').data[0].y")
     assert shown == pytest.approx([4 * (0.25 + step / 24) for step in range(1, 13)], rel=1e-4)
 
     page.locator("#step").fill("10")
+    drawn(page)
     page.locator("#play").click()
     page.get_by_text("step 12 of 12").wait_for()
     page.get_by_text("▶").wait_for()
 
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.locator("#theme").click()
+    drawn(page)
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+
+
+def data_of(page: Any, figure: str, trace: int, name: str) -> Any:
+    return page.evaluate(
+        "([figure, trace, name]) => document.getElementById(figure).data[trace][name]", [figure, trace, name]
+    )
+
+
+def test_the_probe(opened: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    write_probe(run)
+    page = opened(write_run_page(run))
+    tokens = page.locator("#text span")
+    assert tokens.all_text_contents() == [" the", "<i>", "\n", " the", "1", "+", "1", " the"]
+    colours = "[...document.querySelectorAll('#text span')].map((span) => span.style.backgroundColor)"
+    assert [colour != "" for colour in page.evaluate(colours)] == [True] * 4 + [False] * 4
+    assert data_of(page, "expert-domains", 0, "y") == pytest.approx([2, 0], abs=1e-3)
+    assert data_of(page, "expert-partners", 0, "x") == ["1"]
+    assert data_of(page, "domains", 0, "y") == ["prose", "&lt;/b>"]
+
+    page.locator("#layer").select_option("1")
+    page.locator("#expert").select_option("3")
+    drawn(page)
+    assert [colour != "" for colour in page.evaluate(colours)] == [True] + [False] * 3 + [True] * 4
+    assert data_of(page, "expert-partners", 0, "x") == ["2", "0"], "in the order of the share: 4/5 and 1/5"
+    page.locator("#step").fill("5")  # of step 6, after the probe of step 4
+    drawn(page)
+    assert [colour != "" for colour in page.evaluate(colours)] == [False] * 4 + [True] * 4
+    assert "Probe of step 4." in page.locator("#tokens .probe-step").text_content()
+
+    tokens.nth(5).click()
+    drawn(page)
+    assert data_of(page, "path", 0, "x") == [2, 2] and data_of(page, "path", 1, "x") == [3, 3]
+    assert data_of(page, "path", 2, "x") == pytest.approx([0.125, 0.125], abs=1e-4)
+    page.locator("#domain").select_option("</b>")
+    drawn(page)
+    assert not tokens.nth(0).is_visible() and tokens.nth(5).is_visible()
+
+    assert data_of(page, "moved-layers", 0, "y") == [0, 0.125], "from step 1 to 12: token 0 in layer 1"
+    assert data_of(page, "moved", 0, "customdata") == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
+    page.locator("#to").select_option(label="7")
+    drawn(page)
+    assert data_of(page, "moved-layers", 0, "y") == [0, 0]
+    change = data_of(page, "change", 0, "customdata")
+    assert change[0][0] == pytest.approx(6 / 6, rel=1e-3), "of step 7 and step 1: 4 * 6 / 24"
 
 
 def test_the_cursor_is_common_to_the_curves(opened: Any, tmp_path: Path) -> None:

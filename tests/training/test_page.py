@@ -1,18 +1,23 @@
 """The report of a run as an HTML file: what is in it for whole, damaged, dense and hostile runs."""
 
+import base64
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from scripts import report as tool
+from training.report.page import heldout
 from training.report.page.curves import reduced
 from training.report.page.gather import expert_frames, load_frames, read_run, straggler, thinned
+from training.report.page.heldout import packed
 from training.report.page.write import run_page, write_run_page, write_run_page_or_say_why
+from training.report.probe import ProbeRouting, ProbeTokens, write_routing, write_tokens
 
 
 def write_run(directory: Path, *, steps: int = 12, layers: int = 2, experts: int = 4, **result: Any) -> Path:
@@ -36,6 +41,27 @@ def write_run(directory: Path, *, steps: int = 12, layers: int = 2, experts: int
     whole = {"status": "finished", "name": "r", "step": steps, "eval/loss": 3.5, "total_params": 1000, **result}
     (directory / "result.json").write_text(json.dumps(whole))
     return directory
+
+
+def write_probe(run: Path, steps: tuple[int, ...] = (0, 4, 12), **changes: Any) -> None:
+    """Eight tokens of two domains in two excerpts. At the last step, token 0 moves from expert 1 to 3 in layer 1."""
+    pieces = (" the", "<i>", "\n", " the", "1", "+", "1", " the")
+    ids, half = np.array([5, 6, 7, 5, 8, 9, 8, 5], np.int32), np.repeat(np.arange(2, dtype=np.int32), 4)
+    tokens = ProbeTokens(("prose", "</b>"), ids, half, half, half, pieces)
+    (run / "probe").mkdir()
+    write_tokens(run / "probe" / "tokens.safetensors", tokens)
+    for step in steps:
+        experts = np.array([[[0, 1]] * 4 + [[2, 3]] * 4] * 2, np.int32)
+        experts[1, 0, 1] = 3 if step == max(steps) else 1
+        weights = np.broadcast_to(np.float32([0.75, 0.25]), experts.shape)
+        routing = ProbeRouting(experts, weights, np.full((2, 8), 0.125, np.float32), 4)
+        write_routing(run / "probe" / f"step-{step}.safetensors", routing, changes.get("digest") or tokens.digest())
+
+
+def unpacked(array: dict[str, Any]) -> np.ndarray:
+    """The numbers that `packed` has packed."""
+    codes = np.frombuffer(base64.b64decode(array["data"]), "u1" if array["bits"] == 8 else "<u2")
+    return np.where(codes == array["missing"], np.nan, codes * array["scale"]).reshape(array["shape"])
 
 
 def script_of(page: str) -> dict[str, Any]:
@@ -109,6 +135,73 @@ def test_a_dense_run_has_curves_and_no_router(tmp_path: Path) -> None:
     page = run_page(read_run(run))
     assert "dense model" in page and 'id="step"' not in page
     assert script_of(page)["router"] is None and script_of(page)["figures"].keys() == {"curve-loss"}
+
+
+def test_the_probe(tmp_path: Path) -> None:
+    from plotly.graph_objects import Figure
+
+    run = write_run(tmp_path / "r")
+    write_probe(run)
+    page = run_page(read_run(run))
+    script = script_of(page)
+    found = script["heldout"]
+    assert found["words"] == ["␣the"], "the only token id that occurs three times"
+    # Expert 0 has half of the assignments of the four tokens of the first domain: 0.5 * 4 experts.
+    assert unpacked(found["by_domain"])[0, 0] == pytest.approx(np.array([[2, 0], [2, 0], [0, 2], [0, 2]]), abs=1e-3)
+    assert unpacked(found["by_word"]).shape == (3, 2, 4, 1)
+    pairs = unpacked(found["pairs"])[2, 1]
+    assert pairs[0] == pytest.approx([1, 0.75, 0, 0.25], abs=1e-4) and found["pairs"]["steps"] == [0, 4, 12]
+    text = found["text"]
+    assert text["pieces"][1] == "<i>" and text["excerpts"][1] == {"domain": "</b>", "size": 4} and text["of"] == 8
+    assert unpacked(text["experts"])[2, 1, 0].tolist() == [0, 3]
+    assert unpacked(text["weights"])[0, 0, 0] == pytest.approx([0.75, 0.25], abs=4e-3)
+    churn, saturation = script["figures"]["churn"]["data"], script["figures"]["saturation"]["data"]
+    assert [trace["y"] for trace in churn] == [[0, 0], [0, 0.125], [0, 0.0625]], "two layers and their mean"
+    assert saturation[1]["y"] == [0.9375, 0.9375, 1.0]
+    for figure in script["figures"].values():
+        Figure(figure)
+    assert "</b>" not in re.sub(r"<b>[\d.]+</b>", "", page)
+
+
+def test_a_probe_that_cannot_be_used_is_a_note(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "other")
+    write_probe(run, digest="of another tokenizer")
+    page = run_page(read_run(run))
+    assert page.count("expected the tokens of tokens.safetensors, found others") == 3
+    assert script_of(page)["heldout"] is None and "load" in script_of(page)["figures"]
+    run = write_run(tmp_path / "layers", layers=3)
+    write_probe(run)
+    assert "layers or experts differ from those of the loads are left out: 3." in run_page(read_run(run))
+    run = write_run(tmp_path / "damaged")
+    write_probe(run)
+    (run / "probe" / "step-4.safetensors").write_bytes(b"nothing")
+    page = run_page(read_run(run))
+    assert script_of(page)["heldout"]["text"]["steps"] == [0, 12] and "step-4.safetensors is damaged" in page
+    (run / "probe" / "tokens.safetensors").write_bytes(b"nothing")
+    page = run_page(read_run(run))
+    assert script_of(page)["heldout"] is None and "tokens.safetensors is damaged" in page
+
+
+def test_packed_numbers() -> None:
+    values = np.array([[0.0, 0.5], [np.nan, 8.0]])
+    assert unpacked(packed(values)) == pytest.approx(values, abs=1e-4, nan_ok=True)
+    assert unpacked(packed(values, levels=250)) == pytest.approx(values, abs=8 / 500, nan_ok=True)
+    for top in (1, 253, 254, 255, 5000):
+        whole = np.arange(top + 1)
+        assert (unpacked(packed(whole, whole=True)) == whole).all()
+    assert unpacked(packed(np.zeros(3))).tolist() == [0, 0, 0]
+
+
+def test_a_large_probe_is_thinned_and_fits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    write_probe(run, tuple(range(1, 13)))
+    # A token takes 2 layers * (2 experts + 2 weights + 2 bytes of margin) = 12 bytes a step.
+    monkeypatch.setattr(heldout, "MAX_ROUTING_BYTES", 12 * 8 * 4)
+    text = script_of(run_page(read_run(run)))["heldout"]["text"]
+    assert len(text["steps"]) == heldout.MIN_STEPS and len(text["pieces"]) == 4 and text["of"] == 8
+    monkeypatch.setattr(heldout, "MAX_STATISTICS", 31)
+    script = script_of(run_page(read_run(run)))["heldout"]
+    assert script["pairs"] is None and script["by_domain"] is None and len(script["by_word"]["steps"]) == 3
 
 
 def test_long_runs_are_thinned() -> None:

@@ -5,7 +5,8 @@ The modules in reading order:
     gather          what the files of a run contain, and what is missing
     theme           colours and fonts of the figures, on light and on dark pages
     curves          the metrics over the steps
-    figures         loads, experts, domains
+    figures         the loads of the experts
+    heldout         the probe: text, domains, co-activation, churn
     write           the template, the script and the data become one file
 
 `page.html.jinja`, `page.css` and `page.js` are the template, its style, and the script that links the figures.

@@ -56,6 +56,8 @@ def router_figures(data: RunData) -> dict[str, Figure]:
         "load": load_map(limit, "Load of every expert (1 = balanced)", x="expert", y="MoE layer", rows=layers),
         "history": load_map(limit, "Load of one layer over training", x="optimizer step", y="expert", rows=layers),
         "expert-load": _line_figure("Load over training (1 = balanced)", level=1),
+        "change": load_map(limit, "Change of the load between the two steps", x="expert", y="MoE layer", rows=layers),
+        **_norms(data),
         **_straggler(data, loads, experts),
     }
 
@@ -89,12 +91,21 @@ def load_map(limit: float, title: str, *, x: str, y: str, rows: int) -> Figure:
     return {"data": [trace], "layout": layout}
 
 
-def _line_figure(title: str, level: float | None = None, **axis: Any) -> Figure:
-    layout = figure_layout(title, x="optimizer step", hovermode="x")
+def _line_figure(title: str, level: float | None = None) -> Figure:
+    layout = figure_layout(title, x="optimizer step", hovermode="x unified")
     if level is not None:
         layout["shapes"] = [level_line(level)]
-    layout["yaxis"] |= {"rangemode": "tozero"} | axis
+    layout["yaxis"] |= {"rangemode": "tozero"}
     return {"data": [], "layout": layout}
+
+
+def _norms(data: RunData) -> dict[str, Figure]:
+    """An empty figure for the norms of one expert, if the run has them."""
+    if not any(key.startswith(("experts/grad_norm/", "experts/weight_norm/")) for row in data.rows for key in row):
+        return {}
+    figure = _line_figure("Gradient norm (left) and weight norm (right)")
+    figure["layout"]["yaxis2"] = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
+    return {"expert-norms": figure}
 
 
 def _straggler(data: RunData, loads: Frames, experts: int) -> dict[str, Figure]:
@@ -113,9 +124,7 @@ def _straggler(data: RunData, loads: Frames, experts: int) -> dict[str, Figure]:
     if not curves:
         computed = [(size, straggler(loads.values_FLE[-1], size)) for size in sizes]
         curves.append(_points("experts in order", [point for point in computed if math.isfinite(point[1])], BLUE))
-    layout = figure_layout(
-        "Straggler price at the end: slowest rank over mean", x="expert-parallel ranks", hovermode="x"
-    )
+    layout = figure_layout("Straggler price (slowest rank / mean)", x="expert-parallel ranks", hovermode="x")
     layout["xaxis"] |= {"type": "category"}
     layout["yaxis"] |= {"rangemode": "tozero"}
     layout["shapes"] = [level_line(1)]

@@ -141,10 +141,10 @@ def layer_keys(rows: Sequence[Row], prefix: str) -> list[str]:
 
 
 def thinned(count: int, most: int) -> list[int]:
-    """Return at most `most` of the indices 0 to `count` - 1, evenly spaced, with the first and the last."""
+    """Return at most `most` of the indices 0 to `count` - 1, evenly spaced, with the first and, of several, the last."""
     if count <= most:
         return list(range(count))
-    return sorted({round(index * (count - 1) / (most - 1)) for index in range(most)})
+    return sorted({round(index * (count - 1) / max(most - 1, 1)) for index in range(most)})
 
 
 def expert_frames(rows: Sequence[Row], prefix: str) -> Frames | None:

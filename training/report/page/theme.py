@@ -5,8 +5,9 @@ A heatmap takes its colours from the template, so that the middle of its scale i
 
 from typing import Any
 
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#F0E442")
-"""Colours of Okabe and Ito's palette, which people with any common colour blindness can distinguish."""
+COLOURS = ("#1B87C9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#999999", "#F0E442")
+"""Okabe and Ito's palette, which people with any common colour blindness can distinguish. Its blue is lighter here, so
+that it is visible on dark pages."""
 BLUE, ORANGE, GREEN, PURPLE, RED, SKY, GREY, _ = COLOURS
 
 DIVERGING_LIGHT = ["#053061", "#2166ac", "#67a9cf", "#f7f7f7", "#ef8a62", "#b2182b", "#67001f"]

@@ -17,6 +17,7 @@ from common.text import first_line, show_value, to_json
 from training.report.page.curves import curve_figures
 from training.report.page.figures import router_figures, router_numbers
 from training.report.page.gather import RunData, read_run
+from training.report.page.heldout import heldout_figures, heldout_numbers, read_heldout
 from training.report.page.theme import THEMES
 from training.report.terminal import human_count, human_time
 
@@ -43,15 +44,20 @@ def write_run_page(directory: Path, target: Path | None = None) -> Path:
 
 def run_page(data: RunData) -> str:
     """Return the HTML of the report of a run."""
-    curves, router = curve_figures(data), router_figures(data)
-    notes = list(data.notes)
+    curves, router, notes = curve_figures(data), router_figures(data), list(data.notes)
+    numbers, heldout = router_numbers(data), None
     if data.rows and not router:
         dense = data.config.get("model.num_experts", 0) is None
         notes.append("This is a dense model: it has no router." if dense else "metrics.jsonl has no loads of experts.")
+    if numbers is not None:
+        [values_LE, *_] = numbers["values"]
+        heldout = read_heldout(data, (len(values_LE), len(values_LE[0])), notes)
+    tokens = {} if heldout is None else heldout_figures(heldout)
     script = {
-        "figures": curves | router,
+        "figures": curves | router | tokens,
         "themes": THEMES,
-        "router": router_numbers(data),
+        "router": numbers,
+        "heldout": None if heldout is None else heldout_numbers(heldout),
         "alarms": sorted({alarm["step"] for alarm in data.alarms}),
     }
     return render(
@@ -62,7 +68,7 @@ def run_page(data: RunData) -> str:
         notes=notes,
         config_text=config_text(data),
         curves=list(curves),
-        router=list(router),
+        figures=[*router, *tokens],
         script=script,
     )
 
