@@ -141,7 +141,7 @@ def layer_keys(rows: Sequence[Row], prefix: str) -> list[str]:
 
 
 def thinned(count: int, most: int) -> list[int]:
-    """Return at most `most` of the indices 0 to `count` - 1, evenly spaced, with the first and, of several, the last."""
+    """Return at most `most` of the indices 0 to `count` - 1, evenly spaced, with the first and the last."""
     if count <= most:
         return list(range(count))
     return sorted({round(index * (count - 1) / max(most - 1, 1)) for index in range(most)})
