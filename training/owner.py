@@ -261,9 +261,30 @@ def join_run(directory: Path, name: str) -> DirectoryLock:
     return lock
 
 
+def is_sweep(directory: Path) -> bool:
+    """Return whether `directory` is that of a sweep."""
+    return _has_any(directory, SWEEP_MARKS)
+
+
 def sweep_of(directory: Path) -> str | None:
     """Return the name of the sweep that the run in `directory` is a job of, or None."""
-    return directory.parent.name if _has_any(directory.parent, SWEEP_MARKS) else None
+    return directory.parent.name if is_sweep(directory.parent) else None
+
+
+def is_written(directory: Path) -> bool:
+    """Return whether a process has the lock of the run in `directory`. The directory can be read-only."""
+    try:
+        descriptor = open_regular(directory / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # While the owner and rank 0 share the lock, this fails and changes nothing.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def run_token(directory: Path) -> str:

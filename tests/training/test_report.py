@@ -4,10 +4,7 @@ import csv
 import itertools
 import json
 import math
-import os
-import pty
 import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
@@ -16,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from moe.config import FEED_FORWARDS, FeedForwardSpec, ModelConfig
+from tests.commands import printed_on_terminal
 from training.config import OptimConfig
 from training.report.heatmap import relative_load, show_load
 from training.report.plots import plot_curves, plot_load, plot_overview
@@ -137,26 +135,9 @@ def test_progress_lines_and_eta(capsys: Capture) -> None:
     assert "ETA" not in first and dense.endswith("ETA 14.0 s")
 
 
-def on_terminal(program: str, columns: int = 80) -> str:
-    """Run a program under a pseudo-terminal, and return what it printed."""
-    parent, child = pty.openpty()
-    environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": str(columns), "PYTHONPATH": os.getcwd()}
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=child, stderr=child, env=environment)
-    os.close(child)
-    output = b""
-    try:
-        while chunk := os.read(parent, 65536):
-            output += chunk
-    except OSError:  # Linux raises it when the other end is closed.
-        pass
-    os.close(parent)
-    assert process.wait() == 0, output
-    return output.decode()
-
-
 def test_terminal_gets_a_bar_and_colours() -> None:
     """A process under a pseudo-terminal prints escape codes, which the other tests see nowhere else."""
-    text = on_terminal(
+    text = printed_on_terminal(
         "from training.report.heatmap import show_load\n"
         "from training.report.terminal import Progress\nfrom training.report.tables import show_evaluation\n"
         f"with Progress(2) as p:\n    p.update({MOE_ROW!r}, 1)\n    p.print('a line above')\n"
@@ -174,9 +155,9 @@ def test_terminal_gets_a_bar_and_colours() -> None:
 
 def test_eighty_columns_break_no_word_and_keep_a_history() -> None:
     columns = ["job", "optim.lr", "router.balance_coef", "router.capacity_factor", "train.accumulation", "status"]
-    cells = [["0", "0.0003", "0.01", "1.25", "4", "finished"], ["12", "0.001", "0.1", "2", "16", "failed"]]
+    cells = [["0", "0.0003", "0.01", "1.25", "4.97 MB", "finished"], ["12", "0.001", "0.1", "2", "16 kB", "failed"]]
     long = "layer 3: 5 of 8 experts without a token since step 120; router logits grew from 4 to 100: lower the rate"
-    printed = on_terminal(
+    printed = printed_on_terminal(
         "from training.report.terminal import Progress, show_table, show_line\n"
         f"row, table = {MOE_ROW!r}, ({columns!r}, {cells!r})\n"
         "with Progress(400) as p:\n"
@@ -190,9 +171,10 @@ def test_eighty_columns_break_no_word_and_keep_a_history() -> None:
     lines = [line.rstrip() for line in text.split("\n")]
     assert max(map(len, lines)) <= 80
     words = " ".join(lines).split()
-    for word in [*columns, *(cell for row in cells for cell in row), *long.split()]:
+    for word in [*columns, *(word for row in cells for cell in row for word in cell.split()), *long.split()]:
         assert word in words, word
     assert " ".join(words).count(long) == 3
+    assert any("4.97 MB" in line for line in lines)
     history = [line for line in lines if line.startswith("step ") and "loss" in line]
     steps = [*range(5, 203, 20), 203, *range(225, 400, 20), 400]
     assert [line.split()[1] for line in history] == [f"{step}/400" for step in steps]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.text import Text
 
-from training.report.terminal import console, on_terminal, show, show_line, show_table
+from training.report.terminal import console, on_terminal, show, show_line, show_table, wrapped
 
 Load = Sequence[Sequence[float]]
 """Counts, shares or relative loads: L rows of E numbers."""
@@ -57,8 +57,8 @@ def show_load(load_LE: Load, domains: Mapping[str, Load]) -> None:
         return
     show_line()
     show_line("Expert load on held-out text, 1.00 = perfect balance (rows: MoE layers, columns: experts)", style="bold")
-    show_cells = _draw if on_terminal() else _print_plain
-    show_cells(relative_LE)
+    for line in load_lines(relative_LE):
+        show(line)
     if routed(domains):
         _show_domains(load_LE, routed(domains))
 
@@ -111,27 +111,45 @@ def _distance(value: float) -> float:
     return abs(math.log(max(value, 1e-3)))
 
 
-def _print_plain(relative_LE: Load) -> None:
+def load_lines(relative_LE: Load, most: int | None = None) -> list[Text]:
+    """Return the lines of a heatmap: coloured cells for a terminal, and numbers elsewhere.
+
+    Args:
+        relative_LE: relative loads.
+        most: the number of layers that are shown, those that are furthest from balance. None: all.
+    """
+    by_distance = sorted(range(len(relative_LE)), key=lambda layer: -max(map(_distance, relative_LE[layer])))
+    layers = sorted(by_distance[:most])
+    lines = (_drawn if on_terminal() else _plain)(layers, [relative_LE[layer] for layer in layers])
+    if len(layers) < len(relative_LE):
+        lines.append(Text(f"{len(relative_LE) - len(layers)} more layers are closer to balance"))
+    return lines
+
+
+def _plain(layers: Sequence[int], relative_LE: Load) -> list[Text]:
     grouped_LE, size = _grouped(relative_LE, MAX_PLAIN_EXPERTS)
+    lines = []
     if size > 1:
-        show_line(f"each column shows, of {size} neighbouring experts, the load that is furthest from 1")
+        lines.append(f"each column shows, of {size} neighbouring experts, the load that is furthest from 1")
     for start in range(0, len(grouped_LE[0]), PLAIN_EXPERTS):
         stop = min(start + PLAIN_EXPERTS, len(grouped_LE[0]))
-        show_line("expert    " + "".join(f"{column * size:>6}" for column in range(start, stop)))
-        for layer, row_E in enumerate(grouped_LE):
-            show_line(f"layer_{layer:02d}  " + "".join(f"{value:>6.2f}" for value in row_E[start:stop]))
+        lines.append("expert    " + "".join(f"{column * size:>6}" for column in range(start, stop)))
+        for layer, row_E in zip(layers, grouped_LE, strict=True):
+            lines.append(f"layer_{layer:02d}  " + "".join(f"{value:>6.2f}" for value in row_E[start:stop]))
+    return [Text(line) for line in lines]
 
 
-def _draw(relative_LE: Load) -> None:
-    """Print coloured cells: numbers if all experts fit side by side, else one character per group of experts."""
+def _drawn(layers: Sequence[int], relative_LE: Load) -> list[Text]:
+    """Return coloured cells: numbers if all experts fit side by side, else one character per group of experts."""
     target = console()
     columns = target.width - 10
     limit, numbers = scale_limit(relative_LE), len(relative_LE[0]) * 6 <= columns
     grouped_LE, size = (relative_LE, 1) if numbers else _grouped(relative_LE, max(columns, 8))
     shades = "·░▒▓█" if (target.encoding or "").startswith("utf") else ".-+*#"
+    lines = []
     if numbers:
-        show(Text(" " * 10 + "".join(f"{expert:^6}" for expert in range(len(relative_LE[0]))), style="dim"))
-    for layer, row_E in enumerate(grouped_LE):
+        lines.append(Text(" " * 10 + "".join(f"{expert:^6}" for expert in range(len(relative_LE[0]))), style="dim"))
+    for layer, row_E in zip(layers, grouped_LE, strict=True):
         line = Text(f"layer_{layer:02d}  ")
         for value in row_E:
             red, green, blue = _colour(value, limit)
@@ -141,10 +159,12 @@ def _draw(relative_LE: Load) -> None:
             else:
                 level = sum(value >= edge for edge in (1 / 8, 0.5, 0.8, 1.25))
                 line.append(shades[level], style=f"rgb({red},{green},{blue})")
-        show(line)
+        lines.append(line)
     if not numbers:
         each = "a cell is one expert" if size == 1 else f"a cell is the least balanced of {size} experts"
-        show_line(f"{each}: {shades[0]} < 0.12 {shades[1]} < 0.5 {shades[2]} < 0.8 {shades[3]} < 1.25 {shades[4]} more")
+        text = f"{each}: {shades[0]} < 0.12 {shades[1]} < 0.5 {shades[2]} < 0.8 {shades[3]} < 1.25 {shades[4]} more"
+        lines.append(Text(wrapped(text)))
+    return lines
 
 
 def _colour(value: float, limit: float) -> tuple[int, int, int]:

@@ -211,7 +211,7 @@ def read_metrics(path: Path, damaged: list[int] | None = None) -> list[Row]:
     rows = []
     for number, line in enumerate(_complete_lines(path), 1):
         try:
-            rows.append(_decode_row(line, path, number))
+            rows.append(decode_row(line, path, number))
         except RunError:
             if damaged is None:
                 raise
@@ -253,7 +253,7 @@ def _lines_up_to(path: Path, last_step: int, damaged: list[int]) -> Iterator[byt
     """
     for number, line in enumerate(_complete_lines(path) if os.path.lexists(path) else (), 1):
         try:
-            step = _decode_row(line, path, number)["step"]
+            step = decode_row(line, path, number)["step"]
         except RunError:
             damaged.append(number)
             continue
@@ -424,7 +424,15 @@ def _encode_number(number: float) -> float | str:
     return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
 
 
-def _decode_row(line: bytes, path: Path, number: int) -> Row:
+def decode_row(line: bytes, path: Path, number: int) -> Row:
+    """Return the row that a line of a `metrics.jsonl` has.
+
+    Args:
+        path, number: the file and the number of the line, for the message.
+
+    Raises:
+        RunError: the line is not a row.
+    """
     try:
         row = {name: _decode(value) for name, value in parse_json(line).items()}
         if type(row["step"]) is not int:

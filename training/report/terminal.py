@@ -6,6 +6,7 @@ plain lines without escape codes, which are never cut or wrapped. Only rank 0 pr
 
 import math
 import os
+import re
 import sys
 import textwrap
 import time
@@ -26,6 +27,8 @@ PLAIN_WIDTH = 100_000
 """The width given to rich for plain output: more than any line needs, so that rich cuts and wraps nothing."""
 LEGEND_WIDTH = 120
 """The legend breaks into lines of at most this many columns, and of the terminal's width if that is less."""
+WORDS = re.compile(r"\S+(?:(?<=\d)\s(?=[^\W\d])\S+)?")
+"""The parts of a cell that are not broken: words, and a number with its unit."""
 FIRST_STEPS = 2
 """The first steps of a process do not count for the estimated time to the end (ETA): blocks are compiled in them, and
 trackers start."""
@@ -129,7 +132,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     """
     drawn = on_terminal()
     cells = [[printable(cell) for cell in row] for row in rows]
-    words = [[part for row in (columns, *cells) for part in row[index].split()] for index in range(len(columns))]
+    words = [[word for row in (columns, *cells) for word in WORDS.findall(row[index])] for index in range(len(columns))]
     narrowest = [max(map(cell_len, texts), default=0) for texts in words]
     widest = [max(cell_len(row[index]) for row in (columns, *cells)) for index in range(len(columns))]
     show_line()
