@@ -5,16 +5,17 @@
     python scripts/checkpoint.py action=verify run=runs/quickstart-1
     python scripts/checkpoint.py action=diff run=runs/quickstart-1 step=600 other=500
     python scripts/checkpoint.py action=prune run=runs/quickstart-1 keep=2 keep_every=1000
+    python scripts/checkpoint.py action=verify run=s3://bucket/runs/quickstart-1    # its copies in a store
 
 `verify` reads whole files, and ends with status 2 if a checkpoint is damaged. `diff` also compares the runs of two
 layouts. `prune` refuses to work while the run is written.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
@@ -22,6 +23,9 @@ if __name__ == "__main__":
 
 from common.errors import ConfigError, expect_fields, require
 from scripts.cli.command_line import run_tool
+
+if TYPE_CHECKING:
+    from training.checkpoint.inspection import Found
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,11 @@ def show(config: CheckpointToolConfig) -> None:
     """Print a table of the checkpoints, or the files and tensors of one."""
     from training.report.checkpoints import show_checkpoint, show_checkpoints
 
+    where, found = chosen(config)
     if config.step is None:
-        show_checkpoints(directories("run", config.run))
+        show_checkpoints(where, found)
     else:
-        show_checkpoint(directory_of("run", config.run, "step", config.step))
+        show_checkpoint(found[config.step])
 
 
 def verify(config: CheckpointToolConfig) -> None:
@@ -70,8 +75,7 @@ def verify(config: CheckpointToolConfig) -> None:
     """
     from training.report.checkpoints import show_verified
 
-    chosen = None if config.step is None else [directory_of("run", config.run, "step", config.step)]
-    show_verified(chosen or directories("run", config.run))
+    show_verified(*chosen(config))
 
 
 def diff(config: CheckpointToolConfig) -> None:
@@ -114,14 +118,44 @@ def prune(config: CheckpointToolConfig) -> None:
         lock.release()
 
 
+def chosen(config: CheckpointToolConfig) -> tuple[str, dict[int, "Found"]]:
+    """Return the directory or the URL with the checkpoints of `run`, and step -> checkpoint: of `step`, or of all.
+
+    Raises:
+        ConfigError: the run has none, or not this one.
+        RemoteError: the store refused or did not answer.
+    """
+    from training.checkpoint.inspection import found_copies, found_in
+    from training.checkpoint.manifest import CHECKPOINTS
+    from training.checkpoint.remote import RemoteCheckpoints
+    from training.checkpoint.remote_files import check_url, is_url
+
+    if is_url(config.run):
+        check_url("run", config.run)
+        remote = RemoteCheckpoints(config.run)
+        where, found = remote.url, found_copies(remote)
+    else:
+        root = Path(config.run) / CHECKPOINTS
+        where, found = str(root), found_in(root)
+    require(found, ConfigError, f"run={config.run}: expected a run's directory with checkpoints, or its URL")
+    if config.step is None:
+        return where, found
+    expect_step("step", config.step, config.run, found)
+    return where, {config.step: found[config.step]}
+
+
 def directories(key: str, run: str) -> list[Path]:
     """Return the directories of all checkpoints of a run, the newest first.
 
     Raises:
-        ConfigError: the run has none.
+        ConfigError: the run has none, or is a URL.
     """
     from training.checkpoint.manifest import CHECKPOINTS, step_directories
+    from training.checkpoint.remote_files import is_url, without_secrets
 
+    require(
+        not is_url(run), ConfigError, f"{key}={without_secrets(run)}: expected a directory (show, verify: or a URL)"
+    )
     found = step_directories(Path(run) / CHECKPOINTS)
     require(found, ConfigError, f"{key}={run}: expected a run's directory with checkpoints")
     return found
@@ -136,9 +170,14 @@ def directory_of(key: str, run: str, step_key: str, step: int) -> Path:
     from training.checkpoint.manifest import step_of
 
     steps = {step_of(path): path for path in directories(key, run)}
-    listed = ", ".join(str(number) for number in sorted(steps)[-10:])
-    require(step in steps, ConfigError, f"{step_key}={step}: expected a step of {run}: {listed}")
+    expect_step(step_key, step, run, steps)
     return steps[step]
+
+
+def expect_step(key: str, step: int, run: str, steps: Collection[int]) -> None:
+    """Raise a ConfigError unless the run has a checkpoint of this step."""
+    listed = ", ".join(str(number) for number in sorted(steps)[-10:])
+    require(step in steps, ConfigError, f"{key}={step}: expected a step of {run}: {listed}")
 
 
 ACTIONS: dict[str, Callable[[CheckpointToolConfig], None]] = {

@@ -12,6 +12,8 @@ import torch
 from scripts import checkpoint as tool
 from training.checkpoint.checkpoint import save
 from training.checkpoint.manifest import committed
+from training.checkpoint.peers import ALONE
+from training.checkpoint.remote import RemoteCheckpoints
 from training.owner import LOCK_FILE, DirectoryLock
 
 Call = Callable[..., tuple[int, list[list[str]], str]]
@@ -34,7 +36,7 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: Path) -> Call:
-    def called(*arguments: str, where: Path = run) -> tuple[int, list[list[str]], str]:
+    def called(*arguments: str, where: Path | str = run) -> tuple[int, list[list[str]], str]:
         """Run the tool, and return its exit status, the words of each line that it prints, and its stderr."""
         monkeypatch.setattr(sys, "argv", ["checkpoint.py", f"run={where}", *arguments])
         with pytest.raises(SystemExit) as ended:
@@ -141,5 +143,37 @@ def test_mistakes_are_one_line(call: Call, run: Path, tmp_path: Path) -> None:
     }.items():
         status, lines, error = call(*arguments)
         assert (status, lines, error.count("\n")) == (2, [], 1) and error.startswith(f"error: {message}"), error
-    status, _, error = call("action=show", where=tmp_path / "none")
-    assert (status, error) == (2, f"error: run={tmp_path / 'none'}: expected a run's directory with checkpoints\n")
+    for action, end in (("show", ", or its URL"), ("prune", "")):
+        status, _, error = call(f"action={action}", where=tmp_path / "none")
+        line = f"error: run={tmp_path / 'none'}: expected a run's directory with checkpoints{end}\n"
+        assert (status, error) == (2, line)
+
+
+def test_copies_in_a_store(call: Call, run: Path, tmp_path: Path) -> None:
+    url, remote = f"file://{tmp_path}/store/run", RemoteCheckpoints(f"file://{tmp_path}/store", "run")
+    status, _, error = call("action=show", where=url)
+    assert (status, error) == (2, f"error: run={url}: expected a run's directory with checkpoints, or its URL\n")
+    for path in committed(run / "checkpoints"):
+        remote.upload(path, ALONE)
+    shard = damage(tmp_path / "store" / "run", 20)
+    status, lines, _ = call("action=verify", where=url)
+    assert status == 2 and [words[:3] for words in lines] == [
+        ["step-30", "is", "intact:"], ["step-20", "is", "damaged:"], ["step-10", "is", "intact:"]
+    ]  # fmt: skip
+    assert lines[1][3] == f"{remote.url_of(20)}/{shard.name}:"
+    assert call("action=verify", "step=30", where=url)[0] == 0
+    (shard.parent / "manifest.json").unlink()
+    status, lines, _ = call("action=show", where=url)
+    rows = {words[0]: words for words in lines if words and words[0] in ("10", "20", "30")}
+    assert status == 0 and rows.keys() == {"10", "30"} and rows["30"][-5:] == ["1", "4", "13", "expert=2", "2.0000"]
+    assert [words[1] for words in lines if words and words[0] == "damaged:"] == [f"{remote.url_of(20)}:"]
+    status, lines, _ = call("action=show", "step=30", where=url)
+    assert ["model.a", "F32", "4", "x", "3", "1", "0"] in lines
+    for action, where, message in (
+        ("prune", url, f"run={url}: expected a directory (show, verify: or a URL)"),
+        ("diff", "s3://key:secret@bucket/a", "run=s3://***@bucket/a: expected a directory"),
+        ("show", "s3://key:secret@bucket/a", "run=s3://***@bucket/a: expected a URL without keys"),
+        ("show", "nothing://bucket/a", "run=nothing://bucket/a: expected a protocol that fsspec knows"),
+    ):
+        status, lines, error = call(f"action={action}", where=where)
+        assert (status, lines, error.count("\n")) == (2, [], 1) and error.startswith(f"error: {message}"), error

@@ -26,6 +26,7 @@ from data.tokens.files import given_tokenizer
 from scripts.cli.command_line import check_presets, compose_config, end, user_message
 from tests.commands import ROOT
 from training.checkpoint import checkpoint
+from training.checkpoint.inspection import found_in
 from training.checkpoint.manifest import MANIFEST, committed
 from training.config import RunConfig
 from training.deepspeed.settings import _read as read_deepspeed
@@ -202,7 +203,7 @@ def test_sizes_of_a_manifest_have_limits(tmp_path: Path, size: int, shape: list[
         body["tensors"]["model.a"] |= {"shape": shape, "chunks": []}
 
     rehash(path, change)
-    show_checkpoints([path])
+    show_checkpoints(str(path.parent), found_in(path.parent))
     with pytest.raises(CheckpointError) as refused:
         show_differences(path, path, 1)
     assert "\n" not in str(refused.value)

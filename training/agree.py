@@ -248,7 +248,7 @@ def find_checkpoint(
     require(
         newest is not None or resume != "must",
         CheckpointError,
-        f"run.resume=must: expected a checkpoint in {root}; found none",
+        f"run.resume=must: expected a checkpoint in {root}{'' if remote is None else f' or {remote.url}'}; found none",
     )
     return None if newest is None else str(newest)
 

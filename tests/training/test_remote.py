@@ -3,9 +3,15 @@
 The stores are fsspec's own: memory, and a local file system. tests/test_remote_runs.py has whole runs.
 """
 
+import itertools
+import multiprocessing
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -13,13 +19,15 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 import torch
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
 from common.errors import CheckpointError, ConfigError
 from training.agree import find_checkpoint
 from training.checkpoint import checkpoint
-from training.checkpoint.manifest import MANIFEST, Retention, committed, read_state, verify
+from training.checkpoint.manifest import MANIFEST, Retention, committed, read_state, step_of, verify
 from training.checkpoint.peers import ALONE, Peers, RemoteError
 from training.checkpoint.remote import UNFINISHED, RemoteCheckpoints, newest_of_both
 from training.checkpoint.remote_files import without_secrets
@@ -27,6 +35,7 @@ from training.checkpoint.saver import Saver
 from training.config import CheckpointConfig
 
 SECRET = "AKIA-not-to-be-shown"
+NUMBERS = itertools.count()
 
 
 class Faulty(MemoryFileSystem):
@@ -86,10 +95,10 @@ def files_of(url: str) -> tuple[Any, list[str]]:
     return system, sorted(system.find(path))
 
 
-def damage(remote: RemoteCheckpoints, step: int, content: Callable[[bytes], bytes]) -> str:
-    """Change the file of a checkpoint's tensors in the store."""
+def damage(remote: RemoteCheckpoints, step: int, content: Callable[[bytes], bytes], file: str = "rank-") -> str:
+    """Change a file of a checkpoint's tensors in the store."""
     system, names = files_of(remote.url_of(step))
-    (name,) = (name for name in names if "rank-" in name)
+    (name,) = (name for name in names if file in name)
     system.pipe_file(name, content(system.cat_file(name)))
     return name
 
@@ -138,6 +147,57 @@ def test_the_manifest_is_the_last_file_that_is_written(tmp_path: Path, monkeypat
     assert written[0].startswith("rank-") and written[1:] == [MANIFEST]
     cut = 0
     assert remote.upload(newest, ALONE) and RemoteCheckpoints("faulty://bucket", "a").newest(ALONE) == 2
+
+
+def upload_until_killed(root: Path, url: str, first: int, calls: int) -> None:
+    """Save and copy checkpoints until SIGKILL, which is sent in the middle of the `calls`-th write to the store, or
+    before a file there is deleted."""
+    remaining = calls
+
+    def is_last() -> bool:
+        nonlocal remaining
+        remaining -= 1
+        return remaining == 0
+
+    def write(file: LocalFileOpener, content: bytes) -> int:
+        if is_last():
+            file.f.write(content[: len(content) // 2])
+            file.f.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return file.f.write(content)
+
+    def delete(system: LocalFileSystem, path: str) -> None:
+        if is_last():
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.remove(path)
+
+    LocalFileOpener.write, LocalFileSystem.rm_file = write, delete
+    remote = RemoteCheckpoints(url, "a")
+    for step in itertools.count(first):
+        for number in range(1 + step % 2):  # Every other step is saved twice, so that copies are replaced, too.
+            path = checkpoint.save(root, step, tensors(step + number), {"step": step}, keep=2)
+            remote.upload(path, ALONE)
+            remote.prune(step, Retention(2), ALONE)
+
+
+def test_a_kill_at_any_point_of_an_upload_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    root, url, newest = tmp_path / "checkpoints", f"file://{tmp_path / 'store'}", 1
+    context, remote = multiprocessing.get_context("fork"), RemoteCheckpoints(url, "a")
+    upload(remote, root, 1)
+    for calls in range(1, 13):
+        process = context.Process(target=upload_until_killed, args=(root, url, newest, calls))
+        process.start()
+        process.join(timeout=60)
+        assert process.exitcode == -signal.SIGKILL
+        again, lines, newest = tmp_path / f"again-{calls}", [], step_of(committed(root)[0])
+        path = newest_of_both(again, RemoteCheckpoints(url, "a"), lines.append, ALONE)
+        assert path is not None and step_of(path) >= newest - 1, "a copy that was complete is lost"
+        assert all(line.endswith(UNFINISHED) for line in lines[:-1]), lines
+        verify(path)
+    # The next upload removes what the kills have left.
+    upload(remote, root, newest + 1)
+    remote.prune(newest + 1, Retention(1), ALONE)
+    assert [Path(name).parent.name for name in files_of(remote.url)[1]] == [f"step-{newest + 1}"] * 2
 
 
 def test_a_run_whose_first_upload_did_not_finish_starts_anew(url: str, tmp_path: Path) -> None:
@@ -271,6 +331,49 @@ def test_a_store_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
         remote.upload(path, Peers(None, 0, 1, timeout_s=0.2))
     assert time.monotonic() - start < 10
     verify(path)
+
+
+def on_two_ranks(store: dist.Store, work: Callable[[Peers], Any]) -> list[Any]:
+    """Call `work` in two threads, as the ranks that share `store`. Return its results or its exceptions."""
+    name = f"call-{next(NUMBERS)}"
+
+    def call(rank: int) -> Any:
+        try:
+            return work(Peers(store, rank, 2, name=name))
+        except CheckpointError as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(call, range(2)))
+
+
+def test_each_rank_copies_its_files_and_all_learn_of_a_failure(tmp_path: Path) -> None:
+    remote, root, store = RemoteCheckpoints("faulty://bucket", "a"), tmp_path / "checkpoints", dist.HashStore()
+    written: set[str] = set()
+
+    def refuse(path: str) -> bool:
+        written.add(path.rpartition("/")[2][:10])
+        return refused and "rank-00001" in path
+
+    Faulty.refused, refused = staticmethod(refuse), False
+    for step in (1, 2):
+        save_step = partial(checkpoint.save, root, step, tensors(step), {"step": step}, keep=9)
+        on_two_ranks(store, lambda peers, save_step=save_step: save_step(peers=peers))
+    assert on_two_ranks(store, lambda peers: remote.upload(root / "step-1", peers)) == [True, True]
+    assert written == {"rank-00000", "rank-00001", "manifest.j"}
+    refused = True
+    errors = on_two_ranks(store, lambda peers: remote.upload(root / "step-2", peers))
+    assert [type(error) for error in errors] == [RemoteError] * 2 and str(errors[0]) == str(errors[1])
+    assert str(errors[0]).startswith(f"rank 1: {remote.url_of(2)}/rank-00001-") and remote.newest(ALONE) == 1
+    errors = on_two_ranks(store, remote.check)
+    assert errors == [None, None], "only files of tensors are refused"
+    refused = False
+    assert on_two_ranks(store, lambda peers: remote.upload(root / "step-2", peers)) == [True, True]
+    damage(remote, 2, flip, file="rank-00001")
+    lines: list[str] = []
+    found = on_two_ranks(store, lambda peers: newest_of_both(tmp_path / "again", remote, lines.append, peers))
+    assert found == [tmp_path / "again" / "step-1"] * 2 and len(lines) == 2
+    verify(found[0])
 
 
 def find(tmp_path: Path, remote: RemoteCheckpoints, lines: list[str], **keys: str) -> str | None:

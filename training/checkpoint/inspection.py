@@ -1,7 +1,8 @@
 """What a checkpoint contains, and how two checkpoints differ. No layout and no model are needed."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +12,55 @@ from torch import Tensor
 from common.errors import CheckpointError, expect_no_tensors, require
 from common.text import first_line
 from moe.region import Region
-from training.checkpoint.manifest import HELDOUT_LOSS, MANIFEST, read_manifest
+from training.checkpoint.manifest import HELDOUT_LOSS, MANIFEST, read_manifest, step_directories, step_of, verify
+from training.checkpoint.remote import RemoteCheckpoints
 from training.checkpoint.shards import DTYPES, SliceRead, find_slices, read_shard
 
 DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 
 
+class Found(NamedTuple):
+    """A checkpoint, in a directory or in a store. All functions raise a CheckpointError if it is damaged."""
+
+    where: str
+    """Its path or URL."""
+    read_manifest: Callable[[], dict[str, Any]]
+    verify: Callable[[], None]
+    """Reads all its files."""
+    saved_at: Callable[[], float | None]
+    """Returns seconds since the epoch, or None if they are not known."""
+
+
+def found_in(root: Path) -> dict[int, Found]:
+    """Return step -> checkpoint of those in the directory `root`, the newest first."""
+    return {
+        step_of(path): Found(str(path), partial(read_manifest, path), partial(verify, path), partial(_saved_at, path))
+        for path in step_directories(root)
+    }
+
+
+def found_copies(remote: RemoteCheckpoints) -> dict[int, Found]:
+    """Return step -> checkpoint of those in a store, the newest first."""
+    return {
+        step: Found(
+            remote.url_of(step), partial(remote.read_manifest, step), partial(remote.verify, step), lambda: None
+        )
+        for step in remote.steps()
+    }
+
+
+def _saved_at(path: Path) -> float:
+    try:
+        return (path / MANIFEST).stat().st_mtime
+    except OSError as error:  # A run that goes on has deleted it.
+        raise CheckpointError(f"{path / MANIFEST}: cannot be read: {error.strerror}") from error
+
+
 class Contents(NamedTuple):
     """What the manifest of a checkpoint says."""
 
-    saved_at: float
-    """Seconds since the epoch."""
+    saved_at: float | None
+    """Seconds since the epoch; None if they are not known."""
     size: int
     """Bytes of all files of tensors."""
     files: int
@@ -35,23 +74,19 @@ class Contents(NamedTuple):
     """The held-out loss, if the model was evaluated after the same step."""
 
 
-def read_contents(path: Path) -> Contents:
-    """Return what the manifest of the checkpoint `path` says. The files of tensors are not read.
+def read_contents(checkpoint: Found) -> Contents:
+    """Return what the manifest of a checkpoint says. The files of tensors are not read.
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
     """
-    body = read_manifest(path)
+    body = checkpoint.read_manifest()
     state, tensors = body["state"], body["tensors"]
     parallel = state.get("config", {}).get("parallel", {}) if isinstance(state.get("config"), dict) else {}
     axes = parallel.items() if isinstance(parallel, dict) else ()
     loss = state.get(HELDOUT_LOSS)
-    try:
-        saved_at = (path / MANIFEST).stat().st_mtime
-    except OSError as error:  # A run that goes on has deleted it.
-        raise CheckpointError(f"{path / MANIFEST}: cannot be read: {error.strerror}") from error
     return Contents(
-        saved_at=saved_at,
+        saved_at=checkpoint.saved_at(),
         size=sum(record["size"] for record in body["files"].values()),
         files=len(body["files"]),
         parameters=sum(math.prod(tensors[name]["shape"]) for name in tensors if name.startswith("model.")),

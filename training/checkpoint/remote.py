@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from common.errors import CheckpointError, require
@@ -32,6 +33,7 @@ from training.checkpoint.manifest import (
 from training.checkpoint.peers import ALONE, Peers, RemoteError
 from training.checkpoint.remote_files import RemoteFiles
 
+NOTHING: Mapping[str, int | None] = MappingProxyType({})
 UNFINISHED = "it has no manifest, because its upload did not finish"
 
 
@@ -108,6 +110,10 @@ class RemoteCheckpoints:
     def upload(self, path: Path, peers: Peers) -> bool:
         """Copy the committed checkpoint `path` to the store. Return False if the store has this checkpoint already.
 
+        Files that the store has with their names and sizes are not copied again, because the names have a part of the
+        hash. So a copy of the step that is complete stays complete until its manifest is replaced. All files are copied
+        if `fetch` has found this copy damaged.
+
         Raises:
             CheckpointError: on all ranks, if a local file cannot be read or is damaged.
         """
@@ -118,10 +124,10 @@ class RemoteCheckpoints:
             raw = read_file(path / MANIFEST, MAX_MANIFEST)
             body = parse_manifest(raw, str(path / MANIFEST), step)
             manifest.update(raw=raw, body=body)
-            there = files.read(f"step-{step}/{MANIFEST}", MAX_MANIFEST)
-            if there == raw and step not in self._damaged and _has_files(files.names(f"step-{step}"), body):
+            there = {} if step in self._damaged else files.names(f"step-{step}")
+            if _has_files(there, body) and files.read(f"step-{step}/{MANIFEST}", MAX_MANIFEST) == raw:
                 return [None] * len(found)
-            return _divide(body, "sha256", len(found))
+            return _divide(body, "sha256", len(found), there)
 
         def copy() -> None:
             for name, sha256 in mine:
@@ -298,10 +304,15 @@ def newest_of_both(root: Path, remote: RemoteCheckpoints, warn: Callable[[str], 
     return None
 
 
-def _divide(body: dict[str, Any], field: str, ranks: int) -> list[list[tuple[str, Any]]]:
-    """Return for each rank the names of its files, and this field of their records."""
-    files = sorted((name, record[field]) for name, record in body["files"].items())
-    return [files[rank::ranks] for rank in range(ranks)]
+def _divide(
+    body: dict[str, Any], field: str, ranks: int, there: Mapping[str, int | None] = NOTHING
+) -> list[list[tuple[str, Any]]]:
+    """Return for each rank the names of its files, and this field of their records, without files that are `there`."""
+    files = sorted(body["files"].items())
+    return [
+        [(name, record[field]) for name, record in files[rank::ranks] if there.get(name) != record["size"]]
+        for rank in range(ranks)
+    ]
 
 
 def _has_files(names: Mapping[str, int | None], body: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias, TypeVar
 
 from common.errors import CheckpointError, expect, require
-from common.files import explain_os_error, open_binary
+from common.files import explain_os_error, fsync, open_binary
 from common.text import first_line
 from training.checkpoint.peers import Peers, RemoteError
 
@@ -144,11 +144,15 @@ class RemoteFiles:
         return self._wait_for(name, work)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file."""
+        """Write a file. In an object store, and on a file system of this machine, it is replaced in one step."""
 
         def work(files: "_Files", moved: Moved) -> None:
-            with files.create(name) as target:
+            suffix = ".new" if files.is_local else ""
+            with files.create(name + suffix) as target:
                 target.write(content)
+            if files.is_local:
+                fsync(Path(files.path(name + suffix)))
+                os.replace(files.path(name + suffix), files.path(name))
 
         self._wait_for(name, work)
 
@@ -289,8 +293,10 @@ class _Files:
 
     def __init__(self, url: str, directory: str) -> None:
         from fsspec.core import url_to_fs
+        from fsspec.implementations.local import LocalFileSystem
 
         self.system, self._base = url_to_fs(url)
+        self.is_local = isinstance(self.system, LocalFileSystem)
         self._root = f"{self._base.rstrip('/')}/{directory}"
 
     def path(self, name: str) -> str:

@@ -1,29 +1,40 @@
 """The tables of `scripts/checkpoint.py`: the checkpoints of a run, their files, and how two of them differ."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.errors import CheckpointError, require
 from common.text import one_line
-from training.checkpoint.inspection import compare, read_contents
-from training.checkpoint.manifest import Retention, delete_old_checkpoints, read_manifest, step_of, verify
+from training.checkpoint.inspection import Found, compare, read_contents
+from training.checkpoint.manifest import Retention, delete_old_checkpoints
+from training.checkpoint.peers import RemoteError
 from training.report.terminal import human_bytes, human_count, human_time, show_fields, show_line, show_table
 
 
-def show_checkpoints(paths: Sequence[Path]) -> None:
-    """Print one row for each checkpoint: size, files, layout and held-out loss. The files of tensors are not read."""
+def show_checkpoints(where: str, checkpoints: Mapping[int, Found]) -> None:
+    """Print one row for each checkpoint: size, files, layout and held-out loss. The files of tensors are not read.
+
+    Args:
+        where: the directory or the URL that has the checkpoints.
+        checkpoints: by their steps.
+
+    Raises:
+        RemoteError: a store refused or did not answer.
+    """
     rows, problems = [], []
-    for path in paths:
+    for step, checkpoint in checkpoints.items():
         try:
-            found = read_contents(path)
+            found = read_contents(checkpoint)
+        except RemoteError:
+            raise
         except CheckpointError as error:
             problems.append(one_line(str(error)))
             continue
         rows.append(
             [
-                str(step_of(path)),
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.saved_at)),
+                str(step),
+                "-" if found.saved_at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.saved_at)),
                 human_bytes(found.size),
                 str(found.files),
                 str(len(found.tensors)),
@@ -33,24 +44,24 @@ def show_checkpoints(paths: Sequence[Path]) -> None:
             ]
         )
     columns = ["step", "saved", "size", "files", "tensors", "parameters", "layout", "held-out loss"]
-    show_table(f"Checkpoints in {paths[0].parent}", columns, rows, left=["saved", "layout"])
+    show_table(f"Checkpoints in {where}", columns, rows, left=["saved", "layout"])
     for problem in problems:
         show_line(f"damaged: {problem}")
 
 
-def show_checkpoint(path: Path) -> None:
+def show_checkpoint(checkpoint: Found) -> None:
     """Print the files of one checkpoint, and the dtype, shape and regions of every tensor.
 
     Raises:
         CheckpointError: the manifest is missing or damaged.
     """
-    body = read_manifest(path)
+    body = checkpoint.read_manifest()
     parts: dict[str, int] = dict.fromkeys(body["files"], 0)
     for record in body["tensors"].values():
         for chunk in record["chunks"]:
             parts[chunk["file"]] += 1
     rows = [[name, human_bytes(record["size"]), str(parts[name])] for name, record in sorted(body["files"].items())]
-    show_table(f"Files of {path}", ["file", "size", "regions"], rows)
+    show_table(f"Files of {checkpoint.where}", ["file", "size", "regions"], rows)
     numbers = {name: str(number) for number, name in enumerate(sorted(body["files"]))}
     rows = [
         [
@@ -67,27 +78,33 @@ def show_checkpoint(path: Path) -> None:
     )
 
 
-def show_verified(paths: Sequence[Path]) -> None:
+def show_verified(where: str, checkpoints: Mapping[int, Found]) -> None:
     """Verify each checkpoint, and print a line about it.
+
+    Args:
+        where, checkpoints: as in `show_checkpoints`.
 
     Raises:
         CheckpointError: at the end, if one is damaged.
+        RemoteError: a store refused or did not answer.
     """
     damaged = []
-    for path in paths:
+    for step, checkpoint in checkpoints.items():
         start = time.monotonic()
         try:
-            verify(path)
+            checkpoint.verify()
+            size = human_bytes(read_contents(checkpoint).size)
+        except RemoteError:
+            raise
         except CheckpointError as error:
-            damaged.append(path.name)
-            show_line(f"{path.name} is damaged: {one_line(str(error))}")
+            damaged.append(f"step-{step}")
+            show_line(f"step-{step} is damaged: {one_line(str(error))}")
         else:
-            size = human_bytes(read_contents(path).size)
-            show_line(f"{path.name} is intact: {size} in {human_time(time.monotonic() - start)}")
+            show_line(f"step-{step} is intact: {size} in {human_time(time.monotonic() - start)}")
     require(
         not damaged,
         CheckpointError,
-        f"{paths[0].parent}: {len(damaged)} of {len(paths)} checkpoints are damaged: {', '.join(damaged[:10])}",
+        f"{where}: {len(damaged)} of {len(checkpoints)} checkpoints are damaged: {', '.join(damaged[:10])}",
     )
 
 
