@@ -107,9 +107,13 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         end(error, typed)
     if sweep_dir is not None:
+        from training.report.page.write import write_report_or_say_why
         from training.report.sweep import sweep_table
+        from training.report.terminal import show_line
 
-        if any(row["status"] != "finished" for row in sweep_table(sweep_dir)):
+        rows = sweep_table(sweep_dir)
+        write_report_or_say_why(sweep_dir, show_line)
+        if any(row["status"] != "finished" for row in rows):
             raise SystemExit(1)
 
 

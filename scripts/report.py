@@ -1,9 +1,10 @@
-"""Write the report of a run: one HTML file with its curves, its router and its experts, which opens without a network.
+"""Write the report of a run or a sweep: one HTML file, which opens without a network.
 
     python scripts/report.py run=runs/quickstart-1                      # writes runs/quickstart-1/report.html
-    python scripts/report.py run=runs/quickstart-1 out=/tmp/report.html
+    python scripts/report.py run=runs/sweep-1                           # a table of the jobs, loss against cost
+    python scripts/report.py runs=[runs/a,runs/b] out=comparison.html   # the same for any runs
 
-A run writes its report itself when it ends. This tool is for runs that are not finished, and for older ones.
+Runs and sweeps write their report themselves when they end. This tool is for those that have not, and for older ones.
 """
 
 import sys
@@ -14,7 +15,7 @@ if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common.errors import ConfigError
+from common.errors import ConfigError, expect
 from common.files import explain_os_error
 from scripts.cli.command_line import run_tool
 
@@ -23,8 +24,13 @@ from scripts.cli.command_line import run_tool
 class ReportConfig:
     """The keys of this tool. conf/report.yaml has the same keys and explains each."""
 
-    run: str
+    run: str | None = None
+    runs: tuple[str, ...] = ()
     out: str | None = None
+
+    def __post_init__(self) -> None:
+        expect((self.run is None) != (not self.runs), "run", self.run, "a run or a sweep, or else runs=[...]")
+        expect(not self.runs or self.out is not None, "out", self.out, "a file for the report of several runs")
 
 
 def report(config: ReportConfig) -> None:
@@ -33,12 +39,16 @@ def report(config: ReportConfig) -> None:
     Raises:
         ConfigError: there is no such run, or the file cannot be written.
     """
-    from training.report.page.write import REPORT_FILE, write_run_page
+    from training.report.page.write import REPORT_FILE, write_comparison, write_report
 
-    directory = Path(config.run)
+    directory = Path(config.run or ".")
     target = directory / REPORT_FILE if config.out is None else Path(config.out)
     try:
-        print(write_run_page(directory, target))
+        print(
+            write_comparison([Path(run) for run in config.runs], target)
+            if config.runs
+            else write_report(directory, target)
+        )
     except OSError as error:
         key, value = ("run", config.run) if config.out is None else ("out", config.out)
         reason = explain_os_error(error, target.parent)

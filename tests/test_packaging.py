@@ -53,7 +53,7 @@ def test_the_files_of_the_report_are_in_the_wheel(wheel: Path) -> None:
     assert names == {path.name for path in (wheel / page).iterdir()} - {
         path.name for path in (ROOT / page).glob("*.py")
     }
-    assert len(names) == 3
+    assert len(names) == 5
 
 
 def test_the_changelog_begins_with_the_version_of_the_wheel(wheel: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.training.test_page import write_probe, write_run
-from training.report.page.write import write_run_page
+from tests.training.test_page import write_probe, write_run, write_sweep
+from training.report.page.write import write_report
 
 pytestmark = pytest.mark.slow
 FLAGS = ("no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "disable-component-update")
@@ -76,7 +76,7 @@ def click_cell(page: Any, figure: str, x: float, y: float) -> None:
 def test_the_slider_the_clicks_and_the_theme(opened: Any, tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", sample="</script><script>document.title = 'attacked'</script>")
     (run / "alarms.jsonl").write_text('{"step": 4, "message": "layer 1: <b>1 expert</b>"}\n')
-    page = opened(write_run_page(run))
+    page = opened(write_report(run))
     assert page.title() == "r - Mixwright report"
     assert page.locator("#step-name").text_content() == "step 12 of 12"
     assert loads_shown(page)[0] == [3.0, 0.5, 0.5, 0.0]
@@ -123,7 +123,7 @@ def data_of(page: Any, figure: str, trace: int, name: str) -> Any:
 def test_the_probe(opened: Any, tmp_path: Path) -> None:
     run = write_run(tmp_path / "r")
     write_probe(run)
-    page = opened(write_run_page(run))
+    page = opened(write_report(run))
     tokens = page.locator("#text span")
     assert tokens.all_text_contents() == [" the", "<i>", "\n", " the", "1", "+", "1", " the"]
     colours = "[...document.querySelectorAll('#text span')].map((span) => span.style.backgroundColor)"
@@ -159,8 +159,26 @@ def test_the_probe(opened: Any, tmp_path: Path) -> None:
     assert change[0][0] == pytest.approx(6 / 6, rel=1e-3), "of step 7 and step 1: 4 * 6 / 24"
 
 
+def test_the_table_of_a_sweep(opened: Any, tmp_path: Path) -> None:
+    page = opened(write_report(write_sweep(tmp_path / "s")))
+    rows = page.locator("#jobs tbody tr")
+
+    def runs() -> list[str]:
+        return [row.locator("td").first.text_content() for row in rows.all() if row.is_visible()]
+
+    assert runs() == ["0", "1", "2", "3", "4", "5"]
+    loss = page.locator("#jobs th button", has_text="loss")
+    loss.click()
+    assert runs()[:3] == ["2", "0", "1"]
+    loss.click()
+    assert runs()[:3] == ["1", "0", "2"], "runs without a loss stay at the end"
+    page.locator("#filter").fill("failed")
+    assert runs() == ["3"]
+    assert data_of(page, "cost-total", 0, "y") == [3.25, 2.5]
+
+
 def test_the_cursor_is_common_to_the_curves(opened: Any, tmp_path: Path) -> None:
-    page = opened(write_run_page(write_run(tmp_path / "r")))
+    page = opened(write_report(write_run(tmp_path / "r")))
     page.locator("#curve-loss").scroll_into_view_if_needed()
     click_cell(page, "curve-loss", 6, 4.35)
     labels = page.locator("#curve-max_vio .hoverlayer text").all_text_contents()

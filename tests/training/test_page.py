@@ -14,9 +14,9 @@ import yaml
 from scripts import report as tool
 from training.report.page import heldout
 from training.report.page.curves import reduced
-from training.report.page.gather import expert_frames, load_frames, read_run, straggler, thinned
+from training.report.page.gather import expert_frames, load_frames, read_run, thinned
 from training.report.page.heldout import packed
-from training.report.page.write import run_page, write_run_page, write_run_page_or_say_why
+from training.report.page.write import run_page, write_report, write_report_or_say_why
 from training.report.probe import ProbeRouting, ProbeTokens, write_routing, write_tokens
 
 
@@ -73,7 +73,7 @@ def script_of(page: str) -> dict[str, Any]:
 def test_the_page_has_every_metric_and_every_step_of_the_loads(tmp_path: Path) -> None:
     from plotly.graph_objects import Figure
 
-    page = write_run_page(write_run(tmp_path / "r")).read_text(encoding="utf-8")
+    page = write_report(write_run(tmp_path / "r")).read_text(encoding="utf-8")
     script = script_of(page)
     assert {"curve-loss", "curve-max_vio", "curve-other-0", "load", "history", "straggler"} <= script["figures"].keys()
     assert script["figures"]["curve-other-0"]["data"][0]["y"] == [step * 2 for step in range(1, 13)]
@@ -216,10 +216,62 @@ def test_long_runs_are_thinned() -> None:
     assert frames is not None and len(frames.steps) == 240 and frames.steps[-1] == 999
 
 
-def test_the_straggler_factor_is_that_of_contiguous_ranges() -> None:
-    # Ranks of two experts get 6 and 2 rows of 8: 1.5 times the mean. In the second layer both get 4.
-    assert straggler([[5, 1, 1, 1], [1, 3, 3, 1]], 2) == pytest.approx((1.5 + 1.0) / 2)
-    assert straggler([[5, 1, 1, 1]], 4) == pytest.approx(2.5)
+def test_the_straggler_price_is_the_logged_one_or_that_of_the_last_loads(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+
+    def drawn() -> list[list[float]]:
+        return [trace["y"] for trace in script_of(run_page(read_run(run)))["figures"]["straggler"]["data"]]
+
+    # Relative loads of 3, 0.5, 0.5 and 0: two ranks in order get 3.5 and 0.5 of 4, placed by load 3 and 1.
+    assert drawn() == [[1.75, 3.0], [1.5, 3.0]]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "router/straggler/ep_2": 1.25}\n{"step": 14}\n')
+    assert drawn() == [[1.25]]
+
+
+def write_sweep(directory: Path) -> Path:
+    """Two seeds of 4 experts and one of 8; a job that failed; one that has not ended; and one that has not begun."""
+    for job, (experts, seed, loss) in {
+        0: (4, 0, 3.0),
+        1: (4, 1, 3.5),
+        2: (8, 0, 2.5),
+        3: (8, 1, None),
+        5: (8, 2, 2.0),
+    }.items():
+        run = write_run(directory / str(job), experts=experts, num_experts=experts, top_k=2, wall_s=10.0 * experts)
+        config = {"run": {"seed": seed, "name": f"s/{job}"}, "model": {"num_experts": experts, "top_k": 2}}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        result = json.loads((run / "result.json").read_text()) | {"eval/loss": loss, "total_params": experts * 100}
+        if loss is None:
+            result = {"status": "failed", "error": "</script><script>alert(1)</script>"}
+        (run / "result.json").write_text(json.dumps(result))
+    (directory / "5" / "result.json").unlink()
+    return directory
+
+
+def test_a_sweep_has_a_row_a_run_and_a_point_a_group(tmp_path: Path) -> None:
+    from plotly.graph_objects import Figure
+
+    sweep = write_sweep(tmp_path / "s")
+    (sweep / "2" / "report.html").write_text("")
+    page = write_report(sweep).read_text(encoding="utf-8")
+    figures = script_of(page)["figures"]
+    (line,) = figures["cost-total"]["data"]
+    assert (line["name"], line["x"], line["y"]) == ("top-2", [400, 800], [3.25, 2.5])
+    assert line["error_y"]["array"] == [pytest.approx(0.35355, abs=1e-5), 0], "the deviation of 3.0 and 3.5"
+    assert line["text"] == ["4x2", "8x2"] and "mean of 2 runs 0, 1" in line["customdata"][0]
+    assert figures["cost-wall"]["data"][0]["x"] == [40, 80] and "cost-active" not in figures
+    assert [figure for figure in figures if figure.startswith("small-")] == ["small-0", "small-1"]
+    for figure in figures.values():
+        Figure(figure)
+    assert "3 of 6 runs are not finished." in page and "missing: no result.json" in page
+    assert len(re.findall("<script", page)) == 3 and 'href="2/report.html"' in page and 'href="0' not in page
+
+
+def test_runs_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sweep, out = write_sweep(tmp_path / "s"), tmp_path / "page.html"
+    assert call(monkeypatch, f"runs=[{sweep}/0,{sweep}/2]", f"out={out}") == 0
+    assert script_of(out.read_text(encoding="utf-8"))["figures"]["cost-total"]["data"][0]["y"] == [3.0, 2.5]
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -235,6 +287,10 @@ def test_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n" and not (run / "report.html").exists()
     (tmp_path / "file").write_text("")
     for arguments, line in {
+        (): "run=null: expected a run or a sweep, or else runs=[...]",
+        (f"run={run}", f"runs=[{run}]"): f"run={run}: expected a run or a sweep, or else runs=[...]",
+        (f"runs=[{run}]",): "out=null: expected a file for the report of several runs",
+        (f"runs=[{run},{tmp_path}]", f"out={tmp_path}/a"): f"runs={tmp_path}: expected directories of runs",
         (f"run={tmp_path / 'none'}",): f"run={tmp_path / 'none'}: expected a run's directory",
         (f"run={run}", f"out={tmp_path}"): f"out={tmp_path}: expected a place for a file that can be written",
         (f"run={run}", f"out={tmp_path}/a/b"): f"out={tmp_path}/a/b: expected a place for a file that can be written",
@@ -248,8 +304,8 @@ def test_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 def test_a_run_does_not_fail_with_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    assert write_run_page_or_say_why(tmp_path / "none", said.append) is None
+    assert write_report_or_say_why(tmp_path / "none", said.append) is None
     monkeypatch.setattr("training.report.page.write.run_page", lambda data: 1 / 0)
-    assert write_run_page_or_say_why(write_run(tmp_path / "r"), said.append) is None
+    assert write_report_or_say_why(write_run(tmp_path / "r"), said.append) is None
     assert [line.startswith("warning: report.html cannot be written: ") for line in said] == [True, True]
     assert "ZeroDivisionError" in said[1]

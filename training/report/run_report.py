@@ -28,7 +28,7 @@ from training.device import DTYPE_NAMES
 from training.report.goodput import Goodput, goodput_line
 from training.report.heatmap import show_load
 from training.report.metrics import left_out, read_metrics
-from training.report.page.write import write_run_page_or_say_why
+from training.report.page.write import write_report_or_say_why
 from training.report.plots import plot_curves, plot_load, plot_overview
 from training.report.tables import (
     RankSummary,
@@ -178,7 +178,7 @@ def finish_run(
     result = finite(result)  # So that trackers and the caller get what the file has.
     with disk_errors("result.json"):
         save_result(run.directory, result)
-    page = write_run_page_or_say_why(run.directory, show_line)
+    page = write_report_or_say_why(run.directory, show_line)
     show_end(
         run.directory,
         None if checkpoint is None else Path(checkpoint),

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file, which opens without a network.
+"""The report of a run or a sweep: one HTML file, which opens without a network.
 
 The modules in reading order:
 
@@ -7,7 +7,8 @@ The modules in reading order:
     curves          the metrics over the steps
     figures         the loads of the experts
     heldout         the probe: text, domains, co-activation, churn
+    jobs            the results of a sweep
     write           the template, the script and the data become one file
 
-`page.html.jinja`, `page.css` and `page.js` are the template, its style, and the script that links the figures.
+`*.html.jinja`, `page.css` and `page.js` are the templates, their style, and the script that links the figures.
 """

@@ -77,6 +77,7 @@ def charts(data: RunData) -> dict[str, Chart]:
         "dead": router("Experts without a token", "dead"),
         "drop_rate": router("Dropped assignments (share)", "drop_rate"),
         "rank_load_max": router("Fullest expert-parallel rank (1 = balanced)", "rank_load_max"),
+        "straggler": Chart("Straggler price by expert-parallel ranks", {}, prefix="router/straggler/ep_"),
         "router_grad": router("Gradient norm of the router", "grad_norm"),
         "router_weight": router("Weight norm of the router", "weight_norm"),
     }
@@ -116,7 +117,8 @@ def _figure(rows: Sequence[Row], chart: Chart) -> Figure | None:
     """Return the figure of a chart, or None if no row has one of its metrics."""
     names = dict(chart.metrics)
     if chart.prefix:
-        found = sorted({key for row in rows for key in row if key.startswith(chart.prefix)})
+        prefixed = {key for row in rows for key in row if key.startswith(chart.prefix)}
+        found = sorted(prefixed, key=lambda key: (len(key), key))  # ep_8 before ep_16
         names |= {key: key.removeprefix(chart.prefix) for key in found}
     curves = [(label, *series(rows, key)) for key, label in names.items()]
     curves = [curve for curve in curves if curve[1]]

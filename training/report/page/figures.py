@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from training.report.heatmap import scale_limit
+from training.report.metrics import Row, expert_parallel_sizes, straggler_metrics
 from training.report.page.curves import Figure, figure_layout, level_line, rounded
-from training.report.page.gather import Frames, RunData, expert_frames, load_frames, series, straggler
+from training.report.page.gather import Frames, RunData, expert_frames, load_frames, series
 from training.report.page.theme import BLUE, ORANGE
 
 LOAD_TICKS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 """Relative loads with a label on the colour scale."""
+MAX_RANKS = 64
+"""The most expert-parallel ranks of which the straggler factor is shown."""
 
 
 def router_numbers(data: RunData) -> dict[str, Any] | None:
@@ -109,21 +112,23 @@ def _norms(data: RunData) -> dict[str, Figure]:
 
 
 def _straggler(data: RunData, loads: Frames, experts: int) -> dict[str, Figure]:
-    """The straggler factor by expert parallelism: as logged in the last row that has it, else from the last loads."""
-    sizes = [size for size in range(2, min(experts, 64) + 1) if experts % size == 0]
-    if not sizes:
-        return {}
+    """The straggler factor by expert parallelism: that of the last row that has it, else that of the last loads."""
+    sizes = [size for size in expert_parallel_sizes(experts) if size <= MAX_RANKS]
+    rows: list[Row] = [row for row in data.rows if any(key.startswith("router/straggler/") for key in row)][-1:]
+    if sizes and not rows:
+        import torch  # A run without the metric, such as an older one.
+
+        rows = [{"step": loads.steps[-1], **straggler_metrics(torch.tensor(loads.values_FLE[-1]))}]
     curves = []
     for name, key, colour in (
         ("experts in order", "router/straggler", BLUE),
         ("experts placed by load", "router/straggler_placed", ORANGE),
     ):
-        points = [(size, values[-1]) for size in sizes if (values := series(data.rows, f"{key}/ep_{size}")[1])]
+        points = [(size, values[-1]) for size in sizes if (values := series(rows, f"{key}/ep_{size}")[1])]
         if points:
             curves.append(_points(name, points, colour))
     if not curves:
-        computed = [(size, straggler(loads.values_FLE[-1], size)) for size in sizes]
-        curves.append(_points("experts in order", [point for point in computed if math.isfinite(point[1])], BLUE))
+        return {}
     layout = figure_layout("Straggler price (slowest rank / mean)", x="expert-parallel ranks", hovermode="x")
     layout["xaxis"] |= {"type": "category"}
     layout["yaxis"] |= {"rangemode": "tozero"}

@@ -3,7 +3,6 @@
 Shape suffixes: L MoE layers, E experts, F frames (logged steps that the page shows).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,13 +81,18 @@ def read_run(directory: Path, key: str = "run") -> RunData:
         notes.append(f"{CONFIG_FILE} is missing or cannot be read: the configuration is unknown.")
     if result.get("status") in ("missing", "unreadable"):
         notes.append(f"There is no readable {RESULT_FILE}: the run has not ended, or was killed.")
-    rows = _rows(directory / METRICS_FILE, notes)
+    rows = read_rows(directory / METRICS_FILE, notes)
     alarms = _alarms(directory / ALARMS_FILE, notes)
     name = result.get("name") or config.get("run.name") or directory.resolve().name
     return RunData(directory, str(name), config, result, rows, alarms, notes)
 
 
-def _rows(path: Path, notes: list[str]) -> list[Row]:
+def read_rows(path: Path, notes: list[str]) -> list[Row]:
+    """Return the rows of a `metrics.jsonl`, sorted, one a step.
+
+    Args:
+        notes: receives a sentence about what is missing.
+    """
     damaged: list[int] = []
     try:
         rows = read_metrics(path, damaged)
@@ -182,17 +186,3 @@ def load_frames(rows: Sequence[Row]) -> Frames | None:
     """Return the relative load of every expert: 1 is balance, 0 an expert without a token."""
     shares = expert_frames(rows, "router/load")
     return None if shares is None else Frames(shares.steps, [relative_load(load_LE) for load_LE in shares.values_FLE])
-
-
-def straggler(load_LE: Sequence[Sequence[float]], ranks: int) -> float:
-    """Return the straggler factor at expert parallelism `ranks`: the rows of the fullest rank over their mean.
-
-    A rank has a contiguous range of E / `ranks` experts. The result is the mean over the layers, and a lower bound of
-    how much longer the experts of a step take than with a balanced load.
-    """
-    factors = []
-    for load_E in load_LE:
-        size, total = len(load_E) // ranks, sum(load_E)
-        rows = [sum(load_E[start : start + size]) for start in range(0, len(load_E), size)]
-        factors.append(max(rows) * ranks / total if total else math.nan)
-    return sum(factors) / len(factors)

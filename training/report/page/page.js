@@ -116,6 +116,32 @@
     byId(name).on("plotly_click", (event) => choose({ frame: router ? nearest(router.steps, event.points[0].x) : 0 }));
   }
 
+  // ------------------------------------------------------------------------------------------- the table of a sweep
+  function linkTable(table) {
+    const [body] = table.tBodies;
+    const headers = [...table.querySelectorAll("th")];
+    const valueOf = (row, index) => {
+      const { textContent, dataset } = row.cells[index];
+      return "sort" in dataset ? Number(dataset.sort) : textContent;
+    };
+    // Numbers come before text, in both directions.
+    const compare = (a, b) => (typeof a === typeof b ? (a < b ? -1 : Number(a > b)) : null);
+    headers.forEach((header, index) => header.addEventListener("click", () => {
+      const up = header.ariaSort !== "ascending";
+      headers.forEach((other) => (other.ariaSort = null));
+      header.ariaSort = up ? "ascending" : "descending";
+      body.append(...[...body.rows].sort((left, right) => {
+        const [a, b] = [valueOf(left, index), valueOf(right, index)];
+        return (up ? 1 : -1) * compare(a, b) || (typeof a === "number" ? -1 : 1) * (compare(a, b) === null);
+      }));
+    }));
+    byId("filter").addEventListener("input", ({ target }) => {
+      const wanted = target.value.toLowerCase();
+      for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+    });
+  }
+
+  if (byId("jobs")) linkTable(byId("jobs"));
   if (router) drawRouter();
   else document.body.dataset.ready = "yes";
 

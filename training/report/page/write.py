@@ -6,7 +6,7 @@ character can end the script element. The page forbids itself to load anything (
 
 import base64
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,7 @@ from training.report.page.curves import curve_figures
 from training.report.page.figures import router_figures, router_numbers
 from training.report.page.gather import RunData, read_run
 from training.report.page.heldout import heldout_figures, heldout_numbers, read_heldout
+from training.report.page.jobs import Jobs, is_sweep, job_figures, read_runs, read_sweep, table
 from training.report.page.theme import THEMES
 from training.report.terminal import human_count, human_time
 
@@ -25,21 +26,66 @@ HERE = Path(__file__).parent
 REPORT_FILE = "report.html"
 
 
-def write_run_page(directory: Path, target: Path | None = None) -> Path:
-    """Write the report of a run, atomically.
+def write_report(directory: Path, target: Path | None = None) -> Path:
+    """Write the report of a run or of a sweep, atomically.
 
     Args:
-        target: the file; None: `report.html` in the run's directory.
+        target: the file; None: `report.html` in the directory.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: `directory` is not a run's.
-        OSError: the file cannot be written.
+        ConfigError: `directory` is not that of a run or a sweep.
+        OSError: the file cannot be written, or the directory not be read.
     """
-    page = run_page(read_run(directory))
+    page = (
+        sweep_page(read_sweep(directory), directory.resolve().name)
+        if is_sweep(directory)
+        else run_page(read_run(directory))
+    )
     return write_atomically(target or directory / REPORT_FILE, page)
+
+
+def write_comparison(runs: Sequence[Path], target: Path) -> Path:
+    """Write a report that compares several runs, as `write_report` does. Returns `target`."""
+    return write_atomically(target, sweep_page(read_runs(runs, target.parent), f"{len(runs)} runs"))
+
+
+def write_report_or_say_why(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """Write the report of a run or sweep that has just ended, which does not fail because of it.
+
+    Args:
+        say: gets a line if the report cannot be written.
+
+    Returns:
+        The file, or None.
+    """
+    try:
+        return write_report(directory)
+    except OSError as error:
+        say(f"warning: {REPORT_FILE} cannot be written: {explain_os_error(error, directory)}")
+    except Exception as error:
+        say(f"warning: {REPORT_FILE} cannot be written: {first_line(error)}")
+    return None
+
+
+def sweep_page(jobs: Jobs, title: str) -> str:
+    """Return the HTML of the report of several runs."""
+    figures = job_figures(jobs)
+    headers, body = table(jobs)
+    return render(
+        "sweep.html.jinja",
+        title=title,
+        jobs=jobs,
+        finished=sum(result["status"] == "finished" for result in jobs.results),
+        headers=headers,
+        body=body,
+        notes=jobs.notes,
+        costs=[name for name in figures if name.startswith("cost-")],
+        small=[name for name in figures if name.startswith("small-")],
+        script={"figures": figures, "themes": THEMES, "router": None, "heldout": None, "alarms": []},
+    )
 
 
 def run_page(data: RunData) -> str:
@@ -61,6 +107,7 @@ def run_page(data: RunData) -> str:
         "alarms": sorted({alarm["step"] for alarm in data.alarms}),
     }
     return render(
+        "run.html.jinja",
         title=data.name,
         run=data,
         facts=facts(data),
@@ -73,10 +120,11 @@ def run_page(data: RunData) -> str:
     )
 
 
-def render(*, script: Mapping[str, Any], **values: Any) -> str:
-    """Fill in `page.html.jinja`.
+def render(template: str, *, script: Mapping[str, Any], **values: Any) -> str:
+    """Fill in a template.
 
     Args:
+        template: its file.
         script: what `page.js` gets as JSON.
         values: the variables of the template.
     """
@@ -85,7 +133,7 @@ def render(*, script: Mapping[str, Any], **values: Any) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("page.html.jinja").render(
+    return environment.get_template(template).render(
         style=_file("page.css"), code=_file("page.js"), plotly=plotly_code(), data=script_json(script), **values
     )
 
@@ -186,21 +234,3 @@ def tiles(data: RunData) -> list[tuple[str, str, str]]:
 def config_text(data: RunData) -> str:
     """Return the configuration as one line per key."""
     return "\n".join(f"{key}={show_value(value)}" for key, value in data.config.items())
-
-
-def write_run_page_or_say_why(directory: Path, say: Callable[[str], None]) -> Path | None:
-    """Write the report of a run that has just ended. A run does not fail because of it.
-
-    Args:
-        say: gets a line if the report cannot be written.
-
-    Returns:
-        The file, or None.
-    """
-    try:
-        return write_run_page(directory)
-    except OSError as error:
-        say(f"warning: {REPORT_FILE} cannot be written: {explain_os_error(error, directory)}")
-    except Exception as error:
-        say(f"warning: {REPORT_FILE} cannot be written: {first_line(error)}")
-    return None
