@@ -7,9 +7,9 @@ optimizer step and the evaluation), `report` (what is printed and written).
 
 import dataclasses
 import math
-import os
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,7 @@ from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
 from moe.router import TOKEN_FIGURES
 from parallel.apply import build_whole_model
-from parallel.collectives import all_gather_json
-from parallel.mesh import Mesh, broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
-from parallel.startup.launch import World
+from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
 from parallel.startup.rendezvous import open_store, wait_for_all
 from parallel.waiting import WaitingClock
 from training.agree import AgreedRun, agree_on_run
@@ -45,6 +43,7 @@ from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up
 from training.due import Due
 from training.engine import Engine, NativeEngine
 from training.formats.reader import open_model
+from training.hang_reports import find_ranks
 from training.hangs import hangs_explained
 from training.health import Health
 from training.interruption import Interruption
@@ -153,8 +152,9 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             show_restart(world, run, goodput.furthest)
     # Until here a collective had more time, because the ranks read files and compile.
     set_timeout(mesh, config.parallel.timeout_s)
-    siblings = processes_of_host(world, mesh)
-    peers.siblings = savers.siblings = siblings
+    rank_store.set_timeout(timedelta(seconds=config.parallel.timeout_s))
+    ranks = find_ranks(world, mesh.world)
+    peers.siblings = savers.siblings = ranks.siblings
 
     # 6. The loop over optimizer steps, which `Steps` runs.
     first_step, due = run.state["step"] if run.state else 0, Due(config)
@@ -172,8 +172,8 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         Saver(
             run.directory / CHECKPOINTS, config.checkpoint, savers, run.checkpoint, recorder.note, run.remote
         ) as saver,
-        Interruption(list(siblings.values())) as interruption,
-        hangs_explained(run.directory, world.rank, siblings, config.parallel.timeout_s) as flight,
+        Interruption(list(ranks.siblings.values())) as interruption,
+        hangs_explained(run.directory, ranks, rank_store, config.parallel.timeout_s) as flight,
     ):
         saver.prepare(engine.tensors)
 
@@ -287,12 +287,6 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             )
             recorder.finish(outcome, run.directory)
     return outcome
-
-
-def processes_of_host(world: World, mesh: Mesh) -> dict[int, int]:
-    """Return rank -> process id of the ranks on this host. Collective."""
-    pids, first = all_gather_json(os.getpid(), mesh.world), world.rank - world.local_rank
-    return {rank: pids[rank] for rank in range(first, first + world.local_world_size)}
 
 
 def checkpoint_state(
