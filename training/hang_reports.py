@@ -89,7 +89,7 @@ class HangReports:
 
     def __init__(self, store: dist.Store, ranks: Ranks) -> None:
         self.ranks = ranks
-        self._store = store.clone()
+        self._store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
         self._added = False
         self._asker, self._asked = threading.Thread(), 0.0
         self._lock = threading.Lock()
