@@ -3,6 +3,7 @@
     python scripts/report.py run=runs/quickstart-1                      # writes runs/quickstart-1/report.html
     python scripts/report.py run=runs/sweep-1                           # a table of the jobs, loss against cost
     python scripts/report.py runs=[runs/a,runs/b] out=comparison.html   # the same for any runs
+    python scripts/report.py run=runs/quickstart-1 format=svg           # its figures, in figures/
 
 Runs and sweeps write their report themselves when they end. This tool is for those that have not, and for older ones.
 """
@@ -10,6 +11,7 @@ Runs and sweeps write their report themselves when they end. This tool is for th
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 if __name__ == "__main__":
     # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
@@ -27,31 +29,33 @@ class ReportConfig:
     run: str | None = None
     runs: tuple[str, ...] = ()
     out: str | None = None
+    format: Literal["html", "png", "svg"] = "html"
 
     def __post_init__(self) -> None:
         expect((self.run is None) != (not self.runs), "run", self.run, "a run or a sweep, or else runs=[...]")
         expect(not self.runs or self.out is not None, "out", self.out, "a file for the report of several runs")
+        expect(not self.runs or self.format == "html", "format", self.format, "html for several runs")
 
 
 def report(config: ReportConfig) -> None:
-    """Write the report and print where it is.
+    """Write the report, or its figures, and print where they are.
 
     Raises:
         ConfigError: there is no such run, or the file cannot be written.
     """
-    from training.report.page.write import REPORT_FILE, write_comparison, write_report
+    from training.report.page.write import write_comparison, write_figures, write_report
 
-    directory = Path(config.run or ".")
-    target = directory / REPORT_FILE if config.out is None else Path(config.out)
+    directory, out = Path(config.run or "."), None if config.out is None else Path(config.out)
     try:
-        print(
-            write_comparison([Path(run) for run in config.runs], target)
-            if config.runs
-            else write_report(directory, target)
-        )
+        if out is not None and config.runs:
+            print(write_comparison([Path(run) for run in config.runs], out))
+        elif config.format == "html":
+            print(write_report(directory, out))
+        else:
+            print(write_figures(directory, out, config.format))
     except OSError as error:
         key, value = ("run", config.run) if config.out is None else ("out", config.out)
-        reason = explain_os_error(error, target.parent)
+        reason = explain_os_error(error, out or directory)
         raise ConfigError(f"{key}={value}: expected a place for a file that can be written ({reason})") from error
 
 

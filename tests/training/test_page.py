@@ -16,7 +16,7 @@ from training.report.page import heldout
 from training.report.page.curves import reduced
 from training.report.page.gather import expert_frames, load_frames, read_run, thinned
 from training.report.page.heldout import packed
-from training.report.page.write import run_page, write_report, write_report_or_say_why
+from training.report.page.write import run_page, write_figures, write_report, write_report_or_say_why
 from training.report.probe import ProbeRouting, ProbeTokens, write_routing, write_tokens
 
 
@@ -272,6 +272,42 @@ def test_runs_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     sweep, out = write_sweep(tmp_path / "s"), tmp_path / "page.html"
     assert call(monkeypatch, f"runs=[{sweep}/0,{sweep}/2]", f"out={out}") == 0
     assert script_of(out.read_text(encoding="utf-8"))["figures"]["cost-total"]["data"][0]["y"] == [3.0, 2.5]
+
+
+def test_figures_for_papers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "r", steps=3, layers=1)
+    write_probe(run)
+    for path in (run / "probe").glob("step-*"):
+        path.unlink()
+    assert call(monkeypatch, f"run={run}", "format=svg") == 0 and capsys.readouterr().out == f"{run / 'figures'}\n"
+    first = {path.name: path.read_bytes() for path in (run / "figures").iterdir()}
+    names = ("curve-loss", "curve-max_vio", "curve-other-0", "history-00", "load", "straggler")
+    assert sorted(first) == [f"{name}.svg" for name in names]
+    assert call(monkeypatch, f"run={run}", "format=svg", f"out={tmp_path / 'again'}") == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == first
+    assert call(monkeypatch, f"run={run}", "format=png", f"out={run / 'config.yaml'}") == 2
+
+
+@pytest.mark.slow
+def test_figures_of_the_probe_and_of_a_sweep(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", steps=2)
+    write_probe(run, (0, 2))
+    (run / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({k: v for k, v in json.loads(line).items() if k == "step" or "load" in k}) + "\n"
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+        )
+    )
+    (run / "probe" / "step-0.safetensors").unlink()
+    names = {path.stem for path in write_figures(run, None, "png").iterdir()}
+    of_a_layer = {f"{name}-{layer}" for name in ("domains", "history", "pairs", "words") for layer in ("00", "01")}
+    assert names == {"load", "straggler"} | of_a_layer
+    sweep = write_sweep(tmp_path / "s")
+    assert {path.name for path in write_figures(sweep, None, "png").iterdir()} == {
+        f"{name}.png" for name in ("cost-total", "cost-wall", "small-0", "small-1")
+    }
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -33,26 +33,37 @@ MAX_DOMAINS = 24
 MAX_OVERVIEW_LAYERS = 6
 """The most MoE layers that the overview shows."""
 
+BOTH_FORMATS: Mapping[str, Mapping[str, Any]] = {".svg": {"metadata": {"Date": None}}, ".png": {"dpi": 140}}
+"""Suffix -> options of matplotlib's `savefig`."""
+DEFAULT_STYLE: Mapping[str, Any] = {}
+
 
 @contextmanager
-def figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
+def figure(
+    path: Path,
+    width: float,
+    height: float,
+    formats: Mapping[str, Mapping[str, Any]] = BOTH_FORMATS,
+    style: Mapping[str, Any] = DEFAULT_STYLE,
+) -> Iterator["Figure"]:
     """A context manager that gives a figure, and writes it when the block ends.
 
     Args:
-        path: the file to write, once with the suffix .svg and once with .png.
+        path: the file to write, once with each suffix of `formats`.
         width: in inches.
         height: in inches.
+        formats: suffix -> options of `savefig`.
+        style: settings of matplotlib, besides those of this project.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
 
     settings: dict[Any, Any] = {"svg.hashsalt": "mixwright", "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.style.context(["default", settings]), warnings.catch_warnings():
+    with matplotlib.style.context(["default", settings, dict(style)]), warnings.catch_warnings():
         # The font does not have the characters of every language, and very long names leave no room.
         warnings.filterwarnings("ignore", "Glyph|constrained_layout", UserWarning)
         canvas = Figure(figsize=(width, height), layout="constrained")
         yield canvas
-        formats: dict[str, dict[str, Any]] = {".svg": {"metadata": {"Date": None}}, ".png": {"dpi": 140}}
         for suffix, options in formats.items():
             drawn = io.BytesIO()  # A plot that a full disk has cut off would remain.
             canvas.savefig(drawn, format=suffix[1:], **options)

@@ -8,6 +8,7 @@ The modules in reading order:
     figures         the loads of the experts
     heldout         the probe: text, domains, co-activation, churn
     jobs            the results of a sweep
+    paper           the figures as PNG and SVG files
     write           the template, the script and the data become one file
 
 `*.html.jinja`, `page.css` and `page.js` are the templates, their style, and the script that links the figures.

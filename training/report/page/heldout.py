@@ -92,9 +92,7 @@ def heldout_numbers(heldout: HeldOut) -> dict[str, Any]:
     """
     probe, routings = heldout.probe, heldout.routings
     domains, ids = len(probe.domains), frequent_ids(probe)
-    word_T = np.full(len(probe.tokens_T), len(ids))
-    for number, token in enumerate(ids):
-        word_T[probe.tokens_T == token] = number
+    word_T = word_numbers(probe, ids)
 
     def statistic(values: Sequence[np.ndarray] | None, steps: list[int]) -> dict[str, Any] | None:
         return None if not values else {"steps": steps, **packed(np.stack(values))}
@@ -123,6 +121,14 @@ def frequent_ids(probe: Probe) -> list[int]:
     ids, counts = np.unique(probe.tokens_T, return_counts=True)
     order = np.argsort(-counts, kind="stable")[:MAX_WORDS]
     return [int(ids[index]) for index in order if counts[index] >= MIN_COUNT]
+
+
+def word_numbers(probe: Probe, ids: Sequence[int]) -> np.ndarray:
+    """Return the index into `ids` of each token, and the length of `ids` for other tokens."""
+    word_T = np.full(len(probe.tokens_T), len(ids))
+    for number, token in enumerate(ids):
+        word_T[probe.tokens_T == token] = number
+    return word_T
 
 
 def shown_piece(piece: str) -> str:

@@ -19,6 +19,7 @@ from training.report.page.figures import router_figures, router_numbers
 from training.report.page.gather import RunData, read_run
 from training.report.page.heldout import heldout_figures, heldout_numbers, read_heldout
 from training.report.page.jobs import Jobs, is_sweep, job_figures, read_runs, read_sweep, table
+from training.report.page.paper import Format, write_job_figures, write_run_figures
 from training.report.page.theme import THEMES
 from training.report.terminal import human_count, human_time
 
@@ -50,6 +51,26 @@ def write_report(directory: Path, target: Path | None = None) -> Path:
 def write_comparison(runs: Sequence[Path], target: Path) -> Path:
     """Write a report that compares several runs, as `write_report` does. Returns `target`."""
     return write_atomically(target, sweep_page(read_runs(runs, target.parent), f"{len(runs)} runs"))
+
+
+def write_figures(directory: Path, target: Path | None, suffix: Format) -> Path:
+    """Write the figures of a run or a sweep as files.
+
+    Args:
+        target: the directory for them; None: `figures` in the directory of the run or sweep.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ConfigError, OSError: as `write_report`.
+    """
+    target = target or directory / "figures"
+    if is_sweep(directory):
+        write_job_figures(read_sweep(directory), target, suffix)
+    else:
+        write_run_figures(read_run(directory), target, suffix)
+    return target
 
 
 def write_report_or_say_why(directory: Path, say: Callable[[str], None]) -> Path | None:
