@@ -52,6 +52,7 @@ from parallel.apply import build_model
 from parallel.mesh import mesh_of_one
 from training.config import OptimConfig
 from training.engine import NativeEngine
+from training.norms import SquareSums
 from training.step import prepare_step, start_step
 
 ROOT = str(Path(__file__).resolve().parent.parent) + "/"
@@ -371,12 +372,14 @@ def walk_step(
     recompute: Recompute = "none",
     *,
     kernels: bool = True,
+    measured: bool = False,
 ) -> Step:
     """Walk through one optimizer step in bf16: the copies of the batches, all passes, the update and its figures.
 
     Args:
         batches: the micro-batches, on the CPU.
         kernels: use `moe.kernels` if Triton is installed.
+        measured: compute the norms of routers and experts.
     """
     walk, saved = Walk(), dict[int, int]()
 
@@ -403,7 +406,7 @@ def walk_step(
         ):
             stack.enter_context(patch)
         inputs = prepare_step(engine, batches, router)
-        start_step(engine, inputs, router, 1e-3)
+        start_step(engine, inputs, router, 1e-3, measured)
     saved_bytes = sum(nbytes for storage, nbytes in saved.items() if storage not in weights)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Step(walk.operators, walk.waits, walk.copies, saved_bytes, parameters)
@@ -418,9 +421,9 @@ def _mark_phases(engine: NativeEngine, walk: Walk) -> None:
         backward(loss)
         walk.phase = "forward"
 
-    def marked_update(lr: float) -> Tensor:
+    def marked_update(lr: float, squares: SquareSums | None) -> Tensor:
         walk.phase = "update"
-        return update(lr)
+        return update(lr, squares)
 
     engine.backward, engine.step = marked_backward, marked_update  # type: ignore[method-assign]
 

@@ -23,9 +23,9 @@ class Due:
         return is_due(done, self.config.train.eval_every, self.steps)
 
     def measures(self, done: int) -> bool:
-        """Return whether the metrics that are not cheap are computed for step `done`, and its row is written."""
+        """Return whether the norms and straggler factors of step `done` are computed, and its row is written."""
         every = self.config.telemetry.every
-        return self.config.model.is_moe and every > 0 and is_due(done, every, self.steps)
+        return every > 0 and self.config.model.is_moe and is_due(done, every, self.steps)
 
     def saves(self, done: int) -> bool:
         """Return whether a checkpoint is saved."""

@@ -23,6 +23,7 @@ from parallel.objective import Objective
 from parallel.pipeline import Pipeline
 from parallel.weight_shards import replica_group
 from training.config import OptimConfig
+from training.norms import SquareSums
 from training.optimizer import OPTIMIZERS, build_optimizer
 from training.trainable import Trainable, persistent_buffers
 
@@ -44,10 +45,13 @@ class Engine(Protocol):
             predict: the argument of the last part's forward pass (`moe.model.Transformer.forward`).
         """
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, squares: SquareSums | None = None) -> Tensor:
         """Reduce, clip and apply the gradients; returns their global norm before clipping, an fp64 scalar.
 
         If the norm is not finite, no weight changes on any rank.
+
+        Args:
+            squares: receives this rank's part of the weights before the update, and of the gradients before clipping.
         """
 
     def gradient_norms(self) -> Mapping[str, Tensor]:
@@ -125,10 +129,12 @@ class NativeEngine:
         free_gathered_weights(model)
         return [(model, output)]
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, squares: SquareSums | None = None) -> Tensor:
         self.trainable.collect_gradients()
         self.gradients.sum()
         norm = self.gradients.norm()
+        if squares is not None:
+            self._measure(squares)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.updates_on_device:
@@ -139,6 +145,14 @@ class NativeEngine:
         self._updates += norm.isfinite()
         self.trainable.clear_gradients()
         return norm
+
+    def _measure(self, squares: SquareSums) -> None:
+        for model in self.parts:
+            for name, parameter in model.named_parameters():
+                squares.add("weight", name, model.local_shard(name, parameter))
+        for name, weight in self.trainable.weights.items():
+            if weight.parameter.grad is not None:
+                squares.add("gradient", name, weight.shard.like(weight.parameter.grad))
 
     def _update(self, norm: Tensor) -> None:
         """Clip the gradients and update the weights, unless `norm` is not finite. The host reads `norm`."""

@@ -52,7 +52,7 @@ from training.owner import RunOwner
 from training.recheck import recheck
 from training.replicas import ReplicaCheck
 from training.report.goodput import Goodput
-from training.report.metrics import layer_metrics, router_metrics, straggler_metrics, telemetry_metrics
+from training.report.metrics import layer_metrics, norm_metrics, router_metrics, straggler_metrics, telemetry_metrics
 from training.report.profile import StepProfiler
 from training.report.recorder import Recorder
 from training.report.run_report import (
@@ -224,10 +224,9 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             if profiler is not None:
                 profiler.step(result)
             found = health.check(step)
-            measured = due.measures(done)
-            row = step_row(result, step.lr, layout.expert, measured) | speed_row(throughput, peak)
+            row = step_row(result, step.lr, layout.expert) | speed_row(throughput, peak)
             row |= found.row
-            write = due.writes(done) or measured or bool(found.row)
+            write = due.writes(done) or result.norms_2LF is not None or bool(found.row)
             if write:
                 throughput.start_interval()
             if due.evaluates(done):
@@ -339,12 +338,11 @@ def step_profiler(summary: RunSummary, engine: Engine, first_step: int, peak: fl
     )
 
 
-def step_row(result: StepResult, lr: float, expert_parallel: int = 1, measured: bool = False) -> dict[str, Any]:
+def step_row(result: StepResult, lr: float, expert_parallel: int = 1) -> dict[str, Any]:
     """Return the metrics of one optimizer step, under their names in `metrics.jsonl`.
 
     Args:
         expert_parallel: the ranks over which the experts are spread.
-        measured: whether the metrics of every `telemetry.every`th step are among them.
     """
     row: dict[str, Any] = {"train/loss": result.loss, "train/ce": result.ce}
     if result.counts_LE is not None and result.kept_LE is not None:
@@ -352,8 +350,8 @@ def step_row(result: StepResult, lr: float, expert_parallel: int = 1, measured: 
         row |= router_metrics(result.counts_LE, result.kept_LE, expert_parallel)
         for name, values_L in result.layers.items():
             row |= telemetry_metrics({name: values_L}) if name in TOKEN_FIGURES else layer_metrics(name, values_L)
-        if measured:
-            row |= straggler_metrics(result.kept_LE)
+        if result.norms_2LF is not None:
+            row |= norm_metrics(result.norms_2LF) | straggler_metrics(result.kept_LE)
     if result.router is not None:
         row |= {"router/auxiliary_loss": result.router} | telemetry_metrics(result.telemetry)
     return row | {"optim/lr": lr, "optim/grad_norm": result.grad_norm}

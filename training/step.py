@@ -8,7 +8,8 @@ contribution of its own tokens. Gradients are therefore *summed* over ranks, nev
 the layout. L_router is the term that a kind of router can add (`Router.auxiliary_loss`); the built-in kinds add none.
 
 Shapes: B batch, S sequence, D model, V vocabulary, L MoE layers, E experts, K top-k, G domains,
-M figures of a layer (`moe.losses.LAYER_FIGURES`), X columns of a router's own sums.
+M figures of a layer (`moe.losses.LAYER_FIGURES`), X columns of a router's own sums,
+F = 1 + E columns of a router and its experts.
 """
 
 import math
@@ -31,6 +32,7 @@ from parallel.mesh import Mesh
 from parallel.tensor import vocabulary_part
 from training.device import Moment
 from training.engine import Engine
+from training.norms import SquareSums
 
 
 class StepResult(NamedTuple):
@@ -59,6 +61,10 @@ class StepResult(NamedTuple):
     """The router kind's own term; None if it has none."""
     telemetry: Mapping[str, Sequence[float]] = {}
     """The router kind's own telemetry: name -> mean over tokens per layer."""
+
+    norms_2LF: Tensor | None = None
+    """The L2 norms of weights (before the update) and of gradients (before clipping, 0 for what does not train) of
+    each layer's router, the first column, and experts. None if the step was not measured."""
 
     @property
     def assignments(self) -> int:
@@ -107,12 +113,19 @@ class StepLoss:
     """
 
     def __init__(
-        self, batches: Sequence[Batch], router: RouterConfig, model: ModelConfig, mesh: Mesh, counted: tuple[int, int]
+        self,
+        batches: Sequence[Batch],
+        router: RouterConfig,
+        model: ModelConfig,
+        mesh: Mesh,
+        counted: tuple[int, int],
+        measured: bool = False,
     ) -> None:
         """
         Args:
             batches: this rank's part of every micro-batch, on the device.
             counted: labels and tokens of the whole optimizer step.
+            measured: whether the norms of routers and experts are computed.
         """
         self.batches, self.router, self.mesh = batches, router, mesh
         self.labels, self.tokens = (max(1, number) for number in counted)
@@ -120,13 +133,16 @@ class StepLoss:
         self.vocabulary = vocabulary_part(mesh.tensor, model.vocab_size or 0)
         experts = model.num_experts or 0
         columns = router.num_extra(experts) if model.is_moe else 0
-        terms, figures = 4 if columns else 3, len(LAYER_FIGURES)
-        self.all_sums = torch.zeros(terms + self.layers * figures, dtype=torch.float64, device=mesh.device)
-        """This rank's contributions to the two that follow, which are views of it: one all-reduce sums them."""
-        self.sums = self.all_sums[:terms]
+        sizes = (4 if columns else 3, self.layers * len(LAYER_FIGURES), 2 * self.layers * (1 + experts) * measured)
+        self.all_sums = torch.zeros(sum(sizes), dtype=torch.float64, device=mesh.device)
+        """This rank's contributions to the three that follow, which are views of it: one all-reduce sums them."""
+        self.sums, figures, squares = self.all_sums.split(sizes)
         """The cross-entropy, and the balance loss, z-loss and router's own term times tokens."""
-        self.figures_LM = self.all_sums[terms:].view(self.layers, figures)
+        self.figures_LM = figures.view(self.layers, len(LAYER_FIGURES))
         """The figures of the layers of this stage times tokens."""
+        measures = measured and model.is_moe
+        self.squares = SquareSums(squares.view(2, self.layers, 1 + experts), model, mesh) if measures else None
+        """Receives the squares of the weights and gradients of the layers of this stage."""
         self.assignments_2LE = torch.zeros(2, self.layers, experts, dtype=torch.int64, device=mesh.device)
         self.counts_LE, self.kept_LE = self.assignments_2LE
         """Assignments of the whole step, before and after drops, for the layers of this stage."""
@@ -215,7 +231,9 @@ class PendingResult:
         self.router, self.model, self.is_moe = loss.router, loss.model, loss.layers > 0
         self.labels, self.loss_tokens = loss.labels, loss.tokens
         self.tokens, self.pairs = inputs.tokens, inputs.pairs
-        figures = (loss.sums, loss.figures_LM, grad_norm, loss.assignments_2LE, loss.extra_LX)
+        self._measured = loss.squares is not None
+        squares = loss.all_sums[:0] if loss.squares is None else loss.squares.sums_2LF
+        figures = (loss.sums, loss.figures_LM, grad_norm, loss.assignments_2LE, loss.extra_LX, squares)
         self._shapes = [figure.shape for figure in figures]
         # fp64 represents every count below 2**53.
         packed = torch.cat([figure.flatten().double() for figure in figures])
@@ -226,7 +244,7 @@ class PendingResult:
         """Wait for the device to finish the step, and return its figures."""
         self.end.wait()
         parts = self._packed.split([shape.numel() for shape in self._shapes])
-        sums, figures_LM, grad_norm, assignments_2LE, extra_LX = (
+        sums, figures_LM, grad_norm, assignments_2LE, extra_LX, squares = (
             part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)
         )
         ce, norm = sums[0].item() / self.labels, grad_norm.item()
@@ -239,6 +257,8 @@ class PendingResult:
             del layers["margin"]  # There is no next expert.
         counts_LE, kept_LE = assignments_2LE.long()
         result = StepResult(total, ce, balance, z, norm, self.tokens, self.pairs, counts_LE, kept_LE, layers)
+        if self._measured:
+            result = result._replace(norms_2LF=squares.sqrt())
         if not extra:
             return result
         # The last columns of the router kind's own sums have names.
@@ -255,7 +275,9 @@ class PendingResult:
         return [name for name, norm in self._gradient_norms.items() if not math.isfinite(norm.item())]
 
 
-def start_step(engine: Engine, inputs: StepInputs, router: RouterConfig, lr: float) -> PendingResult:
+def start_step(
+    engine: Engine, inputs: StepInputs, router: RouterConfig, lr: float, measured: bool = False
+) -> PendingResult:
     """Run the forward and backward passes of this rank's micro-batches, one update, then the routers' own updates.
 
     On a GPU, the host only queues them. (It waits for the device in dropless expert parallelism, whose exchanges need
@@ -265,11 +287,12 @@ def start_step(engine: Engine, inputs: StepInputs, router: RouterConfig, lr: flo
     Args:
         router: coefficients and scopes of the auxiliary losses.
         lr: learning rate of this step.
+        measured: whether the norms of routers and experts are computed (`telemetry.every`).
     """
     mesh, config = engine.mesh, engine.parts[0].config
-    loss = StepLoss(inputs.batches, router, config, mesh, (inputs.labels, inputs.tokens))
+    loss = StepLoss(inputs.batches, router, config, mesh, (inputs.labels, inputs.tokens), measured)
     engine.run(inputs.inputs, loss)
-    grad_norm = engine.step(lr)
+    grad_norm = engine.step(lr, loss.squares)
     loss.reduce_over_stages()
     for model in engine.parts if config.is_moe else []:
         update_routers(model, loss.counts_LE[model.moe_layers], grad_norm.isfinite())
@@ -277,9 +300,11 @@ def start_step(engine: Engine, inputs: StepInputs, router: RouterConfig, lr: flo
     return PendingResult(loss, grad_norm, inputs, engine.gradient_norms())
 
 
-def train_step(engine: Engine, batches: list[Batch], router: RouterConfig, lr: float, seed: int = 0) -> StepResult:
+def train_step(
+    engine: Engine, batches: list[Batch], router: RouterConfig, lr: float, seed: int = 0, measured: bool = False
+) -> StepResult:
     """Run one optimizer step and wait for its figures. The arguments are those of `prepare_step` and `start_step`."""
-    return start_step(engine, prepare_step(engine, batches, router, seed), router, lr).read()
+    return start_step(engine, prepare_step(engine, batches, router, seed), router, lr, measured).read()
 
 
 def _all_reduce(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from data.loader import Loader
 from training.config import Config
 from training.device import Moment
+from training.due import Due
 from training.engine import Engine
 from training.interruption import Interruption
 from training.report.profile import DATA
@@ -76,7 +77,7 @@ class Steps(Iterator[FinishedStep]):
         before_step: Callable[[int, StepInputs], None] = lambda done, inputs: None,
     ) -> None:
         self.engine, self.loader, self.config, self.waited = engine, loader, config, waited
-        self.before_step = before_step
+        self.before_step, self.due = before_step, Due(config)
         self.ahead, self.pauses_after, self.interruption = ahead, pauses_after, interruption or Interruption()
         self.done = first_step
         """The number of steps that have been started. At the end they have been finished and yielded, too."""
@@ -111,7 +112,8 @@ class Steps(Iterator[FinishedStep]):
                     return
                 self.before_step(self.done, inputs)
                 self.done += 1
-                self._unread.append(Started(self.done, lr, start_step(engine, inputs, config.router, lr)))
+                measured = self.due.measures(self.done)
+                self._unread.append(Started(self.done, lr, start_step(engine, inputs, config.router, lr, measured)))
                 pause = not self.ahead or self.done == steps or self.pauses_after(self.done)
                 if not pause:
                     self._inputs = self._next_inputs()

@@ -105,7 +105,7 @@ def build(job: Job, world: int, directory: str, max_norm: float | None = OPTIM.m
 
 def one_step(engine: Any, job: Job, step: int, rank: int, world: int) -> StepResult:
     batches = micro_batches_of_rank(global_batch(step), rank, world)
-    return train_step(engine, batches, MODELS[job.case][1], learning_rate(step, STEPS, OPTIM), seed=7)
+    return train_step(engine, batches, MODELS[job.case][1], learning_rate(step, STEPS, OPTIM), seed=7, measured=True)
 
 
 def whole(engine: Any) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.waiting import WaitingClock
 from tests.distributed.harness import run_ranks
-from training.config import HealthConfig, OptimConfig
+from training.config import HealthConfig, OptimConfig, TelemetryConfig
 from training.engine import NativeEngine
 from training.health import STEPS, Finding, Health, RefusedSteps, SlowRanks, slow_ranks
 from training.parity.trial import micro_batches_of_rank, rows_of_step
@@ -91,7 +91,13 @@ class Rows:
 def times(layout: Layout) -> tuple[list[Any], list[float], list[float]]:
     engine = engine_of(layout)
     train = SimpleNamespace(steps=STEPS)
-    config = SimpleNamespace(train=train, run=SimpleNamespace(seed=0), router=ROUTER, optim=OptimConfig(lr=1e-2))
+    config = SimpleNamespace(
+        train=train,
+        run=SimpleNamespace(seed=0),
+        router=ROUTER,
+        optim=OptimConfig(lr=1e-2),
+        telemetry=TelemetryConfig(every=0),
+    )
     health = SlowRanks(engine.mesh)
     with WaitingClock() as clock:
         steps = Steps(

@@ -100,7 +100,7 @@ def run_job(rank: int, world: int, job: Job) -> dict:
         sizes = torch.ones(model.vocab_size, dtype=torch.int64)
         evaluations.append(evaluate(engine, held_out, ("all",), sizes, torch.zeros_like(sizes)))
         batches = batches_of(step, ACCUMULATION, rank, layout)
-        history.append(train_step(engine, batches, router, learning_rate(step, STEPS, OPTIM), seed=7))
+        history.append(train_step(engine, batches, router, learning_rate(step, STEPS, OPTIM), seed=7, measured=True))
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     left = sum((tensor.is_leaf and tensor.grad is not None) or tensor.grad_fn is not None for tensor in tensors)
     return {"final": gather_whole(engine.tensors()), "history": history, "evaluations": evaluations, "left": left}

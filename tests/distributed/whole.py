@@ -28,13 +28,14 @@ def gather_whole(tensors: Mapping[str, Tensor | LocalShard]) -> dict[str, Tensor
 
 
 def assert_same_history(history: Sequence[StepResult], expected: Sequence[StepResult], tolerance: float) -> None:
-    """Compare losses, gradient norms and the figures of layers to a relative `tolerance`, and counts exactly."""
+    """Compare losses, norms and the figures of layers to a relative `tolerance`, and counts exactly."""
     for step, expected_step in zip(history, expected, strict=True):
         for field in ("loss", "ce", "balance", "z", "grad_norm"):
             assert getattr(step, field) == pytest.approx(getattr(expected_step, field), rel=tolerance), field
         assert step.layers.keys() == expected_step.layers.keys()
         for name, values_L in step.layers.items():
             assert values_L == pytest.approx(expected_step.layers[name], rel=tolerance), name
+        torch.testing.assert_close(step.norms_2LF, expected_step.norms_2LF, rtol=tolerance, atol=0)
         assert torch.equal(step.counts_LE, expected_step.counts_LE)
         assert torch.equal(step.kept_LE, expected_step.kept_LE)
         assert (step.tokens, step.pairs) == (expected_step.tokens, expected_step.pairs)

@@ -132,9 +132,12 @@ def test_a_schedule_that_returns_no_learning_rate_is_refused(monkeypatch, factor
 def test_every_metric_of_a_router_has_a_name_that_no_plugin_can_take(top_k):
     layers = {name: [1.0, 2.0] for name in LAYER_FIGURES if name != "margin" or top_k < 4}
     counts_LE = torch.tensor([[3, 1, 0, 0], [1, 1, 1, 1]])
-    row = step_row(StepResult(1, 1, 1, 1, 1, 4, 9, counts_LE, counts_LE, layers), 0.1, 2, measured=True)
+    norms_2LF = torch.arange(20.0).view(2, 2, 5)
+    row = step_row(StepResult(1, 1, 1, 1, 1, 4, 9, counts_LE, counts_LE, layers, norms_2LF=norms_2LF), 0.1, 2)
     names = {key.removeprefix("router/").split("/")[0] for key in row if key.startswith("router/")}
     assert names <= {*METRICS} and set(layers) <= names and "straggler_placed" in names
     assert row["router/entropy"] == 1.5 and row["router/entropy/layer_01"] == 2
     assert ("router/margin" in row) == (top_k < 4)
+    assert row["router/weight_norm/layer_01"] == 5 and row["router/grad_norm/layer_00"] == 10
+    assert row["experts/weight_norm/layer_00"] == [1, 2, 3, 4] and row["experts/grad_norm/layer_01"] == [16, 17, 18, 19]
     assert row["router/balance_loss"] == 1 and row["router/balance_loss/layer_01"] == 2

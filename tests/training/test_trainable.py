@@ -103,6 +103,8 @@ class Outcome(NamedTuple):
     moments: dict[str, torch.Size]
     norm: float
     norm_by_hand: float
+    norms_2LF: torch.Tensor
+    norms_2LF_by_hand: torch.Tensor
     gradients_left: int
 
 
@@ -119,25 +121,42 @@ def steps_of(train: str | tuple[str, ...]) -> Outcome:
 
     engine = engine_of(train)
     initial = {name: tensor.clone() for name, tensor in engine.parts[0].state_dict().items()}
-    norms = [train_step(engine, [batch(step)], ROUTER, 1e-2).grad_norm for step in range(3)]
+    first = train_step(engine, [batch(0)], ROUTER, 1e-2, measured=True)
+    for step in (1, 2):
+        assert train_step(engine, [batch(step)], ROUTER, 1e-2).norms_2LF is None
     final = {name: tensor.clone() for name, tensor in engine.parts[0].state_dict().items()}
     moments = {name: held.local.shape for name, held in engine.tensors().items() if not name.startswith("model.")}
     left = sum(parameter.grad is not None for parameter in engine.parts[0].parameters())
-    return Outcome(initial, final, moments, norms[0], norm_by_hand(engine_of("all"), train), left)
+    return Outcome(
+        initial, final, moments, first.grad_norm, *norms_by_hand(engine_of("all"), train, first.norms_2LF), left
+    )
 
 
-def norm_by_hand(engine: NativeEngine, train: str | tuple[str, ...]) -> float:
-    """From the gradients of a model of which everything trains, caught before the step uses them."""
+def norms_by_hand(
+    engine: NativeEngine, train: str | tuple[str, ...], measured_2LF: torch.Tensor
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """From the gradients of a model of which everything trains, caught before the step uses them.
+
+    Returns:
+        The norm of all gradients, `measured_2LF`, and the expected norms of routers and experts.
+    """
     caught = {}
-    engine.step = lambda lr: (
+    engine.step = lambda lr, squares: (
         caught.update({n: p.grad for n, p in engine.parts[0].named_parameters()}) or torch.zeros(())
     )
     train_step(engine, [batch(0)], ROUTER, 1e-2)
-    squares = 0.0
-    for name in chosen(train):
-        whole, _, index = name.rpartition(".")
-        squares += (caught[name] if name in caught else caught[whole][int(index)]).square().sum().item()
-    return squares**0.5
+    total, squares_2LF = 0.0, torch.zeros(2, len(MOE_LAYERS), 1 + MODEL.num_experts, dtype=torch.float64)
+    trains = chosen(train)
+    for name, weight in engine.parts[0].named_parameters():
+        for expert in range(4) if name in STACKED else [None]:
+            part = name if expert is None else f"{name}.{expert}"
+            gradient, value = (x if expert is None else x[expert] for x in (caught[name], weight.detach()))
+            square = gradient.square().sum().item() if {name, part} & trains else 0.0
+            total += square
+            if name in STACKED | ROUTERS:
+                layer, column = MOE_LAYERS.index(int(name[7])), 0 if expert is None else 1 + expert
+                squares_2LF[:, layer, column] += torch.tensor([value.square().sum(), square])
+    return total**0.5, measured_2LF, squares_2LF.sqrt()
 
 
 def batch(step: int) -> Batch:
@@ -170,4 +189,5 @@ def test_only_what_was_chosen_changes_and_only_that_has_moments():
             f"{moment}.{name}": shape for name, shape in shapes.items() for moment in ("exp_avg", "exp_avg_sq")
         }, case
         assert outcome.norm == pytest.approx(outcome.norm_by_hand, rel=1e-12) and outcome.norm > OPTIM.max_grad_norm
+        torch.testing.assert_close(outcome.norms_2LF, outcome.norms_2LF_by_hand, rtol=1e-12, atol=0)
         assert outcome.gradients_left == 0

@@ -34,6 +34,7 @@ from parallel.weight_specs import kind
 from training.config import OptimConfig
 from training.deepspeed.settings import check_choice, prints_diagnostics
 from training.engine import run_whole
+from training.norms import SquareSums
 from training.trainable import Trainable, choose_trainable, format_patterns, persistent_buffers
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -100,7 +101,9 @@ class DeepSpeedEngine:
     def _begin_backward(self, _: Tensor) -> None:
         self.deepspeed._backward_prologue()
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, squares: SquareSums | None = None) -> Tensor:
+        if squares is not None:
+            self._measure(squares)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
@@ -108,6 +111,16 @@ class DeepSpeedEngine:
         norm = float(self.deepspeed.get_global_grad_norm())
         self._updates += math.isfinite(norm)
         return torch.tensor(norm, dtype=torch.float64, device=self.mesh.device)
+
+    def _measure(self, squares: SquareSums) -> None:
+        """Add this rank's parameters to `squares`. Collective, because ZeRO's partitions are gathered one by one."""
+        from deepspeed.utils import safe_get_full_grad
+
+        for name, parameter in self.model.named_parameters():
+            if squares.take(name):
+                squares.add("weight", name, LocalShard(self._weight(parameter), *self.shard_places[name]))
+                if name in self.trained:
+                    squares.add("gradient", name, LocalShard(safe_get_full_grad(parameter), *self.shard_places[name]))
 
     def gradient_norms(self) -> Mapping[str, Tensor]:
         """Return nothing: DeepSpeed sums gradients during the backward pass."""

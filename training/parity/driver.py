@@ -66,6 +66,7 @@ class Differences(NamedTuple):
     """Losses of all steps: the total, cross-entropy, balance loss and z-loss; the figures of every layer."""
     grad_norm: float
     gradients: float
+    """Gradients of the first step; the norms of the weights and gradients of routers and experts in every step."""
     weights: float
     """Weights and buffers."""
     moments: float
@@ -102,7 +103,10 @@ def compare(result: Result, reference: Result) -> Differences:
             *(_layer_difference(a.layers, b.layers) for a, b in steps),
         ),
         grad_norm=max(_difference(a.grad_norm, b.grad_norm) for a, b in steps),
-        gradients=max(_tensor_differences(result.gradients, reference.gradients).values()),
+        gradients=max(
+            *_tensor_differences(result.gradients, reference.gradients).values(),
+            *(value for a, b in steps for value in _tensor_differences(_norms(a), _norms(b)).values()),
+        ),
         weights=max(difference for name, difference in final.items() if name.startswith("model.")),
         moments=max(difference for name, difference in final.items() if not name.startswith("model.")),
         same_initial_weights=max(_tensor_differences(result.initial, reference.initial).values()) == 0,
@@ -124,6 +128,11 @@ def _layer_difference(layers: Mapping[str, Sequence[float]], expected: Mapping[s
         pair for name in layers.keys() & expected.keys() for pair in zip(layers[name], expected[name], strict=True)
     ]
     return max((_difference(*pair) for pair in pairs), default=0.0) if layers.keys() == expected.keys() else torch.inf
+
+
+def _norms(step: StepResult) -> dict[str, Tensor]:
+    """Return the norms of the weights and of the gradients of all routers and experts."""
+    return {} if step.norms_2LF is None else dict(zip(("weights", "gradients"), step.norms_2LF, strict=True))
 
 
 def _tensor_differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:

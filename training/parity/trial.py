@@ -90,7 +90,7 @@ class Trial:
                 rows_of_step(step, config.train.global_batch), layout.data_rank(self.mesh.rank), layout.data
             )
             lr = learning_rate(step, config.train.steps, config.optim)
-            results.append(train_step(self.engine, batches, config.router, lr, config.run.seed))
+            results.append(train_step(self.engine, batches, config.router, lr, config.run.seed, measured=True))
         return results
 
     def gather_shards(self) -> list[dict[str, LocalShard]]:

@@ -360,6 +360,23 @@ def straggler_metrics(rows_LE: "Tensor") -> Row:
     return row
 
 
+def norm_metrics(norms_2LF: "Tensor") -> Row:
+    """Return the norms of routers and experts.
+
+    Args:
+        norms_2LF: `training.step.StepResult.norms_2LF`.
+
+    Returns:
+        `router/weight_norm/layer_XX`, `router/grad_norm/layer_XX`, and `experts/weight_norm/layer_XX` and
+        `experts/grad_norm/layer_XX` (E numbers).
+    """
+    row: Row = {}
+    for of, norms_LF in zip(("weight_norm", "grad_norm"), norms_2LF, strict=True):
+        row |= layer_metrics(of, norms_LF[:, 0].tolist())
+        row |= layer_metrics(of, norms_LF[:, 1:].tolist(), "experts")
+    return row
+
+
 def router_metrics(counts_LE: "Tensor", kept_LE: "Tensor", expert_parallel: int = 1) -> Row:
     """Return the router's metrics of one optimizer step that follow from the assignments of tokens to experts.
 
@@ -403,9 +420,9 @@ def telemetry_metrics(telemetry: Mapping[str, Sequence[float]]) -> Row:
     return row
 
 
-def layer_metrics(name: str, values_L: Sequence[Value]) -> Row:
-    """Return `router/<name>/layer_XX` for one value per MoE layer."""
-    return {f"router/{name}/layer_{layer:02d}": value for layer, value in enumerate(values_L)}
+def layer_metrics(name: str, values_L: Sequence[Value], section: str = "router") -> Row:
+    """Return `<section>/<name>/layer_XX` for one value per MoE layer."""
+    return {f"{section}/{name}/layer_{layer:02d}": value for layer, value in enumerate(values_L)}
 
 
 def _mean(values: Sequence[float]) -> float:
