@@ -113,14 +113,14 @@ class DeepSpeedEngine:
         return torch.tensor(norm, dtype=torch.float64, device=self.mesh.device)
 
     def _measure(self, squares: SquareSums) -> None:
-        """Add this rank's parameters to `squares`. Collective, because ZeRO's partitions are gathered one by one."""
-        from deepspeed.utils import safe_get_full_grad
+        """Add this rank's weights to `squares`. Collective, because ZeRO's partitions are gathered one by one.
 
+        The gradients become NaN, which is unknown: ZeRO has them whole on no rank before it clips them.
+        """
         for name, parameter in self.model.named_parameters():
             if squares.take(name):
                 squares.add("weight", name, LocalShard(self._weight(parameter), *self.shard_places[name]))
-                if name in self.trained:
-                    squares.add("gradient", name, LocalShard(safe_get_full_grad(parameter), *self.shard_places[name]))
+        squares.sums_2LF[1] = torch.nan
 
     def gradient_norms(self) -> Mapping[str, Tensor]:
         """Return nothing: DeepSpeed sums gradients during the backward pass."""

@@ -105,7 +105,7 @@ def compare(result: Result, reference: Result) -> Differences:
         grad_norm=max(_difference(a.grad_norm, b.grad_norm) for a, b in steps),
         gradients=max(
             *_tensor_differences(result.gradients, reference.gradients).values(),
-            *(value for a, b in steps for value in _tensor_differences(_norms(a), _norms(b)).values()),
+            *(_norm_difference(a.norms_2LF, b.norms_2LF) for a, b in steps),
         ),
         weights=max(difference for name, difference in final.items() if name.startswith("model.")),
         moments=max(difference for name, difference in final.items() if not name.startswith("model.")),
@@ -130,9 +130,13 @@ def _layer_difference(layers: Mapping[str, Sequence[float]], expected: Mapping[s
     return max((_difference(*pair) for pair in pairs), default=0.0) if layers.keys() == expected.keys() else torch.inf
 
 
-def _norms(step: StepResult) -> dict[str, Tensor]:
-    """Return the norms of the weights and of the gradients of all routers and experts."""
-    return {} if step.norms_2LF is None else dict(zip(("weights", "gradients"), step.norms_2LF, strict=True))
+def _norm_difference(norms_2LF: Tensor | None, expected_2LF: Tensor | None) -> float:
+    """Return the largest difference of the norm of a router or an expert, without gradients if none is known."""
+    if norms_2LF is None or expected_2LF is None:
+        return 0.0 if norms_2LF is expected_2LF else torch.inf
+    names = ("weights",) if norms_2LF[1].isnan().all() else ("weights", "gradients")
+    found, expected = (dict(zip(names, norms, strict=False)) for norms in (norms_2LF, expected_2LF))
+    return max(_tensor_differences(found, expected).values())
 
 
 def _tensor_differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
