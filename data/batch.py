@@ -46,7 +46,8 @@ class Batch:
 
     numbers_BS: torch.Tensor | None = None
     """int64: the number of each token's place in the global order of training, which runs over all epochs. Random
-    numbers drawn for a place depend on this number and not on the layout. None outside of training."""
+    numbers drawn for a place depend on this number and not on the layout. In a probe: the number of its place in the
+    rows of the probe. None in an evaluation."""
 
     def __post_init__(self) -> None:
         shape = self.tokens_BS.shape

@@ -178,11 +178,17 @@ def evaluation_batches(
         cross_documents: see `pack_row`.
     """
     num_rows = split.num_rows(seq_len)
+    for numbers in numbers_of_rank(num_rows, batch_rows, rank, world_size):
+        yield Batch.stack(
+            [split.row(i, seq_len, cross_documents) if i < num_rows else padding_row(seq_len) for i in numbers]
+        )
+
+
+def numbers_of_rank(num_rows: int, batch_rows: int, rank: int, world_size: int) -> Iterator[range]:
+    """Yield the numbers of the rows of each batch of this rank, of which those from `num_rows` on are padding.
+
+    The ranks together get every row once, and every rank gets the same number of batches.
+    """
     for start in range(0, num_rows, batch_rows * world_size):
         first = start + rank * batch_rows
-        yield Batch.stack(
-            [
-                split.row(i, seq_len, cross_documents) if i < num_rows else padding_row(seq_len)
-                for i in range(first, first + batch_rows)
-            ]
-        )
+        yield range(first, first + batch_rows)

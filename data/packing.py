@@ -3,6 +3,7 @@
 Legend: S sequence length, T tokens of the stream that a row is made from (at most S + 1).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,6 +86,25 @@ def whole_document_rows(starts: np.ndarray, num_tokens: int, seq_len: int) -> np
             rows.append((start, start + seq_len + 1))  # The last token is only a label; the next row starts with it.
             start += seq_len
     return np.array(rows, dtype=np.int64).reshape(-1, 2)
+
+
+def pack_excerpts(lengths: Sequence[int], seq_len: int) -> list[range]:
+    """Divide excerpts of documents into rows of S = `seq_len`, in their order. None of them is split.
+
+    Args:
+        lengths: the tokens of each excerpt, 1 to S.
+
+    Returns:
+        The numbers of the excerpts of each row.
+    """
+    rows: list[range] = []
+    first, used = 0, 0
+    for number, length in enumerate(lengths):
+        if used + length > seq_len:
+            rows.append(range(first, number))
+            first, used = number, 0
+        used += length
+    return [*rows, range(first, len(lengths))] if lengths else []
 
 
 def padding_row(seq_len: int) -> Row:

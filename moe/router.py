@@ -72,6 +72,10 @@ class RouterStats(NamedTuple):
     """Tokens, int64."""
     experts_BSK: Tensor
     """The experts chosen for each token before any drop. Entries on padding have no meaning: mask them."""
+    weights_BSK: Tensor
+    """Their combine weights before any drop. No gradient."""
+    margin_BS: Tensor
+    """The margin of each token (`TOKEN_FIGURES`). No gradient."""
     figures_BM: Tensor
     """Sums over tokens of `TOKEN_FIGURES`, fp32 or wider. No gradient."""
     extra_BX: Tensor
@@ -133,8 +137,9 @@ class Router(nn.Module):
 
     Attributes:
         rows: seam: access to whole sequences (context and tensor parallelism install another).
-        generating: True while text is generated. Capacity is then ignored: it depends on the length of the sequence so
-            far, and a token must not be dropped because others follow.
+        generating: True while text is generated (and while `training.probe` routes its tokens). Capacity is then
+            ignored: it depends on the length of the sequence so far, and a token must not be dropped because others
+            follow.
     """
 
     TELEMETRY: ClassVar[tuple[str, ...]] = ()
@@ -211,6 +216,8 @@ class Router(nn.Module):
             kept_BE=counts_BE if kept_BSK is taken_BSK else count(experts_BSK, kept_BSK, num_experts),
             tokens_B=mask_BS1.sum(dim=(1, 2)),
             experts_BSK=experts_BSK if self.tokens_choose else experts_BSK.where(taken_BSK.bool(), num_experts),
+            weights_BSK=weights_BSK.detach(),
+            margin_BS=figures_BSM[..., TOKEN_FIGURES.index("margin")],
             figures_BM=(figures_BSM * mask_BS1).sum(dim=1),
             extra_BX=extra_BX,
         )

@@ -20,7 +20,7 @@ from training.report.metrics import read_metrics
 TINY = [
     "model=mixtral_tiny", "data.code_bytes=60000", "data.prose_bytes=40000", "data.arithmetic_bytes=40000",
     "data.vocab_size=500", "data.heldout_max_bytes=2000", "train.seq_len=64", "train.global_batch=8",
-    "train.log_every=1", "run.sample_tokens=4", "launch.threads=1",
+    "train.log_every=1", "run.sample_tokens=4", "launch.threads=1", "telemetry.probe_tokens=256",
 ]  # fmt: skip
 
 

@@ -227,6 +227,10 @@ class HealthConfig:
         )
 
 
+MAX_PROBE_TOKENS = 2**15
+"""The largest `telemetry.probe_tokens`."""
+
+
 @dataclass(frozen=True)
 class TelemetryConfig:
     """What a run records about its routers and experts besides the metrics of every row (docs/losses.md)."""
@@ -234,9 +238,17 @@ class TelemetryConfig:
     every: int = 50
     """Steps between rows with the norms of routers and experts and the straggler factors, which are also in the row of
     the last step; 0: never."""
+    probe_tokens: int = 2048
+    """Held-out tokens, spread evenly over the domains, whose routing is stored at step 0, after powers of 2, before
+    each checkpoint and at the end; 0: none."""
 
     def __post_init__(self) -> None:
-        expect_fields(self, every=(self.every >= 0, "an integer >= 0 (0: never)"))
+        most = MAX_PROBE_TOKENS
+        expect_fields(
+            self,
+            every=(self.every >= 0, "an integer >= 0 (0: never)"),
+            probe_tokens=(0 <= self.probe_tokens <= most, f"an integer from 0 (no probe) to {most}"),
+        )
 
 
 @dataclass(frozen=True)

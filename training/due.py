@@ -1,4 +1,4 @@
-"""What happens after which optimizer step: writing metrics, evaluating, comparing replicas, saving."""
+"""What happens after which optimizer step: writing metrics, evaluating, probing, comparing replicas, saving."""
 
 from training.config import Config
 
@@ -7,7 +7,7 @@ class Due:
     """Says what is due after a number of optimizer steps, `done`.
 
     Args:
-        config: `train.log_every`, `train.eval_every`, `telemetry.every`, `health.every`, `checkpoint.every` and
+        config: `train.log_every`, `train.eval_every`, `telemetry`, `health.every`, `checkpoint.every` and
             `checkpoint.at_end`.
     """
 
@@ -27,6 +27,12 @@ class Due:
         every = self.config.telemetry.every
         return every > 0 and self.config.model.is_moe and is_due(done, every, self.steps)
 
+    def probes(self, done: int) -> bool:
+        """Return whether the routers are probed: at step 0, after powers of 2, before each checkpoint, at the end."""
+        is_power = done & (done - 1) == 0
+        probed = self.config.model.is_moe and self.config.telemetry.probe_tokens > 0
+        return probed and (is_power or done == self.steps or self.saves(done))
+
     def saves(self, done: int) -> bool:
         """Return whether a checkpoint is saved."""
         return is_due(done, self.config.checkpoint.every, self.steps, at_end=self.config.checkpoint.at_end)
@@ -38,7 +44,7 @@ class Due:
 
     def pauses(self, done: int) -> bool:
         """Return whether something is done with the weights, so that no later step may have been started."""
-        return self.evaluates(done) or self.compares(done) or self.saves(done)
+        return self.evaluates(done) or self.probes(done) or self.compares(done) or self.saves(done)
 
     def rechecks_next(self, done: int) -> bool:
         """Return whether the gradients of the step after `done` are computed twice (`health.recheck_every`)."""

@@ -49,6 +49,7 @@ from training.health import Health
 from training.interruption import Interruption
 from training.memory import memory_explained
 from training.owner import RunOwner
+from training.probe import Prober
 from training.recheck import recheck
 from training.replicas import ReplicaCheck
 from training.report.goodput import Goodput
@@ -197,6 +198,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         )
         flight.step = lambda: queue.done
         replicas = ReplicaCheck(engine)
+        prober = Prober(run, engine, run.state["step"] if run.state else None, recorder.note)
         goodput.started()
 
         def compare(done: int) -> None:
@@ -215,7 +217,10 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 saver.save(done, engine.tensors, state | {"metrics": recorder.record()})
             goodput.write()
 
-        rewind = Rewind(run, engine, loader, queue, health, recorder, peers)
+        rewind = Rewind(run, engine, loader, queue, health, recorder, prober, peers)
+        if first_step == 0 and due.probes(0):
+            with goodput.spent_on("evaluation"):
+                prober.probe(0)
         for step in queue:
             done, result = step.done, step.result
             saver.poll()
@@ -233,6 +238,10 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 with goodput.spent_on("evaluation"):
                     evaluation = evaluator.evaluate()
                 row |= evaluation_row(evaluation)
+                write = True
+            if due.probes(done):
+                with goodput.spent_on("evaluation"):
+                    row |= prober.probe(done)
                 write = True
             if write:
                 row |= saver.take_figures()

@@ -18,6 +18,7 @@ from training.checkpoint.manifest import (
 from training.checkpoint.peers import Peers
 from training.engine import Engine
 from training.health import Finding, Health
+from training.probe import Prober
 from training.report.recorder import Recorder
 from training.steps import Steps
 
@@ -31,6 +32,7 @@ class Rewind:
     Args:
         loader: the one that `steps` takes its rows from.
         recorder: of the metrics, which are those of the repeated steps from then on.
+        prober: of the routers; its files are also those of the repeated steps.
         peers: the ranks as they read checkpoints together.
     """
 
@@ -42,10 +44,11 @@ class Rewind:
         steps: Steps,
         health: Health,
         recorder: Recorder,
+        prober: Prober,
         peers: Peers,
     ) -> None:
         self.root, self.engine, self.loader, self.steps = run.directory / CHECKPOINTS, engine, loader, steps
-        self.health, self.recorder, self.peers = health, recorder, peers
+        self.health, self.recorder, self.prober, self.peers = health, recorder, prober, peers
         self.times, self._last = 0, -1
 
     def go_back(self, done: int, finding: Finding) -> str | None:
@@ -90,6 +93,7 @@ class Rewind:
             f"{done - skip + 1} to {done}"
         )
         self.recorder.go_back(state)
+        self.prober.go_back(step)
         self.times, self._last = self.times + 1, step
         self.peers.on_rank_0(lambda: self._delete_after(step), self.root)
         return str(path)

@@ -3,14 +3,24 @@
 Legend: S sequence length, T tokens of a slice of the stream.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.errors import DataError
 from data.packing import Row, pack_row, whole_document_rows
 from data.tokens.build import ANSWERS_SUFFIX
+
+
+class Excerpt(NamedTuple):
+    """Consecutive tokens of one document."""
+
+    tokens_T: np.ndarray
+    document: int
+    """The number of the document in the split."""
+    domain: int
 
 
 class TokenSplit:
@@ -73,6 +83,43 @@ class TokenSplit:
             start += len(parts[-1])
             first += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def excerpts(self, num_tokens: int, longest: int) -> list[Excerpt]:
+        """Return excerpts of at most `num_tokens` tokens together, spread evenly over the domains.
+
+        Every domain has the same share of the tokens. A domain that has fewer tokens than its share gives all, and
+        leaves the rest to the other domains. In a domain, the excerpts are spread evenly over its text.
+
+        Args:
+            longest: the most tokens of an excerpt. It is shorter if its document ends.
+        """
+        lengths = np.diff(self._starts, append=self.num_tokens)
+        domain_ids = np.asarray(self._domain_ids)
+        sizes = np.bincount(domain_ids, weights=lengths).astype(np.int64)
+        found: list[list[Excerpt]] = [[] for _ in sizes]
+        left = num_tokens
+        # The smallest domains first, so that the others know what these leave.
+        for place, domain in enumerate(np.argsort(sizes, kind="stable").tolist()):
+            share = min(int(sizes[domain]), left // (len(sizes) - place))
+            left -= share
+            found[domain] = list(self._excerpts_of(np.flatnonzero(domain_ids == domain), lengths, share, longest))
+        return [excerpt for of_domain in found for excerpt in of_domain]
+
+    def _excerpts_of(self, documents: np.ndarray, lengths: np.ndarray, share: int, longest: int) -> Iterator[Excerpt]:
+        """Yield excerpts of `share` tokens of the text that `documents` make together."""
+        ends = np.cumsum(lengths[documents])
+        blocks = -(-share // longest)
+        skipped = int(ends[-1]) - share if blocks else 0
+        for block in range(blocks):
+            before = block * skipped // blocks
+            start, stop = before + block * share // blocks, before + (block + 1) * share // blocks
+            while start < stop:
+                place = int(np.searchsorted(ends, start, side="right"))
+                document, end = int(documents[place]), int(ends[place])
+                offset = int(self._starts[document]) + int(lengths[document]) - end
+                end = min(end, stop)
+                yield Excerpt(self.tokens(start + offset, end + offset), document, int(self._domain_ids[document]))
+                start = end
 
     def row(self, i: int, seq_len: int, cross_documents: bool = False) -> Row:
         """Return row `i`, 0 <= i < `num_rows(seq_len)`. For `cross_documents`, see `pack_row`."""

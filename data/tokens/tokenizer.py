@@ -5,7 +5,7 @@ Legend: V vocabulary size.
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,10 @@ MAX_TOKENIZER = 2**28
 """The most bytes of a file of a tokenizer."""
 SPACE = "\u2581"
 """The character by which sentencepiece represents a space in a piece."""
+REPLACEMENT = "\ufffd"
+"""What a part of a character is decoded to."""
+MAX_CHARACTER_TOKENS = 8
+"""The most tokens that stand for one character, which has up to four bytes, or for several that share a token."""
 SENTENCE_CHARS = 2_048
 """Approximate length of the sentences for training. They consist of several lines, so that pieces with line ends are
 learned too."""
@@ -78,6 +82,23 @@ class TextTokenizer(Protocol):
 
         The sum over the ids of a text is the number of its bytes, and of those of `prefix`.
         """
+
+
+def token_texts(tokenizer: TextTokenizer, ids: Sequence[int]) -> list[str]:
+    """Return the text of each of consecutive tokens; for special tokens, their names.
+
+    If several tokens stand for one character, the first of them gets it, and the others get the empty string. A token
+    that has a part of a character, without the rest, gets the replacement character.
+    """
+    names = {token.id: text for text, token in tokenizer.specials.items()}
+    texts: list[str] = []
+    while len(texts) < len(ids):
+        start = len(texts)
+        sizes = range(1, min(MAX_CHARACTER_TOKENS, len(ids) - start) + 1)
+        whole = next((size for size in sizes if REPLACEMENT not in tokenizer.decode(ids[start : start + size])), 1)
+        text = tokenizer.decode(ids[start : start + whole])
+        texts += [text or names.get(ids[start], ""), *[""] * (whole - 1)]
+    return texts
 
 
 class Tokenizer:

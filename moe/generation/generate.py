@@ -63,7 +63,7 @@ def generate(
     choose = Chooser(sampling or Sampling(), len(prompts))
     longest = max(map(len, prompts)) + max_tokens - 1  # the last token is not fed to the model
     cache = Cache(model.config, len(prompts), max_len=longest, dtype=model.compute_dtype, device=device)
-    with _generating(model):
+    with generating(model):
         logits_BV = agree(_prefill(model, cache, prompts, prefill_chunk))
         rows = list(range(len(prompts)))
         while True:
@@ -135,8 +135,8 @@ def _step(model: Transformer, cache: Cache, out: list[list[int]], rows: list[int
 
 
 @contextmanager
-def _generating(model: Transformer) -> Iterator[None]:
-    """Put the model into evaluation mode, without jitter, and make its routers route each token independently.
+def generating(model: Transformer) -> Iterator[None]:
+    """A context in which the model is in evaluation mode, without jitter, and its routers route each token on its own.
 
     Expert capacity is ignored: it depends on the length of the sequence so far, and a token must not be dropped because
     of other tokens. Expert choice needs the whole sequence. Each token instead takes its `top_k` most probable experts,

@@ -70,6 +70,8 @@ def test_balance_is_one_at_balance_for_every_k(top_k):
         kept_BE=counts,
         tokens_B=torch.tensor([[tokens]]),
         experts_BSK=torch.zeros(1, 1, tokens, top_k, dtype=torch.int64),
+        weights_BSK=torch.zeros(1, 1, tokens, top_k),
+        margin_BS=torch.zeros(1, 1, tokens),
         figures_BM=torch.zeros(1, 1, 3),
         extra_BX=torch.zeros(1, 1, 0),
     )
@@ -87,6 +89,8 @@ def test_balance_gradient_pushes_down_the_overloaded_expert_only_through_probabi
         kept_BE=counts,
         tokens_B=torch.tensor([[8]]),
         experts_BSK=counts.new_zeros(1, 1, 8, 1),
+        weights_BSK=probs.new_zeros(1, 1, 8, 1),
+        margin_BS=probs.new_zeros(1, 1, 8),
         figures_BM=probs.new_zeros(1, 1, 3),
         extra_BX=probs.new_zeros(1, 1, 0),
     )
@@ -144,6 +148,8 @@ def test_hf_pooled_is_blind_to_layers_that_overload_different_experts():
         kept_BE=counts,
         tokens_B=torch.full((layers, 1), tokens),
         experts_BSK=torch.zeros(layers, 1, tokens, 2, dtype=torch.int64),
+        weights_BSK=torch.zeros(layers, 1, 1, 1),
+        margin_BS=torch.zeros(layers, 1, 1),
         figures_BM=torch.zeros(layers, 1, 3),
         extra_BX=torch.zeros(layers, 1, 0),
     )

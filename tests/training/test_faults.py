@@ -22,6 +22,7 @@ from training.memory import is_out_of_memory
 from training.owner import RunOwner
 from training.replicas import ReplicaCheck
 from training.report import run_report
+from training.report.probe import churn, read_probe
 from training.step import StepResult
 from training.steps import FinishedStep
 
@@ -148,6 +149,14 @@ def test_a_loss_that_jumps_is_told_or_takes_the_run_back(tmp_path, cache, monkey
     back, again = found
     assert back == again and back[:6] == rows[:6] and max(row["train/loss"] for row in back) < 10
     assert [row["step"] for row in back] == list(range(1, 10))
+    # The probes of steps that are repeated are those of the repetition.
+    probes = [read_probe(tmp_path / name) for name in ("warned", "back", "again")]
+    steps_probed, probed = [0, 1, 2, 4, 6, 8, 9], probes[1]
+    assert all(probe.steps == steps_probed for probe in probes)
+    for step in steps_probed:
+        same = [(probe.routing(step).experts_LTK == probed.routing(step).experts_LTK).all() for probe in probes]
+        assert same == [step < 8, True, True], step
+    assert back[7]["router/churn"] == churn(probed.routing(6), probed.routing(8)).mean()
 
 
 def test_a_newer_checkpoint_that_cannot_be_deleted_is_one_line(tmp_path, cache, monkeypatch):

@@ -12,7 +12,8 @@ Shapes: L MoE layers, T tokens of the probe, K top-k, E experts, G labels.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,19 +21,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import RunError, require
-from common.files import read_file, write_atomically
-from common.text import parse_json, parse_json_object, shorten, to_json
+from common.files import explain_os_error, read_file, write_atomically
+from common.text import one_line, parse_json_object, shorten, to_json
+from training.config import MAX_PROBE_TOKENS
 
 PROBE = "probe"
 """Name of the directory with the files, in a run's directory."""
 TOKENS_FILE = "tokens.safetensors"
 STEP_FILE = re.compile(r"step-(0|[1-9][0-9]{0,17})\.safetensors")
-FORMAT = "1"
+FORMAT = 1
 """The version of both files."""
+KEY = "probe"
+"""Name of the only metadata of a file: the hash of the rest, and a JSON object."""
 MAX_BYTES = 2**26
 """The most bytes of a file. Unpacked experts take at most 40 times as many."""
-MAX_PROBE_TOKENS = 2**15
-"""The most tokens of a probe."""
 MAX_EXPERTS = 2**14
 """The most experts of a layer, of which a file can have the numbers."""
 WEIGHT_LEVELS = 255
@@ -112,6 +114,79 @@ class Probe:
                 notes.append(f"left out: {error}")
 
 
+class ProbeWriter:
+    """Writes the probe of a run. If a file cannot be written or removed, one line says so, and the run goes on.
+
+    Args:
+        run_directory: the run's directory.
+        tokens: the tokens. None: this launch of the run does not probe, and the writer only removes files.
+        resume_step: the step that the run continues from. The files of later steps are removed, and those of other
+            tokens. None: a new run, and all are removed.
+        note: receives lines for the user.
+    """
+
+    def __init__(
+        self, run_directory: Path, tokens: ProbeTokens | None, resume_step: int | None, note: Callable[[str], None]
+    ) -> None:
+        self.directory, self.tokens, self._note = run_directory / PROBE, tokens, note
+        self._previous: ProbeRouting | None = None
+        self._noted = False
+        self._digest = "" if tokens is None else tokens.digest()
+        if tokens is not None:
+            with self._errors():
+                self.directory.mkdir(exist_ok=True)
+                if not self._has_tokens():
+                    write_tokens(self.directory / TOKENS_FILE, tokens)
+                    self._remove_others(tokens)
+        self.go_back(-1 if resume_step is None else resume_step)
+
+    def write(self, step: int, routing: ProbeRouting) -> np.ndarray | None:
+        """Write the file of `step`, and return the churn since the last probe, fp64 [L]; None if this is the first."""
+        previous, self._previous = self._previous, routing
+        with self._errors():
+            write_routing(step_file(self.directory, step), routing, self._digest)
+        return None if previous is None else churn(previous, routing)
+
+    def go_back(self, step: int) -> None:
+        """Remove the files of steps after `step`, from which the run continues."""
+        self._previous = None
+        with self._errors():
+            steps = probed_steps(self.directory)
+            for later in [number for number in steps if number > step]:
+                step_file(self.directory, later).unlink()
+            earlier = [number for number in steps if number <= step]
+            if earlier and self.tokens is not None:
+                self._previous = read_routing(step_file(self.directory, earlier[-1]), self.tokens)
+
+    def _has_tokens(self) -> bool:
+        try:
+            return read_tokens(self.directory / TOKENS_FILE).digest() == self._digest
+        except (OSError, RunError):
+            return False
+
+    def _remove_others(self, tokens: ProbeTokens) -> None:
+        """Remove the files that are not of these tokens."""
+        removed = 0
+        for path in [step_file(self.directory, step) for step in probed_steps(self.directory)]:
+            try:
+                read_routing(path, tokens)
+            except RunError:
+                path.unlink()
+                removed += 1
+        if removed:
+            self._note(f"{self.directory}: the tokens have changed; files of others are removed: {removed}")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RunError) as error:
+            if not self._noted:
+                self._noted = True
+                line = explain_os_error(error, self.directory) if isinstance(error, OSError) else str(error)
+                self._note(f"warning: the probe has a file missing or damaged: {line}; the run goes on")
+
+
 def read_probe(run_directory: Path) -> Probe | None:
     """Return the probe of a run, or None if the run has none.
 
@@ -154,7 +229,7 @@ def write_tokens(path: Path, tokens: ProbeTokens) -> None:
         "text": np.frombuffer(b"".join(texts), np.uint8),
         "text_ends": np.cumsum([len(text) for text in texts], dtype=np.int64).astype("<i4"),
     }
-    _write(path, tensors, {"domains": to_json(tokens.domains)})
+    _write(path, tensors, {"domains": tokens.domains})
 
 
 def read_tokens(path: Path) -> ProbeTokens:
@@ -172,7 +247,7 @@ def read_tokens(path: Path) -> ProbeTokens:
     ]
     ends_T, size = tensors["text_ends"], len(tokens_T)
     check(0 < size <= MAX_PROBE_TOKENS and all(len(column) == size for column in (*columns, ends_T)), "length")
-    domains = _parse(path, about.get("domains", ""))
+    domains = about.get("domains", ())
     check(isinstance(domains, list) and all(isinstance(name, str) for name in domains), "domains")
     check(all(int(column.min()) >= 0 for column in columns) and int(domain_T.max()) < len(domains), "ranges")
     starts_T = np.concatenate([[0], ends_T[:-1]])
@@ -211,7 +286,7 @@ def write_routing(path: Path, routing: ProbeRouting, digest: str) -> None:
         "weight_range": range_L2,
         "margin": routing.margin_LT.astype(np.float32).clip(-65504, 65504).astype("<f2"),
     }
-    _write(path, tensors, {"num_experts": str(routing.num_experts), "probe": digest})
+    _write(path, tensors, {"num_experts": routing.num_experts, "tokens": digest})
 
 
 def read_routing(path: Path, tokens: ProbeTokens) -> ProbeRouting:
@@ -229,10 +304,10 @@ def read_routing(path: Path, tokens: ProbeTokens) -> ProbeRouting:
         path, {"experts": ("U8", 1), "weights": ("U8", 3), "weight_range": ("F32", 2), "margin": ("F16", 2)}
     )
     require(
-        about.get("probe") == tokens.digest(), RunError, f"{path}: expected the tokens of {TOKENS_FILE}, found others"
+        about.get("tokens") == tokens.digest(), RunError, f"{path}: expected the tokens of {TOKENS_FILE}, found others"
     )
     weights_LTK, margin_LT, range_L2 = tensors["weights"], tensors["margin"], tensors["weight_range"]
-    num_experts = _parse(path, about.get("num_experts", ""))
+    num_experts = about.get("num_experts", 0)
     check(type(num_experts) is int and 0 < num_experts <= MAX_EXPERTS, "num_experts")
     layers, size, top_k = weights_LTK.shape
     shapes = ((layers, size), (layers, len(tokens.tokens_T)), (layers, 2))
@@ -323,16 +398,18 @@ def _unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray
     return numbers.reshape(shape)
 
 
-def _write(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> None:
+def _write(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     from safetensors.numpy import save
 
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    digest = _hash({name: tensor.tobytes() for name, tensor in contiguous.items()}, about)
-    write_atomically(path, save(contiguous, {"format": FORMAT, "sha256": digest, **about}))
+    described = to_json({"format": FORMAT, **about})
+    digest = _hash({name: tensor.tobytes() for name, tensor in contiguous.items()}, described)
+    # The library writes several entries in an order that changes from process to process.
+    write_atomically(path, save(contiguous, {KEY: f"{digest} {described}"}))
 
 
 def _read(path: Path, expected: Mapping[str, tuple[str, int]]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the tensors of a file, and its metadata.
+    """Return the tensors of a file, and what it says about them.
 
     Args:
         expected: name of each tensor -> its dtype and the number of its dimensions.
@@ -346,33 +423,26 @@ def _read(path: Path, expected: Mapping[str, tuple[str, int]]) -> tuple[dict[str
     content = read_file(path, MAX_BYTES)
     try:
         entries: dict[str, Any] = dict(deserialize(content))  # type: ignore[no-untyped-call]
-        about = parse_json_object(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
-    except (SafetensorError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {shorten(str(error), 100)}") from error
+        header = parse_json_object(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        digest, _, described = header["__metadata__"][KEY].partition(" ")
+        about = parse_json_object(described)
+    except (SafetensorError, ValueError, LookupError) as error:
+        raise RunError(f"{path} is damaged: {shorten(one_line(str(error)), 100)}") from error
+    contents = {name: bytes(entry["data"]) for name, entry in entries.items()}
+    _require_intact(path, digest == _hash(contents, described), "sha256")
+    require(about.get("format") == FORMAT, RunError, f"{path}: expected a probe of format {FORMAT}")
     found = {name: (entry["dtype"], len(entry["shape"])) for name, entry in entries.items()}
     _require_intact(path, found == dict(expected), "tensors")
-    require(about.get("format") == FORMAT, RunError, f"{path}: expected a probe of format {FORMAT}")
-    written = about.pop("sha256", None)
-    contents = {name: bytes(entry["data"]) for name, entry in entries.items()}
-    _require_intact(path, written == _hash(contents, {k: v for k, v in about.items() if k != "format"}), "sha256")
     dtypes = {"U8": "u1", "I32": "<i4", "F32": "<f4", "F16": "<f2"}
     tensors = {
-        name: np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])
+        name: np.frombuffer(contents[name], dtypes[entry["dtype"]]).reshape(entry["shape"])
         for name, entry in entries.items()
     }
     return tensors, about
 
 
-def _hash(contents: Mapping[str, bytes], about: Mapping[str, str]) -> str:
-    parts = [contents[name] for name in sorted(contents)]
-    return hashlib.sha256(b"".join([*parts, to_json(about, sort_keys=True).encode()])).hexdigest()
-
-
-def _parse(path: Path, text: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}") from error
+def _hash(contents: Mapping[str, bytes], described: str) -> str:
+    return hashlib.sha256(b"".join([*(contents[name] for name in sorted(contents)), described.encode()])).hexdigest()
 
 
 def _require_intact(path: Path, holds: bool, what: str) -> None:
