@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from data.batch import Batch
 from data.loader import numbers_of_rank
@@ -72,6 +73,11 @@ class Prober:
         if self.writer is None:
             return {}
         routing = as_routing(columns_LPC.cpu().numpy()[:, self.used_P], self.model.num_experts or 0)
+        if (routing.experts_LTK >= routing.num_experts).any():
+            self._note(
+                f"warning: step {step} is not probed: its routers do not give every token {self.model.top_k} experts"
+            )
+            return {}
         churn_L = self.writer.write(step, routing)
         return {} if churn_L is None else telemetry_metrics({"churn": churn_L.tolist()})
 
@@ -147,9 +153,19 @@ def route(engine: Engine, batches: Sequence[Batch], num_places: int) -> Tensor:
                 assert batch.numbers_BS is not None
                 valid_BS = model.slice_local(batch.documents_BS >= 0)
                 places_N = model.slice_local(batch.numbers_BS)[valid_BS]
-                routed = output.stats.experts_BSK, output.stats.weights_BSK, output.stats.margin_BS.unsqueeze(-1)
-                routed_LNC = torch.cat([part[:, valid_BS].float() for part in routed], dim=-1)
-                columns_LPC[model.moe_layers, places_N] = routed_LNC
+                experts_LNK, weights_LNK, margin_LN = (
+                    figures[:, valid_BS].float()
+                    for figures in (output.stats.experts_BSK, output.stats.weights_BSK, output.stats.margin_BS)
+                )
+                # A plugin's router can give a token another number of experts than K. E stands for none.
+                missing = (0, top_k - experts_LNK.shape[-1])
+                experts_LNK, weights_LNK = (
+                    pad(experts_LNK, missing, value=config.num_experts),
+                    pad(weights_LNK, missing),
+                )
+                columns_LPC[model.moe_layers, places_N] = torch.cat(
+                    (experts_LNK, weights_LNK, margin_LN.unsqueeze(-1)), dim=-1
+                )
     dist.all_reduce(columns_LPC, group=mesh.world)
     return columns_LPC
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe.routers import ExpertChoiceRouter
 from tests.test_train import numbers
 from tests.training.test_faults import cache, no_plots, run  # noqa: F401 - fixtures
 from training.report import probe
@@ -89,6 +90,18 @@ def test_other_tokens_replace_the_files_of_a_run(tmp_path, cache, whole, capsys)
     assert found is not None and found.steps == [9]
     assert 256 < len(found.tokens_T) < 30000  # The held-out split has no more.
     assert "router/churn" not in numbers(directory)[-1]
+
+
+def test_routers_that_leave_tokens_without_experts_are_not_probed(tmp_path, cache, monkeypatch, capsys):  # noqa: F811
+    choice = ("router.kind=expert_choice", "router.allow_noncausal=true", "router.balance_coef=0")
+    run(tmp_path, cache, "choice", "train.steps=1", *choice)
+    found = read_probe(tmp_path / "choice")
+    assert found is not None and found.steps == [0, 1] and "is not probed" not in capsys.readouterr().out
+    monkeypatch.setattr(ExpertChoiceRouter, "tokens_choose", False)
+    run(tmp_path, cache, "none", "train.steps=1", *choice)
+    found = read_probe(tmp_path / "none")
+    assert found is not None and found.steps == []
+    assert "warning: step 1 is not probed: its routers do not give every token 2 experts\n" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path, cache, monkeypatch, capsys):  # noqa: F811
