@@ -199,8 +199,8 @@ def test_another_layout_gives_the_same_run_and_takes_over_its_checkpoint(tmp_pat
     for left, right in (("one", "two"), ("constant", "changed")):
         for mine, other in zip(numbers(tmp_path / left), numbers(tmp_path / right), strict=True):
             for key in mine.keys() & other.keys():
-                # The last launch has probed every step before.
-                if left == "one" or "churn" not in key:
+                # The ranks of a layout are its own, and the launches of the last run have probed every step.
+                if "rank_load_max" not in key and (left == "one" or "churn" not in key):
                     assert mine[key] == pytest.approx(other[key], rel=1e-9), (left, mine["step"], key)
         mine, other = (read_probe(tmp_path / name) for name in (left, right))
         assert mine.steps == [0, 1, 2, 4, *((6,) if left == "one" else (8,))] and set(mine.steps) <= set(other.steps)
