@@ -448,6 +448,32 @@ def update_routers(model: nn.Module, counts_LE: Tensor, applied: Tensor) -> None
             buffer.copy_(torch.where(applied, buffer, before[name]))
 
 
+def balance_reaches(router: Router, dtype: torch.dtype) -> bool:
+    """Return whether a gradient with respect to the router's probabilities changes a parameter of the router.
+
+    The balance loss has no other way to the router. If a kind of router detaches its probabilities, or fills them with
+    constants, its balance loss is reported and changes nothing. A few tokens are enough to see it.
+
+    Args:
+        dtype: the dtype of the router's input.
+    """
+    num_experts, dim = router.num_experts, router.weight.shape[-1]
+    parameters, training = list(router.parameters()), router.training
+    x_BSD = torch.arange(num_experts * dim, device=router.weight.device).view(1, num_experts, dim).cos().to(dtype)
+    router.eval()  # Jitter needs the numbers of the tokens.
+    try:
+        with torch.enable_grad():
+            _, probs_BSE = router.compute_scores(router.compute_logits(x_BSD, None))
+            uneven_E = torch.arange(num_experts, device=probs_BSE.device, dtype=probs_BSE.dtype)
+            balance = (probs_BSE * uneven_E).sum()
+            if not balance.requires_grad:
+                return False
+            gradients = torch.autograd.grad(balance, parameters, allow_unused=True)
+    finally:
+        router.train(training)
+    return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
+
+
 def positive(total: Tensor) -> Tensor:
     """Return `total`, a sum of scores, with 0 replaced by the smallest normal number.
 

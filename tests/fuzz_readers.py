@@ -185,7 +185,7 @@ def cases(root: Path) -> Iterator[tuple[str, Path, Callable[[], Any], bool]]:
     state = {
         "step": 2, "updates": 2, "model": to_dict(model), "router": to_dict(RouterConfig()),
         "loader": {"rows": 4, "corpus": "x", "seed": 0, "seq_len": 8}, "metrics": record.to_state(),
-        "health": {"losses": [1.0], "above": False}, "plugins": {}, "config": {"train": {"steps": 3}},
+        "health": {"losses": [1.0], "since": None}, "plugins": {}, "config": {"train": {"steps": 3}},
     }  # fmt: skip
     saved = checkpoint.save(run / "checkpoints", 2, {"model.a": torch.zeros(2, 3)}, state, keep=1)
 

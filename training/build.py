@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from moe.compiled import CompiledBlocks
-from moe.config import ModelConfig
+from moe.config import ModelConfig, RouterConfig
 from moe.model import Transformer
+from moe.router import Router, balance_reaches
 from parallel.apply import build_model
+from parallel.collectives import all_gather_json
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from parallel.stages import stage_layers, stages_of
@@ -50,6 +52,24 @@ def build_parts(
         for part in parts:
             part.run_block = CompiledBlocks(alone=mesh.world_size == 1)
     return parts
+
+
+def unreached_routers(parts: Sequence[Transformer], router: RouterConfig, mesh: Mesh) -> list[int]:
+    """Return the MoE layers whose router the balance loss does not change, if there is a balance loss. Collective.
+
+    Args:
+        parts: this rank's part of the model, before an engine shards it further.
+    """
+    if not router.balance_coef:
+        return []
+    unreached = []
+    for part in parts:
+        routers = [module for module in part.modules() if isinstance(module, Router)]
+        layers = range(part.config.num_moe_layers)[part.moe_layers]
+        for layer, module in zip(layers, routers, strict=True):
+            if module.num_experts > 1 and not balance_reaches(module, part.compute_dtype):
+                unreached.append(layer)
+    return sorted({layer for layers in all_gather_json(unreached, mesh.world) for layer in layers})
 
 
 def build_engine(config: Config, parts: Sequence[Transformer], mesh: Mesh) -> Engine:

@@ -217,6 +217,15 @@ class HealthConfig:
     step before it."""
     spike_z: float | None = 10.0
     """The robust z-score, among the losses of the last 64 steps, from which a loss counts as a jump; `null`: none."""
+    dead_steps: int = 50
+    """Steps without a token after which an expert is dead, which is an alarm. If it is half of the experts of a layer,
+    half as many steps. 0: none."""
+    max_vio: float | None = 0.9
+    """The share of its largest value E/k - 1 from which `router/max_vio` of a layer is an alarm; `null`: none."""
+    logit_range: float | None = 30.0
+    """The range of a router's logits (also the root of its z-loss) from which its growth is an alarm; `null`: none."""
+    entropy: float | None = 0.05
+    """The entropy of a router's probabilities, over ln E, below which its fall is an alarm; `null`: none."""
 
     def __post_init__(self) -> None:
         expect_fields(
@@ -224,6 +233,10 @@ class HealthConfig:
             every=(self.every >= 0, "an integer >= 0 (0: never)"),
             recheck_every=(self.recheck_every >= 0, "an integer >= 0 (0: never)"),
             spike_z=(self.spike_z is None or self.spike_z > 0, "a number > 0, or null"),
+            dead_steps=(self.dead_steps >= 0, "an integer >= 0 (0: none)"),
+            max_vio=(self.max_vio is None or 0 < self.max_vio <= 1, "a number in (0, 1], or null"),
+            logit_range=(self.logit_range is None or self.logit_range > 0, "a number > 0, or null"),
+            entropy=(self.entropy is None or 0 < self.entropy <= 1, "a number in (0, 1], or null"),
         )
 
 

@@ -20,6 +20,8 @@ from parallel.collectives import all_gather_json
 from parallel.mesh import Mesh
 from parallel.weight_specs import kind
 from training.config import HealthConfig
+from training.report.alarms import Alarm
+from training.router_health import RouterHealth, StepFigures
 from training.steps import FinishedStep
 
 MAX_REFUSED = 5
@@ -42,11 +44,15 @@ LEAST_DELAY_S = 0.05
 
 
 class Finding(NamedTuple):
-    """What is wrong with a step. The same on all ranks, apart from `lines`, which rank 0 prints."""
+    """What is wrong with a step. The same on all ranks, apart from `lines` and `alarms`, which rank 0 prints."""
 
     lines: tuple[str, ...] = ()
     row: Mapping[str, Any] = {}
     """Metrics of the step, under their names in `metrics.jsonl`."""
+    alarms: tuple[Alarm, ...] = ()
+    """Those that start or end."""
+    writes: bool = False
+    """Whether the row of the step is written although it is not due (`Health.check` decides it)."""
     problem: str | None = None
     """Why the run cannot go on from here."""
     bad_steps: int = 0
@@ -60,25 +66,45 @@ class Finding(NamedTuple):
 class Health:
     """All checks of a run."""
 
-    def __init__(self, config: HealthConfig, mesh: Mesh) -> None:
+    def __init__(self, config: HealthConfig, mesh: Mesh, routers: RouterHealth | None = None) -> None:
+        """
+        Args:
+            routers: the rules over the routers; None: the model is dense.
+        """
         self.refused, self.spikes, self.slow = RefusedSteps(config, mesh), LossSpikes(config), SlowRanks(mesh)
+        self.routers = routers
 
     def check(self, step: FinishedStep) -> Finding:
         """Look at a finished step. Collective; nothing is exchanged after most steps."""
         refused, spike, slow = self.refused.check(step), self.spikes.check(step), self.slow.check(step)
+        counts_LE, router_alarms = step.result.counts_LE, list[Alarm]()
+        if self.routers is not None and counts_LE is not None:
+            router_alarms = self.routers.check(step.done, StepFigures(counts_LE, step.result.layers))
+        alarms = (*router_alarms, *spike.alarms, *slow.alarms)
+        # The alarms of slow ranks are not among the metrics, which do not depend on the clock except for `speed/`.
+        ended = {f"alarm/{alarm.rule}": 0 for alarm in (*router_alarms, *spike.alarms) if alarm.ended}
+        active = {"alarm/loss_spike": 1} if self.spikes.since is not None else {}
+        if self.routers is not None:
+            active |= self.routers.row()
         found = refused if refused.problem else spike
-        lines = refused.lines + spike.lines + slow.lines
-        return found._replace(lines=lines, row={**refused.row, **spike.row, **slow.row})
+        return found._replace(
+            lines=refused.lines,
+            row={**refused.row, **spike.row, **slow.row, **ended, **active},
+            alarms=alarms,
+            writes=bool(alarms or refused.row or slow.row),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later launch needs to come to the same conclusions, as JSON values."""
-        return self.spikes.state_dict()
+        return self.spikes.state_dict() | ({} if self.routers is None else {"routers": self.routers.state_dict()})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue as after `state`, which is empty for a new run."""
         self.refused.in_a_row = 0  # No checkpoint is written after a step that was refused.
         self.slow.times.clear()
         self.spikes.load_state_dict(state)
+        if self.routers is not None:
+            self.routers.load_state_dict(state.get("routers", {}))
 
 
 class LossSpikes:
@@ -87,8 +113,8 @@ class LossSpikes:
     def __init__(self, config: HealthConfig) -> None:
         self.config = config
         self.losses: deque[float] = deque(maxlen=WINDOW)
-        self.above = False
-        """Whether the loss of the last step was too high. Only the first of several such steps is reported."""
+        self.since: int | None = None
+        """The first of the last steps whose loss was too high. Only this one is reported, and the end."""
 
     def check(self, step: FinishedStep) -> Finding:
         """Look at a finished step. A loss that is not finite is left to `RefusedSteps`."""
@@ -97,13 +123,18 @@ class LossSpikes:
             return Finding()
         typical = statistics.median(self.losses) if self.losses else loss
         self.losses.append(loss)
-        was_above, self.above = self.above, self.config.spike_z is not None and z > self.config.spike_z
-        if was_above or not self.above:
+        since, above = self.since, self.config.spike_z is not None and z > self.config.spike_z
+        if above == (since is not None):
             return Finding()
-        problem = f"the loss is {loss:.5g}, after a median of {typical:.5g} (robust z-score {z:.3g})"
+        if since is not None:
+            self.since = None
+            message = f"the loss is {loss:.5g}, as before the jump in step {since}"
+            return Finding(alarms=(Alarm(step.done, "loss_spike", None, message, since, ended=True),))
+        self.since = step.done
+        message = f"the loss is {loss:.5g}, after a median of {typical:.5g} (robust z-score {z:.3g})"
         back = self.config.on_spike == "rewind"
-        lines = () if back else (f"warning: step {step.done}: {problem}",)
-        return Finding(lines, {"health/loss_z": z}, problem if back else None, 1, back, ends_run=False)
+        alarm = Alarm(step.done, "loss_spike", None, message, step.done)
+        return Finding((), {"health/loss_z": z}, (alarm,), False, message if back else None, 1, back, ends_run=False)
 
     def z_score(self, loss: float) -> float:
         """Return how many standard deviations `loss` is above the median of the losses before; 0 if they are few.
@@ -119,12 +150,12 @@ class LossSpikes:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the recent losses as JSON values."""
-        return {"losses": list(self.losses), "above": self.above}
+        return {"losses": list(self.losses), "since": self.since}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue as after `state`; empty: as at the start."""
         self.losses = deque(state.get("losses", ()), maxlen=WINDOW)
-        self.above = state.get("above", False)
+        self.since = state.get("since")
 
 
 class SlowRanks:
@@ -153,18 +184,21 @@ class SlowRanks:
         changed = before ^ self.slow
         if not changed:
             return Finding()
-        hosts, lines = all_gather_json(socket.gethostname(), self.mesh.world), []
+        hosts, alarms, first = all_gather_json(socket.gethostname(), self.mesh.world), [], step.done - STEPS + 1
         for rank in sorted(changed):
-            others = statistics.median(peers(times.tolist(), rank, self.mesh.layout.pipeline))
-            state = "warning: rank {} ({}) is slow" if rank in self.slow else "rank {} ({}) is no longer slow"
-            lines.append(
-                f"{state.format(rank, hosts[rank])}: it needs {times[rank]:.2f} s for a step, and other ranks "
-                f"{others:.2f} s (steps {step.done - STEPS + 1} to {step.done}, without waiting for each other)"
+            others, ended = (
+                statistics.median(peers(times.tolist(), rank, self.mesh.layout.pipeline)),
+                rank not in self.slow,
             )
+            message = (
+                f"rank {rank} ({hosts[rank]}) is {'no longer ' * ended}slow: it needs {times[rank]:.2f} s for a step, "
+                f"and other ranks {others:.2f} s (steps {first} to {step.done}, without waiting for each other)"
+            )
+            alarms.append(Alarm(step.done, "slow_rank", None, message, first, ended))
         row = (
             {"speed/slow_rank": min(self.slow), "speed/slow_rank_s": float(times[min(self.slow)])} if self.slow else {}
         )
-        return Finding(tuple(lines), row)
+        return Finding((), row, tuple(alarms))
 
 
 def slow_ranks(times: Sequence[float], stages: int) -> set[int]:
@@ -221,7 +255,7 @@ class RefusedSteps:
             return Finding((line,), row)
         count, self.in_a_row = self.in_a_row, 0
         problem = f"the gradient norm has not been finite for {count} steps in a row"
-        return Finding((line,), row, problem, count, self.config.on_nan == "rewind")
+        return Finding((line,), row, (), False, problem, count, self.config.on_nan == "rewind")
 
     def _origin(self, found: dict[int, dict[str, Any]]) -> str:
         """Return which ranks have which gradients that are not finite, before gradients are summed over ranks."""

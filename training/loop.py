@@ -32,7 +32,7 @@ from parallel.mesh import broadcast_from_first, build_mesh, close_process_group,
 from parallel.startup.rendezvous import open_store, wait_for_all
 from parallel.waiting import WaitingClock
 from training.agree import AgreedRun, agree_on_run
-from training.build import build_engine, build_parts
+from training.build import build_engine, build_parts, unreached_routers
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import CHECKPOINTS, HELDOUT_LOSS
 from training.checkpoint.peers import Peers
@@ -66,6 +66,7 @@ from training.report.run_report import (
     show_start,
 )
 from training.rewind import Rewind
+from training.router_health import RouterHealth
 from training.run import INTERRUPTED, save_config
 from training.step import Evaluation, StepInputs, StepResult, evaluate
 from training.steps import Steps
@@ -136,6 +137,10 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             for part in parts:
                 source.fill(part)
     summary = RunSummary(run, process.dtype, gather_rank_summaries(parts, mesh))
+    router_health = None
+    if run.model.is_moe:
+        unreached = unreached_routers(parts, run.config.router, mesh)
+        router_health = RouterHealth(run.config.health, run.model, run.config.router, unreached)
     with memory_explained(run, process):
         engine = build_engine(run.config, parts, mesh)
     if run.checkpoint and run.state:
@@ -161,7 +166,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     first_step, due = run.state["step"] if run.state else 0, Due(config)
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
     compilation = CompilationReport(engine.parts)
-    evaluation, health = None, Health(config.health, mesh)
+    evaluation, health = None, Health(config.health, mesh, router_health)
     health.load_state_dict((run.state or {}).get("health", {}))
     profiling = config.train.profile and process.is_main and first_step < steps
     with (
@@ -231,7 +236,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             found = health.check(step)
             row = step_row(result, step.lr, layout.expert) | speed_row(throughput, peak)
             row |= found.row
-            write = due.writes(done) or result.norms_2LF is not None or bool(found.row)
+            write = due.writes(done) or result.norms_2LF is not None or found.writes
             if write:
                 throughput.start_interval()
             if due.evaluates(done):
@@ -247,6 +252,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 row |= saver.take_figures()
             recorder.note(*compilation.lines(), *found.lines)
             recorder.step(row, done, write=write)
+            recorder.alarms(found.alarms, show=found.problem is None)
 
             if found.problem is not None:
                 saver.finish()

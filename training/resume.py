@@ -76,7 +76,7 @@ RULES: dict[str, dict[str, str]] = {
         FREE: "start_timeout_s timeout_s",
     },
     "checkpoint": {FREE: "every keep at_end io_timeout_s background keep_every keep_best on_error remote"},
-    "health": {LISTED: "on_nan on_spike spike_z", FREE: "every recheck_every"},
+    "health": {LISTED: "on_nan on_spike spike_z dead_steps max_vio logit_range entropy", FREE: "every recheck_every"},
     "telemetry": {FREE: "every probe_tokens"},
     "tracking": {FREE: "wandb project entity group job_type tags notes diff tensorboard csv per_expert trackers"},
     "launch": {FREE: "nproc max_restarts threads"},
@@ -189,12 +189,14 @@ def resumable_state(path: str, steps: int) -> dict[str, Any]:
         (isinstance(health, dict), "health"),
     ):
         require(holds, CheckpointError, f"{path}: expected the state of a run ('{keys}')")
+    routers = health.get("routers", {})
     skipped, losses = loader.get("skipped", []), health.get("losses", [])
     for holds, keys in (
         (all(_is_count(loader.get(name)) for name in ("rows", "seed", "seq_len")), "loader"),
         (isinstance(loader.get("corpus"), str), "loader.corpus"),
         (isinstance(skipped, list) and all(map(_is_range, skipped)), "loader.skipped"),
         (isinstance(losses, list) and all(type(loss) in (int, float) for loss in losses), "health.losses"),
+        (isinstance(routers, dict), "health.routers"),
     ):
         require(holds, CheckpointError, f"{path}: expected the state of a run ('{keys}')")
     require(

@@ -173,7 +173,7 @@ def test_the_rank_and_the_parameter_are_named(results: list[dict[str, Any]], lay
     assert first == second
     fine, refused, after, updates = first
     assert fine == after == tuple(Finding()) and updates == 2
-    (line,), row, problem, *_ = refused
+    (line,), row, _, _, problem, *_ = refused
     assert line == (
         f"step 2 changed no weight: its gradient norm is nan; rank 1 ({socket.gethostname()}): the gradient of "
         f"layers.1.ffn.router.weight (1 in a row; after 5 the run ends)"
@@ -187,10 +187,11 @@ def test_the_rank_and_the_parameter_are_named(results: list[dict[str, Any]], lay
 
 def test_a_slow_rank_is_named_although_all_ranks_take_the_same_time(results: list[dict[str, Any]]) -> None:
     (found, own, whole), (same, slow_own, slow_whole) = (result["times"] for result in results)
-    assert found == same and not any(lines for lines, *_ in found[:-1])
-    (line,), row, *_ = found[-1]
-    assert line.startswith(f"warning: rank 1 ({socket.gethostname()}) is slow: it needs 0.")
-    assert line.endswith("(steps 1 to 10, without waiting for each other)") and row["speed/slow_rank"] == 1
+    assert found == same and all(one == tuple(Finding()) for one in found[:-1])
+    _, row, (alarm,), *_ = found[-1]
+    assert alarm.message.startswith(f"rank 1 ({socket.gethostname()}) is slow: it needs 0.")
+    assert alarm.message.endswith("(steps 1 to 10, without waiting for each other)") and row["speed/slow_rank"] == 1
+    assert (alarm.step, alarm.rule, alarm.first_step, alarm.ended) == (10, "slow_rank", 1, False)
     assert min(slow_own) > 0.25 and statistics.median(own) < statistics.median(slow_own) / 2
     assert min(whole[1:]) > 0.2 and min(slow_whole) > 0.2
 

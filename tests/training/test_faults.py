@@ -196,7 +196,7 @@ def test_the_z_score_by_hand():
     assert spikes.check(step_of_loss(11.0)) == Finding()  # The same jump.
     restored = LossSpikes(HealthConfig(spike_z=3.0))
     restored.load_state_dict(spikes.state_dict())
-    assert restored.losses == spikes.losses and restored.above
+    assert restored.losses == spikes.losses and restored.since == 1
     even = LossSpikes(HealthConfig())
     even.losses.extend([2.0] * 9)
     assert even.z_score(2.4) == pytest.approx(10)  # at least 2 % of the median

@@ -25,10 +25,11 @@ from scripts.wandb_workspace import save as save_workspace
 from tests.commands import ROOT
 from training.config import CheckpointConfig, Config, TrackingConfig
 from training.report import code_state as code_state_module
+from training.report.alarms import Alarm
 from training.report.code_state import code_state, uncommitted_changes
 from training.report.metrics import Row, read_metrics
 from training.report.recorder import Recorder, check_tracking, start_tracking
-from training.report.trackers import TRACKERS, Alarm, TrackedRun, Tracker, Trackers
+from training.report.trackers import TRACKERS, TrackedRun, Tracker, Trackers
 from training.report.wandb_files import logged_steps, read_records
 from training.report.wandb_tracker import load_histogram
 from training.report.wandb_workspace import SECTIONS, workspace

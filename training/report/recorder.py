@@ -1,4 +1,4 @@
-"""The recorder of a run: shows every row, writes it to `metrics.jsonl`, and sends it to the trackers."""
+"""The recorder of a run: shows every row and alarm, writes it to a file, and sends it to the trackers."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ from common.files import disk_errors
 from common.strict import to_dict
 from training.config import Config, TrackingConfig
 from training.owner import sweep_of
+from training.report.alarms import Alarm, alarm_lines, append_alarms, cut_alarms
 from training.report.csv_tracker import CsvTracker
 from training.report.metrics import MetricsRecord, MetricsWriter, Row, read_metrics
 from training.report.tensorboard_tracker import TensorBoardTracker
@@ -119,6 +120,7 @@ class Recorder(ExitStack):
         self.metrics = MetricsWriter(path, resumed_step, record)
         self.callback(self.metrics.close)
         self.note(*self.metrics.problems)
+        cut_alarms(directory, resumed_step or 0)
         self._rows = [] if resumed_step is None else read_metrics(path)
         self._start_tracking = partial(
             start_tracking,
@@ -149,6 +151,17 @@ class Recorder(ExitStack):
         if "eval/loss" in row and step < self.progress.total_steps:  # A table shows the last evaluation.
             self.progress.print(evaluation_line(row))
 
+    def alarms(self, alarms: Sequence[Alarm], *, show: bool = True) -> None:
+        """Print the alarms of a step, if `show`, write them to `alarms.jsonl`, and send them to the trackers."""
+        if not self.active or not alarms:
+            return
+        if show:
+            self.note(*alarm_lines(alarms))
+        with self.disk_errors("alarms.jsonl"):
+            append_alarms(self.directory, alarms)
+        for alarm in alarms:
+            self.tracker.alert(alarm)
+
     def note(self, *lines: str) -> None:
         """Print lines above the progress bar."""
         if self.active:
@@ -165,6 +178,7 @@ class Recorder(ExitStack):
             step = state["step"]
             self.metrics.go_back(step, MetricsRecord.from_state(state.get("metrics")))
             self.note(*self.metrics.problems)
+            cut_alarms(self.directory, step)
             self.tracker.rewind(step, self.progress.step)
             self.progress.go_back(step)
 

@@ -9,9 +9,10 @@ from typing import Any
 from common.files import open_binary
 from common.text import flat, show_value
 from training.config import TrackingConfig
+from training.report.alarms import Alarm
 from training.report.code_state import code_state
 from training.report.metrics import Row
-from training.report.trackers import Alarm, TrackedRun, Tracker, separate
+from training.report.trackers import TrackedRun, Tracker, separate
 
 DIRECTORY = "tensorboard"
 LENGTH = struct.Struct("<Q")

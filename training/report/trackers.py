@@ -27,23 +27,8 @@ from typing import Any, Protocol
 
 from common.registry import Registry
 from common.text import first_line
+from training.report.alarms import Alarm
 from training.report.metrics import Row
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """What a run warns about: one line of `alarms.jsonl`."""
-
-    step: int
-    """The optimizer step after which the run has warned."""
-    rule: str
-    """The name of the rule."""
-    layer: int | None
-    """The MoE layer, counted from 0. None: the rule is not about one layer."""
-    message: str
-    """What is wrong, and its likely cause, in one line."""
-    first_step: int
-    """The first step at which it was wrong."""
 
 
 class Tracker(Protocol):
@@ -72,7 +57,7 @@ class Tracker(Protocol):
         return False
 
     def alert(self, alarm: Alarm) -> None:
-        """Receive a warning about the run."""
+        """Receive what the run warns about, or the end of it (`alarm.ended`)."""
         return
 
     def summary(self, values: dict[str, Any]) -> None:

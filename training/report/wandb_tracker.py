@@ -13,9 +13,10 @@ from urllib.parse import urlparse
 
 from common.files import read_file
 from training.config import TrackingConfig
+from training.report.alarms import Alarm
 from training.report.code_state import code_state, uncommitted_changes
 from training.report.metrics import Row
-from training.report.trackers import Alarm, TrackedRun, Tracker, separate
+from training.report.trackers import TrackedRun, Tracker, separate
 from training.report.wandb_files import logged_steps
 
 MAX_BINS = 512
