@@ -77,9 +77,10 @@ class Health:
     def check(self, step: FinishedStep) -> Finding:
         """Look at a finished step. Collective; nothing is exchanged after most steps."""
         refused, spike, slow = self.refused.check(step), self.spikes.check(step), self.slow.check(step)
-        counts_LE, router_alarms = step.result.counts_LE, list[Alarm]()
-        if self.routers is not None and counts_LE is not None:
-            router_alarms = self.routers.check(step.done, StepFigures(counts_LE, step.result.layers))
+        result, router_alarms = step.result, list[Alarm]()
+        if self.routers is not None and result.counts_LE is not None:
+            norms_L = () if result.norms_2LF is None else result.norms_2LF[1, :, 0].tolist()
+            router_alarms = self.routers.check(step.done, StepFigures(result.counts_LE, result.layers, norms_L))
         alarms = (*router_alarms, *spike.alarms, *slow.alarms)
         # The alarms of slow ranks are not among the metrics, which do not depend on the clock except for `speed/`.
         ended = {f"alarm/{alarm.rule}": 0 for alarm in (*router_alarms, *spike.alarms) if alarm.ended}

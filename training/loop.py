@@ -140,7 +140,8 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     router_health = None
     if run.model.is_moe:
         unreached = unreached_routers(parts, run.config.router, mesh)
-        router_health = RouterHealth(run.config.health, run.model, run.config.router, unreached)
+        trained = run.config.optim.train == "all"
+        router_health = RouterHealth(run.config.health, run.model, run.config.router, unreached, trained)
     with memory_explained(run, process):
         engine = build_engine(run.config, parts, mesh)
     if run.checkpoint and run.state:

@@ -58,7 +58,7 @@ class StepFigures(NamedTuple):
     layers: Mapping[str, Sequence[float]]
     """`entropy`, `logit_range`, `z_loss`, `balance_loss` and so on, named as in `metrics.jsonl` after `router/`."""
     router_norms: Sequence[float] = ()
-    """The norm of the gradient of each router, if this step has it."""
+    """The norm of the gradient of each router; NaN if it is not known. Empty if the step was not measured."""
 
 
 class Trend:
@@ -172,12 +172,18 @@ class RouterHealth:
     Args:
         unreached: the MoE layers whose router the gradient of the balance loss does not reach
             (`moe.router.balance_reaches`).
+        trained: whether every router trains, so that its gradient should not be zero.
     """
 
     def __init__(
-        self, config: HealthConfig, model: ModelConfig, router: RouterConfig, unreached: Sequence[int] = ()
+        self,
+        config: HealthConfig,
+        model: ModelConfig,
+        router: RouterConfig,
+        unreached: Sequence[int] = (),
+        trained: bool = True,
     ) -> None:
-        self.config, self.router, self.unreached = config, router, unreached
+        self.config, self.router, self.unreached, self.trained = config, router, unreached, trained
         self.experts, self.num_layers = model.num_experts or 0, model.num_moe_layers
         self.ceiling = self.experts / (model.top_k or 1) - 1
         """The largest MaxVio."""
@@ -236,7 +242,7 @@ class RouterHealth:
         for name, values in figures.layers.items():
             if name in self.trends:
                 self.trends[name].add(done, values)
-        if figures.router_norms:
+        if figures.router_norms and self.trained:
             self.zero_gradients = {layer for layer, norm in enumerate(figures.router_norms) if norm == 0}
 
     def judge_absences(self, done: int, layer: int) -> Verdict | None:

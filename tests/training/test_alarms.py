@@ -136,7 +136,9 @@ def test_a_router_without_a_gradient_is_told():
     assert health.check(1, StepFigures(BALANCED, {}, (0.2, 0.1))) == []
     (alarm,) = health.check(2, StepFigures(BALANCED, {}, (0.2, 0.0)))
     assert (alarm.rule, alarm.layer) == ("balance_loss", 1) and "the router's gradient is zero" in alarm.message
-    assert health.check(3, StepFigures(BALANCED, {})) == []
+    assert health.check(3, StepFigures(BALANCED, {})) == [] and health.zero_gradients == {1}
+    frozen = RouterHealth(HealthConfig(), MODEL, RouterConfig(), trained=False)
+    assert frozen.check(2, StepFigures(BALANCED, {}, (0.0, 0.0))) == []
     found = [alarm for step in range(4, 99) for alarm in health.check(step, StepFigures(BALANCED, {}, (0.2, 0.1)))]
     assert [(alarm.layer, alarm.ended) for alarm in found] == [(1, True)]
 
