@@ -27,6 +27,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
+from common.errors import RunError
 from common.strict import from_dict
 from scripts.cli.command_line import (
     CONF,
@@ -45,6 +46,7 @@ from scripts.cli.command_line import (
     without_local_rank,
 )
 from scripts.cli.overrides import quote
+from scripts.cli.sweeps import begin_job, end_job, finished_job, show_interrupted_sweep
 from scripts.cli.workers import execute
 from training.config import Config
 from training.initial import start_from
@@ -63,23 +65,33 @@ def job(cfg: DictConfig) -> float:
     """Run one run, or one job of a sweep.
 
     Returns:
-        The held-out loss, which a sweeper minimises. NaN if there is none, and for a job of a sweep that failed: the
-        sweep continues.
+        The held-out loss, which a sweeper minimises. Infinite if there is none, and for a job of a sweep that failed:
+        the sweep continues.
     """
     sweep_dir, number = current_job()
     # Worker processes see only these arguments, and the command that resumes the run is printed from them.
     sys.argv[1:] = job_arguments()
+    result: dict[str, Any] = {}
+    before: dict[str, Any] = {}
+    try:
+        if sweep_dir is not None and number is not None:
+            begin_job(sweep_dir, number, sys.argv[1:])
+    except RunError as error:
+        end(error, sys.argv[1:])
     try:
         raw = plain(cfg, sweep_dir, number)
         load_named_plugins(raw)
         config = from_dict(Config, start_from(raw, sys.argv[1:]))
-        loss = execute(config, train, fresh_processes=sweep_dir is not None).get("eval/loss")
-        return math.nan if loss is None else float(loss)
+        before = finished_job(config) if sweep_dir is not None else {}
+        result = before or execute(config, train, fresh_processes=sweep_dir is not None)
     except Exception as error:
         if sweep_dir is None:
             end(error, sys.argv[1:])
         record_failure(error, sys.argv[1:], cfg, sweep_dir, number)
-        return math.nan
+    if sweep_dir is not None and not before:
+        end_job(sweep_dir)
+    loss = result.get("eval/loss")
+    return math.inf if loss is None else float(loss)
 
 
 def main() -> None:
@@ -91,6 +103,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     typed = without_local_rank(sys.argv[1:])
     interrupts_raise()
+    sweep_dir = None
     try:
         if asks_for_help(typed):
             return show_train_help(typed)
@@ -105,7 +118,11 @@ def main() -> None:
             job()
             sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
+        show_interrupted_sweep(sweep_dir, error, typed)
         end(error, typed)
+    except SystemExit as error:
+        show_interrupted_sweep(sweep_dir, error, typed)
+        raise
     if sweep_dir is not None:
         from training.report.page.write import write_report_or_say_why
         from training.report.sweep import sweep_table

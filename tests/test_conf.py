@@ -25,7 +25,13 @@ NEEDED = {
     ("router", "deepseek_v3"): ["model=deepseek_v3_tiny"],
 }
 """The overrides that a preset needs: values that only the user knows, or another preset."""
+OTHERS = ("data", "experiment", "hparams_search")
+"""The groups whose presets do not have the keys of one dataclass."""
 TOOLS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "config")
+
+
+PLUGINS = {"optuna": "hydra_optuna_sweeper", "slurm": "hydra_submitit_launcher", "local": "hydra_submitit_launcher"}
+"""The plugin of Hydra that each preset of `hparams_search` needs."""
 
 
 def composed(overrides: list[str]) -> Config:
@@ -34,16 +40,20 @@ def composed(overrides: list[str]) -> Config:
 
 def test_groups_mirror_the_sections() -> None:
     sections = {field.name for field in dataclasses.fields(Config)} - {"plugins"}
-    assert set(GROUPS) == sections | {"experiment"}
+    assert set(GROUPS) == sections | {"experiment", "hparams_search"}
 
 
 @pytest.mark.parametrize(("group", "preset"), PRESETS, ids=lambda value: str(value))
 def test_every_preset_composes_to_a_config(group: str, preset: str) -> None:
+    if group == "hparams_search":
+        pytest.importorskip(f"hydra_plugins.{PLUGINS[preset]}", reason="needs the extra [sweep]")
     config = composed([f"{group}={preset}", *NEEDED.get((group, preset), [])])
     assert from_dict(Config, to_dict(config)) == config
 
 
-@pytest.mark.parametrize(("group", "preset"), [pair for pair in PRESETS if pair[0] not in ("data", "experiment")])
+@pytest.mark.parametrize(
+    ("group", "preset"), [pair for pair in PRESETS if pair[0] not in ("data", "experiment", "hparams_search")]
+)
 def test_every_key_of_the_dataclass_is_in_its_yaml(group: str, preset: str) -> None:
     written = compose_config("config", [f"{group}={preset}", *NEEDED.get((group, preset), [])])[group]
     section = next(field.type for field in dataclasses.fields(Config) if field.name == group)

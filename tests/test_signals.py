@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -102,7 +103,8 @@ def test_torchrun_passes_the_warning_of_a_cluster_on(tmp_path: Path, cache: str)
 
 @pytest.mark.slow
 def test_a_sweep_stops_after_the_job_that_a_signal_ends(tmp_path: Path, cache: str) -> None:  # noqa: F811
-    process = start(tmp_path, cache, "-m", "run.seed=1,2", "launch.nproc=2", "run.name=sweep", *EVERY)
+    arguments = ("-m", "run.seed=1,2", "launch.nproc=2", "run.name=sweep", *EVERY)
+    process = start(tmp_path, cache, *arguments)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("**/checkpoints/step-3")):
         assert time.monotonic() < deadline and process.poll() is None
@@ -111,6 +113,16 @@ def test_a_sweep_stops_after_the_job_that_a_signal_ends(tmp_path: Path, cache: s
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "resume" in out
     assert len(list(tmp_path.glob("**/checkpoints"))) == 1
+    assert "Sweep sweep: 0 of 2 jobs finished" in out and shlex.split(out.splitlines()[-1])[-1] == "run.name=sweep"
+
+    # The same command goes on with the job that was interrupted, and then has nothing to do.
+    last = saved_steps(tmp_path / "sweep" / "0")[-1]
+    out = run(tmp_path, cache, *arguments)
+    assert f"continued from step-{last}" in out and "job 2 of 2" in out and "Sweep: 2 of 2 jobs finished" in out
+    results = [tmp_path / "sweep" / job / "result.json" for job in "01"]
+    written = [result.stat().st_mtime_ns for result in results]
+    out = run(tmp_path, cache, *arguments)
+    assert out.count("finished before") == 2 and [result.stat().st_mtime_ns for result in results] == written
 
 
 @pytest.mark.slow

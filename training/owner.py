@@ -34,7 +34,7 @@ SWEEP_LOCK_FILE = ".sweep-lock"
 LAUNCH_FILE = "launch.json"
 MAX_LAUNCH = 4096
 """The most bytes of this file."""
-SWEEP_TABLE = "sweep.csv"
+SWEEP_TABLE, SWEEP_RECORD = "sweep.csv", "sweep.jsonl"
 RUN_MARKS = (LOCK_FILE, LAUNCH_FILE, "config.yaml")
 """A directory that has one of these files is that of a run."""
 SWEEP_MARKS = (SWEEP_LOCK_FILE, SWEEP_TABLE)
@@ -168,6 +168,20 @@ class RunOwner:
             self._made_files.append(write_atomically(self.directory / LAUNCH_FILE, to_json(identity) + "\n"))
         return name
 
+    def append(self, name: str, line: str) -> None:
+        """Append a line to the file `name` in the directory that this process owns.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        assert self.directory is not None
+        file = self.directory / name
+        with _as_run_error(str(self.directory)):
+            if not os.path.lexists(file):
+                self._made_files.append(file)
+            with file.open("a", encoding="utf-8") as out:
+                out.write(line)
+
     def __enter__(self) -> Self:
         return self
 
@@ -239,7 +253,7 @@ class RunOwner:
         """Remove what this process has made, unless the directory has other files or another process has the lock."""
         assert self.directory is not None
         with contextlib.suppress(OSError):
-            if set(os.listdir(self.directory)) <= {self._lock_file, LAUNCH_FILE} and _wait_for(lock):
+            if set(os.listdir(self.directory)) <= {self._lock_file, LAUNCH_FILE, SWEEP_RECORD} and _wait_for(lock):
                 # The lock file goes in any case: of several launches that open it, any can be the one that locks it.
                 for path in (*self._made_files, self.directory / self._lock_file):
                     path.unlink(missing_ok=True)

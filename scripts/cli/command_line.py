@@ -36,9 +36,10 @@ from common.text import MAX_YAML, check_yaml, escaped, nearest, one_line, shorte
 from parallel.startup.launch import WorkerFailure, interrupts_raise, is_launched
 from scripts.cli.help import train_help
 from scripts.cli.overrides import PARSER, as_typed, in_grammar, quote, text_keys, values_of
+from scripts.cli.sweeps import count_jobs, launch_line
 from training.checkpoint.manifest import CHECKPOINTS
 from training.config import Config, RunConfig
-from training.owner import RunOwner
+from training.owner import SWEEP_RECORD, RunOwner
 from training.run import save_config, save_result
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -143,11 +144,16 @@ def compose_config(name: str, overrides: Sequence[str], config_dir: str | None =
         ConfigError: `config_dir` is not a directory.
         HydraException, OmegaConfBaseException: an override cannot be used. `user_message` explains both.
     """
+    return plain(_compose(name, overrides, config_dir))
+
+
+def _compose(name: str, overrides: Sequence[str], config_dir: str | None) -> DictConfig:
+    """Do the same as `compose_config`, and return Hydra's own section, too."""
     if config_dir is not None:
         check_presets(config_dir)
         overrides = [f"hydra.searchpath=[{quote(f'file://{Path(config_dir).resolve()}')}]", *overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return plain(compose(name, list(overrides), return_hydra_config=True))
+        return compose(name, list(overrides), return_hydra_config=True)
 
 
 def plain(
@@ -230,6 +236,8 @@ def load_named_plugins(raw: Mapping[str, Any]) -> None:
 def sweep_directory(arguments: Sequence[str], owner: RunOwner) -> Path | None:
     """Choose and create the directory of the sweep that the arguments ask for. Return None for a single run.
 
+    The directory of a sweep that was interrupted is chosen again if `run.name` names it.
+
     Args:
         owner: claims the directory.
 
@@ -246,19 +254,23 @@ def sweep_directory(arguments: Sequence[str], owner: RunOwner) -> Path | None:
         "--multirun: expected no torchrun or deepspeed around a sweep; use: "
         "python train.py -m launch.nproc=<processes of one job> <overrides>",
     )
-    first_job = []
-    for override in PARSER.parse_overrides(parsed.overrides):
+    first_job, overrides = [], PARSER.parse_overrides(parsed.overrides)
+    for override in overrides:
         if not override.is_sweep_override():
             first_job.append(str(override.input_line))
         elif override.is_discrete_sweep():
             first_job.append(f"{override.get_key_element()}={next(iter(override.sweep_string_iterator()))}")
-    run = from_dict(RunConfig, compose_config("config", first_job, parsed.config_dir)["run"], "run")
+    composed = _compose("config", first_job, parsed.config_dir)
+    run = from_dict(RunConfig, plain(composed)["run"], "run")
+    directory = Path(run.root) / (run.name or "")
     require(
-        run.name is None or not any((Path(run.root) / run.name).glob("[0-9]*")),
+        run.name is None or (directory / SWEEP_RECORD).is_file() or not any(directory.glob("[0-9]*")),
         RunError,
-        f"run.name={run.name}: expected a free name for a sweep; {run.root}/{run.name} has jobs already",
+        f"run.name={run.name}: expected a free name for a sweep, or that of one to continue; {directory} has jobs "
+        f"already, and no {SWEEP_RECORD}",
     )
     owner.claim(run)
+    owner.append(SWEEP_RECORD, launch_line(parsed.overrides, count_jobs(overrides, composed.hydra)))
     return owner.directory
 
 
@@ -364,7 +376,10 @@ def user_message(error: BaseException, arguments: Sequence[str], cls: type = Con
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = sorted(error.options)
         near = nearest(option, options)
-        return f"{group}={option}: expected one of {', '.join(options)}{f'; the nearest is {near}' if near else ''}"
+        hint = f"; the nearest is {near}" if near else ""
+        if group in ("hydra/sweeper", "hydra/launcher"):
+            hint = " (more with: pip install 'mixwright[sweep]')"
+        return f"{group}={option}: expected one of {', '.join(options)}{hint}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: expected key=value (a key is names joined by dots)"
     if isinstance(error, HydraException | OmegaConfBaseException):

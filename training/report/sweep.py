@@ -1,11 +1,13 @@
 """The results of a sweep: a table, a CSV file and a plot, made from the `result.json` of each job."""
 
 import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.text import shorten
+from common.files import write_atomically
+from common.text import shorten, show_value
 from parallel.planning.auto import AUTO_AXES
 from training.report.plots import is_number, plot_sweep
 from training.report.terminal import human_count, show_line, show_table
@@ -45,10 +47,37 @@ def sweep_table(sweep_dir: Path) -> list[dict[str, Any]]:
         The rows of `sweep_rows`, with the columns of the CSV file.
     """
     rows, varying = sweep_rows(sweep_dir)
-    _write_csv(sweep_dir / "sweep.csv", ["job", *varying, *_RESULT_KEYS], rows)
+    write_sweep(sweep_dir, rows, varying)
     plot_sweep(rows, sweep_dir / "sweep")
     _print(sweep_dir, rows, varying)
     return rows
+
+
+def write_sweep(sweep_dir: Path, rows: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> None:
+    """Write `sweep.csv` atomically. Jobs that run at the same time can call this at the same time."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["job", *varying, *_RESULT_KEYS], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    # An error message in a job's `result.json` can have characters that UTF-8 cannot represent.
+    write_atomically(sweep_dir / "sweep.csv", text.getvalue().encode(errors="backslashreplace"))
+
+
+def best_line(rows: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> str | None:
+    """Return a line about the finished job with the lowest held-out loss and its parameters, or None if there is none.
+
+    >>> job = {"job": 0, "status": "finished", "eval/loss": 3.5, "num_experts": 4, "top_k": 2, "optim.lr": 0.1}
+    >>> best_line([job, job | {"job": 1, "eval/loss": 2.5, "num_experts": 8}], ["optim.lr"])
+    'best: job 1, held-out loss 2.5000: optim.lr=0.1 num_experts=8'
+    """
+    finished = [row for row in rows if row["status"] == "finished" and is_number(row["eval/loss"])]
+    if not finished:
+        return None
+    best = min(finished, key=lambda row: row["eval/loss"])
+    # The number of experts and top-k are columns of every sweep. They are named if they differ.
+    keys = [*varying, *(key for key in ("num_experts", "top_k") if len({row[key] for row in rows}) > 1)]
+    parameters = " ".join(f"{key}={show_value(best[key])}" for key in keys)
+    return f"best: job {best['job']}, held-out loss {best['eval/loss']:.4f}{': ' * bool(keys)}{parameters}"
 
 
 def sweep_jobs(sweep_dir: Path) -> list[Path]:
@@ -109,19 +138,11 @@ def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if len(values[key]) > 1]
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    # An error message in a job's `result.json` can have characters that UTF-8 cannot represent.
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def _print(sweep_dir: Path, rows: Sequence[Mapping[str, Any]], varying: Sequence[str]) -> None:
     table = [
         [
             str(row["job"]),
-            *("" if row[key] is None else str(row[key]) for key in varying),
+            *(_cell(row[key]) for key in varying),
             *_experts(row),
             _number(row["total_params"], human_count),
             _number(row["active_params"], human_count),
@@ -140,11 +161,18 @@ def _print(sweep_dir: Path, rows: Sequence[Mapping[str, Any]], varying: Sequence
         table,
         left=["status"],
     )
+    if best := best_line(rows, varying):
+        show_line(best, style="bold")
     for row in rows:
         if row["error"]:
             first = str(row["error"]).strip().split("\n")[0]
             show_line(f"job {row['job']} {row['status']}: {shorten(first, _MAX_ERROR)}")
     show_line(f"{sweep_dir / 'sweep.csv'}, sweep.svg, sweep.png")
+
+
+def _cell(value: Any) -> str:
+    """Return the value of a configuration key as text, a number with at most four digits."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _experts(row: Mapping[str, Any]) -> tuple[str, str]:
