@@ -40,6 +40,7 @@ from data.tokens.tokenizer import train_tokenizer
 from moe.config import ModelConfig, RouterConfig
 from scripts.cli.command_line import MAX_MESSAGE, user_message
 from tests.mutations import mutated_bytes, mutated_values
+from tests.probes import synthetic_tokens, write_synthetic_probe
 from tests.tokenizers import byte_level, write_tokenizer
 from training.checkpoint import checkpoint
 from training.checkpoint.manifest import MANIFEST, verify
@@ -50,6 +51,7 @@ from training.formats.reader import read_run_config
 from training.generation.request import _read_json as read_messages
 from training.owner import LAUNCH_FILE, RunOwner, _find, launch_identity
 from training.report.metrics import MetricsRecord, MetricsWriter, read_metrics
+from training.report.probe import read_probe, read_routing
 from training.report.sweep import _config, _result
 from training.report.wandb_files import read_records
 from training.resume import _read_config, resumable_state
@@ -180,6 +182,10 @@ def cases(root: Path) -> Iterator[tuple[str, Path, Callable[[], Any], bool]]:
         packet += head + content
     wandb = run / "run.wandb"
     wandb.write_bytes(packet)
+    write_synthetic_probe(run, steps=(0, 1))
+    probe = run / "probe" / "step-1.safetensors"
+    yield "run: tokens of the probe", run / "probe" / "tokens.safetensors", lambda: read_probe(run), False
+    yield "run: a step of the probe", probe, lambda: read_routing(probe, synthetic_tokens()), False
     yield "run: W&B", wandb, lambda: list(read_records(wandb)), False
 
     state = {

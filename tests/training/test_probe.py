@@ -7,13 +7,15 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from moe.routers import ExpertChoiceRouter
 from tests.test_train import numbers
-from tests.training.test_faults import cache, no_plots, run  # noqa: F401 - fixtures
+from tests.training import test_faults
+from tests.training.test_faults import cache, no_plots  # noqa: F401 - fixtures
 from training.report import probe
 from training.report.probe import PROBE, TOKENS_FILE, churn, read_probe
 
@@ -26,6 +28,10 @@ STATEFUL = (
     "router.bias_update_rate=0.01",
     "router.capacity_factor=1.0",
 )
+
+
+def run(root: Path, cache: str, name: str, *overrides: str) -> dict[str, Any]:  # noqa: F811
+    return test_faults.run(root, cache, name, "data.heldout_max_bytes=500", *overrides)
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -92,6 +98,7 @@ def test_other_tokens_replace_the_files_of_a_run(tmp_path, cache, whole, capsys)
     assert "router/churn" not in numbers(directory)[-1]
 
 
+@pytest.mark.slow
 def test_routers_that_leave_tokens_without_experts_are_not_probed(tmp_path, cache, monkeypatch, capsys):  # noqa: F811
     choice = ("router.kind=expert_choice", "router.allow_noncausal=true", "router.balance_coef=0")
     run(tmp_path, cache, "choice", "train.steps=1", *choice)
