@@ -52,7 +52,7 @@ from training.generation.request import _read_json as read_messages
 from training.owner import LAUNCH_FILE, RunOwner, _find, launch_identity
 from training.report.metrics import MetricsRecord, MetricsWriter, read_metrics
 from training.report.probe import read_probe, read_routing
-from training.report.sweep import _config, _result
+from training.report.sweep import result_rows
 from training.report.wandb_files import read_records
 from training.resume import _read_config, resumable_state
 from training.run import CONFIG_FILE, RESULT_FILE, finished_result
@@ -147,12 +147,12 @@ def cases(root: Path) -> Iterator[tuple[str, Path, Callable[[], Any], bool]]:
     )
 
     def read_config() -> None:
-        _config(run), _read_config(run)
+        result_rows([run]), _read_config(run)
         read_run_config(run / CONFIG_FILE)
 
     yield "run: config.yaml", run / CONFIG_FILE, read_config, False
     (run / RESULT_FILE).write_text(json.dumps({"status": "finished", "step": 3, "eval/loss": 1.5, "ranks": [{"a": 1}]}))
-    yield "run: result.json", run / RESULT_FILE, lambda: (_result(run), finished_result(run, 1)), True
+    yield "run: result.json", run / RESULT_FILE, lambda: (result_rows([run]), finished_result(run, 1)), True
     writer = MetricsWriter(run / "metrics.jsonl", None)
     for step in (1, 2, 3):
         writer.write({"step": step, "train/loss": 0.5 / step, "router/load": [0.5, 0.5], "x": float("nan")})
