@@ -14,6 +14,22 @@ SMALL = [
     "data.code_bytes=0", "data.prose_bytes=0", "data.arithmetic_bytes=60000", "data.vocab_size=400",
     "tracking=disabled", "run.sample_tokens=0", "launch.threads=1",
 ]  # fmt: skip
+KILLED_AFTER_THE_COPY = """
+import os, signal, time
+from pathlib import Path
+from training.engine import NativeEngine
+
+original = NativeEngine.step
+
+def step(self, lr):
+    if self.updates == 4 and os.environ["KILLED_AFTER"] and self.mesh.rank == 1:
+        while not (Path(os.environ["KILLED_AFTER"]) / "manifest.json").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, lr)
+
+NativeEngine.step = step
+"""
 
 
 def test_a_url_with_a_password_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -31,17 +47,23 @@ def test_a_run_without_a_name_cannot_be_found_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_directory_is_lost_continues_from_the_store(tmp_path: Path) -> None:
+def test_a_run_whose_directory_is_lost_continues_from_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two ranks that save in the background: the rows and the files are those of the run that was not interrupted."""
     store = tmp_path / "store"
-    keys = [*SMALL, f"data.cache={tmp_path / 'cache'}", "launch.nproc=2", "optim.schedule_steps=6"]
+    (tmp_path / "fault.py").write_text(KILLED_AFTER_THE_COPY)
+    keys = [*SMALL, f"data.cache={tmp_path / 'cache'}", "launch.nproc=2", f"plugins=[{tmp_path / 'fault.py'}]"]
     keys += [f"run.root={tmp_path / 'runs'}", "checkpoint.every=2", "checkpoint.background=true"]
-    keys.append("train.eval_every=2")  # The launch that ends at step 4 evaluates there.
-    for name, remote, steps in (("whole", "null", 6), ("lost", f"file://{store}", 4), ("lost", f"file://{store}", 6)):
-        # The directories of all runs are lost, not only the checkpoints.
+    for name, remote, killed in (
+        ("whole", "null", ""),
+        ("lost", f"file://{store}", "4"),
+        ("lost", f"file://{store}", ""),
+    ):
         shutil.rmtree(tmp_path / "runs" / "lost", ignore_errors=True)
-        run = run_python("train.py", *keys, f"run.name={name}", f"checkpoint.remote={remote}", f"train.steps={steps}")
-        assert run.returncode == 0, run.stdout + run.stderr
+        monkeypatch.setenv("KILLED_AFTER", str(store / "lost" / "checkpoints" / f"step-{killed}") if killed else "")
+        run = run_python("train.py", *keys, f"run.name={name}", f"checkpoint.remote={remote}", "train.steps=6")
+        assert (run.returncode == 0) == (not killed), run.stdout + run.stderr
     copies = f"file://{store}/lost/checkpoints"
     assert f"step-4 is copied from {copies}: " in run.stdout and f"copied step-6 to {copies} in " in run.stdout
     for step in (4, 6):
