@@ -44,12 +44,13 @@ class Faulty(MemoryFileSystem):
     protocol = "faulty"
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
+    message = f"403: https://store/a?X-Signature={SECRET} with key {SECRET}"
     refused: Callable[[str], bool] = staticmethod(lambda path: False)
     hangs: threading.Event | None = None
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if "w" in mode and Faulty.refused(path):
-            raise PermissionError(f"403: https://store/{path}?X-Signature={SECRET} with key {SECRET}")
+            raise PermissionError(self.message)
         if "w" in mode and Faulty.hangs is not None:
             Faulty.hangs.wait(20)
         return super()._open(path, mode, **options)
@@ -443,5 +444,11 @@ def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 def test_messages_lose_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SESSION_TOKEN", "session-12345")
+    options = {"key": "abcdef-1", "client": {"tokens": ["abcdef-2"], "endpoint_url": "http://host:1"}}
+    monkeypatch.setitem(fsspec.config.conf, "faulty", options)
+    Faulty.refused = staticmethod(lambda path: True)
+    monkeypatch.setattr(Faulty, "message", "abcdef-1 abcdef-2 http://host:1/a")
+    with pytest.raises(RemoteError, match=r": PermissionError: \*\*\* \*\*\* http://host:1/a$"):
+        RemoteCheckpoints("faulty://bucket", "a").check(ALONE)
     text = "GET https://user:pw@host/a?sig=abc#x failed with session-12345 and option-678"
     assert without_secrets(text, ["option-678"]) == "GET https://***@host/a?*** failed with *** and ***"

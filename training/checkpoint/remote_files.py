@@ -350,6 +350,6 @@ def _options(url: str) -> Iterable[str]:
             rest += value.values()
         elif isinstance(value, list | tuple):
             rest += value
-        elif isinstance(value, str):
+        elif isinstance(value, str) and not is_url(value):  # An endpoint is no secret, and helps to find a mistake.
             texts.append(value)
     return texts
