@@ -26,8 +26,8 @@ from training.engine import NativeEngine
 
 original = NativeEngine.step
 
-def step(self, lr):
-    norm = original(self, lr)
+def step(self, *arguments):
+    norm = original(self, *arguments)
     if self.updates == 3:
         with torch.no_grad():
             self.parts[0].norm.weight[0] = float("nan")
@@ -136,7 +136,7 @@ from training.engine import NativeEngine
 
 original = NativeEngine.step
 
-def step(self, lr):
+def step(self, *arguments):
     if self.updates == 3 and self.mesh.rank == 0:
         with open(os.environ["FILLER"], "wb", buffering=0) as file:
             try:
@@ -146,7 +146,7 @@ def step(self, lr):
                 pass
     if self.updates == 6 and self.mesh.rank == 0 and "FREED" in os.environ:
         os.truncate(os.environ["FILLER"], 0)
-    return original(self, lr)
+    return original(self, *arguments)
 
 NativeEngine.step = step
 """
