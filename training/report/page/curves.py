@@ -145,6 +145,8 @@ def _figure(rows: Sequence[Row], chart: Chart) -> Figure | None:
         line = {"width": 2, "color": colours[index % len(colours)]}
         traces.append(_line(label, steps, values, MAX_POINTS, line=line, showlegend=len(curves) > 1))
     layout = figure_layout(chart.title, x="optimizer step", tickformat=chart.tickformat, hovermode="x unified")
+    if min(min(values) for _, _, values in (*curves, *layers)) >= 0:
+        layout["yaxis"] |= {"rangemode": "nonnegative"}
     if chart.level is not None:
         level, what = chart.level
         highest = max(max(values) for _, _, values in (*curves, *layers))

@@ -55,9 +55,10 @@ class RunData:
     """What the run lacks, a sentence each."""
 
     @property
-    def finished(self) -> bool:
-        """Whether the run has done all its steps."""
-        return self.result.get("status") == "finished"
+    def status(self) -> str:
+        """`finished`, another status of `result.json`, or `not finished` without a readable one."""
+        status = str(self.result.get("status"))
+        return "not finished" if status in ("None", "missing", "unreadable") else status
 
 
 def is_run(directory: Path) -> bool:

@@ -7,6 +7,7 @@ Shapes: L MoE layers, T tokens, K top-k, E experts, G domains, W words, P probed
 """
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import RunError
+from common.text import shorten
 from training.report.page.curves import Figure, figure_layout, layer_colour, level_line, rounded
 from training.report.page.gather import RunData, thinned
 from training.report.page.theme import BLUE
@@ -36,6 +38,8 @@ MAX_STATISTICS = 2_000_000
 """The most numbers of each statistic. Steps are left out."""
 MAX_WORDS, MIN_COUNT = 40, 3
 """The most token ids of the vocabulary's figure, and how often each occurs in the probe at least."""
+MAX_PIECE = 20
+"""The most characters of a token in a figure."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,14 @@ def word_numbers(probe: Probe, ids: Sequence[int]) -> np.ndarray:
 
 
 def shown_piece(piece: str) -> str:
-    """Return the text of a token with visible white space."""
-    return piece.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "∅"
+    """Return the text of a token with visible white space.
+
+    >>> shown_piece(" the"), shown_piece("        ")
+    ('␣the', '␣*8')
+    """
+    visible = piece.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    repeats = re.sub(r"(␣|⏎|⇥)\1{3,}", lambda found: f"{found[1]}*{len(found[0])}", visible)
+    return shorten(repeats, MAX_PIECE) or "∅"
 
 
 def _text(heldout: HeldOut) -> dict[str, Any]:
