@@ -200,8 +200,10 @@ def test_a_large_probe_is_thinned_and_fits(monkeypatch: pytest.MonkeyPatch, tmp_
     text = script_of(run_page(read_run(run)))["heldout"]["text"]
     assert len(text["steps"]) == heldout.MIN_STEPS and len(text["pieces"]) == 4 and text["of"] == 8
     monkeypatch.setattr(heldout, "MAX_STATISTICS", 31)
-    script = script_of(run_page(read_run(run)))["heldout"]
+    page = run_page(read_run(run))
+    script = script_of(page)["heldout"]
     assert script["pairs"] is None and script["by_domain"] is None and len(script["by_word"]["steps"]) == 3
+    assert "The page has no co-activation" in page and 'id="pairs"' not in page and 'id="words"' in page
 
 
 def test_long_runs_are_thinned() -> None:

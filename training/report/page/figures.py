@@ -20,6 +20,8 @@ LOAD_TICKS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 """Relative loads with a label on the colour scale."""
 MAX_RANKS = 64
 """The most expert-parallel ranks of which the straggler factor is shown."""
+MAX_GAPS = 64
+"""The most rows or columns of cells with gaps between them."""
 
 
 def router_numbers(data: RunData) -> dict[str, Any] | None:
@@ -54,22 +56,23 @@ def router_figures(data: RunData) -> dict[str, Figure]:
     if loads is None:
         return {}
     layers, experts = len(loads.values_FLE[0]), len(loads.values_FLE[0][0])
-    limit = _limit(loads)
+    limit, size = _limit(loads), {"rows": layers, "columns": experts}
+    time = {"rows": experts, "columns": len(loads.steps)}
     return {
-        "load": load_map(limit, "Load of every expert (1 = balanced)", x="expert", y="MoE layer", rows=layers),
-        "history": load_map(limit, "Load of one layer over training", x="optimizer step", y="expert", rows=layers),
+        "load": load_map(limit, "Load of every expert (1 = balanced)", x="expert", y="MoE layer", **size),
+        "history": load_map(limit, "Load of one layer over training", x="optimizer step", y="expert", **time),
         "expert-load": _line_figure("Load over training (1 = balanced)", level=1),
-        "change": load_map(limit, "Change of the load between the two steps", x="expert", y="MoE layer", rows=layers),
+        "change": load_map(limit, "Change of the load between the two steps", x="expert", y="MoE layer", **size),
         **_norms(data),
         **_straggler(data, loads, experts),
     }
 
 
-def load_map(limit: float, title: str, *, x: str, y: str, rows: int) -> Figure:
+def load_map(limit: float, title: str, *, x: str, y: str, rows: int, columns: int) -> Figure:
     """Return an empty heatmap of relative loads, whose colours range from 1 / `limit` to `limit`.
 
     Args:
-        rows: its height, in rows of cells.
+        rows, columns: the number of its cells. Many cells have no gaps between them.
     """
     ticks = [tick for tick in LOAD_TICKS if 1 / limit <= tick <= limit]
     colorbar = {
@@ -84,11 +87,11 @@ def load_map(limit: float, title: str, *, x: str, y: str, rows: int) -> Figure:
         "zmax": math.log2(limit),
         "autocolorscale": True,
         "colorbar": colorbar,
-        "xgap": 1,
-        "ygap": 1,
+        "xgap": int(columns <= MAX_GAPS),
+        "ygap": int(rows <= MAX_GAPS),
         "hovertemplate": f"{x} %{{x}}, {y} %{{y}}<br>load %{{customdata:.3g}}<extra></extra>",
     }
-    layout = figure_layout(title, x=x, y=y, height=max(250, min(100 + 24 * rows, 900)))
+    layout = figure_layout(title, x=x, y=y, height=max(250, min(100 + 24 * rows, 560)))
     layout["yaxis"] |= {"autorange": "reversed", "tickformat": "d", "showgrid": False, "zeroline": False}
     layout["xaxis"] |= {"tickformat": "d", "showgrid": False, "zeroline": False}
     return {"data": [trace], "layout": layout}

@@ -30,14 +30,20 @@ from training.report.probe import (
     specialisation,
 )
 
-MAX_ROUTING_BYTES = 3_000_000
+MAX_ROUTING_BYTES = 2_000_000
 """The most bytes of the routing of single tokens. Steps are left out first, and then tokens."""
 MIN_STEPS = 6
 """Steps that are kept as long as tokens can be left out instead."""
-MAX_STATISTICS = 2_000_000
-"""The most numbers of each statistic. Steps are left out."""
+MAX_STATISTICS = 1_000_000
+"""The most numbers of each statistic. Steps are left out, and the statistic if two have no room."""
 MAX_WORDS, MIN_COUNT = 40, 3
 """The most token ids of the vocabulary's figure, and how often each occurs in the probe at least."""
+DRAWN = {
+    "by_domain": ("specialisation by domain", ("domains", "expert-domains")),
+    "by_word": ("specialisation by token id", ("words", "expert-words")),
+    "pairs": ("co-activation", ("pairs", "expert-partners")),
+}
+"""Statistic -> what it is, and the figures that show it."""
 MAX_PIECE = 20
 """The most characters of a token in a figure."""
 
@@ -118,6 +124,20 @@ def heldout_numbers(heldout: HeldOut) -> dict[str, Any]:
         "pairs": of_some_steps(coactivation, layers * experts * experts),
         "text": _text(heldout),
     }
+
+
+def heldout_parts(heldout: HeldOut, notes: list[str]) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """Return the figures and the numbers, without the figures of a statistic that has no values or no room.
+
+    Args:
+        notes: receives a sentence about each of them.
+    """
+    figures, numbers = heldout_figures(heldout), heldout_numbers(heldout)
+    for statistic, (what, names) in DRAWN.items():
+        if numbers[statistic] is None:
+            figures = {name: figure for name, figure in figures.items() if name not in names}
+            notes.append(f"The page has no {what}: there are too few tokens, or too many layers and experts.")
+    return figures, numbers
 
 
 def frequent_ids(probe: Probe) -> list[int]:

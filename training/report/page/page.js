@@ -220,9 +220,10 @@
     function drawStatistics() {
       const { layer, expert } = state;
       const at = (array) => lastBefore(array.steps, step());
+      const first = byDomain ?? byWord ?? pairs;
+      if (first) setText("#router .probe-step, #specialisation .probe-step", `Probe of step ${first.steps[at(first)]}.`);
       if (byDomain) {
         const index = at(byDomain);
-        setText(".probe-step", `Probe of step ${byDomain.steps[index]}.`);
         const names = heldout.domains.map(escaped);
         const shares = names.map((_, domain) => expertNumbers.map((e) => byDomain.at(index, layer, e, domain)));
         fillRatios("domains", shares, expertNumbers, names, `Domains, layer ${layer}`);
@@ -285,6 +286,7 @@
     function colourText() {
       if (!text) return;
       const index = lastBefore(text.steps, step());
+      setText("#tokens .probe-step", `Probe of step ${text.steps[index]}.`);
       const weights = spans.map((_, token) => weightOf(index, state.layer, token, state.expert));
       const most = weights.reduce((a, b) => Math.max(a, b), 1e-9);
       spans.forEach((span, token) => {

@@ -37,7 +37,7 @@ def _template(ink: str, grid: str, card: str, diverging: list[str], sequential: 
     scales = {"diverging": _scale(diverging), "sequential": _scale(sequential), "sequentialminus": _scale(sequential)}
     layout = {
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 11, "color": ink},
-        "title": {"font": {"size": 13}, "x": 0.015, "xanchor": "left", "y": 0.97, "yanchor": "top"},
+        "title": {"font": {"size": 13}, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"l": 10, "t": 8}},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "colorway": list(COLOURS),

@@ -17,7 +17,7 @@ from common.text import first_line, show_value, to_json
 from training.report.page.curves import curve_figures
 from training.report.page.figures import router_figures, router_numbers
 from training.report.page.gather import RunData, read_run
-from training.report.page.heldout import heldout_figures, heldout_numbers, read_heldout
+from training.report.page.heldout import heldout_parts, read_heldout
 from training.report.page.jobs import Jobs, is_sweep, job_figures, read_runs, read_sweep, table
 from training.report.page.paper import Format, write_job_figures, write_run_figures
 from training.report.page.theme import THEMES
@@ -119,12 +119,12 @@ def run_page(data: RunData) -> str:
     if numbers is not None:
         [values_LE, *_] = numbers["values"]
         heldout = read_heldout(data, (len(values_LE), len(values_LE[0])), notes)
-    tokens = {} if heldout is None else heldout_figures(heldout)
+    tokens, token_numbers = ({}, None) if heldout is None else heldout_parts(heldout, notes)
     script = {
         "figures": curves | router | tokens,
         "themes": THEMES,
         "router": numbers,
-        "heldout": None if heldout is None else heldout_numbers(heldout),
+        "heldout": token_numbers,
         "alarms": sorted({alarm["step"] for alarm in data.alarms}),
     }
     return render(
