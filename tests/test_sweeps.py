@@ -10,6 +10,7 @@ from common.errors import RunError
 from scripts.cli.command_line import sweep_directory
 from scripts.cli.overrides import PARSER
 from scripts.cli.sweeps import SweepRecord, begin_job, count_jobs, end_job, finished_job
+from tests.test_train import cache, run  # noqa: F401
 from training.config import Config
 from training.owner import RunOwner
 
@@ -109,3 +110,26 @@ def test_a_finished_job_is_not_run_again(tmp_path: Path) -> None:
     ):
         (tmp_path / "s" / "0" / "result.json").write_text(json.dumps(result))
         assert finished_job(config) == (result if done else {})
+
+
+@pytest.mark.slow
+def test_optuna_chooses_values_and_an_interrupted_sweep_chooses_the_same(
+    tmp_path: Path,
+    cache: str,  # noqa: F811
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra [sweep]")
+    arguments = (
+        "-m",
+        "hparams_search=optuna",
+        "hydra.sweeper.n_trials=2",
+        "run.name=s",
+        "train.steps=1",
+        "tracking=disabled",
+    )
+    out = run(tmp_path, cache, *arguments)
+    assert "job 2 of 2" in out and "Sweep: 2 of 2 jobs finished" in out and "router.balance_coef=" in out
+    jobs = SweepRecord.read(tmp_path / "s").jobs
+    assert jobs[0] != jobs[1]
+    (tmp_path / "s" / "1" / "result.json").unlink()
+    out = run(tmp_path, cache, *arguments)
+    assert out.count("finished before") == 1 and SweepRecord.read(tmp_path / "s").jobs == jobs

@@ -149,4 +149,4 @@ def show_interrupted_sweep(sweep_dir: Path | None, error: BaseException, typed: 
     end_job(sweep_dir)
     named = any(argument.startswith("run.name=") for argument in typed)
     command = ["python", "train.py", *typed, *([] if named else [f"run.name={sweep_dir.name}"])]
-    show_fields("Interrupted sweep", {"continue": shlex.join(command)})
+    show_fields("Interrupted sweep", {"continue": shlex.join(command)}, commands=("continue",))

@@ -158,7 +158,7 @@ def test_eighty_columns_break_no_word_and_keep_a_history() -> None:
     cells = [["0", "0.0003", "0.01", "1.25", "4.97 MB", "finished"], ["12", "0.001", "0.1", "2", "16 kB", "failed"]]
     long = "layer 3: 5 of 8 experts without a token since step 120; router logits grew from 4 to 100: lower the rate"
     printed = printed_on_terminal(
-        "from training.report.terminal import Progress, show_table, show_line\n"
+        "from training.report.terminal import Progress, show_fields, show_line, show_table\n"
         f"row, table = {MOE_ROW!r}, ({columns!r}, {cells!r})\n"
         "with Progress(400) as p:\n"
         "    for step in range(1, 401):\n"
@@ -166,14 +166,15 @@ def test_eighty_columns_break_no_word_and_keep_a_history() -> None:
         "        p.update(row | evaluation, step, log=step % 5 == 0 or bool(evaluation))\n"
         f"    p.print({long!r})\n"
         f"show_line({long!r})\nshow_table({long!r}, *table, left=['status'])\n"
+        f"show_fields('Fields', {{'a': {long!r}, 'command': 'python ' + 'x' * 79}}, commands=['command'])\n"
     )
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", printed).replace("\r", "\n")
     lines = [line.rstrip() for line in text.split("\n")]
-    assert max(map(len, lines)) <= 80
+    assert max(len(line) for line in lines if "python" not in line) <= 80
     words = " ".join(lines).split()
     for word in [*columns, *(word for row in cells for cell in row for word in cell.split()), *long.split()]:
         assert word in words, word
-    assert " ".join(words).count(long) == 3
+    assert " ".join(words).count(long) == 4 and f"python {'x' * 79}" in "".join(lines)
     assert any("4.97 MB" in line for line in lines)
     history = [line for line in lines if line.startswith("step ") and "loss" in line]
     steps = [*range(5, 203, 20), 203, *range(225, 400, 20), 400]

@@ -288,6 +288,7 @@ def test_the_workspace_is_one_that_wandb_workspaces_takes() -> None:
         [False, False, True, False],
         [True, True, False, False],
         [False, False, False, False],
+        [False, False, False, False],
         [False, False, False, True],
     ]
     assert {plot["xAxis"] for plot in plots} == {"step"}
@@ -330,10 +331,14 @@ def test_an_alarm_becomes_an_alert_of_wandb(tmp_path: Path, monkeypatch: pytest.
     run = FakeRun(calls=9)
     monkeypatch.setitem(sys.modules, "wandb", fake_wandb(run))
     tracker = start(tmp_path, None, [])
-    for layer in (0, 3):
-        tracker.alert(Alarm(step=120, rule="dead", layer=layer, message=f"layer {layer}: 5 of 8", first_step=100))
-    assert [alert["title"] for alert in run.alerts] == ["dead", "dead"]
-    assert run.alerts[1]["text"] == "layer 3: 5 of 8" and run.alerts[1]["wait_duration"] >= 60
+    for layer, ended in ((0, False), (3, False), (3, True)):
+        tracker.alert(Alarm(120, "dead", layer, f"layer {layer}: 5 of 8", first_step=100, ended=ended))
+    assert [(alert["title"], alert["level"]) for alert in run.alerts] == [
+        ("dead", "WARN"),
+        ("dead", "WARN"),
+        ("dead: ended", "INFO"),
+    ]
+    assert run.alerts[1]["text"] == "step 120: layer 3: 5 of 8" and run.alerts[1]["wait_duration"] >= 60
 
 
 def test_a_failing_wandb_warns_once_and_is_not_called_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ class Recorder(ExitStack):
         return self.metrics.record().to_state() if self.active else None
 
     def go_back(self, state: Mapping[str, Any]) -> None:
-        """Remove the rows after the checkpoint of which `state` is the state. Trackers keep those that they have."""
+        """Remove the rows after the checkpoint of which `state` is the state; a tracker can keep its own."""
         if self.active:
             step = state["step"]
             self.metrics.go_back(step, MetricsRecord.from_state(state.get("metrics")))

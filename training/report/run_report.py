@@ -215,6 +215,7 @@ def show_interrupted(config: Config, directory: Path, checkpoint: Path | None, w
             "checkpoint": "none, so the run starts again" if checkpoint is None else str(checkpoint),
             "resume": resume_command(config, name, world_size, config.train.steps),
         },
+        commands=("resume",),
     )
 
 

@@ -275,6 +275,7 @@ def show_end(
             "report": "none" if page is None else str(page),
             "goodput": goodput,
         },
+        commands=("resume", "results"),
     )
 
 

@@ -10,7 +10,7 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TextIO
 
@@ -95,15 +95,23 @@ def show(renderable: RenderableType) -> None:
     sys.stdout.flush()
 
 
-def wrapped(text: str) -> str:
+def wrapped(text: str, indent: str = "") -> str:
     """Return `text` with line breaks between words, so that it fits into the width of the terminal.
 
     Plain output is not wrapped. A word that is longer than a line stays whole.
+
+    Args:
+        indent: what the lines after a break begin with.
     """
     if not on_terminal():
         return text
     fill = textwrap.TextWrapper(
-        console().width, expand_tabs=False, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+        console().width,
+        subsequent_indent=indent,
+        expand_tabs=False,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
     ).fill
     return "\n".join(map(fill, text.split("\n")))
 
@@ -180,13 +188,18 @@ def _parts(widths: Sequence[int], limit: int) -> list[list[int]]:
     return parts
 
 
-def show_fields(title: str, fields: Mapping[str, str]) -> None:
-    """Print an empty line, `title`, and one line `name  value` for each field."""
+def show_fields(title: str, fields: Mapping[str, str], commands: Collection[str] = ()) -> None:
+    """Print an empty line, `title`, and one line `name  value` for each field. A terminal breaks values between words.
+
+    Args:
+        commands: the names of the fields whose values are commands, which stay one line, so that they can be copied.
+    """
     show_line()
     show_line(title, style="bold")
     width = max(map(len, fields))
     for name, value in fields.items():
-        _show_unwrapped(printable(f"  {name:<{width}}  {value}"))
+        line = printable(f"  {name:<{width}}  {value}")
+        _show_unwrapped(line if name in commands else wrapped(line, " " * (width + 4)))
 
 
 def _scaled(value: float, units: Sequence[str]) -> str:

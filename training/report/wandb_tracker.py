@@ -68,7 +68,10 @@ class WandbTracker(Tracker):
     def alert(self, alarm: Alarm) -> None:
         """Send the alarm as an alert of W&B, at most one in ten minutes for each rule."""
         with self._connection():
-            self._run.alert(title=alarm.rule, text=alarm.message, level="WARN", wait_duration=ALERT_PAUSE_S)
+            title, level = (f"{alarm.rule}: ended", "INFO") if alarm.ended else (alarm.rule, "WARN")
+            self._run.alert(
+                title=title, text=f"step {alarm.step}: {alarm.message}", level=level, wait_duration=ALERT_PAUSE_S
+            )
 
     def summary(self, values: dict[str, Any]) -> None:
         with self._connection():

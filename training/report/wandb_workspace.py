@@ -18,6 +18,9 @@ SECTIONS: dict[str, tuple[tuple[str, tuple[str, ...] | str], ...]] = {
         ("dropped assignments", ("router/drop_rate",)),
         ("entropy of the load and of the tokens", ("router/load_entropy", "router/entropy")),
         ("router logit range of each layer", f"^router/logit_range{LAYERS}"),
+        ("margin between the last chosen expert and the next", ("router/margin",)),
+        ("share of probe tokens that changed experts", ("router/churn",)),
+        ("straggler factor over N expert-parallel ranks", "^router/straggler/ep_"),
         ("alarms: layers that warn", "^alarm/"),
     ),
     "Optimizer and speed": (
