@@ -79,7 +79,7 @@ class TrainConfig:
     """Whether blocks run through torch.compile. `auto`: on GPUs. Compilation takes a minute or so, once per machine and
     model; results can differ from those of uncompiled blocks by rounding."""
     log_every: int = 10
-    """Steps between printed rows; `metrics.jsonl` has every step."""
+    """Steps between rows, which are printed and written to `metrics.jsonl`; the first and the last step have one."""
     eval_every: int = 0
     """Steps between evaluations on held-out text; 0: only at the end."""
     peak_tflops: float | None = None
