@@ -30,7 +30,7 @@ from training.checkpoint import checkpoint
 from training.checkpoint.manifest import MANIFEST, Retention, committed, read_state, step_of, verify
 from training.checkpoint.peers import ALONE, Peers, RemoteError
 from training.checkpoint.remote import UNFINISHED, RemoteCheckpoints, newest_of_both
-from training.checkpoint.remote_files import without_secrets
+from training.checkpoint.remote_files import check_url, without_secrets
 from training.checkpoint.saver import Saver
 from training.config import CheckpointConfig
 
@@ -419,6 +419,8 @@ def test_a_run_starts_where_the_store_and_the_directory_say(tmp_path: Path) -> N
         ("simplecache::s3://bucket", "a URL such as s3://"),
         ("file:///a::s3://bucket", "a single URL"),
         (f"s3://{SECRET}:{SECRET}@bucket/a", "a URL without keys and passwords"),
+        (f"s3://name:a/{SECRET}@bucket/a", "a URL without keys and passwords"),
+        (f"sftp://name:a/{SECRET}@host/a", "a URL without keys and passwords"),
         (f"s3://{SECRET}@bucket/a", "a URL without keys and passwords"),
         (f"sftp://user:{SECRET}@host/a", "a URL without keys and passwords"),
         (f"file:///a?key={SECRET}", "a URL without keys and passwords"),
@@ -450,5 +452,6 @@ def test_messages_lose_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Faulty, "message", "abcdef-1 abcdef-2 http://host:1/a")
     with pytest.raises(RemoteError, match=r": PermissionError: \*\*\* \*\*\* http://host:1/a$"):
         RemoteCheckpoints("faulty://bucket", "a").check(ALONE)
-    text = "GET https://user:pw@host/a?sig=abc#x failed with session-12345 and option-678"
+    text = "GET https://user:p/w@host/a?sig=abc#x failed with session-12345 and option-678"
     assert without_secrets(text, ["option-678"]) == "GET https://***@host/a?*** failed with *** and ***"
+    check_url("remote", "hdfs://user@host:8020/a")

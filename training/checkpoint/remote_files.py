@@ -17,7 +17,7 @@ from typing import IO, Any, TypeAlias, TypeVar
 
 from common.errors import CheckpointError, expect, require
 from common.files import explain_os_error, fsync, open_binary
-from common.text import first_line
+from common.text import first_line, one_line
 from training.checkpoint.peers import Peers, RemoteError
 
 PIECE = 1 << 23
@@ -55,13 +55,13 @@ def check_url(field: str, url: str) -> None:
     """
     from fsspec.registry import get_filesystem_class
 
-    found, shown = URL.fullmatch(url), without_secrets(url)
+    found, shown = URL.fullmatch(url), without_secrets(re.sub("://.*@", "://***@", url))
     wanted = "a URL such as s3://bucket/directory or file:///directory"
     expect(found is not None and found[2].strip("/") != "" and url.isprintable(), field, shown, wanted)
     assert found is not None
-    protocol, _, host = found.groups()
-    name, at, _ = host.rpartition("@")
-    secret = ":" in name if protocol in NAMED_PROTOCOLS else bool(at)
+    protocol, rest, host = found.groups()
+    # A password can have a slash.
+    secret = ":" in rest.rpartition("@")[0] or ("@" in host and protocol not in NAMED_PROTOCOLS)
     expect(
         not secret and not set("?#") & set(url),
         field,
@@ -74,7 +74,7 @@ def check_url(field: str, url: str) -> None:
     except ValueError:
         expect(False, field, shown, f"a protocol that fsspec knows, such as s3, gs, abfs or file, not {protocol}")
     except Exception as error:  # Besides ImportError, a library that does not fit another one raises many types.
-        reason = str(error) if isinstance(error, ImportError) else first_line(error)
+        reason = one_line(str(error)) if isinstance(error, ImportError) else first_line(error)
         expect(False, field, shown, f"the library for {protocol}:// to be installed ({reason})")
 
 
@@ -85,7 +85,7 @@ def without_secrets(text: str, secrets: Iterable[str] = ()) -> str:
     for secret in sorted({*secrets, *named}, key=len, reverse=True):
         if len(secret) >= MIN_SECRET:
             text = text.replace(secret, "***")
-    text = re.sub(r"://[^/\s@]*@", "://***@", text)
+    text = re.sub(r"://([^/\s@]*|[^\s@]*:[^\s@]*)@", "://***@", text)
     return re.sub(r"(://[^\s?#]*)[?#]\S+", r"\1?***", text)
 
 
