@@ -58,8 +58,8 @@ def charts(data: RunData) -> dict[str, Chart]:
             "Loss (nats per token)",
             {
                 "train/ce": "training",
-                "train/loss": "training, with auxiliary losses",
-                "eval/loss": "held-out text",
+                "train/loss": "+ auxiliary",
+                "eval/loss": "held-out",
             },
         ),
         "bits": Chart("Held-out text, bits per byte", {}, prefix="eval/bits_per_byte/"),

@@ -109,7 +109,7 @@ def _norms(data: RunData) -> dict[str, Figure]:
     """An empty figure for the norms of one expert, if the run has them."""
     if not any(key.startswith(("experts/grad_norm/", "experts/weight_norm/")) for row in data.rows for key in row):
         return {}
-    figure = _line_figure("Gradient norm (left) and weight norm (right)")
+    figure = _line_figure("Norms: gradient (left), weight")
     figure["layout"]["yaxis2"] = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
     return {"expert-norms": figure}
 
