@@ -6,16 +6,21 @@
 import errno
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from common.errors import ConfigError
 from moe.routers import ExpertChoiceRouter
 from tests.test_train import numbers
 from tests.training import test_faults
 from tests.training.test_faults import cache, no_plots  # noqa: F401 - fixtures
+from tests.training.test_resume import config_of
+from training.config import TelemetryConfig
+from training.due import Due
 from training.report import probe
 from training.report.probe import PROBE, TOKENS_FILE, churn, read_probe
 
@@ -96,6 +101,21 @@ def test_other_tokens_replace_the_files_of_a_run(tmp_path, cache, whole, capsys)
     assert found is not None and found.steps == [9]
     assert 256 < len(found.tokens_T) < 30000  # The held-out split has no more.
     assert "router/churn" not in numbers(directory)[-1]
+
+
+def test_when_a_probe_is_due() -> None:
+    config = config_of(steps=20)
+    config = replace(config, checkpoint=replace(config.checkpoint, every=6, at_end=False))
+    due = Due(config)
+    probed = [done for done in range(21) if due.probes(done)]
+    assert probed == [0, 1, 2, 4, 6, 8, 12, 16, 18, 20]
+    assert all(map(due.pauses, probed))  # No later step has been started.
+    none = replace(config, telemetry=replace(config.telemetry, probe_tokens=0))
+    dense = replace(config, model=replace(config.model, num_experts=None, top_k=None))
+    assert not any(Due(other).probes(done) for other in (none, dense) for done in range(21))
+    for tokens in (-1, 2**15 + 1):
+        with pytest.raises(ConfigError, match=f"probe_tokens={tokens}: expected an integer from 0"):
+            TelemetryConfig(probe_tokens=tokens)
 
 
 @pytest.mark.slow
