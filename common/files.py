@@ -154,6 +154,24 @@ def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -
     return digest.hexdigest()
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a regular file in one write, and create the file if it is missing.
+
+    It begins a new line also if the last one is incomplete, because a process was killed while it wrote.
+
+    Raises:
+        UnusableFile: the file is not a regular file.
+        OSError: the line cannot be written.
+    """
+    descriptor = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, b"\n" * torn + line.encode(errors="backslashreplace") + b"\n")
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: Path, content: str | bytes) -> Path:
     """Replace the file `path` by `content` in one step: a reader, or a process killed meanwhile, leaves the old file or
     the new one, and never a part. Returns `path`.

@@ -1,12 +1,13 @@
 """The jobs of a sweep: their number, their record, and what goes on after an interruption."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from common.errors import RunError
+from common.errors import RunError, UserError
 from scripts.cli.command_line import sweep_directory
 from scripts.cli.overrides import PARSER
 from scripts.cli.sweeps import SweepRecord, begin_job, count_jobs, end_job, finished_job
@@ -62,6 +63,8 @@ def test_a_job_is_told_and_recorded_and_must_not_change(tmp_path: Path, capsys: 
     with (tmp_path / "s" / "sweep.jsonl").open("a") as file:
         file.write('{"job": 2, "argu')  # a kill
     assert SweepRecord.read(tmp_path / "s").jobs == record.jobs
+    begin_job(tmp_path / "s", 3, jobs[3])
+    assert SweepRecord.read(tmp_path / "s").jobs == record.jobs | {3: jobs[3]}
 
 
 def test_a_directory_with_jobs_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -69,6 +72,9 @@ def test_a_directory_with_jobs_of_something_else_is_refused(tmp_path: Path) -> N
     with pytest.raises(RunError, match=r"^run\.name=s: expected a free name for a sweep, or that of one to continue"):
         start_sweep(tmp_path, "run.seed=1,2")
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["0"]
+    os.mkfifo(tmp_path / "s" / "sweep.jsonl")
+    with pytest.raises(UserError, match=r"sweep\.jsonl is a named pipe|expected a free name for a sweep"):
+        start_sweep(tmp_path, "run.seed=1,2")
 
 
 def test_a_sweep_that_does_not_start_leaves_nothing(tmp_path: Path) -> None:

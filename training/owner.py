@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from common.errors import RunError, require
-from common.files import open_regular, read_file, write_atomically
+from common.files import append_line, open_regular, read_file, write_atomically
 from common.processes import process_stat
 from common.text import parse_json, to_json
 from training.config import RunConfig
@@ -179,8 +179,7 @@ class RunOwner:
         with _as_run_error(str(self.directory)):
             if not os.path.lexists(file):
                 self._made_files.append(file)
-            with file.open("a", encoding="utf-8") as out:
-                out.write(line)
+            append_line(file, line)
 
     def __enter__(self) -> Self:
         return self

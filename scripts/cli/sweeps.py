@@ -6,6 +6,7 @@ again: those that have finished return their loss at once, and one that was inte
 """
 
 import math
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from common.errors import RunError, require
-from common.text import parse_json, to_json
+from common.files import append_line, disk_errors, read_file
+from common.text import MAX_JSON, parse_json, to_json
 from scripts.cli.overrides import PARSER
 from training.config import Config
 from training.owner import SWEEP_RECORD
@@ -44,10 +46,13 @@ class SweepRecord:
 
     @classmethod
     def read(cls, sweep_dir: Path) -> "SweepRecord":
-        """Read the file. Lines that are damaged are left out."""
-        record = cls()
-        file = sweep_dir / SWEEP_RECORD
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        """Read the file. Lines that are damaged are left out.
+
+        Raises:
+            UnusableFile: it is not a regular file, or is too large.
+        """
+        record, file = cls(), sweep_dir / SWEEP_RECORD
+        for line in read_file(file, MAX_JSON).splitlines() if os.path.lexists(file) else ():
             try:
                 entry = parse_json(line)
                 arguments = [str(argument) for argument in entry["arguments"]]
@@ -62,7 +67,7 @@ class SweepRecord:
 
 def launch_line(arguments: Sequence[str], total: int | None) -> str:
     """Return the line of `sweep.jsonl` for a launch."""
-    return to_json({"jobs": total, "arguments": list(arguments)}) + "\n"
+    return to_json({"jobs": total, "arguments": list(arguments)})
 
 
 def count_jobs(overrides: Sequence[Override], hydra: DictConfig) -> int | None:
@@ -100,8 +105,8 @@ def begin_job(sweep_dir: Path, number: int, arguments: Sequence[str]) -> None:
         f"{_without(before, now)}, and would have {_without(now, before)}",
     )
     if number not in record.jobs:
-        with (sweep_dir / SWEEP_RECORD).open("a", encoding="utf-8") as file:
-            file.write(to_json({"job": number, "arguments": list(arguments)}) + "\n")
+        with disk_errors(sweep_dir):
+            append_line(sweep_dir / SWEEP_RECORD, to_json({"job": number, "arguments": list(arguments)}))
     of_all = "" if record.total is None else f" of {record.total}"
     own = [each for each in arguments if each not in record.launch]
     show_line()
@@ -119,7 +124,8 @@ def _that_matter(arguments: Sequence[str]) -> list[str]:
 def end_job(sweep_dir: Path) -> None:
     """Write the table of the jobs so far, and say how many have finished."""
     rows, varying = sweep_rows(sweep_dir)
-    write_sweep(sweep_dir, rows, varying)
+    with disk_errors(sweep_dir):
+        write_sweep(sweep_dir, rows, varying)
     total = SweepRecord.read(sweep_dir).total
     finished = sum(row["status"] == "finished" for row in rows)
     show_line(f"Sweep {sweep_dir.name}: {finished} of {len(rows) if total is None else total} jobs finished")
