@@ -187,6 +187,7 @@ def test_failed_jobs_are_rows_and_status_1(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "s" / "3" / "result.json").read_text())
     assert result == {"status": "failed", "error": "model.top_k=10: expected an integer from 1 to num_experts=8"}
     assert len((tmp_path / "s" / "sweep.csv").read_text().splitlines()) == 5
+    assert "4 of 4 runs are not finished." in (tmp_path / "s" / "report.html").read_text(encoding="utf-8")
     saved = yaml.safe_load((tmp_path / "s" / "3" / "config.yaml").read_text())
     assert (saved["run"]["name"], saved["model"]["top_k"], saved["data"]["paths"]) == ("s/3", 10, [])
 

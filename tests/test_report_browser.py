@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.test_page import write_probe, write_run, write_sweep
+from tests.training.test_page import alarm_line, write_probe, write_run, write_sweep
 from training.report.page.write import write_report
 
 pytestmark = pytest.mark.slow
@@ -75,7 +75,8 @@ def click_cell(page: Any, figure: str, x: float, y: float) -> None:
 
 def test_the_slider_the_clicks_and_the_theme(opened: Any, tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", sample="</script><script>document.title = 'attacked'</script>")
-    (run / "alarms.jsonl").write_text('{"step": 4, "message": "layer 1: <b>1 expert</b>"}\n')
+    alarms = [alarm_line(4, "layer 1: <b>1 expert</b>", 1), alarm_line(9, "over", 1, ended=True)]
+    (run / "alarms.jsonl").write_text("".join(alarms))
     page = opened(write_report(run))
     assert page.title() == "r - Mixwright report"
     assert page.locator("#step-name").text_content() == "step 12 of 12"
@@ -88,9 +89,9 @@ def test_the_slider_the_clicks_and_the_theme(opened: Any, tmp_path: Path) -> Non
     marks = page.evaluate("document.getElementById('curve-loss').layout.shapes.map((shape) => shape.x0)")
     assert marks == [4, 1], "the alarm's step and the slider's"
 
-    page.locator("[data-step]").click()
+    page.locator("[data-step]").first.click()
     drawn(page)
-    assert page.locator("#step-name").text_content() == "step 4 of 12"
+    assert page.locator("#step-name").text_content() == "step 4 of 12" and page.locator("#layer").input_value() == "1"
 
     page.locator("#load").scroll_into_view_if_needed()
     click_cell(page, "load", 2, 1)

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from scripts import report as tool
+from training.report.alarms import Alarm
 from training.report.page import heldout
 from training.report.page.curves import reduced
 from training.report.page.gather import expert_frames, load_frames, read_run, thinned
@@ -64,6 +66,12 @@ def unpacked(array: dict[str, Any]) -> np.ndarray:
     return np.where(codes == array["missing"], np.nan, codes * array["scale"]).reshape(array["shape"])
 
 
+def alarm_line(step: int, message: str, layer: int | None = None, *, ended: bool = False) -> str:
+    """A line of `alarms.jsonl`."""
+    alarm = Alarm(step=step, rule="dead", layer=layer, message=message, first_step=step, ended=ended)
+    return json.dumps(asdict(alarm)) + "\n"
+
+
 def script_of(page: str) -> dict[str, Any]:
     """The JSON that the script of a page reads."""
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
@@ -88,7 +96,7 @@ def test_the_page_has_every_metric_and_every_step_of_the_loads(tmp_path: Path) -
 def test_text_of_a_run_is_text(tmp_path: Path) -> None:
     attack = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     run = write_run(tmp_path / "r", sample=attack, name=attack, torch=attack)
-    (run / "alarms.jsonl").write_text(json.dumps({"step": 3, "message": attack}) + '\n{"step": 4, "mess')
+    (run / "alarms.jsonl").write_text(alarm_line(3, attack) + '{"step": 4, "mess')
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 13, attack: 1.0, f"eval/bits_per_byte/{attack}": 2.0}) + "\n")
     page = run_page(read_run(run))

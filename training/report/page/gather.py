@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import expect
-from common.files import open_binary
-from common.text import parse_json, shorten, show_ranges
+from common.text import shorten, show_ranges
+from training.report.alarms import ALARMS, Alarm, read_alarms
 from training.report.heatmap import relative_load
 from training.report.metrics import Row, read_metrics
 from training.report.plots import is_number
 from training.run import CONFIG_FILE, RESULT_FILE, read_config, read_result
 
-METRICS_FILE, ALARMS_FILE = "metrics.jsonl", "alarms.jsonl"
+METRICS_FILE = "metrics.jsonl"
 RUN_FILES = (METRICS_FILE, RESULT_FILE, CONFIG_FILE)
 """A directory with one of these files is a run's."""
 MAX_CELLS = 600_000
@@ -25,8 +25,6 @@ MAX_FRAMES = 240
 """The most steps that the slider can stop at."""
 MAX_ALARMS = 200
 """The most alarms that a page shows."""
-MAX_ALARM_BYTES = 2**24
-"""The most bytes of the alarms that are read."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,7 @@ class RunData:
     """As `training.run.read_result` returns it."""
     rows: list[Row]
     """The rows of `metrics.jsonl`, sorted, one a step."""
-    alarms: list[dict[str, Any]]
-    """Those of `alarms.jsonl`, each with `step`, `message`, and `rule` and `layer`, which can be None."""
+    alarms: list[Alarm]
     notes: list[str]
     """What the run lacks, a sentence each."""
 
@@ -83,7 +80,7 @@ def read_run(directory: Path, key: str = "run") -> RunData:
     if result.get("status") in ("missing", "unreadable"):
         notes.append(f"There is no readable {RESULT_FILE}: the run has not ended, or was killed.")
     rows = read_rows(directory / METRICS_FILE, notes)
-    alarms = _alarms(directory / ALARMS_FILE, notes)
+    alarms = _alarms(directory, notes)
     name = result.get("name") or config.get("run.name") or directory.resolve().name
     return RunData(directory, str(name), config, result, rows, alarms, notes)
 
@@ -108,21 +105,13 @@ def read_rows(path: Path, notes: list[str]) -> list[Row]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _alarms(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Return the alarms that are well-formed, the first `MAX_ALARMS` of them."""
+def _alarms(directory: Path, notes: list[str]) -> list[Alarm]:
+    """Return the first `MAX_ALARMS` alarms."""
     try:
-        with open_binary(path) as file:
-            lines = file.read(MAX_ALARM_BYTES).splitlines()
-    except OSError:
+        alarms = read_alarms(directory)
+    except OSError as error:
+        notes.append(f"{ALARMS} cannot be read ({error.strerror}).")
         return []
-    alarms = []
-    for line in lines:
-        try:
-            alarm = parse_json(line)
-        except ValueError:
-            continue  # The last line of a run that was killed can be incomplete.
-        if isinstance(alarm, dict) and type(alarm.get("step")) is int and isinstance(alarm.get("message"), str):
-            alarms.append({"rule": None, "layer": None} | alarm)
     if len(alarms) > MAX_ALARMS:
         notes.append(f"Only the first {MAX_ALARMS} of {len(alarms)} alarms are shown.")
     return alarms[:MAX_ALARMS]

@@ -398,7 +398,10 @@
     onClick("expert-partners", (point) => choose({ expert: Number(point.x) }));
     onClick("moved-layers", (point) => choose({ layer: Number(point.x) }));
     document.querySelectorAll("[data-step]").forEach((button) =>
-      button.addEventListener("click", () => choose({ frame: nearest(router.steps, Number(button.dataset.step)) })));
+      button.addEventListener("click", () => {
+        const layer = Number(button.dataset.layer ?? state.layer);
+        choose({ frame: nearest(router.steps, Number(button.dataset.step)), layer: layer < layers ? layer : state.layer });
+      }));
 
     let timer = null;
     const pause = () => {

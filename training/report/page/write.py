@@ -125,7 +125,7 @@ def run_page(data: RunData) -> str:
         "themes": THEMES,
         "router": numbers,
         "heldout": token_numbers,
-        "alarms": sorted({alarm["step"] for alarm in data.alarms}),
+        "alarms": sorted({alarm.step for alarm in data.alarms if not alarm.ended}),
     }
     return render(
         "run.html.jinja",
