@@ -36,7 +36,7 @@ from common.text import MAX_YAML, check_yaml, escaped, nearest, one_line, shorte
 from parallel.startup.launch import WorkerFailure, interrupts_raise, is_launched
 from scripts.cli.help import train_help
 from scripts.cli.overrides import PARSER, as_typed, in_grammar, quote, text_keys, values_of
-from scripts.cli.sweeps import count_jobs, launch_line
+from scripts.cli.sweeps import count_jobs, launch_line, silence_optuna
 from training.checkpoint.manifest import CHECKPOINTS
 from training.config import Config, RunConfig
 from training.owner import SWEEP_RECORD, RunOwner
@@ -270,6 +270,7 @@ def sweep_directory(arguments: Sequence[str], owner: RunOwner) -> Path | None:
         f"already, and no {SWEEP_RECORD}",
     )
     owner.claim(run)
+    silence_optuna(composed.hydra)
     owner.append(SWEEP_RECORD, launch_line(parsed.overrides, count_jobs(overrides, composed.hydra)))
     return owner.directory
 

@@ -90,6 +90,18 @@ def count_jobs(overrides: Sequence[Override], hydra: DictConfig) -> int | None:
     return None if None in sizes else math.prod(size for size in sizes if size is not None)
 
 
+def silence_optuna(hydra: DictConfig) -> None:
+    """Keep Optuna, if it is the sweeper, from logging what it does: it would write colours into log files, too.
+
+    Args:
+        hydra: Hydra's own section of the composed configuration.
+    """
+    if "optuna" in str(hydra.sweeper.get("_target_")):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
 def begin_job(sweep_dir: Path, number: int, arguments: Sequence[str]) -> None:
     """Say which job of the sweep begins, and record its arguments.
 
