@@ -17,6 +17,7 @@ from training.config import (
     LaunchConfig,
     OptimConfig,
     RunConfig,
+    TelemetryConfig,
     TrackingConfig,
     TrainConfig,
 )
@@ -122,6 +123,8 @@ def configuration(
         parallel=parallel,
         checkpoint=checkpoint,
         tracking=TrackingConfig(wandb="disabled"),
+        # Probes are made where checkpoints are saved, so that `router/churn` is not that of the reference.
+        telemetry=TelemetryConfig(probe_tokens=0),
         launch=LaunchConfig(nproc=ranks, threads=1),
     )
 
