@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from common.errors import CheckpointError
+from common.text import parse_yaml
 from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
 from moe.router import ROUTERS, Router, balance_reaches
 from moe.routers import SoftmaxTopKRouter, build_router
+from scripts.cli.command_line import CONF
 from tests.test_train import numbers
 from tests.training.test_faults import cache, no_plots, run  # noqa: F401 - fixtures
 from training.config import HealthConfig
@@ -298,3 +300,24 @@ def test_a_router_that_collapses_is_named_before_half_of_its_experts_are_dead_fo
     assert for_long and alarm.step <= for_long[0]
     told = rows[alarm.step - 1]
     assert told["step"] == alarm.step and told["alarm/dead_experts"] == 1 and "alarm/dead_experts" not in rows[0]
+
+
+TINY_PRESETS = sorted(
+    path.stem for path in (CONF / "model").glob("*_tiny.yaml") if "num_experts" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", TINY_PRESETS)
+def test_the_first_200_steps_of_a_preset_have_no_alarm(tmp_path, cache, preset):  # noqa: F811
+    given = [
+        "train.seq_len=64",
+        "train.global_batch=4",
+        "train.steps=200",
+        "checkpoint.every=0",
+        "checkpoint.at_end=false",
+    ]
+    layers = parse_yaml((CONF / "model" / f"{preset}.yaml").read_text(encoding="utf-8"))["num_layers"]
+    run(tmp_path, cache, preset, f"model={preset}", *given, f"model.num_layers={layers}", "train.log_every=50")
+    assert read_alarms(tmp_path / preset) == []
+    assert not any(name.startswith("alarm/") for row in numbers(tmp_path / preset) for name in row)

@@ -1,5 +1,6 @@
 """Runs in which something goes wrong: gradients, the loss, memory."""
 
+import copy
 import errno
 import math
 import os
@@ -22,6 +23,7 @@ from training.memory import is_out_of_memory
 from training.owner import RunOwner
 from training.replicas import ReplicaCheck
 from training.report import run_report
+from training.report.alarms import read_alarms
 from training.report.probe import churn, read_probe
 from training.step import StepResult
 from training.steps import FinishedStep
@@ -137,6 +139,9 @@ def test_a_loss_that_jumps_is_told_or_takes_the_run_back(tmp_path, cache, monkey
     rows = numbers(tmp_path / "warned")
     assert rows[7]["train/loss"] > 1000 and rows[7]["health/loss_z"] > 100
     assert [row["step"] for row in rows if "health/loss_z" in row] == [8]
+    (alarm,) = read_alarms(tmp_path / "warned")
+    assert (alarm.step, alarm.rule, alarm.layer, alarm.ended) == (8, "loss_spike", None, False)
+    assert [row["step"] for row in rows if "alarm/loss_spike" in row] == [8, 9]
 
     found = []
     for name in ("back", "again"):
@@ -144,8 +149,9 @@ def test_a_loss_that_jumps_is_told_or_takes_the_run_back(tmp_path, cache, monkey
         run(tmp_path, cache, name, "health.on_spike=rewind")
         found.append(numbers(tmp_path / name))
         out = capsys.readouterr().out
-        assert "step 8: the loss is" in out and "step-6 and skips the rows of steps 7 to 8\n" in out
+        assert out.count("step 8: the loss is") == 1 and "step-6 and skips the rows of steps 7 to 8\n" in out
         assert jump.seen == [*range(0, 15, 2), *range(16, 21, 2)]
+        assert read_alarms(tmp_path / name) == []  # The step of the alarm is repeated with other rows.
     back, again = found
     assert back == again and back[:6] == rows[:6] and max(row["train/loss"] for row in back) < 10
     assert [row["step"] for row in back] == list(range(1, 10))
@@ -194,6 +200,8 @@ def test_the_z_score_by_hand():
     assert spikes.check(step_of_loss(math.nan)) == Finding()  # It has no place among the losses.
     assert spikes.check(step_of_loss(10.0)).row["health/loss_z"] == pytest.approx(7 / 1.4826)
     assert spikes.check(step_of_loss(11.0)) == Finding()  # The same jump.
+    (end,) = LossSpikes.check(copy.deepcopy(spikes), step_of_loss(3.0)).alarms
+    assert end.ended and end.message == "the loss is 3, as before the jump in step 1"
     restored = LossSpikes(HealthConfig(spike_z=3.0))
     restored.load_state_dict(spikes.state_dict())
     assert restored.losses == spikes.losses and restored.since == 1
