@@ -19,6 +19,7 @@ from common.errors import ConfigError, expect
 from common.registry import Registry
 from common.strict import leaf_keys
 from moe.config import ROUTER_CONFIGS, RouterConfig
+from moe.kernels import eager_kernels
 from moe.linear import wide_linear
 from moe.noise import fill_rows, uniform
 from moe.selection import (
@@ -462,7 +463,7 @@ def balance_reaches(router: Router, dtype: torch.dtype) -> bool:
     x_BSD = torch.arange(num_experts * dim, device=router.weight.device).view(1, num_experts, dim).cos().to(dtype)
     router.eval()  # Jitter needs the numbers of the tokens.
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), eager_kernels():  # No kernel is compiled for so few tokens.
             _, probs_BSE = router.compute_scores(router.compute_logits(x_BSD, None))
             uneven_E = torch.arange(num_experts, device=probs_BSE.device, dtype=probs_BSE.dtype)
             balance = (probs_BSE * uneven_E).sum()
