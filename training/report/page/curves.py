@@ -190,7 +190,7 @@ def rounded(value: float) -> float:
 
 def layer_colour(index: int, count: int) -> str:
     """Return the colour of a layer, from violet for the first to green for the last."""
-    return f"hsl({280 - round(150 * index / max(count - 1, 1))} 45% 55%)"
+    return f"hsl({280 - round(150 * index / max(count - 1, 1))},45%,55%)"
 
 
 def figure_layout(

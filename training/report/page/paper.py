@@ -183,10 +183,10 @@ def _draw_line(axes: "Axes", trace: Mapping[str, Any]) -> bool:
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:
-    """Return the colour `hsl(H S% L%)` for matplotlib."""
+    """Return the colour `hsl(H,S%,L%)` for matplotlib."""
     from colorsys import hls_to_rgb
 
-    hue, saturation, lightness = (float(part.rstrip("%")) for part in colour[4:-1].split())
+    hue, saturation, lightness = (float(part.rstrip("%")) for part in colour[4:-1].split(","))
     return hls_to_rgb(hue / 360, lightness / 100, saturation / 100)
 
 
