@@ -107,7 +107,7 @@ def test_the_keys_of_text_are_those_of_the_dataclasses() -> None:
     assert {"run.name", "data.cache", "data.paths", "optim.train", "engine.ds_config", "plugins"} <= TRAIN.keys()
     assert not {"train.steps", "train.precision", "model.sliding_window", "router.normalize"} & TRAIN.keys()
     free = {key for key, text in (TRAIN | GENERATE).items() if text.free}
-    assert free == {"run.prompt", "prompt", "prompts", "stop", "stops"}
+    assert free == {"run.prompt", "tracking.notes", "prompt", "prompts", "stop", "stops"}
     assert dict(leaf_hints(Config))["run.prompt"] == Annotated[str, FREE_TEXT]
 
 
