@@ -24,7 +24,7 @@ from training.owner import RunOwner
 from training.replicas import ReplicaCheck
 from training.report import run_report
 from training.report.alarms import read_alarms
-from training.report.probe import churn, read_probe
+from training.report.probe import ProbeWriter, churn, read_probe
 from training.step import StepResult
 from training.steps import FinishedStep
 
@@ -143,7 +143,8 @@ def test_a_loss_that_jumps_is_told_or_takes_the_run_back(tmp_path, cache, monkey
     assert (alarm.step, alarm.rule, alarm.layer, alarm.ended) == (8, "loss_spike", None, False)
     assert [row["step"] for row in rows if "alarm/loss_spike" in row] == [8, 9]
 
-    found = []
+    found, probed_again, go_back = [], [], ProbeWriter.go_back
+    monkeypatch.setattr(ProbeWriter, "go_back", lambda self, step: (probed_again.append(step), go_back(self, step)))
     for name in ("back", "again"):
         jump.seen.clear()
         run(tmp_path, cache, name, "health.on_spike=rewind")
@@ -162,6 +163,7 @@ def test_a_loss_that_jumps_is_told_or_takes_the_run_back(tmp_path, cache, monkey
     for step in steps_probed:
         same = [(probe.routing(step).experts_LTK == probed.routing(step).experts_LTK).all() for probe in probes]
         assert same == [step < 8, True, True], step
+    assert probed_again == [-1, 6, -1, 6]  # Each run starts without probes, and goes back to step 6.
     assert back[7]["router/churn"] == churn(probed.routing(6), probed.routing(8)).mean()
 
 

@@ -14,9 +14,11 @@ from tests.probes import synthetic_routing, synthetic_tokens, write_synthetic_pr
 from training.report.probe import (
     TOKENS_FILE,
     ProbeRouting,
+    ProbeWriter,
     churn,
     coactivation,
     path_of,
+    probed_steps,
     read_probe,
     read_routing,
     saturation,
@@ -73,6 +75,29 @@ def test_a_probe_is_read(tmp_path: Path) -> None:
         assert (getattr(probe, name) == getattr(expected, name)).all()
     for step, routing in routings.items():
         assert (probe.routing(step).experts_LTK == routing.experts_LTK).all()
+
+
+def test_a_writer_removes_later_steps_and_compares_with_the_last_one_that_stays(tmp_path: Path) -> None:
+    tokens, notes = synthetic_tokens(), []
+    writer = ProbeWriter(tmp_path, tokens, None, notes.append)
+    routings = [synthetic_routing(tokens, settled=0.5, seed=seed) for seed in range(5)]
+    assert writer.write(0, routings[0]) is None
+    for step in (1, 2):
+        assert (writer.write(step, routings[step]) == churn(routings[step - 1], routings[step])).all()
+    writer.go_back(1)
+    assert probed_steps(tmp_path / "probe") == [0, 1]
+    assert (writer.write(2, routings[3]) == churn(routings[1], routings[3])).all()
+
+    resumed = ProbeWriter(tmp_path, tokens, 1, notes.append)
+    assert (resumed.write(4, routings[4]) == churn(routings[1], routings[4])).all()
+    assert probed_steps(tmp_path / "probe") == [0, 1, 4]
+    step_file(tmp_path / "probe", 1).write_bytes(b"damaged")
+    assert ProbeWriter(tmp_path, tokens, 1, notes.append).write(2, routings[2]) is None
+    assert len(notes) == 1 and "step-1.safetensors is damaged" in notes[0]
+    ProbeWriter(tmp_path, None, 1, notes.append)  # without a probe
+    assert probed_steps(tmp_path / "probe") == [0, 1]
+    ProbeWriter(tmp_path, tokens, None, notes.append)
+    assert probed_steps(tmp_path / "probe") == [] and len(notes) == 1
 
 
 def test_a_damaged_file_is_one_line_or_left_out_with_a_note(tmp_path: Path) -> None:
