@@ -64,8 +64,7 @@ class StepResult(NamedTuple):
 
     norms_2LF: Tensor | None = None
     """The L2 norms of weights (before the update) and of gradients (before clipping, 0 for what does not train) of
-    each layer's router, the first column, and experts. NaN where the engine does not know gradients. None if the step
-    was not measured."""
+    each layer's router, the first column, and experts. None if the step was not measured."""
 
     @property
     def assignments(self) -> int:

@@ -15,7 +15,8 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -102,25 +103,52 @@ class DeepSpeedEngine:
         self.deepspeed._backward_prologue()
 
     def step(self, lr: float, squares: SquareSums | None = None) -> Tensor:
-        if squares is not None:
-            self._measure(squares)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
-        self.deepspeed.step()
+        with nullcontext() if squares is None else self._measured(squares):
+            self.deepspeed.step()
         # DeepSpeed reports a norm that is not finite as infinite. No rank has changed its weights then.
         norm = float(self.deepspeed.get_global_grad_norm())
         self._updates += math.isfinite(norm)
         return torch.tensor(norm, dtype=torch.float64, device=self.mesh.device)
 
-    def _measure(self, squares: SquareSums) -> None:
-        """Add this rank's weights to `squares`. Collective, because ZeRO's partitions are gathered one by one.
+    @contextmanager
+    def _measured(self, squares: SquareSums) -> Iterator[None]:
+        """Add this rank's weights, and the gradients before DeepSpeed's step clips them, to `squares`. Collective,
+        because ZeRO's partitions are gathered one by one.
 
-        The gradients become NaN, which is unknown: ZeRO has them whole on no rank before it clips them.
+        Below stage 3, the partitions of the gradients are complete from the computation of their norm on. DeepSpeed
+        does not compute it if a gradient is not finite. The gradients in `squares` are NaN then.
         """
-        for name, parameter in self.model.named_parameters():
-            if squares.take(name):
-                squares.add("weight", name, LocalShard(self._weight(parameter), *self.shard_places[name]))
+        from deepspeed.utils import safe_get_full_grad
+
+        taken = {name: parameter for name, parameter in self.model.named_parameters() if squares.take(name)}
+
+        def add_gradients() -> None:
+            squares.sums_2LF[1] = 0
+            for name in (name for name in taken if name in self.trained):
+                parameter = self.trained[name]
+                gradient = safe_get_full_grad(parameter) if self.stage == 3 else parameter.get_full_hp_grad()
+                squares.add("gradient", name, LocalShard(gradient, *self.shard_places[name]))
+
+        for name, parameter in taken.items():
+            squares.add("weight", name, LocalShard(self._weight(parameter), *self.shard_places[name]))
         squares.sums_2LF[1] = torch.nan
+        if self.stage == 3:
+            add_gradients()
+            yield
+            return
+        norm = self.zero.scaled_global_norm
+
+        def norm_after_adding(*arguments: Any) -> Any:
+            add_gradients()
+            return norm(*arguments)
+
+        self.zero.scaled_global_norm = norm_after_adding
+        try:
+            yield
+        finally:
+            del self.zero.scaled_global_norm
 
     def gradient_norms(self) -> Mapping[str, Tensor]:
         """Return nothing: DeepSpeed sums gradients during the backward pass."""

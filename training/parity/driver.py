@@ -131,11 +131,10 @@ def _layer_difference(layers: Mapping[str, Sequence[float]], expected: Mapping[s
 
 
 def _norm_difference(norms_2LF: Tensor | None, expected_2LF: Tensor | None) -> float:
-    """Return the largest difference of the norm of a router or an expert, without gradients if none is known."""
+    """Return the largest difference of the norm of a router or an expert."""
     if norms_2LF is None or expected_2LF is None:
         return 0.0 if norms_2LF is expected_2LF else torch.inf
-    names = ("weights",) if norms_2LF[1].isnan().all() else ("weights", "gradients")
-    found, expected = (dict(zip(names, norms, strict=False)) for norms in (norms_2LF, expected_2LF))
+    found, expected = (dict(zip(("weights", "gradients"), norms, strict=True)) for norms in (norms_2LF, expected_2LF))
     return max(_tensor_differences(found, expected).values())
 
 

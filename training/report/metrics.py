@@ -368,12 +368,10 @@ def norm_metrics(norms_2LF: "Tensor") -> Row:
 
     Returns:
         `router/weight_norm/layer_XX`, `router/grad_norm/layer_XX`, and `experts/weight_norm/layer_XX` and
-        `experts/grad_norm/layer_XX` (E numbers). Gradients are left out if all of them are NaN.
+        `experts/grad_norm/layer_XX` (E numbers).
     """
     row: Row = {}
     for of, norms_LF in zip(("weight_norm", "grad_norm"), norms_2LF, strict=True):
-        if norms_LF.isnan().all():
-            continue
         row |= layer_metrics(of, norms_LF[:, 0].tolist())
         row |= layer_metrics(of, norms_LF[:, 1:].tolist(), "experts")
     return row
