@@ -118,18 +118,18 @@ class DeepSpeedEngine:
         because ZeRO's partitions are gathered one by one.
 
         Below stage 3, the partitions of the gradients are complete from the computation of their norm on. DeepSpeed
-        does not compute it if a gradient is not finite. The gradients in `squares` are NaN then.
+        can skip it if a gradient is not finite. The gradients in `squares` are NaN then.
         """
-        from deepspeed.utils import safe_get_full_grad
+        from deepspeed.utils import get_full_hp_grad, safe_get_full_grad
 
         taken = {name: parameter for name, parameter in self.model.named_parameters() if squares.take(name)}
 
         def add_gradients() -> None:
             squares.sums_2LF[1] = 0
-            for name in (name for name in taken if name in self.trained):
-                parameter = self.trained[name]
-                gradient = safe_get_full_grad(parameter) if self.stage == 3 else parameter.get_full_hp_grad()
-                squares.add("gradient", name, LocalShard(gradient, *self.shard_places[name]))
+            for name, parameter in taken.items():
+                if name in self.trained:
+                    full_gradient = safe_get_full_grad if self.stage == 3 else get_full_hp_grad
+                    squares.add("gradient", name, LocalShard(full_gradient(parameter), *self.shard_places[name]))
 
         for name, parameter in taken.items():
             squares.add("weight", name, LocalShard(self._weight(parameter), *self.shard_places[name]))
