@@ -72,7 +72,7 @@ def read_run(directory: Path, key: str = "run") -> RunData:
     Raises:
         ConfigError: `directory` is not a run's.
     """
-    expect(is_run(directory), key, directory, f"a run's directory, with {METRICS_FILE} or {RESULT_FILE}")
+    expect(is_run(directory), key, directory, f"a run's directory, with {METRICS_FILE} or {RESULT_FILE}, or a sweep's")
     notes: list[str] = []
     config, result = read_config(directory), read_result(directory)
     if not config:
