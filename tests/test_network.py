@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from tests.test_clusters import NODE, clean_environment
 from tests.test_train import TINY, cache, numbers, run  # noqa: F401
 
 LIMIT_S = 12
+LIMIT_RATE = ("tc", "qdisc", "add", "dev", "link-b", "root", "tbf", "rate", "40mbit", "burst", "64kb", "latency", "1s")
 IN_NODE = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
 """What runs in a namespace first, so that the names of both nodes have addresses."""
 
@@ -29,7 +30,7 @@ class Nodes:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.agents: list[subprocess.Popen[str]] = []
+        self.agents: list[subprocess.Popen[bytes]] = []
         self.names = {node: f"mixwright-{os.getpid()}-{node}" for node in "ab"}
         (directory / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 node-a\n10.77.0.2 node-b\n")
 
@@ -57,7 +58,7 @@ class Nodes:
     def set_link(self, node: str, state: str) -> None:
         ip("-n", self.names[node], "link", "set", f"link-{node}", state)
 
-    def start(self, node: str, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, node: str, *arguments: str) -> subprocess.Popen[bytes]:
         number = list(self.names).index(node) + 1
         place = {"HEAD": "10.77.0.1", "NODES": "2", "JOB": "two", "NPROC": "1", "ADDRESS": f"10.77.0.{number}"}
         place |= {"GLOO_SOCKET_IFNAME": f"link-{node}", "RESTARTS": "0", "PYTHON": sys.executable}
@@ -65,12 +66,14 @@ class Nodes:
         agent = subprocess.Popen(
             [*inside, str(self.directory / "hosts"), f"node-{node}", NODE, *TINY, *arguments],
             env=clean_environment() | place,
-            stdout=subprocess.DEVNULL,
+            stdout=(self.directory / f"output-{node}").open("w"),
             stderr=(self.directory / f"errors-{node}").open("w"),
-            text=True,
         )
         self.agents.append(agent)
         return agent
+
+    def output(self, node: str) -> str:
+        return (self.directory / f"output-{node}").read_text()
 
     def errors(self, node: str) -> list[str]:
         lines = (self.directory / f"errors-{node}").read_text().splitlines()
@@ -87,38 +90,48 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
-    if not all(map(shutil.which, ("ip", "unshare", "mount", "hostname"))):
+    if not all(map(shutil.which, ("ip", "tc", "unshare", "mount", "hostname"))):
         pytest.skip("iproute2 and util-linux are not installed")
     nodes = Nodes(tmp_path)
     try:
         try:
             nodes.connect()
+            for change in ("add", "delete"):
+                ip("netns", "exec", nodes.names["b"], *(change if word == "add" else word for word in LIMIT_RATE))
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces: {error.stderr.strip()}")
+            pytest.skip(f"no network namespaces, or no tbf: {error.stderr.strip()}")
         yield nodes
     finally:
         nodes.remove()
 
 
-def wait_for_row(directory: Path, step: int, process: subprocess.Popen[str]) -> None:
-    """Wait for the end of this step."""
+def wait_for_rows(directory: Path, process: subprocess.Popen[bytes], enough: Callable[[int], bool]) -> int:
+    """Wait until `enough(steps)` is true, with the number of steps that have rows. Return this number."""
     end, metrics = time.monotonic() + 120, directory / "metrics.jsonl"
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= step):
+    while True:
+        done = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+        if enough(done):
+            return done
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.02)
 
 
 @pytest.mark.slow
-def test_a_link_that_is_cut_ends_the_run_on_both_nodes_and_it_continues_bit_for_bit(
+def test_a_slow_link_is_named_and_one_that_is_cut_ends_the_run_which_continues_bit_for_bit(
     tmp_path: Path,
     cache: str,  # noqa: F811
     nodes: Nodes,
 ) -> None:
-    # Four steps take more than a second, so the link is cut in a step and not in a save.
-    arguments = ("train.global_batch=64", "train.steps=8", "checkpoint.every=4", "tracking=disabled")
+    arguments = ("train.steps=50", "checkpoint.every=20", "tracking=disabled")
     on_nodes = (*arguments, cache, f"run.root={tmp_path}", "run.name=cut", f"parallel.timeout_s={LIMIT_S}")
     agents = [nodes.start(node, *on_nodes) for node in "ab"]
-    wait_for_row(tmp_path / "cut", 5, agents[0])
+    rows = wait_for_rows(tmp_path / "cut", agents[0], lambda done: done > 0)
+    ip("netns", "exec", nodes.names["b"], *LIMIT_RATE)
+    warning = ": the network from rank 1 (node-b) to rank 0 (node-a) is slow: 1 MiB takes 0."
+    warned = wait_for_rows(tmp_path / "cut", agents[0], lambda done: warning in nodes.output("a"))
+    assert warned <= rows + 22  # Two steps can pass until the rate is set, and until the line is found.
+    # A step takes a third of a second now, so the link is cut in a step and not in a save.
+    wait_for_rows(tmp_path / "cut", agents[0], lambda done: 1 < done % 20 < 17)
     nodes.set_link("b", "down")
     start = time.monotonic()
     while not (nodes.errors("a") and nodes.errors("b")):
@@ -133,9 +146,12 @@ def test_a_link_that_is_cut_ends_the_run_on_both_nodes_and_it_continues_bit_for_
     )
     assert re.match(waited % 1 + r" and does not reach rank 0 \(node-a\): .* this host \(node-b\) is cut; ", at_b)
     assert len(list((tmp_path / "cut" / "collectives").iterdir())) == 2
-    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-4"]
+    saved = range(20, warned + 1, 20)
+    assert {path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()} >= {f"step-{step}" for step in saved}
     nodes.set_link("b", "up")
+    ip("netns", "exec", nodes.names["b"], "tc", "qdisc", "delete", "dev", "link-b", "root")
     agents = [nodes.start(node, *on_nodes) for node in "ab"]
     assert [agent.wait(180) for agent in agents] == [0, 0], nodes.errors("a")
+    assert "continued from step-" in nodes.output("a")
     run(tmp_path, cache, *arguments, "launch.nproc=2", "run.name=whole")
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")

@@ -42,6 +42,8 @@ class Ranks(NamedTuple):
     """The host name of each rank."""
     siblings: dict[int, int]
     """Rank -> process id of the other ranks on this host."""
+    heads: tuple[int, ...] = ()
+    """The first rank of each host."""
 
     def show(self, ranks: Iterable[int]) -> str:
         """Return ranks with their hosts, as in `rank 0 (a), ranks 8-15 (b)`."""
@@ -58,10 +60,11 @@ def find_ranks(world: World, group: dist.ProcessGroup) -> Ranks:
     Args:
         group: all ranks.
     """
-    found = all_gather_json([socket.gethostname(), os.getpid()], group)
+    found = all_gather_json([socket.gethostname(), os.getpid(), world.local_rank], group)
     first = world.rank - world.local_rank
     local = [rank for rank in range(first, first + world.local_world_size) if rank != world.rank]
-    return Ranks(world.rank, [host for host, _ in found], {rank: found[rank][1] for rank in local})
+    heads = tuple(rank for rank, (*_, local_rank) in enumerate(found) if local_rank == 0)
+    return Ranks(world.rank, [host for host, *_ in found], {rank: found[rank][1] for rank in local}, heads)
 
 
 class Report(NamedTuple):

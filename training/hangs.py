@@ -96,6 +96,7 @@ def hangs_explained(directory: Path, ranks: Ranks, store: dist.Store, timeout_s:
         raise TrainingFailure(f"{waited}{blame(found, ranks)}; {where}", alone=first) from error
     finally:
         watch.ended.set()
+        watch.join(END_S)  # It must not run when the interpreter exits.
 
 
 class _Watch(threading.Thread):

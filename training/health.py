@@ -20,6 +20,7 @@ from parallel.collectives import all_gather_json
 from parallel.mesh import Mesh
 from parallel.weight_specs import kind
 from training.config import HealthConfig
+from training.links import SlowLinks
 from training.report.alarms import Alarm
 from training.router_health import RouterHealth, StepFigures
 from training.steps import FinishedStep
@@ -38,7 +39,7 @@ LEAST_DEVIATION = 0.02
 make every other loss a spike."""
 
 STEPS = 10
-"""The number of steps whose times are compared between ranks at once."""
+"""The number of steps whose times are compared between ranks at once. The network is measured as often."""
 LEAST_DELAY_S = 0.05
 """Ranks that differ by fewer seconds in a step are not called slow."""
 
@@ -64,14 +65,24 @@ class Finding(NamedTuple):
 
 
 class Health:
-    """All checks of a run."""
+    """All checks of a run. Creating it is collective.
 
-    def __init__(self, config: HealthConfig, mesh: Mesh, routers: RouterHealth | None = None) -> None:
-        """
-        Args:
-            routers: the rules over the routers; None: the model is dense.
-        """
+    Args:
+        heads: the first rank of each host.
+        timeout_s: the limit of a collective.
+        routers: the rules over the routers; None: the model is dense.
+    """
+
+    def __init__(
+        self,
+        config: HealthConfig,
+        mesh: Mesh,
+        heads: Sequence[int],
+        timeout_s: float,
+        routers: RouterHealth | None = None,
+    ) -> None:
         self.refused, self.spikes, self.slow = RefusedSteps(config, mesh), LossSpikes(config), SlowRanks(mesh)
+        self.links, self.steps = SlowLinks(mesh, heads, timeout_s), 0
         self.routers = routers
 
     def check(self, step: FinishedStep) -> Finding:
@@ -81,8 +92,10 @@ class Health:
         if self.routers is not None and result.counts_LE is not None:
             norms_L = () if result.norms_2LF is None else result.norms_2LF[1, :, 0].tolist()
             router_alarms = self.routers.check(step.done, StepFigures(result.counts_LE, result.layers, norms_L))
-        alarms = (*router_alarms, *spike.alarms, *slow.alarms)
-        # The alarms of slow ranks are not among the metrics, which do not depend on the clock except for `speed/`.
+        self.steps += 1
+        link_alarms, link_row = self.links.check(step.done, STEPS) if self.steps % STEPS == 0 else ((), {})
+        alarms = (*router_alarms, *spike.alarms, *slow.alarms, *link_alarms)
+        # Alarms about speed are not among the metrics, which do not depend on the clock except for `speed/`.
         ended = {f"alarm/{alarm.rule}": 0 for alarm in (*router_alarms, *spike.alarms) if alarm.ended}
         active = {"alarm/loss_spike": 1} if self.spikes.since is not None else {}
         if self.routers is not None:
@@ -90,7 +103,7 @@ class Health:
         found = refused if refused.problem else spike
         return found._replace(
             lines=refused.lines,
-            row={**refused.row, **spike.row, **slow.row, **ended, **active},
+            row={**refused.row, **spike.row, **slow.row, **link_row, **ended, **active},
             alarms=alarms,
             writes=bool(alarms or refused.row or slow.row),
         )

@@ -167,7 +167,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
     first_step, due = run.state["step"] if run.state else 0, Due(config)
     evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
     compilation = CompilationReport(engine.parts)
-    evaluation, health = None, Health(config.health, mesh, router_health)
+    evaluation, health = None, Health(config.health, mesh, ranks.heads, config.parallel.timeout_s, router_health)
     health.load_state_dict((run.state or {}).get("health", {}))
     profiling = config.train.profile and process.is_main and first_step < steps
     with (

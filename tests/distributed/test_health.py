@@ -4,6 +4,7 @@ import math
 import socket
 import statistics
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,9 +22,11 @@ from tests.distributed.harness import run_ranks
 from training.config import HealthConfig, OptimConfig, TelemetryConfig
 from training.engine import NativeEngine
 from training.health import STEPS, Finding, Health, RefusedSteps, SlowRanks, slow_ranks
+from training.links import Link, SlowLinks, best_times, slow_links
 from training.parity.trial import micro_batches_of_rank, rows_of_step
 from training.recheck import recheck
 from training.replicas import ReplicaCheck, describe, fingerprint
+from training.report.alarms import Alarm
 from training.step import prepare_step, start_step
 from training.steps import FinishedStep, Steps
 
@@ -154,9 +157,27 @@ def rechecks(layout: Layout) -> list[Any]:
     return [same, str(error.value), engine.updates]
 
 
+def network(layout: Layout) -> list[Any]:
+    """What is found in six measurements of two hosts. From the third to the fifth, rank 0 takes long to send."""
+    engine = engine_of(layout)
+    found, measured, checks = SlowLinks(engine.mesh, (0, 1), 60.0), SlowLinks._measure, []
+    for number in range(1, 7):
+        there = 0.25 if 3 <= number <= 5 else 0.01
+
+        def timed(links: SlowLinks, there: float = there) -> dict[Link, float]:
+            times = measured(links)
+            assert list(times) == [(0, 1), (1, 0)] and min(times.values()) > 0
+            return {Link(0, 1): there, Link(1, 0): 0.01}
+
+        found._measure = partial(timed, found)  # type: ignore[method-assign]
+        checks.append(found.check(10 * number, 10))
+    return [*checks, SlowLinks(engine.mesh, (0,), 60.0).check(10, 10)]
+
+
 def jobs(rank: int, world_size: int) -> dict[str, Any]:
     return {name: refusals(layout) for name, layout in LAYOUTS.items()} | {
         "times": times(LAYOUTS["expert"]),
+        "network": network(LAYOUTS["expert"]),
         "rechecks": {name: rechecks(layout) for name, layout in LAYOUTS.items()},
         "divergences": {name: divergences(layout) for name, layout in LAYOUTS.items()},
     }
@@ -194,6 +215,30 @@ def test_a_slow_rank_is_named_although_all_ranks_take_the_same_time(results: lis
     assert (alarm.step, alarm.rule, alarm.first_step, alarm.ended) == (10, "slow_rank", 1, False)
     assert min(slow_own) > 0.25 and statistics.median(own) < statistics.median(slow_own) / 2
     assert min(whole[1:]) > 0.2 and min(slow_whole) > 0.2
+
+
+def test_a_slow_link_is_named_with_its_direction_until_it_is_fast_again(results: list[dict[str, Any]]) -> None:
+    first, second = (result["network"] for result in results)
+    host, nothing = socket.gethostname(), ((), {})
+    row = {"speed/slow_link_from": 0, "speed/slow_link_to": 1, "speed/slow_link_s": 0.25}
+    ends = f"the network from rank 0 ({host}) to rank 1 ({host}) is"
+    slow = f"{ends} slow: 1 MiB takes 0.250 s (4.2 MB/s), and usually 0.010 s"
+    fast = f"{ends} no longer slow: 1 MiB takes 0.010 s (104.9 MB/s), and usually 0.010 s"
+    start, end = Alarm(40, "slow_link", None, slow, 30), Alarm(60, "slow_link", None, fast, 50, ended=True)
+    assert first == second == [nothing, nothing, nothing, ((start,), row), nothing, ((end,), {}), nothing]
+
+
+def test_slow_links_by_hand() -> None:
+    there, back, third = Link(0, 1), Link(1, 0), Link(0, 2)
+
+    def found(now: dict[Link, float], before: dict[Link, float]) -> set[Link]:
+        return slow_links(now, best_times(now, before))
+
+    assert found({there: 0.1, back: 0.01}, {}) == {there}
+    assert found({there: 0.1, back: 0.1}, {}) == set()  # nobody knows what is usual
+    assert found({there: 0.1, back: 0.09}, {there: 0.04, back: 0.01}) == {there, back}
+    assert found({there: 0.005, back: 0.001}, {}) == set()  # below the least delay
+    assert found({there: 0.1, back: 0.02, third: 0.03}, {}) == {there}
 
 
 def test_slow_ranks_by_hand() -> None:
@@ -249,7 +294,7 @@ def test_a_tensor_is_named_of_which_all_ranks_have_sent_the_fingerprint() -> Non
 
 
 def test_times_from_before_a_checkpoint_are_forgotten_when_the_run_goes_back_to_it() -> None:
-    health = Health(HealthConfig(), SimpleNamespace(world_size=2))  # type: ignore[arg-type]
+    health = Health(HealthConfig(), SimpleNamespace(world_size=2), (), 1.0)  # type: ignore[arg-type]
     assert health.slow.check(FinishedStep(1, 0.0, SimpleNamespace(), 1.0, 0.5)) == Finding()  # type: ignore[arg-type]
     assert health.slow.times == [0.5]
     health.load_state_dict({})
