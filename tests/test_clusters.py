@@ -17,7 +17,7 @@ import yaml
 
 from scripts.cli.command_line import CONF
 from tests.test_train import TINY, numbers
-from training.checkpoint.manifest import read_state
+from training.checkpoint.manifest import newest_committed, read_state
 
 ROOT = CONF.parent
 NODE, SLURM, KUBERNETES = (ROOT / "scripts" / name for name in ("node.sh", "slurm.sbatch", "kubernetes.yaml"))
@@ -81,9 +81,9 @@ def test_two_agents_on_one_machine_train_one_run(tmp_path):
 @pytest.mark.slow
 def test_a_run_goes_on_while_a_node_leaves_and_comes_back(tmp_path):
     """fp64: 2 nodes, 1, and 2 again, compared with one process that does the same steps."""
-    directory, port = tmp_path / "elastic", free_port()
+    directory, errors, port = tmp_path / "elastic", tmp_path / "errors", free_port()
     place = {"HEAD": "localhost", "NODES": "1:2", "JOB": "elastic", "NPROC": "1", "PORT": port, "ADDRESS": "localhost"}
-    waits = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
+    waits = "last_call_timeout=8,keep_alive_interval=1,keep_alive_max_attempt=3"
     environment = clean_environment() | place | {"PYTHON": sys.executable, "PET_RDZV_CONF": waits}
     # A step takes a moment, so that there are few. The schedule does not depend on their number.
     arguments = (
@@ -94,18 +94,18 @@ def test_a_run_goes_on_while_a_node_leaves_and_comes_back(tmp_path):
 
     def start_node() -> subprocess.Popen[bytes]:
         command = [NODE, *arguments, "run.name=elastic", "train.steps=100000"]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors.open("a"))
 
     def wait_for_ranks(ranks: int, after: int) -> int:
         """Wait for a checkpoint that this number of ranks has written after this step. Return its step."""
         end = time.monotonic() + 150
         while True:
-            for path in sorted(directory.glob("checkpoints/step-*/manifest.json")):
-                step = int(path.parent.name.removeprefix("step-"))
-                layout = read_state(path.parent)["config"]["parallel"]
-                if step > after and layout["replicate"] == ranks:
-                    return step
-            assert time.monotonic() < end and stays.poll() is None
+            newest = newest_committed(directory / "checkpoints")
+            if newest is not None:
+                state = read_state(newest)
+                if state["step"] > after and state["config"]["parallel"]["replicate"] == ranks:
+                    return int(state["step"])
+            assert time.monotonic() < end and stays.poll() is None, errors.read_text()
             time.sleep(0.1)
 
     stays = start_node()
@@ -119,7 +119,7 @@ def test_a_run_goes_on_while_a_node_leaves_and_comes_back(tmp_path):
     for agent in (stays, comes):
         agent.send_signal(signal.SIGTERM)
     for agent in (stays, comes):
-        agent.communicate(timeout=120)
+        agent.wait(120)
     rows = numbers(directory)
     last = rows[-1]["step"]
     command = [sys.executable, "train.py", *arguments, "run.name=whole", f"train.steps={last}"]
@@ -127,7 +127,8 @@ def test_a_run_goes_on_while_a_node_leaves_and_comes_back(tmp_path):
     assert [row["step"] for row in rows] == list(range(1, last + 1))
     for mine, other in zip(rows, numbers(tmp_path / "whole"), strict=True):
         for key in mine.keys() & other.keys():
-            assert mine[key] == pytest.approx(other[key], rel=1e-9), (mine["step"], key)
+            if "rank_load_max" not in key:  # The load of a rank depends on the number of ranks.
+                assert mine[key] == pytest.approx(other[key], rel=1e-9), (mine["step"], key)
     elastic, whole = (read_state(tmp_path / name / "checkpoints" / f"step-{last}") for name in ("elastic", "whole"))
     assert elastic["loader"] == whole["loader"] and elastic["config"]["parallel"]["replicate"] == 2
 
