@@ -37,7 +37,8 @@ from benchmarks.fake_step import walk_step
 from benchmarks.gpu_stages.stage import one_process
 from benchmarks.train_step import LR, Setup, batch_of
 from moe.config import ModelConfig, RouterConfig
-from moe.router import TOKEN_FIGURES, Router
+from moe.figures import TOKEN_FIGURES
+from moe.router import Router
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh
 from training.build import build_engine, build_parts

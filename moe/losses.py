@@ -18,7 +18,7 @@ from common.errors import expect
 from moe.chunks import chunks
 from moe.config import RouterConfig
 from moe.kernels import use_kernels
-from moe.router import ROUTERS, TOKEN_FIGURES, RouterStats
+from moe.router import ROUTERS, RouterStats
 
 IGNORE = -100
 """Label of positions that are not predicted."""
@@ -236,10 +236,6 @@ class _StoredGradient(torch.autograd.Function):
         if gradient is None:
             raise RuntimeError("linear_cross_entropy: expected one backward pass, found a second")
         return gradient.to(grad.dtype).mul_(grad).to(ctx.dtype), None
-
-
-LAYER_FIGURES = ("balance_loss", "z_loss", *TOKEN_FIGURES)
-"""The figures of each layer that `auxiliary_losses` adds up."""
 
 
 class Auxiliary(NamedTuple):

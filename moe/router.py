@@ -19,6 +19,7 @@ from common.errors import ConfigError, expect
 from common.registry import Registry
 from common.strict import leaf_keys
 from moe.config import ROUTER_CONFIGS, RouterConfig
+from moe.figures import METRICS, TOKEN_FIGURES
 from moe.kernels import eager_kernels
 from moe.linear import wide_linear
 from moe.noise import fill_rows, uniform
@@ -34,14 +35,6 @@ from moe.selection import (
     top_k_stable,
     within_capacity,
 )
-
-TOKEN_FIGURES = ("entropy", "margin", "logit_range")
-"""The figures of each token that every router sums (`Router.token_figures`). Each is logged as `router/<name>`."""
-METRICS = (
-    *("auxiliary_loss", "balance_loss", "churn", "dead", "drop_rate", "grad_norm", "load", "load_entropy", "max_vio"),
-    *("rank_load_max", "straggler", "straggler_placed", "weight_norm", "z_loss", *TOKEN_FIGURES),
-)
-"""The metrics `router/<name>` that runs log for every kind of router. No kind can use their names (`TELEMETRY`)."""
 
 
 class Routing(NamedTuple):

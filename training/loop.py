@@ -24,9 +24,9 @@ from data.loader import Loader, evaluation_batches
 from data.tokens.conversation import encode_conversation, end_token_ids
 from data.tokens.tokenizer import TextTokenizer
 from moe.accounting.flops import MatmulCosts, count_parameters, meta_model
+from moe.figures import TOKEN_FIGURES
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
-from moe.router import TOKEN_FIGURES
 from parallel.apply import build_whole_model
 from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
 from parallel.startup.rendezvous import open_store, wait_for_all

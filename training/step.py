@@ -8,7 +8,7 @@ contribution of its own tokens. Gradients are therefore *summed* over ranks, nev
 the layout. L_router is the term that a kind of router can add (`Router.auxiliary_loss`); the built-in kinds add none.
 
 Shapes: B batch, S sequence, D model, V vocabulary, L MoE layers, E experts, K top-k, G domains,
-M figures of a layer (`moe.losses.LAYER_FIGURES`), X columns of a router's own sums,
+M figures of a layer (`moe.figures.LAYER_FIGURES`), X columns of a router's own sums,
 F = 1 + E columns of a router and its experts.
 """
 
@@ -24,7 +24,8 @@ from torch import Tensor
 from data.batch import IGNORE, Batch
 from moe.attention.varlen import segments_of
 from moe.config import ModelConfig, RouterConfig
-from moe.losses import LAYER_FIGURES, Reductions, auxiliary_losses, linear_cross_entropy
+from moe.figures import LAYER_FIGURES
+from moe.losses import Reductions, auxiliary_losses, linear_cross_entropy
 from moe.model import ModelInputs
 from moe.noise import noise_keys
 from moe.router import ROUTERS, RouterStats, update_routers
@@ -56,7 +57,7 @@ class StepResult(NamedTuple):
     kept_LE: Tensor | None = None
     """Those of them that were dispatched."""
     layers: Mapping[str, Sequence[float]] = {}
-    """The figures of every router: name (`moe.losses.LAYER_FIGURES`) -> one number per layer, without coefficients."""
+    """The figures of every router: name (`moe.figures.LAYER_FIGURES`) -> one number per layer, without coefficients."""
     router: float | None = None
     """The router kind's own term; None if it has none."""
     telemetry: Mapping[str, Sequence[float]] = {}

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Literal
 
+from moe.figures import LAYER_FIGURES
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.planning.workload import Workload
@@ -145,7 +146,7 @@ def bookkeeping_bytes(workload: Workload, layout: Layout, parallel: ParallelConf
     model, router, rows, tokens = workload.model, workload.router, workload.rows(layout), workload.tokens(layout)
     stage, experts, sequence = layout.stage, model.num_experts or 0, layout.sequence
     moe_layers = model.num_moe_layers / layout.pipeline
-    micro = all_reduce_bytes(stage, 8 * (moe_layers * experts + 3 * (moe_layers > 0)))
+    micro = all_reduce_bytes(stage, 8 * (2 * moe_layers * experts + 2 * (moe_layers > 0)))  # before and after drops
     if router.balance_scope != "global":
         micro += all_reduce_bytes(sequence, 8 * moe_layers * rows * (experts + 1))
     passes = 2 if parallel.recompute == "full" else 1
@@ -160,8 +161,8 @@ def bookkeeping_bytes(workload: Workload, layout: Layout, parallel: ParallelConf
     micro += passes * moe_layers * per_layer
     positions = fetched_positions(None, workload.seq_len // layout.context, layout.context)
     micro += 2 * 4 * rows * positions  # int32 document numbers, once per pass; twice if layers have different windows
-    scalars = all_reduce_bytes(layout.world, 8 * (3 + 1 + 3))
-    figures = all_reduce_bytes(layout.pipeline, 8 * (model.num_moe_layers * experts + 1))
+    scalars = all_reduce_bytes(layout.world, 8 * (3 + 1 + 3 + model.num_moe_layers * len(LAYER_FIGURES)))
+    figures = all_reduce_bytes(layout.pipeline, 8 * 2 * model.num_moe_layers * experts)
     return workload.accumulation * micro + scalars + figures
 
 

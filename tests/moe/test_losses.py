@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.errors import ConfigError
 from moe import losses
 from moe.config import RouterConfig
+from moe.figures import LAYER_FIGURES
 from moe.losses import IGNORE, Reductions, auxiliary_losses, linear_cross_entropy
 from moe.router import Router, RouterStats
 from moe.routers import build_router
@@ -248,7 +249,7 @@ def test_the_figures_of_each_layer_follow_the_definition(scope):
     stats, logits, chosen = layer_stats(3, 2, 6, 4, 2, valid=valid)
     reduction = "sum" if scope == "sequence" else "hf_pooled"  # It does not change them.
     aux = auxiliary_losses(stats, RouterConfig(balance_scope=scope, layer_reduction=reduction))
-    figures = dict(zip(losses.LAYER_FIGURES, (aux.figures_LM / valid.sum()).t(), strict=True))
+    figures = dict(zip(LAYER_FIGURES, (aux.figures_LM / valid.sum()).t(), strict=True))
     for layer, (x, c) in enumerate(zip(logits, chosen, strict=True)):
         probs = x.softmax(-1)
         parts = [valid[b] for b in (0, 1)] if scope == "sequence" else [valid]

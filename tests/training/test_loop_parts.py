@@ -12,9 +12,8 @@ from data.batch import Batch
 from data.packing import pack_row
 from moe.accounting.flops import attended_pairs, matmul_costs, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
-from moe.losses import LAYER_FIGURES
+from moe.figures import LAYER_FIGURES, METRICS
 from moe.model import ModelInputs, Transformer
-from moe.router import METRICS
 from training.config import OptimConfig
 from training.device import check_memory
 from training.due import is_due

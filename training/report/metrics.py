@@ -412,7 +412,7 @@ def telemetry_metrics(telemetry: Mapping[str, Sequence[float]]) -> Row:
     """Return `router/<name>`, a mean over layers, and `router/<name>/layer_XX`.
 
     Args:
-        telemetry: name -> one value per MoE layer (`moe.router.TOKEN_FIGURES`, `Router.TELEMETRY`).
+        telemetry: name -> one value per MoE layer (`moe.figures.TOKEN_FIGURES`, `Router.TELEMETRY`).
     """
     row: Row = {}
     for name, values_L in telemetry.items():
