@@ -52,7 +52,9 @@ def workspace(entity: str, project: str, name: str) -> Any:
         Section(name=section, panels=[line_plot(*panel) for panel in plots], is_open=True)
         for section, plots in SECTIONS.items()
     ]
-    pictures = [panels.MediaBrowser(title=picture, media_keys=[picture], num_columns=1) for picture in PICTURES]
+    pictures: list[Any] = [
+        panels.MediaBrowser(title=picture, media_keys=[picture], num_columns=1) for picture in PICTURES
+    ]
     return Workspace(
         entity=entity,
         project=project,
