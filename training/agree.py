@@ -24,7 +24,7 @@ from parallel.startup.preflight import check_ranks_agree, collect_properties, fl
 from parallel.startup.rendezvous import choose_on_rank0, exposure
 from training.checkpoint.manifest import CHECKPOINTS, newest_committed, newest_verified
 from training.checkpoint.peers import Peers, RemoteError
-from training.checkpoint.remote import RemoteCheckpoints, newest_of_both
+from training.checkpoint.remote import RemoteCheckpoints
 from training.compilation import choose_compilation
 from training.config import Config, with_vocabulary
 from training.device import Process, check_memory, memory_of_a_rank
@@ -219,7 +219,8 @@ def find_checkpoint(
     """
     root = directory / CHECKPOINTS
     resume = config.run.resume
-    if resume == "never" and not restarted:
+    must_be_new = resume == "never" and not restarted
+    if must_be_new:
         found = newest_committed(root)
         if found is not None:
             raise CheckpointError(
@@ -228,14 +229,14 @@ def find_checkpoint(
     try:
         if remote is not None:
             remote.check(peers)
-        if resume == "never" and not restarted:
+        if must_be_new:
             step = None if remote is None else remote.newest(peers)
             if remote is not None and step is not None:
                 raise CheckpointError(
                     f"run.resume=never: expected the name of a new run; {remote.url} has checkpoints up to step-{step}"
                 )
             return None
-        newest = newest_verified(root, warn, peers) if remote is None else newest_of_both(root, remote, warn, peers)
+        newest = newest_verified(root, warn, peers, remote)
     except RemoteError as error:
         problem = (
             f"checkpoint.remote={config.checkpoint.remote}: expected a store that can be read and written ({error})"

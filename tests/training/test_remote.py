@@ -27,9 +27,9 @@ from fsspec.registry import known_implementations
 from common.errors import CheckpointError, ConfigError
 from training.agree import find_checkpoint
 from training.checkpoint import checkpoint
-from training.checkpoint.manifest import MANIFEST, Retention, committed, read_state, step_of, verify
+from training.checkpoint.manifest import MANIFEST, Retention, committed, newest_verified, read_state, step_of, verify
 from training.checkpoint.peers import ALONE, Peers, RemoteError
-from training.checkpoint.remote import UNFINISHED, RemoteCheckpoints, newest_of_both
+from training.checkpoint.remote import UNFINISHED, RemoteCheckpoints
 from training.checkpoint.remote_files import check_url, without_secrets
 from training.checkpoint.saver import Saver
 from training.config import CheckpointConfig
@@ -115,12 +115,12 @@ def test_a_copy_becomes_the_checkpoint_again(url: str, tmp_path: Path) -> None:
     assert remote.upload(saved, ALONE) and not remote.upload(saved, ALONE), "an unchanged one is not copied again"
     assert remote.steps() == [5] and remote.newest(ALONE) == 5 and RemoteCheckpoints(f"{url}/a[b]*?/1").steps() == [5]
     again = tmp_path / "again"
-    assert newest_of_both(again, remote, lines.append, ALONE) == again / "step-5"
+    assert newest_verified(again, lines.append, ALONE, remote) == again / "step-5"
     assert {file.name: file.read_bytes() for file in (again / "step-5").iterdir()} == before
     assert lines == [f"step-5 is copied from {remote.url}: {again} has none"]
     assert [path.name for path in again.iterdir()] == ["step-5"]
     # The run's own checkpoint is taken if it is as new.
-    assert newest_of_both(root, remote, lines.append, ALONE) == saved and len(lines) == 1
+    assert newest_verified(root, lines.append, ALONE, remote) == saved and len(lines) == 1
 
 
 def test_the_manifest_is_the_last_file_that_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_the_manifest_is_the_last_file_that_is_written(tmp_path: Path, monkeypat
         lines: list[str] = []
         fresh = RemoteCheckpoints("faulty://bucket", "a")
         assert fresh.newest(ALONE) == 1
-        assert newest_of_both(tmp_path / f"again{cut}", fresh, lines.append, ALONE) == tmp_path / f"again{cut}/step-1"
+        assert newest_verified(tmp_path / f"again{cut}", lines.append, ALONE, fresh) == tmp_path / f"again{cut}/step-1"
         # The cut before the first file leaves nothing of the step; that before the manifest leaves its tensors.
         assert [f"skipping {remote.url_of(2)}: {UNFINISHED}"] * (cut - 1) == lines[:-1]
     assert written[0].startswith("rank-") and written[1:] == [MANIFEST]
@@ -191,7 +191,7 @@ def test_a_kill_at_any_point_of_an_upload_leaves_the_checkpoint_before(tmp_path:
         process.join(timeout=60)
         assert process.exitcode == -signal.SIGKILL
         again, lines, newest = tmp_path / f"again-{calls}", [], step_of(committed(root)[0])
-        path = newest_of_both(again, RemoteCheckpoints(url, "a"), lines.append, ALONE)
+        path = newest_verified(again, lines.append, ALONE, RemoteCheckpoints(url, "a"))
         assert path is not None and step_of(path) >= newest - 1, "a copy that was complete is lost"
         assert all(line.endswith(UNFINISHED) for line in lines[:-1]), lines
         verify(path)
@@ -206,7 +206,7 @@ def test_a_run_whose_first_upload_did_not_finish_starts_anew(url: str, tmp_path:
     upload(remote, tmp_path / "checkpoints", 1)
     system, names = files_of(remote.url)
     system.rm_file(next(name for name in names if name.endswith(MANIFEST)))
-    assert newest_of_both(tmp_path / "again", remote, lines.append, ALONE) is None
+    assert newest_verified(tmp_path / "again", lines.append, ALONE, remote) is None
     assert lines == [f"skipping {remote.url_of(1)}: {UNFINISHED}"]
 
 
@@ -220,7 +220,7 @@ def test_damage_in_the_store_leads_to_the_checkpoint_before(
     remote, root, lines = RemoteCheckpoints(url, "a"), tmp_path / "checkpoints", []
     upload(remote, root, 1, 2)
     name = damage(remote, 2, change).rpartition("/")[2]
-    assert newest_of_both(tmp_path / "again", remote, lines.append, ALONE) == tmp_path / "again" / "step-1"
+    assert newest_verified(tmp_path / "again", lines.append, ALONE, remote) == tmp_path / "again" / "step-1"
     assert lines[0].startswith(f"skipping {remote.url_of(2)}: {remote.url_of(2)}/{name}: {message}")
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["step-1"]
     with pytest.raises(CheckpointError, match=f"{name}: {message}"):
@@ -232,12 +232,12 @@ def test_damage_in_the_store_leads_to_the_checkpoint_before(
     shard.write_bytes(flip(shard.read_bytes()))
     checkpoint_2 = root / "step-2"
     (checkpoint_2 / MANIFEST).unlink()
-    assert newest_of_both(root, remote, lines.append, ALONE) == root / "step-1"
+    assert newest_verified(root, lines.append, ALONE, remote) == root / "step-1"
     assert lines[-1] == f"step-1 is copied from {remote.url}: {root} has a damaged one"
     verify(root / "step-1")
     damage(remote, 1, flip)
     with pytest.raises(CheckpointError, match="expected an undamaged checkpoint; all are damaged"):
-        newest_of_both(tmp_path / "third", remote, lines.append, ALONE)
+        newest_verified(tmp_path / "third", lines.append, ALONE, remote)
 
 
 def test_a_manifest_that_does_not_belong_there_is_damage(url: str, tmp_path: Path) -> None:
@@ -246,10 +246,10 @@ def test_a_manifest_that_does_not_belong_there_is_damage(url: str, tmp_path: Pat
     system, names = files_of(remote.url)
     manifests = [name for name in names if name.endswith(MANIFEST)]
     system.pipe_file(manifests[1], system.cat_file(manifests[0]))
-    assert newest_of_both(tmp_path / "again", remote, lines.append, ALONE) == tmp_path / "again" / "step-1"
+    assert newest_verified(tmp_path / "again", lines.append, ALONE, remote) == tmp_path / "again" / "step-1"
     assert "found the checkpoint of step 1, expected that of step 2" in lines[0]
     system.pipe_file(manifests[1], b"{" * 99)
-    assert newest_of_both(tmp_path / "third", remote, lines.append, ALONE) == tmp_path / "third" / "step-1"
+    assert newest_verified(tmp_path / "third", lines.append, ALONE, remote) == tmp_path / "third" / "step-1"
 
 
 def test_the_store_keeps_what_the_run_keeps_and_counts_intact_ones(url: str, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_each_rank_copies_its_files_and_all_learn_of_a_failure(tmp_path: Path) -
     assert on_two_ranks(store, lambda peers: remote.upload(root / "step-2", peers)) == [True, True]
     damage(remote, 2, flip, file="rank-00001")
     lines: list[str] = []
-    found = on_two_ranks(store, lambda peers: newest_of_both(tmp_path / "again", remote, lines.append, peers))
+    found = on_two_ranks(store, lambda peers: newest_verified(tmp_path / "again", lines.append, peers, remote))
     assert found == [tmp_path / "again" / "step-1"] * 2 and len(lines) == 2
     verify(found[0])
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from common.errors import CheckpointError, require
 from common.files import UnusableFile, fsync, read_file, sha256_of, write_atomically
@@ -231,25 +231,62 @@ def damage_of(path: Path, peers: Peers = ALONE, *, again: bool = True) -> Checkp
     return None
 
 
-def newest_verified(root: Path, warn: Callable[[str], None], peers: Peers = ALONE) -> Path | None:
-    """Return the newest checkpoint in `root` that passes `verify`, or None if `root` has no checkpoint at all.
+class Copies(Protocol):
+    """Copies of the checkpoints of a run, elsewhere (`training.checkpoint.remote`). The methods are collective."""
 
-    Collective: the ranks divide the files of a checkpoint between them, and read them whole.
+    url: str
+
+    def steps(self, peers: Peers = ALONE) -> list[int]:
+        """Return the steps of all copies."""
+
+    def fetch(self, step: int, root: Path, peers: Peers) -> CheckpointError | None:
+        """Make a copy the checkpoint `root/step-<step>`. Return why it is not intact, or None."""
+
+
+class UnfinishedError(CheckpointError):
+    """A copy has no manifest. It is not damaged: it is no checkpoint yet."""
+
+
+def newest_verified(
+    root: Path, warn: Callable[[str], None], peers: Peers = ALONE, copies: Copies | None = None
+) -> Path | None:
+    """Return the newest checkpoint in `root` that passes `verify`, or None if there is no checkpoint at all.
+
+    Collective. A copy is fetched if `root` has no intact checkpoint of its step or a later one.
 
     Args:
-        warn: called on rank 0 with one line for each newer checkpoint that is skipped because it is damaged.
+        warn: called on rank 0 with one line for each newer checkpoint that is skipped because it is damaged, and with
+            one line about a copy that is used.
 
     Raises:
-        CheckpointError: on all ranks, if `root` has checkpoints, and all of them are damaged.
+        CheckpointError: on all ranks, if there are checkpoints, and all of them are damaged.
+        RemoteError: on all ranks, if `copies` are in a store that refused or did not answer.
     """
-    damaged = []
-    for path in listed(root, peers):
-        error = damage_of(path, peers)
-        if error is None:
-            return path
+
+    def say(line: str) -> None:
         if peers.rank == 0:
-            warn(f"skipping checkpoint {path.name}: {error}")
-        damaged.append(path.name)
+            warn(line)
+
+    here = {step_of(path): path for path in listed(root, peers)}
+    there = {step: f"{copies.url}/step-{step}" for step in copies.steps(peers)} if copies is not None else {}
+    damaged = []
+    for step in sorted({*here, *there}, reverse=True):
+        error = damage_of(here[step], peers) if step in here else None
+        if step in here and error is None:
+            return here[step]
+        if error is not None:
+            say(f"skipping checkpoint step-{step}: {error}")
+            damaged.append(f"step-{step}")
+        if copies is not None and step in there:
+            error = copies.fetch(step, root, peers)
+            if error is None:
+                older = [f"step-{other}" for other in here if other < step]
+                has = "a damaged one" if step in here else f"{older[0]} as its newest" if older else "none"
+                say(f"step-{step} is copied from {copies.url}: {root} has {has}")
+                return root / f"step-{step}"
+            say(f"skipping {there[step]}: {error}")
+            if not isinstance(error, UnfinishedError):
+                damaged.append(there[step])
     require(
         not damaged,
         CheckpointError,

@@ -7,7 +7,7 @@ its files have been read and have the hashes in the manifest.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -22,11 +22,11 @@ from training.checkpoint.manifest import (
     MAX_MANIFEST,
     STEP_DIRECTORY,
     Retention,
+    UnfinishedError,
     begin_checkpoint,
     by_loss,
     commit_checkpoint,
     damage_of,
-    listed,
     parse_manifest,
     step_of,
 )
@@ -84,13 +84,13 @@ class RemoteCheckpoints:
         step: int | None = peers.on_rank_0(find, Path(self.url))
         return step
 
-    def read_manifest(self, step: int, peers: Peers = ALONE) -> dict[str, Any]:
+    def read_manifest(self, step: int) -> dict[str, Any]:
         """Return the manifest of a checkpoint, on a single rank.
 
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        raw = self._files(peers).read(f"step-{step}/{MANIFEST}", MAX_MANIFEST)
+        raw = _read_raw(self._files(ALONE), step)
         require(raw is not None, CheckpointError, f"{self.url_of(step)}: {UNFINISHED}")
         assert raw is not None
         return parse_manifest(raw, f"{self.url_of(step)}/{MANIFEST}", step)
@@ -125,7 +125,7 @@ class RemoteCheckpoints:
             body = parse_manifest(raw, str(path / MANIFEST), step)
             manifest.update(raw=raw, body=body)
             there = {} if step in self._damaged else files.names(f"step-{step}")
-            if _has_files(there, body) and files.read(f"step-{step}/{MANIFEST}", MAX_MANIFEST) == raw:
+            if _has_files(there, body) and _read_raw(files, step) == raw:
                 return [None] * len(found)
             return _divide(body, "sha256", len(found), there)
 
@@ -166,7 +166,7 @@ class RemoteCheckpoints:
         files, final, temporary = self._files(peers), root / f"step-{step}", root / f".tmp-step-{step}"
 
         def begin(found: list[None]) -> list[Any]:
-            raw = files.read(f"step-{step}/{MANIFEST}", MAX_MANIFEST)
+            raw = _read_raw(files, step)
             if raw is None:
                 return [UNFINISHED] * len(found)
             try:
@@ -182,7 +182,9 @@ class RemoteCheckpoints:
 
         try:
             mine: Any = peers.run(lambda: None, root, begin)
-            error = CheckpointError(mine) if isinstance(mine, str) else None
+            error: CheckpointError | None = None
+            if isinstance(mine, str):
+                error = UnfinishedError(mine) if mine == UNFINISHED else CheckpointError(mine)
             if error is None:
                 peers.run(copy, root)
                 damage = damage_of(temporary, peers)
@@ -240,7 +242,7 @@ class RemoteCheckpoints:
     def _body(self, files: RemoteFiles, step: int) -> dict[str, Any] | None:
         """The summary of the manifest of a checkpoint, or None if it is missing or damaged."""
         if step not in self._bodies:
-            raw = files.read(f"step-{step}/{MANIFEST}", MAX_MANIFEST)
+            raw = _read_raw(files, step)
             with suppress(CheckpointError):
                 if raw is not None:
                     self._bodies[step] = _summary(parse_manifest(raw, self.url_of(step), step))
@@ -259,49 +261,9 @@ class RemoteCheckpoints:
         files.delete_directory(f"step-{step}", first=MANIFEST)
 
 
-def newest_of_both(root: Path, remote: RemoteCheckpoints, warn: Callable[[str], None], peers: Peers) -> Path | None:
-    """Return the newest intact checkpoint of `root` and of its copies in a store, or None if there is none at all.
-
-    Collective. A copy is copied to `root` if `root` has no intact checkpoint of its step or a later one.
-
-    Args:
-        warn: called on rank 0 with one line for each newer checkpoint that is skipped because it is damaged, and with
-            one line about a copy that is used.
-
-    Raises:
-        CheckpointError: on all ranks, if there are checkpoints, and all of them are damaged.
-        RemoteError: on all ranks, if the store refused or did not answer.
-    """
-
-    def say(line: str) -> None:
-        if peers.rank == 0:
-            warn(line)
-
-    here, there = {step_of(path): path for path in listed(root, peers)}, remote.steps(peers)
-    damaged = []
-    for step in sorted({*here, *there}, reverse=True):
-        error = damage_of(here[step], peers) if step in here else None
-        if step in here and error is None:
-            return here[step]
-        if error is not None:
-            say(f"skipping checkpoint step-{step}: {error}")
-            damaged.append(f"step-{step}")
-        if step in there:
-            error = remote.fetch(step, root, peers)
-            if error is None:
-                older = [f"step-{other}" for other in here if other < step]
-                has = "a damaged one" if step in here else f"{older[0]} as its newest" if older else "none"
-                say(f"step-{step} is copied from {remote.url}: {root} has {has}")
-                return root / f"step-{step}"
-            say(f"skipping {remote.url_of(step)}: {error}")
-            if str(error) != UNFINISHED:
-                damaged.append(remote.url_of(step))
-    require(
-        not damaged,
-        CheckpointError,
-        f"{root}: expected an undamaged checkpoint; all are damaged ({', '.join(damaged)})",
-    )
-    return None
+def _read_raw(files: RemoteFiles, step: int) -> bytes | None:
+    """The content of the manifest of a checkpoint, or None if there is none."""
+    return files.read(f"step-{step}/{MANIFEST}", MAX_MANIFEST)
 
 
 def _divide(
