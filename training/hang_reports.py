@@ -29,8 +29,8 @@ REACH_S = 1.5
 """How long a rank waits for an answer of the store. It is idle then, and answers at once."""
 COLLECT_S = 2.0
 """How long a rank waits for the reports of others. They reach their own time-outs at about the same time."""
-REPORTS, COUNT = "hang/reports", "hang/count"
-"""Keys in the store: all reports, one in a line, and the number of ranks that have one."""
+REPORTS = "hang/reports"
+"""The key in the store of all reports, one in a line."""
 
 
 class Ranks(NamedTuple):
@@ -93,7 +93,6 @@ class HangReports:
     def __init__(self, store: dist.Store, ranks: Ranks) -> None:
         self.ranks = ranks
         self._store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
-        self._added = False
         self._asker, self._asked = threading.Thread(), 0.0
         self._lock = threading.Lock()
 
@@ -103,15 +102,13 @@ class HangReports:
 
     def wanted(self) -> bool:
         """Return whether another rank has added a report."""
-        return bool(self._ask(lambda: self._store.check([COUNT])))
+        return bool(self._ask(lambda: self._store.check([REPORTS])))
 
     def add(self, report: Report) -> bool:
         """Add the report of this rank, or replace it. Return whether the store answers."""
 
         def append() -> bool:
             self._store.append(REPORTS, to_json(report) + "\n")
-            self._store.add(COUNT, not self._added)
-            self._added = True
             return True
 
         return bool(self._ask(append))
@@ -121,10 +118,10 @@ class HangReports:
         found: dict[int, Report] = {}
         end = time.monotonic() + COLLECT_S
         while len(found) < len(self.ranks.hosts) and time.monotonic() < end:
-            if (self._ask(lambda: self._store.add(COUNT, 0)) or 0) > len(found):
+            if self.wanted():  # Otherwise `get` would wait.
                 lines = (self._ask(lambda: self._store.get(REPORTS)) or b"").splitlines()
                 reports = [Report(*parse_json(line)) for line in lines]
-                found |= {report.rank: report for report in reports}
+                found = {report.rank: report for report in reports}
             time.sleep(0.1)
         return found
 
