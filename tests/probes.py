@@ -19,7 +19,7 @@ WORDS = ("def", " f", "(", "x", ")", ":", "\n", " the", " cat", " 1", "+", " é"
 
 
 def synthetic_tokens(num_tokens: int = 48, domains: Sequence[str] = ("code", "prose", "arithmetic")) -> ProbeTokens:
-    """Excerpts of eight tokens, whose domains take turns. Each excerpt is of a document of its own."""
+    """Excerpts of eight tokens. Each is from another document, and the domains alternate."""
     tokens_T = np.arange(num_tokens, dtype=np.int32) * 5 % len(WORDS)
     excerpts_T = np.arange(num_tokens, dtype=np.int32) // 8
     domain_T = excerpts_T % len(domains)

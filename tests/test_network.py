@@ -138,7 +138,7 @@ def test_a_slow_link_is_named_and_one_that_is_cut_ends_the_run_which_continues_b
         assert time.monotonic() - start < LIMIT_S + 25  # On a quiet machine: limit + 5.
         time.sleep(0.1)
     assert agents[0].wait(60) == 1
-    agents[1].kill()  # torch's agent waits for its rendezvous on the other node, without a limit of its own.
+    agents[1].kill()  # torch's agent would wait without a limit for the rendezvous, which is on the other node.
     waited = rf"rank %d waited {LIMIT_S} s in gloo:\w+ of step \d+"
     [at_a], [at_b] = nodes.errors("a"), nodes.errors("b")
     assert re.match(

@@ -115,7 +115,7 @@ def test_a_sweep_stops_after_the_job_that_a_signal_ends(tmp_path: Path, cache: s
     assert len(list(tmp_path.glob("**/checkpoints"))) == 1
     assert "Sweep sweep: 0 of 2 jobs finished" in out and "run.name=sweep" in shlex.split(out.splitlines()[-1])
 
-    # The same command goes on with the job that was interrupted, and then has nothing to do.
+    # The same command first continues the interrupted job. When it is called once more, all jobs are finished.
     last = saved_steps(tmp_path / "sweep" / "0")[-1]
     out = run(tmp_path, cache, *arguments)
     assert f"continued from step-{last}" in out and "job 2 of 2" in out and "Sweep: 2 of 2 jobs finished" in out

@@ -129,7 +129,7 @@ def link_rounds(heads: Sequence[int]) -> dict[Link, int]:
 
 
 def usual_times(best: Mapping[Link, float]) -> dict[Link, float]:
-    """Return the time that each connection should need: the shorter one of its own best time and the median of others'.
+    """Return the time that each connection should need: its best time, or the median of the others' if that is less.
 
     Args:
         best: the shortest time that each connection has needed.

@@ -88,7 +88,7 @@ class Prober:
 
 
 def excerpt_rows(excerpts: Sequence[Excerpt], seq_len: int) -> list[Row]:
-    """Return rows of S = `seq_len` with the excerpts, in their order, each as a document of its own."""
+    """Pack the excerpts, in their order, into rows of S = `seq_len`. Each excerpt is a separate document."""
     rows = []
     for numbers in pack_excerpts([len(excerpt.tokens_T) for excerpt in excerpts], seq_len):
         packed = [excerpts[number] for number in numbers]

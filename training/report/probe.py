@@ -77,7 +77,7 @@ class ProbeRouting(NamedTuple):
 
 
 class Probe:
-    """The probe of a run. Routings are read from their files when they are asked for.
+    """The probe of a run. The method `routing` reads the file of a step.
 
     Attributes:
         steps: the steps of which there is a file, ascending.
