@@ -16,9 +16,10 @@ from scripts import report as tool
 from training.report.alarms import Alarm
 from training.report.page import heldout
 from training.report.page.curves import reduced
-from training.report.page.gather import expert_frames, load_frames, read_run, thinned
+from training.report.page.gather import expert_frames, load_frames, read_run
 from training.report.page.heldout import packed
 from training.report.page.write import run_page, write_figures, write_report, write_report_or_say_why
+from training.report.plots import thinned
 from training.report.probe import ProbeRouting, ProbeTokens, write_routing, write_tokens
 
 

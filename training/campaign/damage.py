@@ -14,13 +14,13 @@ from training.campaign.config import CampaignConfig
 from training.campaign.runs import EVERY, STEPS, Reference, Tally, configuration, rows_of
 from training.checkpoint.manifest import CHECKPOINTS, step_directories, step_of
 from training.checkpoint.peers import ALONE
-from training.report.metrics import MetricsRecord, MetricsWriter
+from training.report.metrics import METRICS_FILE, MetricsRecord, MetricsWriter
 from training.report.terminal import show_table
 from training.resume import resumable_state, saved_values
 
 NEWEST = 3
 """The number of checkpoints that the damaged run has."""
-RUN, STORE, METRICS = "run", "store", "run/metrics.jsonl"
+RUN, STORE, METRICS = "run", "store", f"run/{METRICS_FILE}"
 OUTCOMES = ("refused", "older checkpoint", "rows restored", "not noticed")
 Files: TypeAlias = Mapping[str, bytes]
 """Path below the working directory -> content."""
@@ -117,7 +117,7 @@ def resume(config: CampaignConfig, work: Path) -> Resumption:
         state = resumable_state(checkpoint, STEPS)
         saved_values(state, directory, checkpoint)
         record = MetricsRecord.from_state(state.get("metrics"))
-        writer = MetricsWriter(directory / "metrics.jsonl", state["step"], record)
+        writer = MetricsWriter(directory / METRICS_FILE, state["step"], record)
         writer.close()
     except UserError as error:
         return Resumption((*said, str(error)), None)
@@ -130,7 +130,7 @@ def intact_files(run: Path, store: Path) -> Files:
     Files that a run which continues does not read are left out: config.yaml, result.json, plots.
     """
     newest = [path for path in step_directories(run / CHECKPOINTS) if step_of(path) % EVERY == 0][:NEWEST]
-    files = {METRICS: (run / "metrics.jsonl").read_bytes()}
+    files = {METRICS: (run / METRICS_FILE).read_bytes()}
     for directory, name in [(path, f"{RUN}/{CHECKPOINTS}/{path.name}") for path in newest] + [(store, STORE)]:
         files |= {f"{name}/{file.name}": file.read_bytes() for file in sorted(directory.iterdir())}
     return files

@@ -21,7 +21,7 @@ from training.config import (
     TrackingConfig,
     TrainConfig,
 )
-from training.report.metrics import read_metrics
+from training.report.metrics import METRICS_FILE, read_metrics
 
 STEPS, EVERY = 40, 2
 """Optimizer steps of a run, and steps between its checkpoints. The reference has a checkpoint of every step."""
@@ -147,7 +147,7 @@ def rows_of(directory: Path) -> dict[int, str]:
     Raises:
         RunError: a line is damaged.
     """
-    rows = read_metrics(directory / "metrics.jsonl")
+    rows = read_metrics(directory / METRICS_FILE)
     kept = ({key: value for key, value in row.items() if not key.startswith("speed/")} for row in rows)
     return {row["step"]: to_json({key: str(value) for key, value in row.items()}) for row in kept}  # type: ignore[misc]
 

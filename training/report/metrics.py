@@ -10,7 +10,7 @@ import math
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from common.text import parse_json, shorten, show_ranges, to_json
 if TYPE_CHECKING:  # the launcher checks the section `tracking` without importing torch
     from torch import Tensor
 
+METRICS_FILE = "metrics.jsonl"
 Value: TypeAlias = float | int | list[float] | str
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """How numbers that JSON does not have are written."""
@@ -295,6 +296,13 @@ def load_entropy(counts_LE: "Tensor") -> list[float]:
         return [1.0] * counts_LE.shape[0]
     load_LE = counts_LE.double() / counts_LE.double().sum(dim=1, keepdim=True)
     return (torch.special.entr(load_LE).sum(dim=1) / math.log(num_experts)).tolist()
+
+
+def layer_keys(rows: Iterable[Mapping[str, Any]], prefix: str) -> list[str]:
+    """Return the metrics `<prefix>/layer_XX` of all rows, in the order of the layers."""
+    keys = {key for row in rows for key in row if key.startswith(f"{prefix}/layer_")}
+    numbered = [(int(key.rpartition("_")[2]), key) for key in keys if key.rpartition("_")[2].isdecimal()]
+    return [key for _, key in sorted(numbered)]
 
 
 def rank_load_max(rows_LE: "Tensor", ranks: int) -> list[float]:

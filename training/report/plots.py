@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.files import write_atomically
 from training.report.heatmap import Load, relative_load, routed, scale_limit
+from training.report.metrics import layer_keys
 from training.report.terminal import human_count
 
 if TYPE_CHECKING:
@@ -70,6 +71,13 @@ def figure(
             write_atomically(path.with_suffix(suffix), drawn.getvalue())
 
 
+def thinned(count: int, most: int) -> list[int]:
+    """Return at most `most` of the indices 0 to `count` - 1, evenly spaced, with the first and the last."""
+    if count <= most:
+        return list(range(count))
+    return sorted({round(index * (count - 1) / max(most - 1, 1)) for index in range(most)})
+
+
 def plot_overview(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Plot the loss over training and, for an MoE model, the relative load of each expert beside it.
 
@@ -79,12 +87,8 @@ def plot_overview(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         rows: the rows of `metrics.jsonl`.
         path: the file to write; its suffix is replaced by .svg and .png.
     """
-    keys = sorted(
-        {key for row in rows for key in row if key.startswith("router/load/")},
-        key=lambda key: int(key.rpartition("_")[2]),
-    )
-    shown = min(len(keys), MAX_OVERVIEW_LAYERS)
-    keys = [keys[round(index * (len(keys) - 1) / max(shown - 1, 1))] for index in range(shown)]
+    keys = layer_keys(rows, "router/load")
+    keys = [keys[index] for index in thinned(len(keys), MAX_OVERVIEW_LAYERS)]
     with figure(path, 10 if keys else 5, 4.4) as canvas:
         left, *right = canvas.subfigures(1, 2 if keys else 1, width_ratios=[1, 1.3] if keys else None, squeeze=False)[0]
         loss = left.add_subplot()
@@ -220,7 +224,7 @@ def plot_curves(metrics_rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         _curve(loss, metrics_rows, "train/ce", "cross-entropy", BLUE)
         _curve(loss, metrics_rows, "eval/loss", "held-out cross-entropy", ORANGE, marker="o")
         _curve(balance, metrics_rows, "router/balance_loss", "all layers", BLUE)
-        layers = sorted({key for row in metrics_rows for key in row if key.startswith("router/max_vio/")})
+        layers = layer_keys(metrics_rows, "router/max_vio")
         for index, key in enumerate(layers):
             _curve(violation, metrics_rows, key, "single layers" if index == 0 else "", GREY, linewidth=0.6, alpha=0.6)
         _curve(violation, metrics_rows, "router/max_vio", "mean over layers", BLUE)

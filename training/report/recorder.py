@@ -16,7 +16,7 @@ from training.config import Config, TrackingConfig
 from training.owner import sweep_of
 from training.report.alarms import Alarm, alarm_lines, append_alarms, cut_alarms
 from training.report.csv_tracker import CsvTracker
-from training.report.metrics import MetricsRecord, MetricsWriter, Row, read_metrics
+from training.report.metrics import METRICS_FILE, MetricsRecord, MetricsWriter, Row, read_metrics
 from training.report.tensorboard_tracker import TensorBoardTracker
 from training.report.terminal import Progress, evaluation_line
 from training.report.trackers import TRACKERS, TrackedRun, Trackers
@@ -115,7 +115,7 @@ class Recorder(ExitStack):
             return
         resumed_step = None if state is None else state["step"]
         self.progress = self.enter_context(Progress(config.train.steps, resumed_step or 0))
-        path = directory / "metrics.jsonl"
+        path = directory / METRICS_FILE
         record = None if state is None else MetricsRecord.from_state(state.get("metrics"))
         self.metrics = MetricsWriter(path, resumed_step, record)
         self.callback(self.metrics.close)
@@ -145,7 +145,7 @@ class Recorder(ExitStack):
             return
         self.progress.update(row, step, log=write)
         if write:
-            with self.disk_errors("metrics.jsonl"):
+            with self.disk_errors(METRICS_FILE):
                 self.metrics.write({"step": step} | row)
             self.tracker.log(row, step)
         if "eval/loss" in row and step < self.progress.total_steps:  # A table shows the last evaluation.
@@ -185,7 +185,7 @@ class Recorder(ExitStack):
     def sync(self) -> None:
         """Flush the rows to the disk. A checkpoint must not be newer than the rows of its steps."""
         if self.active:
-            with self.disk_errors("metrics.jsonl"):
+            with self.disk_errors(METRICS_FILE):
                 self.metrics.sync()
 
     def disk_errors(self, what: str) -> AbstractContextManager[None]:

@@ -27,7 +27,7 @@ from training.config import Config, OptimConfig
 from training.device import DTYPE_NAMES
 from training.report.goodput import Goodput, goodput_line
 from training.report.heatmap import show_load
-from training.report.metrics import left_out, read_metrics
+from training.report.metrics import METRICS_FILE, left_out, read_metrics
 from training.report.page.write import write_report_or_say_why
 from training.report.plots import plot_curves, plot_load, plot_overview
 from training.report.tables import (
@@ -139,7 +139,7 @@ def finish_run(
         show_load(load_LE, load_by_domain)
         with disk_errors("the plot of the load"):
             plot_load(load_LE, load_by_domain, run.directory / "expert_load")
-    metrics, damaged = run.directory / "metrics.jsonl", list[int]()
+    metrics, damaged = run.directory / METRICS_FILE, list[int]()
     rows = read_metrics(metrics, damaged)
     if damaged:
         show_line(left_out(metrics, damaged))

@@ -20,12 +20,12 @@ from common.errors import RunError, expect
 from common.files import open_binary
 from common.text import parse_json
 from training.owner import is_sweep, is_written
+from training.report.alarms import ALARMS
 from training.report.heatmap import load_lines, relative_load
-from training.report.metrics import Row, decode_row
+from training.report.metrics import METRICS_FILE, Row, decode_row, layer_keys
 from training.report.terminal import console, human_count, on_terminal, printable, show, wrapped
 from training.run import finished_result, read_config
 
-METRICS_FILE, ALARMS_FILE = "metrics.jsonl", "alarms.jsonl"
 CURVES = {
     "loss": "train/loss",
     "held-out": "eval/loss",
@@ -38,7 +38,6 @@ CURVES = {
     "tokens/s": "speed/tokens_per_s",
 }
 """Label -> metric of each curve. A metric that the run lacks has none."""
-LOAD = "router/load/layer_"
 AROUND_LOAD = 4
 """The most lines of the heatmap besides its layers."""
 SHOWN_ALARMS = 5
@@ -93,7 +92,7 @@ class Watch:
         hint = f"; {directory} is a sweep: name one of its jobs" if is_sweep(directory) else ""
         begun = (directory / METRICS_FILE).is_file() or self.running
         expect(begun and not hint, "run", directory, f"a run's directory with {METRICS_FILE}{hint}")
-        self._metrics, self._alarms = Follower(directory / METRICS_FILE), Follower(directory / ALARMS_FILE)
+        self._metrics, self._alarms = Follower(directory / METRICS_FILE), Follower(directory / ALARMS)
         self.step = 0
         self.curves: dict[str, list[float]] = {label: [] for label in CURVES}
         self.load_LE: list[list[float]] = []
@@ -126,9 +125,9 @@ class Watch:
             value = row.get(metric)
             if isinstance(value, int | float):
                 self.curves[label].append(float(value))
-        layers = [name for name, value in row.items() if name.startswith(LOAD) and isinstance(value, list)]
-        if layers:
-            self.load_LE, self.load_step = [row[name] for name in sorted(layers, key=_layer)], self.step  # type: ignore[misc]
+        load_LE = [load_E for name in layer_keys([row], "router/load") if isinstance(load_E := row[name], list)]
+        if load_LE:
+            self.load_LE, self.load_step = load_LE, self.step
 
     def status(self) -> str:
         """Return in words whether the run goes on, and how it has ended."""
@@ -139,11 +138,6 @@ class Watch:
             return "ended without a result (interrupted or killed); the same run.name resumes it"
         loss = result.get("eval/loss")
         return "finished" if loss is None else f"finished: held-out loss {loss:.4f}"
-
-
-def _layer(name: str) -> tuple[int, str]:
-    """The key by which the names of layers are sorted: layer_99 comes before layer_100."""
-    return len(name), name
 
 
 def follow(directory: Path, every: float, once: bool) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from html import escape, unescape
 from typing import Any
 
-from training.report.metrics import Row
-from training.report.page.gather import RunData, layer_keys, series
+from training.report.metrics import Row, layer_keys
+from training.report.page.gather import RunData, series
 from training.report.page.theme import BLUE, COLOURS, GREY, ORANGE, RED
 
 MAX_POINTS, MAX_LAYER_POINTS = 1600, 300

@@ -12,11 +12,10 @@ from common.errors import expect
 from common.text import shorten, show_ranges
 from training.report.alarms import ALARMS, Alarm, read_alarms
 from training.report.heatmap import relative_load
-from training.report.metrics import Row, read_metrics
-from training.report.plots import is_number
+from training.report.metrics import METRICS_FILE, Row, layer_keys, read_metrics
+from training.report.plots import is_number, thinned
 from training.run import CONFIG_FILE, RESULT_FILE, read_config, read_result
 
-METRICS_FILE = "metrics.jsonl"
 RUN_FILES = (METRICS_FILE, RESULT_FILE, CONFIG_FILE)
 """A directory with one of these files is a run's."""
 MAX_CELLS = 600_000
@@ -125,20 +124,6 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[int], list[float]]:
 
 def _is_finite(value: Any) -> bool:
     return not isinstance(value, bool) and is_number(value)
-
-
-def layer_keys(rows: Sequence[Row], prefix: str) -> list[str]:
-    """Return the metrics `<prefix>/layer_XX` of all rows, in the order of the layers."""
-    keys = {key for row in rows for key in row if key.startswith(f"{prefix}/layer_")}
-    numbered = [(int(key.rpartition("_")[2]), key) for key in keys if key.rpartition("_")[2].isdecimal()]
-    return [key for _, key in sorted(numbered)]
-
-
-def thinned(count: int, most: int) -> list[int]:
-    """Return at most `most` of the indices 0 to `count` - 1, evenly spaced, with the first and the last."""
-    if count <= most:
-        return list(range(count))
-    return sorted({round(index * (count - 1) / max(most - 1, 1)) for index in range(most)})
 
 
 def expert_frames(rows: Sequence[Row], prefix: str) -> Frames | None:

@@ -18,8 +18,9 @@ import numpy as np
 from common.errors import RunError
 from common.text import shorten
 from training.report.page.curves import Figure, figure_layout, layer_colour, level_line, rounded
-from training.report.page.gather import RunData, thinned
+from training.report.page.gather import RunData
 from training.report.page.theme import BLUE
+from training.report.plots import thinned
 from training.report.probe import (
     Probe,
     ProbeRouting,

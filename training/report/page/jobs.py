@@ -13,11 +13,11 @@ from typing import Any
 
 from common.errors import expect
 from common.text import shorten, show_value
-from training.report.metrics import Row
+from training.report.metrics import METRICS_FILE, Row
 from training.report.page.curves import Figure, figure_layout, reduced, rounded
-from training.report.page.gather import METRICS_FILE, is_run, read_rows, series, thinned
+from training.report.page.gather import is_run, read_rows, series
 from training.report.page.theme import COLOURS, GREY
-from training.report.plots import is_number
+from training.report.plots import is_number, thinned
 from training.report.sweep import result_rows, sweep_jobs
 
 SEED = "run.seed"
@@ -66,7 +66,7 @@ class Jobs:
     notes: list[str]
 
 
-def is_sweep(directory: Path) -> bool:
+def has_jobs(directory: Path) -> bool:
     """Return whether `directory` has jobs of a sweep and is no run itself."""
     return directory.is_dir() and not is_run(directory) and bool(sweep_jobs(directory))
 

@@ -18,7 +18,7 @@ from training.report.page.curves import curve_figures
 from training.report.page.figures import router_figures, router_numbers
 from training.report.page.gather import RunData, read_run
 from training.report.page.heldout import heldout_parts, read_heldout
-from training.report.page.jobs import Jobs, is_sweep, job_figures, read_runs, read_sweep, table
+from training.report.page.jobs import Jobs, has_jobs, job_figures, read_runs, read_sweep, table
 from training.report.page.paper import Format, write_job_figures, write_run_figures
 from training.report.page.theme import THEMES
 from training.report.terminal import human_count, human_time
@@ -42,7 +42,7 @@ def write_report(directory: Path, target: Path | None = None) -> Path:
     """
     page = (
         sweep_page(read_sweep(directory), directory.resolve().name)
-        if is_sweep(directory)
+        if has_jobs(directory)
         else run_page(read_run(directory))
     )
     return write_atomically(target or directory / REPORT_FILE, page)
@@ -66,7 +66,7 @@ def write_figures(directory: Path, target: Path | None, suffix: Format) -> Path:
         ConfigError, OSError: as `write_report`.
     """
     target = target or directory / "figures"
-    if is_sweep(directory):
+    if has_jobs(directory):
         write_job_figures(read_sweep(directory), target, suffix)
     else:
         write_run_figures(read_run(directory), target, suffix)
