@@ -4,6 +4,7 @@
     python benchmarks/gpu.py stages=layer,step minutes=4 out=/tmp/gpu
     python benchmarks/gpu.py stages=step:100,tests:45        # seconds of each stage
     python benchmarks/gpu.py device=cpu size=tiny            # checks the script itself, without a GPU
+    torchrun --nproc-per-node 8 benchmarks/gpu.py stages=calibrate   # every GPU, and the links between them
 
 Every stage is a file in `benchmarks/gpu_stages/` and runs in its own process with its own share of the time: the share
 in `SHARES`, or the seconds after its name. With seconds, `minutes` is their sum unless it is given, too. It then scales
@@ -47,6 +48,10 @@ def main() -> int:
     if isinstance(options, str):
         print(f"error: {options}", file=sys.stderr)
         return 2
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":  # torchrun has started several of this script. Rank 0 prints and has the files that users read.
+        options["out"] = str(Path(options["out"]) / f"rank-{rank}")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "files.zip").unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ MAX_JSON = 2**26
 """The most bytes of a JSON file that is read whole, unless its reader has another limit."""
 SIMILAR = 0.75
 """Ratio of `difflib.SequenceMatcher` from which one word is suggested in place of another."""
+ALMOST = 0.9
+"""Ratio from which one word is almost equal to another."""
 
 
 def one_line(text: str) -> str:
@@ -88,6 +91,32 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 
     best = max(words, key=similarity, default=None)
     return None if best is None or similarity(best)[0] < SIMILAR else best
+
+
+def nearest_presets(name: str, presets: Iterable[str]) -> list[str]:
+    """The presets that `name` probably means, in their order; none if no preset is similar.
+
+    They are those that contain `name`, or else those whose first part is the most similar one, as `mixtral` is that of
+    `mixtral_8x7b`, or else the one of them that is almost equal to `name`. Case and separators do not matter.
+
+    >>> nearest_presets("A100", ["a100-40", "a100-80", "h100"])
+    ['a100-40', 'a100-80']
+    >>> nearest_presets("h100-40", ["a100-40", "a100-80", "h100"])
+    ['h100']
+    """
+
+    def parts(text: str) -> list[str]:
+        return re.split("[-_]", text.lower())
+
+    words = {preset: parts(preset) for preset in presets}
+    first, word = parts(name)[0], "".join(parts(name))
+    containing = [preset for preset in words if len(word) > 2 and word in "".join(words[preset])]
+    if containing:
+        return containing
+    similar = {preset: _ratio(first, words[preset][0]) for preset in words}
+    found = [preset for preset in words if similar[preset] == max(similar.values()) >= SIMILAR]
+    best = max(found, key=lambda preset: _ratio(name, preset), default="")
+    return [best] if found and _ratio(name, best) >= ALMOST else found
 
 
 def nearest_name(pattern: str, names: Iterable[str]) -> str | None:

@@ -11,12 +11,13 @@ import yaml
 from common.strict import from_dict, to_dict
 from moe.accounting.flops import count_parameters, meta_model
 from scripts.cli.command_line import CONF, compose_config
+from scripts.cli.help import OF_TOOLS
 from training.config import Config, with_vocabulary
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in OF_TOOLS)
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
-PRESETS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
+PRESETS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name in GROUPS]
 NEEDED = {
     ("data", "files"): ["data.paths=[x.txt]"],
     ("data", "sft"): ["data.paths=[x.jsonl]"],

@@ -1,5 +1,6 @@
 import json
 import os
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from parallel.planning.hardware import measured_fields
 
 
 @pytest.mark.parametrize(
@@ -104,18 +106,32 @@ def test_the_exit_status_is_that_of_the_stages(
 
 
 @pytest.mark.slow
-def test_a_tiny_run_of_a_stage(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "stages=calibrate", "device=cpu", "size=tiny", f"out={tmp_path}"])
-    monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    assert gpu.main() == 0
-    assert "FAILED" not in capsys.readouterr().out
+def test_a_tiny_run_of_a_stage_on_two_ranks(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    stage = ["benchmarks/gpu.py", "stages=calibrate", "device=cpu", "size=tiny", f"out={tmp_path}"]
+    done = subprocess.run(
+        torchrun + stage,
+        cwd=gpu.HERE.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0 and "FAILED" not in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("== calibrate: at most") == 1  # Rank 0 prints.
     hardware = json.loads((tmp_path / "hardware.json").read_text())
+    largest = [hardware["measured"][kind][-1] for kind in ("all_gather", "reduce_scatter", "all_to_all")]
+    # Each of the two ranks sends half of the tensor.
+    assert [row["GB_per_s"] for row in largest] == pytest.approx([row["MB"] / 2 / row["ms"] for row in largest])
+    assert hardware["rates"]["link"] == pytest.approx(3e9 / sum(1 / row["GB_per_s"] for row in largest))
+    smallest = [hardware["measured"][kind][0]["ms"] for kind in ("all_gather", "reduce_scatter", "all_to_all")]
+    assert hardware["rates"]["link_latency_s"] == pytest.approx(sum(smallest) / 3e3)
     matmul = hardware["measured"]["matmul"][0]
     assert matmul["tflops"] == pytest.approx(2 * matmul["m"] * matmul["k"] * matmul["n"] / matmul["ms"] / 1e9)
     assert hardware["rates"]["matmul"] == pytest.approx(matmul["tflops"] * 1e12)
     assert {"grouped_matmul_forward", "attention_forward", "copy", "adamw"} <= hardware["rates"].keys()
+    assert {"matmul", "link", "link_latency_s", "wide_matmul", "bandwidth"} <= measured_fields(hardware["rates"]).keys()
 
 
 def test_inputs_make_the_router_choose_the_wanted_experts() -> None:
@@ -143,7 +159,8 @@ def test_short_calls_are_measured_more_often(monkeypatch: pytest.MonkeyPatch) ->
     from benchmarks.gpu_stages import stage
 
     now, durations = [0.0], iter([0.5, 0.02, 0.02, 0.02, 0.08] + [0.02] * 7)
-    monkeypatch.setattr(stage.time, "perf_counter", lambda: now[0])
+    for clock in ("perf_counter", "process_time"):  # the second one with one thread
+        monkeypatch.setattr(stage.time, clock, lambda: now[0])
 
     def call() -> None:
         now[0] += next(durations)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from common.text import to_json
+from parallel.startup.launch import world_from_env
 
 if TYPE_CHECKING:
     from parallel.mesh import Mesh
@@ -177,7 +178,9 @@ class Comparison:
 def run_stage(main: Callable[[Stage], None]) -> int:
     """Run `main` with the options on the command line (JSON, from `benchmarks/gpu.py`). Return the exit status."""
     options = json.loads(sys.argv[1])
-    device = torch.device(options["device"], 0)  # a process group needs the index
+    # A process group needs the index. Under torchrun, every rank has its own GPU.
+    local_rank = world_from_env().local_rank
+    device = torch.device("cuda", local_rank) if options["device"] == "cuda" else torch.device("cpu", 0)
     deadline = time.monotonic() + options["end"] - time.time()
     stage = Stage(Path(options["out"]), deadline, device, options["size"] == "tiny")
     stage.about = {
@@ -237,7 +240,10 @@ def free_memory() -> None:
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device, rounds: int = 10, warm_up: int = 3) -> float:
-    """Return the median time of `call`, measured on the device. The calls follow each other without a wait."""
+    """Return the median time of `call`, measured on the device. The calls follow each other without a wait.
+
+    On a CPU with one thread, this is the time for which the process had the CPU: other processes do not count.
+    """
     return statistics.median(times_of(call, device, rounds, warm_up))
 
 
@@ -259,10 +265,11 @@ def times_of(
 
 def _times_of(call: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
     if device.type == "cpu":
-        times = [time.perf_counter()]
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        times = [clock()]
         for _ in range(rounds):
             call()
-            times.append(time.perf_counter())
+            times.append(clock())
         return [(second - first) * 1e3 for first, second in itertools.pairwise(times)]
     events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
     torch.cuda.synchronize(device)

@@ -32,7 +32,7 @@ from common.errors import ConfigError, RunError, TrainingFailure, UserError, req
 from common.files import disk_errors, read_file
 from common.plugins import load_plugins
 from common.strict import from_dict, leaf_keys, suggested_key, unknown_key
-from common.text import MAX_YAML, check_yaml, escaped, nearest, one_line, shorten
+from common.text import MAX_YAML, check_yaml, escaped, nearest_presets, one_line, shorten
 from parallel.startup.launch import WorkerFailure, interrupts_raise, is_launched
 from scripts.cli.help import train_help
 from scripts.cli.overrides import PARSER, as_typed, in_grammar, quote, text_keys, values_of
@@ -376,8 +376,8 @@ def user_message(error: BaseException, arguments: Sequence[str], cls: type = Con
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = sorted(error.options)
-        near = nearest(option, options)
-        hint = f"; the nearest is {near}" if near else ""
+        near = nearest_presets(option, options)
+        hint = f"; the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}" if near else ""
         if group in ("hydra/sweeper", "hydra/launcher"):
             hint = " (more with: pip install 'mixwright[sweep]')"
         return f"{group}={option}: expected one of {', '.join(options)}{hint}"

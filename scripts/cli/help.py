@@ -25,6 +25,9 @@ flags:
   +<key>=<value>      a key that the chosen presets do not have
 """
 
+OF_TOOLS = {"gpu"}
+"""The groups of presets that `train.py` does not have."""
+
 
 def train_help(config: type, raw: Mapping[str, Any], directories: Sequence[Path]) -> str:
     """Return the help text of `train.py`.
@@ -36,7 +39,7 @@ def train_help(config: type, raw: Mapping[str, Any], directories: Sequence[Path]
     """
     width = min(120, shutil.get_terminal_size((120, 24)).columns)
     lines = [USAGE, "presets, each a file conf/<group>/<preset>.yaml:"]
-    groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()}
+    groups = {path.name for directory in directories for path in directory.iterdir() if path.is_dir()} - OF_TOOLS
     for group in sorted(groups):
         presets = sorted({path.stem for directory in directories for path in directory.glob(f"{group}/*.yaml")})
         lines += textwrap.wrap(f"  {group + '=':<18}{', '.join(presets)}", width, subsequent_indent=" " * 20)
