@@ -22,16 +22,15 @@ import argparse
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,99 +43,44 @@ from benchmarks.gpu_stages.models import LENGTH, MODELS, ROWS, example_batch
 from data.batch import Batch
 from moe.accounting.flops import meta_model, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
-from moe.linear import RMSNorm
-from moe.losses import CHUNK_ELEMENTS, EAGER_ELEMENTS
+from moe.kernels import eager_kernels
 from moe.recompute import Recompute
-from moe.token_context import TokenContext
 from parallel.apply import build_model
 from parallel.mesh import mesh_of_one
 from training.config import OptimConfig
 from training.engine import NativeEngine
 from training.norms import SquareSums
+from training.planning.operators import (
+    VIEWS,
+    Operator,
+    Places,
+    Rates,
+    distinct_bytes,
+    flops_of,
+    moved_bytes,
+    tensors_in,
+)
+from training.planning.stand_ins import gpu_kernels
 from training.step import prepare_step, start_step
 
-ROOT = str(Path(__file__).resolve().parent.parent) + "/"
 META = torch.device("meta")
-BANDWIDTH = 2.8e12
-"""Bytes per second that a kernel gets from the memory of an H100."""
-LAUNCH_S = 3e-6
-"""Time of the smallest kernel."""
 PEAK = 989e12
-RATES = {"_grouped_mm": 520e12, "mm": 650e12, "attention": 380e12, "attention_backward": 280e12}
-"""FLOP/s that kernels reach in bf16."""
-ROUTER_RATE = 650e12 / 3
-"""FLOP/s of a router's matmul, for which three are executed in bf16 (`moe.kernels.wide_linear`)."""
-WIDE_RATE = 40e12
-"""FLOP/s of a matmul in fp32."""
-SORT_PASSES = 8
-"""How often a sort goes through its keys and values."""
-VIEWS = {
-    "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "detach",
-    "alias", "split", "split_with_sizes", "unbind", "as_strided", "unfold", "_reshape_alias", "lift_fresh", "unflatten",
-    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided",
-}  # fmt: skip
-"""Operators that move no bytes."""
+"""FLOP/s of an H100 in bf16 by its data sheet."""
+RATES = Rates(
+    matmul=650e12,
+    grouped_matmul=520e12,
+    attention_forward=380e12,
+    attention_backward=280e12,
+    wide_matmul=40e12,
+    bandwidth=2.8e12,
+    launch_s=3e-6,
+)
+"""What kernels reach on an H100."""
 WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
     "equal", "is_nonzero",
 }  # fmt: skip
 """Operators that copy a number from the device to the host, and wait for it."""
-GROUPS = {
-    "moe/dispatch.py": "dispatch and combine",
-    "moe/experts.py": "activation of experts",
-    "moe/feedforward.py": "activation of experts",
-    "moe/losses.py": "cross-entropy",
-    "moe/router.py": "router",
-    "moe/routers": "router",
-    "moe/selection.py": "router",
-    "moe/noise.py": "router",
-    "moe/linear.py": "RoPE, norms, residuals",
-    "moe/token_context.py": "RoPE, norms, residuals",
-    "moe/attention": "RoPE, norms, residuals",
-    "moe/layer.py": "RoPE, norms, residuals",
-    "parallel/gradients.py": "gradient norm",
-}
-"""The start of a file's name -> the group of the operators that it calls, and of those of their backward pass."""
-
-
-class Operator(NamedTuple):
-    """One call of an operator of torch."""
-
-    name: str
-    phase: str
-    """`forward`, `backward` or `update`."""
-    place: str
-    """`file:line` of the project that called it, or that called the operator whose gradient it computes."""
-    nbytes: int
-    flops: int
-    dtype: torch.dtype
-
-    @property
-    def group(self) -> str:
-        """What the operator belongs to, in the table."""
-        if self.name in ("attention", "attention_backward"):
-            return "attention core"
-        if self.name == "_grouped_mm":
-            return "grouped matmul"
-        if self.name == "mm":
-            return "dense matmul" if self.dtype == torch.bfloat16 else "router"
-        if self.name.startswith("wide_linear"):
-            return "router"
-        if self.name == "_fused_adamw_":
-            return "AdamW"
-        if self.name == "_to_copy":
-            return "casts"
-        return next((group for start, group in GROUPS.items() if self.place.startswith(start)), "other")
-
-    @property
-    def seconds(self) -> float:
-        """The estimated time on one H100."""
-        passes = SORT_PASSES if self.name == "sort" else 1
-        wide = self.name == "mm" and self.dtype != torch.bfloat16
-        rate = WIDE_RATE if wide else RATES.get(self.name, RATES["mm"])
-        if self.name.startswith("wide_linear"):
-            rate = ROUTER_RATE
-        return max(passes * self.nbytes / BANDWIDTH + LAUNCH_S, self.flops / rate)
 
 
 @dataclass
@@ -164,8 +108,7 @@ class Walk(TorchDispatchMode):
         self.copies: list[str] = []
         self.pinned: list[Tensor] = []
         """Host tensors in pinned memory."""
-        self._places: dict[int, str] = {}
-        """Sequence number of a node of autograd's graph -> the place that created it."""
+        self._places = Places(__file__)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -181,7 +124,7 @@ class Walk(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         on_device = [tensor for tensor in tensors if tensor.is_meta]
         if name in ("_to_copy", "copy_") and self._crosses(name, tensors, kwargs):
             return self._copy(function, name, args, kwargs, tensors)
@@ -195,19 +138,16 @@ class Walk(TorchDispatchMode):
             if name == "_local_scalar_dense":
                 return on_device[0].dtype.is_floating_point or on_device[0].dtype == torch.bool or 1
         result = function(*args, **kwargs)
-        self.count(name, place, tensors, list(_tensors(result)))
+        self.count(name, place, tensors, list(tensors_in(result)))
         return result
 
     def count(self, name: str, place: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], flops: int = 0) -> None:
         """Record an operator."""
         if name in VIEWS:
             return
-        if name in ("mm", "bmm", "_grouped_mm"):
-            flops = 2 * inputs[0].numel() * inputs[1].shape[-1]
-        if name.startswith("wide_linear"):
-            flops = 2 * inputs[0].numel() * inputs[1].shape[0 if name == "wide_linear" else -1]
+        flops = flops or flops_of(name, inputs)
         dtype = (outputs or inputs)[0].dtype
-        self.operators.append(Operator(name, self.phase, place, _moved(name, inputs, outputs), flops, dtype))
+        self.operators.append(Operator(name, self.phase, place, moved_bytes(name, inputs, outputs), flops, dtype))
 
     def _crosses(self, name: str, tensors: Sequence[Tensor], kwargs: dict[str, Any]) -> bool:
         source = tensors[-1]
@@ -221,7 +161,7 @@ class Walk(TorchDispatchMode):
         to_host = source.is_meta
         # The host waits for a copy from pageable memory. torch copies to the host into pinned memory by itself.
         waits = not asynchronous or not (to_host or any(source is pinned for pinned in self.pinned))
-        what = f"{self._place()}: {'device to host' if to_host else 'host to device'}, {_size(source)} bytes"
+        what = f"{self._place()}: {'device to host' if to_host else 'host to device'}, {distinct_bytes(source)} bytes"
         (self.waits if waits else self.copies).append(what)
         if not to_host:
             return function(*args, **kwargs)
@@ -230,62 +170,11 @@ class Walk(TorchDispatchMode):
         return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
 
     def _place(self) -> str:
-        """Return the innermost line of the project on the stack, or the one whose gradient is computed."""
-        node = torch._C._current_autograd_node()
-        if node is not None and self.phase == "backward":
-            found = self._places.get(node._sequence_nr())
-            if found is not None:
-                return found
-        frame = sys._getframe(1)
-        while frame is not None:
-            file = frame.f_code.co_filename
-            # The environment with torch can be a directory of the project.
-            if file.startswith(ROOT) and "site-packages" not in file and file != __file__:
-                place = f"{file.removeprefix(ROOT)}:{frame.f_lineno}"
-                if self.phase == "forward":
-                    self._places[torch.autograd._get_sequence_nr() - 1] = place
-                return place
-            frame = frame.f_back  # type: ignore[assignment]
-        return "autograd"
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+        return self._places.find(backward=self.phase == "backward").line
 
 
 def _has_mask(indices: Any) -> bool:
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-
-
-def _size(tensor: Tensor) -> int:
-    """Bytes of the elements that differ: a dimension that was expanded counts once."""
-    size = tensor.element_size()
-    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        size *= 1 if stride == 0 else length
-    return size
-
-
-def _moved(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
-    """Bytes that an operator reads and writes."""
-    read, written = sum(map(_size, inputs)), sum(map(_size, outputs))
-    if name in ("index_select", "gather", "embedding", "index"):
-        return 2 * written + _size(inputs[-1])
-    if name in ("scatter", "scatter_", "scatter_add", "scatter_add_"):
-        return 4 * _size(inputs[1]) + (0 if name.endswith("_") else 2 * _size(inputs[0]))
-    if name in ("zero_", "fill_") or not inputs:
-        return written
-    if name == "copy_":
-        return _size(inputs[0]) + _size(inputs[-1])
-    if name.startswith("_foreach") or name == "_fused_adamw_":
-        # In place: the operator writes what it reads, but for the gradients of AdamW.
-        return read * 7 // 4 if name == "_fused_adamw_" else read + (read if name.endswith("_") else 0)
-    return read + (_size(inputs[0]) if name.endswith("_") else written)
 
 
 class _Lists(TorchFunctionMode):
@@ -303,53 +192,6 @@ class _Lists(TorchFunctionMode):
         if made:
             self.walk.waits.append(f"{self.walk._place()}: a list as a tensor on the device")
         return function(*args, **kwargs)
-
-
-class _Core(nn.Module):
-    """Stands in for the core of attention: one causal kernel each way."""
-
-    def __init__(self, walk: Walk) -> None:
-        super().__init__()
-        self.walk = walk
-
-    def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, context: TokenContext) -> Tensor:
-        return _CoreKernel.apply(q_BHSC, k_BGSC, v_BGSC, self.walk)
-
-
-class _CoreKernel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, walk: Walk) -> Tensor:
-        batch, heads, length, width = q_BHSC.shape
-        out_BHSC = q_BHSC.new_empty(batch, length, heads, width).transpose(1, 2)
-        ctx.save_for_backward(q_BHSC, k_BGSC, v_BGSC, out_BHSC)
-        ctx.walk, ctx.flops = walk, 2 * batch * heads * length**2 * width // 2
-        walk.count("attention", "moe/attention", (q_BHSC, k_BGSC, v_BGSC), (out_BHSC,), 2 * ctx.flops)
-        return out_BHSC
-
-    @staticmethod
-    def backward(ctx: Any, grad_BHSC: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        saved = ctx.saved_tensors
-        gradients = [torch.empty_like(tensor) for tensor in saved[:3]]
-        ctx.walk.count("attention_backward", "moe/attention", (*saved, grad_BHSC), gradients, 5 * ctx.flops)
-        return gradients[0], gradients[1], gradients[2], None
-
-
-class _NormKernel(torch.autograd.Function):
-    """Stands in for RMSNorm: one kernel each way."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, walk: Walk) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.walk, out = walk, torch.empty_like(x)
-        walk.count("_fused_rms_norm", "moe/linear.py", (x, weight), (out,))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        gradients = torch.empty_like(x), torch.empty_like(weight)
-        ctx.walk.count("_fused_rms_norm_backward", "moe/linear.py", (x, weight, grad), gradients)
-        return *gradients, None
 
 
 @contextmanager
@@ -391,16 +233,12 @@ def walk_step(
         stack.enter_context(_process_group())
         mesh = mesh_of_one(META)
         model = build_model(config, router, mesh, compute_dtype=torch.bfloat16, seed=None, recompute=recompute)
-        for layer in model.layers:
-            layer.attention.core = _Core(walk)
         engine = NativeEngine([model], OptimConfig(lr=1e-3), mesh)
         _mark_phases(engine, walk)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         for patch in (
-            mock.patch.object(RMSNorm, "forward", lambda norm, x: _NormKernel.apply(x, norm.weight.to(x.dtype), walk)),
-            mock.patch.dict(CHUNK_ELEMENTS, meta=CHUNK_ELEMENTS["cuda"]),
-            mock.patch.dict(EAGER_ELEMENTS, meta=EAGER_ELEMENTS["cuda"]),
-            mock.patch("moe.kernels._devices", {"meta"} if kernels and find_spec("triton") else set()),
+            gpu_kernels(walk),
+            nullcontext() if kernels else eager_kernels(),
             torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor),
             walk.watch(),
         ):
@@ -448,7 +286,7 @@ def main() -> None:
 
 def show(name: str, step: Step, config: ModelConfig, router: RouterConfig, tokens: int, places: int) -> None:
     """Print the groups of a step's operators, its waits, and the places that take most time."""
-    seconds = sum(operator.seconds for operator in step.operators)
+    seconds = sum(operator.seconds(RATES) for operator in step.operators)
     flops = tokens * training_flops_per_token(meta_model(config, router), LENGTH)
     phases = Counter(operator.phase for operator in step.operators)
     print(f"model {name}: {step.parameters / 1e9:.2f} B parameters, {tokens:,} tokens a step")
@@ -472,12 +310,12 @@ def _by(operators: Sequence[Operator], key: Any) -> list[tuple[str, list[Operato
     groups: dict[str, list[Operator]] = defaultdict(list)
     for operator in operators:
         groups[key(operator)].append(operator)
-    return sorted(groups.items(), key=lambda item: -sum(operator.seconds for operator in item[1]))
+    return sorted(groups.items(), key=lambda item: -sum(operator.seconds(RATES) for operator in item[1]))
 
 
 def _row(name: str, operators: Sequence[Operator], total: float) -> None:
     nbytes, flops = (sum(getattr(operator, field) for operator in operators) for field in ("nbytes", "flops"))
-    seconds = sum(operator.seconds for operator in operators)
+    seconds = sum(operator.seconds(RATES) for operator in operators)
     print(
         f"{name:28}{len(operators):10,}{nbytes / 1e9:9.2f}{flops / 1e12:9.2f}{seconds * 1e3:9.2f}{seconds / total:8.1%}"
     )

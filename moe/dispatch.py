@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.chunks import chunks
+from moe.device import on_gpu
 from moe.expert_loop import aligned_counts, needs_alignment
 from moe.kernels import use_kernels
 from moe.router import Routing
@@ -93,7 +94,7 @@ class LocalDispatcher(nn.Module):
         rows, complete, dense = len(experts), routing.complete, True
         if not complete:
             if count_rows is None:  # The shapes of a compiled graph must not depend on values.
-                count_rows = x_TD.is_cpu and not torch.compiler.is_compiling()
+                count_rows = not on_gpu(x_TD) and not torch.compiler.is_compiling()
             if count_rows:
                 rows = int(counts_E.sum())
                 complete = rows == len(experts)
@@ -209,7 +210,7 @@ def _with_zero(rows: Tensor, needed: bool = True) -> Tensor:
 def _sum_rows(rows_RD: Tensor, plan: LocalPlan, weights_TK: Tensor | None = None) -> Tensor:
     """Return the sum of each token's rows, [T, D], multiplied by the weights if there are any."""
     rows_RD, slots_TK = _with_zero(rows_RD, not plan.complete), plan.slots_TK
-    if not rows_RD.is_cpu:
+    if on_gpu(rows_RD):
         rows_TKD = torch.unflatten(rows_RD.index_select(0, slots_TK.flatten()), 0, slots_TK.shape)
         if weights_TK is None:
             return rows_TKD.sum(dim=1)
@@ -257,7 +258,7 @@ class _Combine(torch.autograd.Function):
         plan: LocalPlan = ctx.plan
         weight_R1 = _with_zero(weights_TK.flatten(), not plan.dense).index_select(0, plan.assignments_R).unsqueeze(1)
         grad_TD = _with_zero(grad_TD, not plan.dense)
-        if y_RD.is_cpu and y_RD.dtype == torch.bfloat16:
+        if not on_gpu(y_RD) and y_RD.dtype == torch.bfloat16:
             grad_y_RD, grad_weights_R = _weighted_gradients(grad_TD, y_RD, weight_R1, plan)
         else:
             grad_RD = grad_TD.index_select(0, plan.tokens_R)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.device import on_gpu
+
 ALIGNMENT = 16
 """The number of rows of an expert is a multiple of this in bf16, and a larger one of 1/32 to 1/16 of it."""
 
@@ -20,7 +22,7 @@ def needs_alignment(x: Tensor) -> bool:
     In bf16 on a CPU, torch calls oneDNN, which compiles a kernel for each shape of a matmul. That takes 1 to 3 ms, and
     the matmul of an expert often 0.1 ms. Without alignment nearly every expert has a new shape in every step.
     """
-    return x.is_cpu and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return not on_gpu(x) and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 def aligned_counts(counts_e: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.config import is_gated
+from moe.device import cuda_capability, on_gpu
 from moe.dispatch import Dispatcher
 from moe.expert_loop import swiglu_loop
 from moe.feedforward import ACTIVATIONS, gated
@@ -94,10 +95,9 @@ def auto_kernel(rows_RI: Tensor, weight_eOI: Tensor, counts_e: Tensor) -> Tensor
     SwiGLU by `moe.expert_loop` instead.
     """
     fused = (
-        rows_RI.is_cuda
-        and rows_RI.dtype == torch.bfloat16
+        rows_RI.dtype == torch.bfloat16
         and all(width > 0 and width % GROUPED_WIDTH == 0 for width in weight_eOI.shape[1:])
-        and torch.cuda.get_device_capability(rows_RI.device)[0] in (8, 9)
+        and cuda_capability(rows_RI.device) in (8, 9)
     )
     return (grouped_kernel if fused else loop_kernel)(rows_RI, weight_eOI, counts_e)
 
@@ -153,7 +153,7 @@ class Experts(nn.Module):
             return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
 
         swiglu = self.activation is F.silu and self.gated
-        if swiglu and rows_RD.is_cpu and self.kernel is auto_kernel and not torch.compiler.is_compiling():
+        if swiglu and not on_gpu(rows_RD) and self.kernel is auto_kernel and not torch.compiler.is_compiling():
             return swiglu_loop(rows_RD, counts_e, self.w_gate, self.w_up, self.w_down)
         if swiglu and use_kernels(rows_RD) and self.w_up.dtype != rows_RD.dtype:
             # One matmul with both weights, which need a cast anyway. If they need none, the joined copy would cost more

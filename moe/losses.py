@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from common.errors import expect
 from moe.chunks import chunks
 from moe.config import RouterConfig
+from moe.device import on_gpu
 from moe.kernels import use_kernels
 from moe.router import ROUTERS, RouterStats
 
@@ -80,7 +81,7 @@ def linear_cross_entropy(
         stats_3T = torch.empty(3, len(x_TD), dtype=wide, device=x_TD.device)
         grad_TD = torch.empty_like(x_TD) if x_needs else None
         grad_VD = torch.empty_like(weight, dtype=wide) if weight_needs else None
-        for rows in chunks(len(x_TD), vocabulary.most or len(weight), CHUNK_ELEMENTS[x_TD.device.type]):
+        for rows in chunks(len(x_TD), vocabulary.most or len(weight), _limit(CHUNK_ELEMENTS, x_TD)):
             logits_TV = F.linear(x_TD[rows], weight)
             stats_3T[:, rows] = vocabulary.join(softmax_statistics(logits_TV, labels_T[rows], vocabulary.first))
             if x_needs or weight_needs:
@@ -121,7 +122,7 @@ def softmax_statistics(logits_TV: Tensor, labels_T: Tensor, first: int) -> Tenso
         stats_3T[0] = -torch.inf
         return stats_3T
     target_T1, here_T1 = _targets(labels_T, first, entries)
-    for rows in chunks(len(logits_TV), entries, EAGER_ELEMENTS[logits_TV.device.type]):
+    for rows in chunks(len(logits_TV), entries, _limit(EAGER_ELEMENTS, logits_TV)):
         x_TV = logits_TV[rows].to(stats_3T.dtype)
         largest_T1 = x_TV.amax(dim=1, keepdim=True)
         label_T1 = x_TV.gather(1, target_T1[rows]).masked_fill(~here_T1[rows], 0)
@@ -155,7 +156,7 @@ def write_logit_gradient(
     target_T1, here_T1 = _targets(labels_T, first, entries)
     largest_T1, sum_T1, _ = stats_3T.unsqueeze(-1)
     factor_T1 = factor_T.unsqueeze(1)
-    for rows in chunks(len(logits_TV), entries, EAGER_ELEMENTS[logits_TV.device.type]):
+    for rows in chunks(len(logits_TV), entries, _limit(EAGER_ELEMENTS, logits_TV)):
         chunk_TV = logits_TV[rows]
         grad_TV = chunk_TV.to(stats_3T.dtype)  # `chunk_TV` itself if it has this dtype
         grad_TV.sub_(largest_T1[rows]).exp_().mul_(factor_T1[rows] / sum_T1[rows])
@@ -172,6 +173,11 @@ def _targets(labels_T: Tensor, first: int, entries: int) -> tuple[Tensor, Tensor
     local_T1 = (labels_T - first).unsqueeze(1)
     here_T1 = (local_T1 >= 0) & (local_T1 < entries)
     return local_T1.masked_fill(~here_T1, 0), here_T1
+
+
+def _limit(elements: dict[str, int], x: Tensor) -> int:
+    """Return the number for the device of `x`."""
+    return elements["cuda" if on_gpu(x) else "cpu"]
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -196,7 +202,7 @@ def _add_product(sum_VD: Tensor, grad_TV: Tensor, x_TD: Tensor, first: bool) -> 
     beta = 0 if first else 1
     if sum_VD.dtype == x_TD.dtype:
         torch.addmm(sum_VD, grad_TV.t(), x_TD, beta=beta, out=sum_VD)
-    elif x_TD.is_cuda:
+    elif on_gpu(x_TD):
         _add_bf16_product(sum_VD, grad_TV, x_TD, beta)
     elif first:
         sum_VD.copy_(grad_TV.t() @ x_TD)

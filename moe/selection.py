@@ -9,6 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from moe.device import on_gpu
 from moe.kernels import MAX_EXPERTS, MAX_K, use_kernels
 
 
@@ -20,7 +21,7 @@ def top_k_stable(scores: Tensor, k: int) -> Tensor:
 
         indices: Tensor = top_k.top_k(scores, k)
         return indices
-    if scores.is_cpu and 4 * k < scores.shape[-1] and not torch.compiler.is_compiling():
+    if not on_gpu(scores) and 4 * k < scores.shape[-1] and not torch.compiler.is_compiling():
         # Sorting all scores takes longer. `topk` orders equal scores in no particular way, nor those with NaN.
         best, indices = scores.topk(k + 1, dim=-1)
         unclear = ~(best[..., :-1] > best[..., 1:]).all(dim=-1)
@@ -51,7 +52,7 @@ def first_equal_rows(weight_ED: Tensor) -> Tensor | None:
         None if all rows differ, and on devices other than CPUs: there, a matmul rounds all columns of its result in
         the same way.
     """
-    if weight_ED.device.type != "cpu":
+    if on_gpu(weight_ED):
         return None
     if torch.compiler.is_compiling():
         first_of_row_E: Tensor = _first_equal_rows(weight_ED)

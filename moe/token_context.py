@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe.attention.varlen import Segments
+from moe.device import on_gpu
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ def apply_rotary(x_BHSC: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         table: the result of `rotary_table`.
     """
     cos, sin = table
-    if x_BHSC.is_cpu and not torch.compiler.is_compiling():
+    if not on_gpu(x_BHSC) and not torch.compiler.is_compiling():
         rotated: Tensor = _Rotate.apply(x_BHSC, cos, sin)
         return rotated
     first, second = x_BHSC.chunk(2, dim=-1)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import ConfigError
+from moe.device import on_gpu
 from moe.linear import Predict, linear
 from moe.model import ModelInputs, Output, Transformer
 from moe.region import LocalShard
@@ -105,7 +106,7 @@ class NativeEngine:
         tied = frozenset(["embedding"] if pipeline is not None and self.parts[0].config.tie_embeddings else [])
         self.gradients = GradientReducer(self.parameters, mesh, tied)
         self.updates_on_device = config.kind == "adamw" and all(
-            parameter.dtype == torch.float32 and not parameter.is_cpu for parameter in self.parameters.values()
+            parameter.dtype == torch.float32 and on_gpu(parameter) for parameter in self.parameters.values()
         )
         """Whether the optimizer clips without the host. Its factor is fp32, which is too coarse for fp64 weights."""
         self._updates = torch.zeros((), dtype=torch.int64, device=mesh.device)

@@ -24,6 +24,7 @@ from torch import Tensor
 from data.batch import IGNORE, Batch
 from moe.attention.varlen import segments_of
 from moe.config import ModelConfig, RouterConfig
+from moe.device import on_gpu
 from moe.figures import LAYER_FIGURES
 from moe.losses import Reductions, auxiliary_losses, linear_cross_entropy
 from moe.model import ModelInputs
@@ -91,7 +92,7 @@ def move_to_device(batch: Batch, mesh: Mesh, seed: int | None = None) -> tuple[M
     padded = bool((batch.documents_BS < 0).any())
     packed = bool((batch.documents_BS != 0).any())
     # Context parallelism splits documents between ranks, and only GPUs have a kernel that takes segments.
-    has_segments = mesh.device.type == "cuda" and mesh.layout.context == 1
+    has_segments = on_gpu(mesh.device) and mesh.layout.context == 1
     segments = segments_of(batch.documents_BS, mesh.device) if has_segments else None
     if mesh.layout.context > 1:
         batch = batch.part(mesh.layout.pieces_of(mesh.context.rank()), mesh.layout.pieces)

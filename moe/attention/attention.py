@@ -18,6 +18,7 @@ from moe.attention.masked import masked_attention
 from moe.attention.varlen import takes, varlen
 from moe.attention.window import windowed_attention
 from moe.config import ModelConfig
+from moe.device import on_gpu
 from moe.linear import Linear
 from moe.token_context import TokenContext, apply_rotary
 
@@ -40,8 +41,8 @@ def choose_kernel(q_BHSC: Tensor, k_BGXC: Tensor, window: int | None, context: T
     if window is None and context.documents_BS is None and whole_rows:
         # With grouped heads in fp32, torch has no fused kernel and would store all scores.
         grouped = q_BHSC.shape[1] != k_BGXC.shape[1]
-        return "flex" if q_BHSC.is_cuda and q_BHSC.dtype == torch.float32 and grouped else "sdpa"
-    if q_BHSC.is_cuda and q_BHSC.dtype != torch.float64:
+        return "flex" if on_gpu(q_BHSC) and q_BHSC.dtype == torch.float32 and grouped else "sdpa"
+    if on_gpu(q_BHSC) and q_BHSC.dtype != torch.float64:
         return "varlen" if whole_rows and context.segments is not None and takes(q_BHSC) else "flex"
     return "masked" if window is None else "blocks"
 
@@ -97,7 +98,7 @@ def _mask(q_BHSC: Tensor, k_BGXC: Tensor, documents_BX: Tensor | None) -> Tensor
 
 def _causal(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
     ratio = q_BHSC.shape[1] // k_BGSC.shape[1]
-    if q_BHSC.is_cuda:
+    if on_gpu(q_BHSC):
         return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=ratio > 1)
     k_BHSC, v_BHSC = (x.repeat_interleave(ratio, dim=1) for x in (k_BGSC, v_BGSC))
     return F.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, is_causal=True)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe.device import on_gpu
+
 
 def masked_attention(q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, mask_B1SX: Tensor) -> Tensor:
     """Return softmax(q k^T / sqrt(C)) v over the keys where the mask is True, [B, H, S, C].
@@ -20,7 +22,7 @@ def masked_attention(q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, mask_B1SX: 
     if ratio > 1:
         q = q.unflatten(1, (groups, ratio)).flatten(2, 3)
         mask = mask if length == 1 else mask.repeat(1, 1, ratio, 1)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if not on_gpu(q) and q.dtype == torch.bfloat16:
         # torch's fused CPU kernel is twice as slow as plain matmuls in bf16, forward and backward together.
         scores = (q * q.shape[-1] ** -0.5) @ k_BGXC.transpose(-1, -2)
         mixed = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ v_BGXC

@@ -51,7 +51,7 @@ def segments_of(documents_BS: Tensor, device: torch.device | str) -> Segments:
     offsets = torch.full((documents_BS.numel() + 1,), documents_BS.numel(), dtype=torch.int32)
     offsets[: len(starts)] = starts
     sizes = torch.tensor([len(starts), int(offsets.diff().max())])
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type != "cpu":
         offsets = offsets.pin_memory()  # otherwise the host would wait for the copy
     return Segments(offsets.to(device, non_blocking=True), sizes)
 

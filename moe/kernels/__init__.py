@@ -15,6 +15,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from moe.device import on_gpu
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes of activations that the kernels take."""
 
@@ -28,7 +30,8 @@ _devices = {"cuda"} if find_spec("triton") else set[str]()
 
 def use_kernels(x: Tensor) -> bool:
     """Return whether the kernels are used for activations like `x`: on GPUs, in `DTYPES`, if Triton is installed."""
-    return x.device.type in _devices and x.dtype in DTYPES
+    in_use = x.device.type in _devices or ("cuda" in _devices and on_gpu(x))
+    return in_use and x.dtype in DTYPES
 
 
 @contextmanager

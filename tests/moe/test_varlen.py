@@ -161,8 +161,9 @@ def test_torch_has_the_kernel_with_these_arguments():
         assert [x.shape for x in grads] == [x.shape for x in flat]
 
 
-def test_one_graph_serves_all_documents():
+def test_one_graph_serves_all_documents(monkeypatch):
     """Without breaks, and with sizes as constants, as blocks are compiled."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # torch's needs a GPU.
     torch.manual_seed(0)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
@@ -211,7 +212,9 @@ def test_kernels(cuda, dtype, window, packed, known, expected):
     )
 
     def kernel(head_dim=64, places=12, kv_heads=2):
-        q = SimpleNamespace(is_cuda=cuda, dtype=dtype, shape=torch.Size((2, 4, 12, head_dim)))
+        q = SimpleNamespace(
+            device=torch.device("cuda" if cuda else "cpu"), dtype=dtype, shape=torch.Size((2, 4, 12, head_dim))
+        )
         return choose_kernel(q, SimpleNamespace(shape=torch.Size((2, kv_heads, places, head_dim))), window, context)
 
     assert kernel() == expected
