@@ -104,6 +104,9 @@ def test_composing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 PUBLISHED = {
     "llama2_7b": (6.738e9, 6.738e9),  # arXiv 2307.09288: "7B"; the released checkpoint
+    "llama3_405b": (405.9e9, 405.9e9),  # arXiv 2407.21783: "405B"; the released checkpoint
+    "qwen2_57b_a14b": (57.41e9, 14.25e9),  # arXiv 2407.10671: "57B", "14B"; the released checkpoint
+    "gpt_oss_120b": (116.83e9, None),  # arXiv 2508.10925, table 1; active without the embedding: 5.13 B
     "mistral_7b": (7.242e9, 7.242e9),  # arXiv 2310.06825: "7B"; the released checkpoint
     "mixtral_8x7b": (46.70e9, 12.88e9),  # arXiv 2401.04088: 47 B, 13 B; the release notes: 46.7 B, 12.9 B
     "mixtral_8x22b": (140.6e9, 39.15e9),  # the release notes: 141 B, 39 B
