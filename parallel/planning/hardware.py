@@ -47,6 +47,8 @@ class Hardware:
     precision: Literal["bf16", "fp32"]
     """What `train.precision=auto` means on this device: bf16 if it multiplies bf16. `peak` and the rates of matmuls and
     attention are those of this type."""
+    capability: int | None
+    """Major number of the CUDA compute capability, by which kernels are chosen; None: not a GPU."""
     peak: float
     """FLOP/s of the vendor's data sheet, for matrices without sparsity. MFU is relative to it."""
     matmul: float
@@ -85,6 +87,8 @@ class Hardware:
             expect(value >= 0 if zero else value > 0, field, value, f"a number {'>=' if zero else '>'} 0")
         expect(bool(self.name), "name", repr(self.name), "a name")
         expect(self.reserved < self.memory, "reserved", self.reserved, f"less than memory={self.memory}")
+        capability = self.capability
+        expect(capability is None or capability >= 1, "capability", capability, "an integer >= 1 or null")
         expect(self.gpus_per_node >= 1, "gpus_per_node", self.gpus_per_node, "an integer >= 1")
         expect(self.price is None or self.price > 0, "price", self.price, "a number > 0 or null")
         figures = {field.name for field in dataclasses.fields(self)} - {"name", "price", "sources"}

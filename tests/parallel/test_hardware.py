@@ -37,7 +37,9 @@ def test_presets_are_valid_and_plausible(name: str) -> None:
         assert 0.2 * hardware.peak < getattr(hardware, rate) <= hardware.peak, rate
     assert hardware.attention_backward < hardware.attention_forward or name == "cpu"
     assert hardware.network <= hardware.link < hardware.bandwidth
-    assert hardware.price is None
+    assert hardware.price is None and (hardware.capability is None) == (name == "cpu")
+    # torch.cuda.is_bf16_supported: from 8.0 on.
+    assert hardware.capability is None or (hardware.precision == "bf16") == (hardware.capability >= 8)
     known = next((peak for part, peak in PEAK_TFLOPS.items() if part in hardware.name), None)
     assert known is None or hardware.peak == known * 1e12
 
@@ -58,6 +60,7 @@ def test_hydra_composes_a_preset_and_an_unknown_one_names_the_nearest() -> None:
         ({"link_latency_s": -1.0}, "link_latency_s=-1.0: expected a number >= 0"),
         ({"reserved": 9e10}, "reserved=90000000000.0: expected less than memory=85020000000.0"),
         ({"gpus_per_node": 0}, "gpus_per_node=0: expected an integer >= 1"),
+        ({"capability": 0}, "capability=0: expected an integer >= 1 or null"),
         ({"price": 0.0}, "price=0.0: expected a number > 0 or null"),
         ({"sources": {}}, "sources.attention_backward=: expected a source for each figure"),
     ],
