@@ -1,8 +1,14 @@
-"""Spawn gloo ranks that run one function and bring back what it returns."""
+"""Run a function on gloo ranks and bring back what it returns.
 
-import os
+All ranks are forked from one process, which imports torch and the test modules once. Every import takes longer than
+most of these tests.
+"""
+
+import functools
+import multiprocessing
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -10,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from parallel.startup.launch import die_with_parent
 
 TIMEOUT_S = 60
 
@@ -20,12 +28,21 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     Returns the results by rank; an exception on any rank is raised here.
     """
     with tempfile.TemporaryDirectory() as directory:
-        mp.spawn(_entry, (function, world_size, directory, args), nprocs=world_size, join=True)
+        _server().submit(_start, function, world_size, directory, args).result()
         return [torch.load(Path(directory) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
+@functools.cache
+def _server() -> ProcessPoolExecutor:
+    """The process that the ranks are forked from. It computes nothing, because a fork has none of its threads."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=die_with_parent)
+
+
+def _start(function: Callable[..., Any], world_size: int, directory: str, args: tuple[Any, ...]) -> None:
+    mp.start_processes(_entry, (function, world_size, directory, args), nprocs=world_size, start_method="fork")
+
+
 def _entry(rank: int, function: Callable[..., Any], world_size: int, directory: str, args: tuple[Any, ...]) -> None:
-    os.environ["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"  # catches mismatched shapes and dtypes between ranks
     torch.set_num_threads(1)
     store = dist.FileStore(f"{directory}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT_S))

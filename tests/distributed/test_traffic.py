@@ -43,7 +43,7 @@ def test_ranks_send_what_the_formulas_say(measured, job: Job) -> None:
 
 
 def test_nothing_is_sent_that_is_not_counted(measured) -> None:
-    """The kernel sees processes write a little more: headers, and the checks of the harness's debug mode."""
+    """The kernel sees processes write a little more: headers."""
     for job in (Job("even load", "expert=2"), Job("even load", "context=2"), Job("even load", "pipeline=2")):
         for rank in measured[job][0]:
             counted = sum(rank.sent.values())
