@@ -47,6 +47,7 @@ from moe.kernels import eager_kernels
 from moe.recompute import Recompute
 from parallel.apply import build_model
 from parallel.mesh import mesh_of_one
+from parallel.planning.hardware import read_preset
 from training.config import OptimConfig
 from training.engine import NativeEngine
 from training.norms import SquareSums
@@ -54,7 +55,6 @@ from training.planning.operators import (
     VIEWS,
     Operator,
     Places,
-    Rates,
     distinct_bytes,
     flops_of,
     moved_bytes,
@@ -64,18 +64,7 @@ from training.planning.stand_ins import gpu_kernels
 from training.step import prepare_step, start_step
 
 META = torch.device("meta")
-PEAK = 989e12
-"""FLOP/s of an H100 in bf16 by its data sheet."""
-RATES = Rates(
-    matmul=650e12,
-    grouped_matmul=520e12,
-    attention_forward=380e12,
-    attention_backward=280e12,
-    wide_matmul=40e12,
-    bandwidth=2.8e12,
-    launch_s=3e-6,
-)
-"""What kernels reach on an H100."""
+H100 = read_preset("h100")
 WAITING = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
     "equal", "is_nonzero",
@@ -286,7 +275,7 @@ def main() -> None:
 
 def show(name: str, step: Step, config: ModelConfig, router: RouterConfig, tokens: int, places: int) -> None:
     """Print the groups of a step's operators, its waits, and the places that take most time."""
-    seconds = sum(operator.seconds(RATES) for operator in step.operators)
+    seconds = sum(operator.seconds(H100) for operator in step.operators)
     flops = tokens * training_flops_per_token(meta_model(config, router), LENGTH)
     phases = Counter(operator.phase for operator in step.operators)
     print(f"model {name}: {step.parameters / 1e9:.2f} B parameters, {tokens:,} tokens a step")
@@ -295,7 +284,7 @@ def show(name: str, step: Step, config: ModelConfig, router: RouterConfig, token
     print(f"{'group':28}{'operators':>10}{'GB':>9}{'TFLOP':>9}{'ms':>9}{'share':>8}")
     for group, some in _by(step.operators, lambda operator: operator.group):
         _row(group, some, seconds)
-    print(f"estimate: {seconds * 1e3:.0f} ms, {tokens / seconds:,.0f} tokens/s, MFU {flops / seconds / PEAK:.1%}")
+    print(f"estimate: {seconds * 1e3:.0f} ms, {tokens / seconds:,.0f} tokens/s, MFU {flops / seconds / H100.peak:.1%}")
     print(f"the host waits {len(step.waits)} times; {len(step.copies)} copies without a wait")
     for wait, count in Counter(step.waits).items():
         print(f"  {count} times {wait}")
@@ -310,12 +299,12 @@ def _by(operators: Sequence[Operator], key: Any) -> list[tuple[str, list[Operato
     groups: dict[str, list[Operator]] = defaultdict(list)
     for operator in operators:
         groups[key(operator)].append(operator)
-    return sorted(groups.items(), key=lambda item: -sum(operator.seconds(RATES) for operator in item[1]))
+    return sorted(groups.items(), key=lambda item: -sum(operator.seconds(H100) for operator in item[1]))
 
 
 def _row(name: str, operators: Sequence[Operator], total: float) -> None:
     nbytes, flops = (sum(getattr(operator, field) for operator in operators) for field in ("nbytes", "flops"))
-    seconds = sum(operator.seconds(RATES) for operator in operators)
+    seconds = sum(operator.seconds(H100) for operator in operators)
     print(
         f"{name:28}{len(operators):10,}{nbytes / 1e9:9.2f}{flops / 1e12:9.2f}{seconds * 1e3:9.2f}{seconds / total:8.1%}"
     )

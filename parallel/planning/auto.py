@@ -8,9 +8,8 @@ The rule:
 2. Otherwise the candidates are all layouts of the world that divide the model and the batch, with tensor parallelism
    inside one node and no more pipeline ranks than micro-batches. Candidates that do not fit into the memory are
    excluded.
-3. The candidate with the lowest estimated time is chosen. The estimate adds computation, the idle time of the pipeline
-   and communication, with the bytes of `parallel.planning.traffic`. Among candidates within a twentieth of the lowest
-   time, the one that uses the fewest axes is chosen.
+3. The candidate with the lowest estimated time (`parallel.planning.times`) is chosen. Among candidates within a
+   twentieth of the lowest time, the one that uses the fewest axes is chosen.
 
 If no candidate fits, one that needs about the least memory is chosen, with a warning. Equal arguments give equal
 choices, so all ranks must pass the same `memory`.
@@ -19,14 +18,13 @@ choices, so all ranks must pass the same `memory`.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.planning.check import check_layout
-from parallel.planning.plan import bubble, estimate_memory
-from parallel.planning.traffic import gradient_bytes, shard_bytes, traffic
+from parallel.planning.plan import estimate_memory
+from parallel.planning.times import REFERENCE, estimate_times
 from parallel.planning.workload import Workload
 from parallel.startup.launch import World
 
@@ -36,12 +34,6 @@ USABLE_MEMORY = 0.9
 """Share of the memory that a layout may use, because the activations are an estimate."""
 TOLERANCE = 1.05
 """Estimates whose ratio is at most this count as equal."""
-INTER_NODE_COST = 9.0
-"""Cost of a byte between nodes. Inside a node it is 1 (NVLink of an H100: 450 GB/s; a 400 Gb/s network card: 50)."""
-FLOPS_PER_BYTE = 900.0
-"""Floating-point operations in the time that a byte takes inside a node (an H100 at 400 TFLOP/s)."""
-COLLECTIVE_COST = 9e6
-"""Cost of starting a collective of up to eight ranks, however little it sends: 20 microseconds, in bytes."""
 
 
 class Choice(NamedTuple):
@@ -100,11 +92,11 @@ def resolve(parallel: ParallelConfig, workload: Workload, world: World, memory: 
             f"each rank's {memory / 1e9:.1f} GB, of which a tenth must stay free; more ranks, parallel.recompute=full, "
             "parallel.offload=true or more train.accumulation may help"
         )
-    costs = {candidate: search.cost(candidate) for candidate in fitting}
-    bound = min(costs.values()) * TOLERANCE
+    times = {candidate: search.seconds(candidate) for candidate in fitting}
+    bound = min(times.values()) * TOLERANCE
     best = min(
-        (candidate for candidate in fitting if costs[candidate] <= bound),
-        key=lambda candidate: (_axes_used(candidate.layout), costs[candidate]),
+        (candidate for candidate in fitting if times[candidate] <= bound),
+        key=lambda candidate: (_axes_used(candidate.layout), times[candidate]),
     )
     return Choice(best.parallel, warning)
 
@@ -160,67 +152,7 @@ class _Search:
         estimates = estimate_memory(layout, parallel, self.workload)
         return _Candidate(parallel, layout, max(estimate.device for estimate in estimates))
 
-    def cost(self, candidate: _Candidate) -> float:
-        """Return the estimated time of an optimizer step, in the time that a byte takes inside a node."""
-        parallel, layout, _ = candidate
-        workload = self.workload
-        sent = traffic(workload, layout, parallel)
-        communication = sent["expert"] * self._byte_cost(layout.expert_tensor, layout.expert)
-        communication += sent["expert_tensor"] * self._byte_cost(1, layout.expert_tensor, ring=True)
-        communication += sent["tensor"] * self._byte_cost(1, layout.tensor, ring=True)
-        communication += sent["context"] * self._byte_cost(layout.tensor, layout.context)
-        communication += sent["pipeline"] * self._byte_cost(layout.stage, layout.pipeline)
-        fsdp = 0.0
-        for of_experts in (False, True):
-            weights = {w: number for w, number in workload.weights.items() if (w.kind == "experts") == of_experts}
-            stride = layout.expert_tensor * layout.expert if of_experts else layout.sequence
-            shard = layout.expert_shard if of_experts else layout.shard
-            replicas = layout.expert_data // shard if of_experts else layout.replicate
-            fsdp += shard_bytes(weights, layout, workload) / layout.pipeline * self._byte_cost(stride, shard, ring=True)
-            byte_cost = self._byte_cost(stride * shard, replicas, ring=True)
-            communication += gradient_bytes(weights, layout, workload) / layout.pipeline * byte_cost
-        passes = 4 if parallel.recompute == "full" else 3
-        flops = 2 * passes * self._active_parameters * workload.global_batch * workload.seq_len
-        computation = flops / layout.world / FLOPS_PER_BYTE
-        communication += max(0.0, fsdp - computation)  # FSDP gathers weights while the previous block computes.
-        busy = 1 - bubble(layout.pipeline, workload.accumulation, parallel.schedule)
-        return computation / busy + communication + self._latency_cost(layout)
-
-    def _byte_cost(self, stride: int, size: int, ring: bool = False) -> float:
-        """Return the cost of a byte that a group sends; 1 if the group is inside a node.
-
-        Args:
-            stride: distance between the numbers of neighbouring ranks in the group.
-            size: ranks of the group.
-            ring: a ring leaves each node once for all ranks of the group in the node. Otherwise every rank sends the
-                same amount to all other ranks.
-        """
-        inside = max(1, min(size, self.world.local_world_size // stride))
-        if inside == size:
-            return 1.0
-        if ring:
-            return max(1.0, INTER_NODE_COST / inside)
-        leaving = (size - inside) / (size - 1)
-        return leaving * INTER_NODE_COST + (1 - leaving)
-
-    def _latency_cost(self, layout: Layout) -> float:
-        """Return the cost of starting the collectives of a step, without those that every layout has."""
-        layers, moe = self.workload.model.num_layers, self.workload.model.num_moe_layers
-        calls = {
-            "tensor": 8 * layers,
-            "context": 2 * layers,
-            "shard": 3 * (layers + moe),
-            "pipeline": 4 * layout.pipeline,
-        }
-        sizes = {axis: getattr(layout, axis) for axis in calls}
-        # A ring of more than eight ranks takes longer, in proportion to its hops.
-        starts = sum(calls[axis] * max(1, size / 8) for axis, size in sizes.items() if size > 1)
-        return COLLECTIVE_COST * self.workload.accumulation * starts / layout.pipeline
-
-    @cached_property
-    def _active_parameters(self) -> float:
-        """Parameters that one token uses, in the mean over the tokens, including the embedding."""
-        experts, top_k = self.workload.model.num_experts or 1, self.workload.model.top_k or 1
-        share = {"experts": self.workload.router.experts_per_token(experts, top_k) / experts}
-        weights = self.workload.weights.items()
-        return sum(weight.numel * number * share.get(weight.kind, 1) for weight, number in weights)
+    def seconds(self, candidate: _Candidate) -> float:
+        """Return the estimated time of an optimizer step on GPUs like `REFERENCE`."""
+        hardware = replace(REFERENCE, gpus_per_node=self.world.local_world_size)
+        return estimate_times(candidate.layout, candidate.parallel, self.workload, hardware).total

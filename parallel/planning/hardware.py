@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 from common.errors import ConfigError, expect, require
 from common.files import read_file
+from common.strict import from_dict
 from common.text import one_line, parse_json_object, printable, shorten
 
+PRESETS = Path(__file__).resolve().parents[2] / "conf" / "gpu"
 MAX_FILE = 2**24
 """Bytes of the largest calibration file that is read."""
 POSITIVE = (
@@ -100,6 +102,20 @@ class Hardware:
     def usable(self) -> float:
         """Bytes of memory that tensors can use."""
         return self.memory - self.reserved
+
+
+def read_preset(name: str) -> Hardware:
+    """Return the preset `conf/gpu/<name>.yaml`.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    import yaml  # loads slowly
+
+    path = PRESETS / f"{name}.yaml"
+    names = sorted(preset.stem for preset in PRESETS.glob("*.yaml"))
+    require(name in names, ConfigError, f"gpu={printable(name)}: expected one of {', '.join(names)}")
+    return from_dict(Hardware, yaml.safe_load(path.read_text(encoding="utf-8")), "gpu")
 
 
 def with_rates(hardware: Hardware, path: Path) -> Hardware:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from parallel.planning.hardware import Hardware
+
 ROOT = str(Path(__file__).resolve().parents[2]) + "/"
 SORT_PASSES = 8
 """How often a sort goes through its keys and values."""
@@ -36,29 +38,13 @@ GROUPS = {
     "moe/attention": "RoPE, norms, residuals",
     "moe/layer.py": "RoPE, norms, residuals",
     "parallel/expert.py": "dispatch and combine",
+    "parallel/fsdp.py": "copies of FSDP",
     "parallel/gradients.py": "gradient norm",
 }
 """The start of a file's name -> the group of the operators that it calls, and of those of their backward pass."""
 
 
 COLLECTIVES, FSDP = "parallel/collectives.py", "parallel/fsdp.py:0"
-
-
-class Rates(NamedTuple):
-    """What kernels reach on a device, in FLOP/s and bytes/s."""
-
-    matmul: float
-    """Matmuls in the compute dtype."""
-    grouped_matmul: float
-    """Matmuls of all experts at once."""
-    attention_forward: float
-    attention_backward: float
-    wide_matmul: float
-    """Matmuls in fp32."""
-    bandwidth: float
-    """Bytes per second from and to the memory of the device."""
-    launch_s: float
-    """Time of the smallest kernel, in seconds."""
 
 
 class Operator(NamedTuple):
@@ -91,18 +77,19 @@ class Operator(NamedTuple):
             return "casts"
         return next((group for start, group in GROUPS.items() if self.place.startswith(start)), "other")
 
-    def seconds(self, rates: Rates) -> float:
+    def seconds(self, hardware: Hardware) -> float:
         """Return the estimated time: the longer of that of its bytes and that of its FLOPs."""
         passes = SORT_PASSES if self.name == "sort" else 1
         if self.group == "attention core":
-            rate = rates.attention_forward if self.name == "attention" else rates.attention_backward
+            rate = hardware.attention_forward if self.name == "attention" else hardware.attention_backward
         elif self.name.startswith("wide_linear"):
-            rate = rates.matmul / 3  # Three matmuls in bf16 have the precision of one in fp32.
+            rate = hardware.matmul / 3  # Three matmuls in bf16 have the precision of one in fp32.
         elif self.group == "grouped matmul":
-            rate = rates.grouped_matmul
+            rate = hardware.grouped_matmul
         else:
-            rate = rates.matmul if self.dtype in (torch.bfloat16, torch.float16) else rates.wide_matmul
-        return max(passes * self.nbytes / rates.bandwidth + rates.launch_s, self.flops / rate)
+            narrow = self.name == "add_bf16_product" or self.dtype in (torch.bfloat16, torch.float16)
+            rate = hardware.matmul if narrow else hardware.wide_matmul
+        return max(passes * self.nbytes / hardware.bandwidth + hardware.launch_s, self.flops / rate)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

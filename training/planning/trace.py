@@ -224,6 +224,8 @@ class Tracer(TorchDispatchMode):
             return NotImplemented  # This mode sees the operators on the local tensors.
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
+        if function.namespace == "prim":  # reads an attribute of a tensor, such as its device
+            return function(*args, **kwargs)
         inputs = list(tensors_in((args, kwargs)))
         if function.namespace == "c10d":
             return self._collective(function, name, args, kwargs, inputs)

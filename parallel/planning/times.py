@@ -1,0 +1,200 @@
+"""The time of an optimizer step, by part: what the devices compute, and what they wait for.
+
+`estimate_times` is a formula for comparing many layouts. `training.planning.timing` adds up the operators and the
+collectives of a traced step, in the same parts.
+
+Letters: P pipeline ranks, n ranks of a group, i of them on each node.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from parallel.config import ParallelConfig
+from parallel.layout import Layout
+from parallel.planning.hardware import Hardware
+from parallel.planning.plan import bubble
+from parallel.planning.traffic import Axis, gradient_bytes, shard_bytes, traffic
+from parallel.planning.workload import Workload
+
+ADAM_BYTES = 7
+"""How often AdamW reads or writes a number: weight, gradient and two moments, all but the gradient twice."""
+PASSES_OVER_ACTIVATIONS = 6
+"""How often a stored activation is read or written outside of matmuls, forward and backward (estimate)."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of one optimizer step on the rank that takes longest."""
+
+    matmul: float
+    """Matmuls, with those that are recomputed."""
+    attention: float
+    """The core of attention."""
+    memory_bound: float
+    """All other operators, whose time is that of reading and writing memory, and of launching kernels."""
+    update: float
+    """The optimizer and the norm of the gradients."""
+    exposed: Mapping[Axis, float] = field(hash=False)
+    """Communication during which the device does not compute, by axis."""
+    bubble: float
+    """Idle time of the pipeline."""
+    straggler: float = 0.0
+    """How much longer the rank with most tokens takes than with balanced experts."""
+
+    @property
+    def communication(self) -> float:
+        """All exposed communication."""
+        return sum(self.exposed.values())
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        computation = self.matmul + self.attention + self.memory_bound + self.update
+        return computation + self.communication + self.bubble + self.straggler
+
+
+def transfer_seconds(hardware: Hardware, inside: int, size: int, nbytes: float, *, ring: bool) -> float:
+    """Return the time in which a rank of a group sends `nbytes`, without the start of the collective.
+
+    Args:
+        inside: i, ranks of the group on each node.
+        size: n, ranks of the group.
+        ring: a ring leaves each node once for all ranks of the group in the node. Otherwise every rank sends the
+            same amount to all other ranks.
+    """
+    if inside >= size:
+        return nbytes / hardware.link
+    if ring:
+        return nbytes * max(1 / hardware.link, 1 / hardware.network / inside)
+    leaving = (size - inside) / (size - 1)
+    return nbytes * (leaving / hardware.network + (1 - leaving) / hardware.link)
+
+
+def start_seconds(hardware: Hardware, inside: int, size: int) -> float:
+    """Return the time that a collective takes however little it sends. A ring of more than 8 ranks has more hops."""
+    latency = hardware.link_latency_s if inside >= size else hardware.network_latency_s
+    return latency * max(1, size / 8)
+
+
+def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload, hardware: Hardware) -> StepTimes:
+    """Return the estimated times for a layout.
+
+    Args:
+        parallel: the configuration of `layout`, without `auto`.
+    """
+    model, tokens = workload.model, workload.global_batch * workload.seq_len
+    passes = 4 if parallel.recompute == "full" else 3
+    matmul = 2 * passes * active_parameters(workload) * tokens / layout.world / hardware.matmul
+    pairs = sum(mean_pairs(model.window(layer), workload.seq_len) for layer in range(model.num_layers))
+    attention_flops = 4 * model.num_heads * model.head_dim * pairs * tokens / layout.world
+    forwards = passes - 2
+    attention = attention_flops * (forwards / hardware.attention_forward + 2.5 / hardware.attention_backward)
+    hidden = tokens / layout.world * model.dim * workload.itemsize
+    memory_bound = hidden * model.num_layers * 10 * passes / 3 * PASSES_OVER_ACTIVATIONS / hardware.bandwidth
+    shards = {kind: layout.expert_shard if kind == "experts" else layout.shard for kind in ("experts", "others")}
+    elements = sum(
+        weight.mean_elements(layout) * number / shards["experts" if weight.kind == "experts" else "others"]
+        for weight, number in workload.weights.items()
+    )
+    update = elements / layout.pipeline * workload.weight_itemsize * workload.trained * ADAM_BYTES / hardware.bandwidth
+    computation = matmul + attention + memory_bound
+    exposed = _exposed(layout, parallel, workload, hardware, computation)
+    idle = bubble(layout.pipeline, workload.accumulation, parallel.schedule)
+    return StepTimes(matmul, attention, memory_bound, update, exposed, computation * idle / (1 - idle))
+
+
+def _exposed(
+    layout: Layout, parallel: ParallelConfig, workload: Workload, hardware: Hardware, computation: float
+) -> dict[Axis, float]:
+    """Return the exposed communication by axis. FSDP gathers weights while the previous block computes."""
+    node = hardware.gpus_per_node
+
+    def inside(stride: int, size: int) -> int:
+        return max(1, min(size, node // stride))
+
+    def seconds(axis: Axis, stride: int, size: int, *, ring: bool = False) -> float:
+        return transfer_seconds(hardware, inside(stride, size), size, sent[axis], ring=ring)
+
+    sent = traffic(workload, layout, parallel)
+    exposed: dict[Axis, float] = {
+        "expert": seconds("expert", layout.expert_tensor, layout.expert) * (0.5 if layout.overlap else 1),
+        "expert_tensor": seconds("expert_tensor", 1, layout.expert_tensor, ring=True),
+        "tensor": seconds("tensor", 1, layout.tensor, ring=True),
+        "context": seconds("context", layout.tensor, layout.context),
+        "pipeline": seconds("pipeline", layout.stage, layout.pipeline),
+        "gradients": 0.0,
+    }
+    gathers = 0.0
+    for of_experts in (False, True):
+        weights = {w: number for w, number in workload.weights.items() if (w.kind == "experts") == of_experts}
+        stride = layout.expert_tensor * layout.expert if of_experts else layout.sequence
+        shard = layout.expert_shard if of_experts else layout.shard
+        replicas = layout.expert_data // shard if of_experts else layout.replicate
+        nbytes = shard_bytes(weights, layout, workload) / layout.pipeline
+        gathers += transfer_seconds(hardware, inside(stride, shard), shard, nbytes, ring=True)
+        nbytes = gradient_bytes(weights, layout, workload) / layout.pipeline
+        place = inside(stride * shard, replicas)
+        exposed["gradients"] += transfer_seconds(hardware, place, replicas, nbytes, ring=True)
+    exposed["shard"] = max(0.0, gathers - computation)
+    strides: dict[Axis, int] = {"tensor": 1, "context": layout.tensor, "shard": layout.sequence}
+    for axis, starts in _starts(layout, workload).items():
+        size = getattr(layout, axis)
+        latency = start_seconds(hardware, inside(strides.get(axis, layout.stage), size), size)
+        exposed[axis] += starts * latency * workload.accumulation / layout.pipeline
+    return exposed
+
+
+def _starts(layout: Layout, workload: Workload) -> dict[Axis, int]:
+    """Return how many collectives of a micro-batch must be waited for, without those that every layout has."""
+    layers, moe = workload.model.num_layers, workload.model.num_moe_layers
+    starts: dict[Axis, int] = {
+        "tensor": 8 * layers,
+        "context": 2 * layers,
+        "shard": 3 * (layers + moe),
+        "pipeline": 4 * layout.pipeline,
+    }
+    return {axis: number for axis, number in starts.items() if getattr(layout, axis) > 1}
+
+
+def active_parameters(workload: Workload) -> float:
+    """Return the parameters that one token uses, in the mean over the tokens, without a lookup in the embedding."""
+    model = workload.model
+    experts, top_k = model.num_experts or 1, model.top_k or 1
+    share = workload.router.experts_per_token(experts, top_k) / experts
+    numbers = workload.weights.items()
+    total = sum(weight.numel * number * (share if weight.kind == "experts" else 1) for weight, number in numbers)
+    return total - (0 if model.tie_embeddings else model.dim * (model.vocab_size or 0))
+
+
+def mean_pairs(window: int | None, seq_len: int) -> float:
+    """Return the mean number of keys that a token of a row of one document attends to."""
+    reach = seq_len if window is None else min(window, seq_len)
+    return reach - reach * (reach - 1) / 2 / seq_len
+
+
+REFERENCE = Hardware(
+    name="reference",
+    memory=math.inf,
+    reserved=0.0,
+    precision="bf16",
+    peak=989e12,
+    matmul=405e12,
+    grouped_matmul=405e12,
+    attention_forward=405e12,
+    attention_backward=405e12,
+    wide_matmul=40e12,
+    bandwidth=2.5e12,
+    launch_s=3e-6,
+    gpus_per_node=8,
+    link=450e9,
+    network=50e9,
+    link_latency_s=20e-6,
+    network_latency_s=20e-6,
+    price=None,
+    sources=dict.fromkeys(
+        {entry.name for entry in fields(Hardware)} - {"name", "price", "sources"},
+        "data sheets of an H100 and of a 400 Gb/s network card; 400 TFLOP/s, which a whole step reaches",
+    ),
+)
+"""The device for which a run compares layouts (`parallel.planning.auto`), because it does not know its own rates."""
