@@ -186,6 +186,7 @@ REFERENCE = Hardware(
     wide_matmul=40e12,
     bandwidth=2.5e12,
     launch_s=3e-6,
+    capability=9,
     gpus_per_node=8,
     link=450e9,
     network=50e9,
