@@ -3,7 +3,9 @@
     python benchmarks/published.py          # the runs: settings, published speed, seconds of a step
 
 `RUNS` has the runs. A published figure is FLOP/s, tokens/s or the time of a step. `PublishedRun.step_s` makes seconds
-of a step of it, with the source's own count of FLOPs. `compare` puts predictions beside them.
+of a step of it. `compare` puts predictions beside them. Megatron-Core counted all query-key pairs of a row in 2024
+(https://github.com/NVIDIA/Megatron-LM/issues/831), and the causal half later. None of the papers says what it counts,
+so that the time is known up to a range, which is wide for long rows.
 
 The runs used other programs. What they do and this project does not is in `differences`. The most frequent one:
 Megatron's distributed optimizer shards the optimizer state over the data-parallel ranks (ZeRO-1), where this project
@@ -66,8 +68,8 @@ class PublishedRun:
     """TFLOP/s without recomputation."""
     tokens_per_s: float | None = None
     step_ms: float | None = None
-    all_pairs: bool = True
-    """Whether `tflops` counts all S·S query-key pairs of a row, as Megatron does, or the causal half."""
+    all_pairs: bool | None = None
+    """Whether `tflops` counts all S·S query-key pairs of a row, or the causal half. None: the source does not say."""
     gpu: str = "h100"
     """A preset of `conf/gpu`."""
     micro_batch: int = 1
@@ -108,24 +110,31 @@ class PublishedRun:
         preset, *keys = self.model
         return _configs(preset, *keys)
 
-    def flops_per_token(self) -> float:
-        """Return the FLOPs of a token as the source of `tflops` counts them."""
+    def flops_per_token(self, all_pairs: bool) -> float:
+        """Return the FLOPs of a token, with all S·S pairs of a row or with the causal half."""
         config, router = self.configs()
         flops = training_flops_per_token(_model(config, router), self.seq_len)
-        if not self.all_pairs:
+        if not all_pairs:
             return flops
         # A row of S tokens has S·(S + 1)/2 causal pairs. Each of the other S·(S - 1)/2 costs the same.
         others = (self.seq_len - 1) / 2 * config.num_layers
         return flops + 12 * config.num_heads * config.head_dim * others
 
-    def step_s(self) -> float:
-        """Return the seconds of an optimizer step that the published figure means."""
+    def step_s(self) -> tuple[float, float]:
+        """Return the seconds of an optimizer step that the published figure means: the least and the most.
+
+        The two are different if the source does not say which pairs it counts.
+        """
         if self.step_ms is not None:
-            return self.step_ms / 1e3
+            return self.step_ms / 1e3, self.step_ms / 1e3
         if self.tokens_per_s is not None:
-            return self.tokens / self.gpus / self.tokens_per_s
+            seconds = self.tokens / self.gpus / self.tokens_per_s
+            return seconds, seconds
         assert self.tflops is not None
-        return self.tokens / self.gpus * self.flops_per_token() / (self.tflops * 1e12)
+        counts = (False, True) if self.all_pairs is None else (self.all_pairs, self.all_pairs)
+        scale = self.tokens / self.gpus / (self.tflops * 1e12)
+        least, most = (scale * self.flops_per_token(all_pairs) for all_pairs in counts)
+        return least, most
 
 
 @cache
@@ -165,7 +174,7 @@ RUNS: tuple[PublishedRun, ...] = (
     PublishedRun(
         "Mixtral 8x7B, Megatron 0.8", ("mixtral_8x7b",), 64, 4096, 256,
         {"expert": 8, "pipeline": 4, **INTERLEAVED}, MEGATRON, "438 TFLOPS, reference mapping of v0.8",
-        "8 stages per rank; dropless; ZeRO-1", tflops=438.0,
+        "8 stages per rank; dropless; ZeRO-1", tflops=438.0, all_pairs=True,
     ),
     _folding("Mixtral 8x22B, folded", ("mixtral_8x22b",), 128, 0.493, "table 3", parallel=FOLDED_8X22B),
     _folding("Mixtral 8x22B, not folded", ("mixtral_8x22b",), 128, 0.463, "table 3", parallel=PLAIN_8X22B),
@@ -270,14 +279,16 @@ class Comparison(NamedTuple):
     """A run with its prediction."""
 
     run: PublishedRun
-    published_s: float
+    published_s: tuple[float, float]
+    """The least and the most."""
     prediction: Prediction | None
     """None: the plan refuses the layout."""
 
     @property
-    def ratio(self) -> float | None:
-        """The predicted time relative to the published one."""
-        return self.prediction.step_s / self.published_s if self.prediction else None
+    def ratio(self) -> tuple[float, float] | None:
+        """The predicted time relative to the published ones: the least and the most."""
+        least, most = self.published_s
+        return (self.prediction.step_s / most, self.prediction.step_s / least) if self.prediction else None
 
 
 def compare(
@@ -303,12 +314,17 @@ def _cells(comparison: Comparison) -> tuple[str, ...]:
     run, prediction, ratio = comparison.run, comparison.prediction, comparison.ratio
     layout = "+".join(f"{axis}={size}" for axis, size in run.parallel.items() if axis != "schedule")
     predicted = ("-", "-", "-") if prediction is None or ratio is None else (
-        f"{prediction.step_s:.2f}", f"{ratio:.2f}", f"{prediction.memory / 1e9:.0f}"
+        f"{prediction.step_s:.2f}", _range(ratio), f"{prediction.memory / 1e9:.0f}"
     )  # fmt: skip
     return (
-        run.name, f"{run.gpus:,} {run.gpu}", layout or "one", f"{run.tokens:,}", f"{comparison.published_s:.2f}",
+        run.name, f"{run.gpus:,} {run.gpu}", layout or "one", f"{run.tokens:,}", _range(comparison.published_s),
         *predicted,
     )  # fmt: skip
+
+
+def _range(values: tuple[float, float]) -> str:
+    least, most = (f"{value:.2f}" for value in values)
+    return least if least == most else f"{least} - {most}"
 
 
 def show_costs() -> None:
