@@ -37,6 +37,7 @@ from scripts.cli.command_line import (
     end,
     job_arguments,
     job_command,
+    last_line,
     load_named_plugins,
     plain,
     record_failure,
@@ -45,6 +46,7 @@ from scripts.cli.command_line import (
     take_flag,
     without_local_rank,
 )
+from scripts.cli.early_end import report_early_end
 from scripts.cli.overrides import quote
 from scripts.cli.sweeps import begin_job, end_job, finished_job, show_interrupted_sweep
 from scripts.cli.workers import execute
@@ -73,6 +75,7 @@ def job(cfg: DictConfig) -> float:
     sys.argv[1:] = job_arguments()
     result: dict[str, Any] = {}
     before: dict[str, Any] = {}
+    owner = RunOwner()
     try:
         if sweep_dir is not None and number is not None:
             begin_job(sweep_dir, number, sys.argv[1:])
@@ -83,11 +86,17 @@ def job(cfg: DictConfig) -> float:
         load_named_plugins(raw)
         config = from_dict(Config, start_from(raw, sys.argv[1:]))
         before = finished_job(config) if sweep_dir is not None else {}
-        result = before or execute(config, train, fresh_processes=sweep_dir is not None)
+        result = before or execute(config, train, owner, fresh_processes=sweep_dir is not None)
     except Exception as error:
-        if sweep_dir is None:
-            end(error, sys.argv[1:])
-        record_failure(error, sys.argv[1:], cfg, sweep_dir, number)
+        try:
+            if sweep_dir is None:
+                end(error, sys.argv[1:])
+            record_failure(error, sys.argv[1:], cfg, sweep_dir, number)
+        finally:
+            report_early_end(owner, error, last_line(error, sys.argv[1:]))
+    except (KeyboardInterrupt, SystemExit) as stop:
+        report_early_end(owner, stop)
+        raise
     if sweep_dir is not None and not before:
         end_job(sweep_dir)
     loss = result.get("eval/loss")

@@ -4,6 +4,7 @@
     python scripts/report.py run=runs/sweep-1                           # a table of the jobs, loss against cost
     python scripts/report.py runs=[runs/a,runs/b] out=comparison.html   # the same for any runs
     python scripts/report.py run=runs/quickstart-1 format=svg           # its figures, in figures/
+    python scripts/report.py run=runs/quickstart-1 format=svg step=500  # those of one step show step 500, not the last
 
 Runs and sweeps write their report themselves when they end. This tool is for those that have not, and for older ones.
 """
@@ -30,18 +31,20 @@ class ReportConfig:
     runs: tuple[str, ...] = ()
     out: str | None = None
     format: Literal["html", "png", "svg"] = "html"
+    step: int | None = None
 
     def __post_init__(self) -> None:
         expect((self.run is None) != (not self.runs), "run", self.run, "a run or a sweep, or else runs=[...]")
         expect(not self.runs or self.out is not None, "out", self.out, "a file for the report of several runs")
         expect(not self.runs or self.format == "html", "format", self.format, "html for several runs")
+        expect(self.step is None or self.format != "html", "step", self.step, "null for a page, which has every step")
 
 
 def report(config: ReportConfig) -> None:
     """Write the report, or its figures, and print where they are.
 
     Raises:
-        ConfigError: there is no such run, or the file cannot be written.
+        ConfigError: there is no such run, it has not recorded the step, or the file cannot be written.
     """
     from training.report.page.write import write_comparison, write_figures, write_report
 
@@ -52,7 +55,7 @@ def report(config: ReportConfig) -> None:
         elif config.format == "html":
             print(write_report(directory, out))
         else:
-            print(write_figures(directory, out, config.format))
+            print(write_figures(directory, out, config.format, config.step))
     except OSError as error:
         key, value = ("run", config.run) if config.out is None else ("out", config.out)
         reason = explain_os_error(error, out or directory)

@@ -58,6 +58,8 @@ def test_ctrl_c_prints_how_to_resume(tmp_path: Path, processes: int) -> None:
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (130, "")
-    *_, checkpoint, resume = out.splitlines()
+    *_, checkpoint, resume, report = out.splitlines()
     assert checkpoint.split()[:1] == ["checkpoint"] and "stopped/checkpoints/step-" in checkpoint
     assert resume.split()[0] == "resume" and resume.endswith("run.name=stopped train.steps=100000")
+    page = tmp_path / "stopped" / "report.html"
+    assert report == f"report until here: {page}" and "The run was ended by SIGINT." in page.read_text(encoding="utf-8")

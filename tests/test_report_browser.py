@@ -138,7 +138,7 @@ def test_the_probe(opened: Any, tmp_path: Path) -> None:
     drawn(page)
     assert [colour != "" for colour in page.evaluate(colours)] == [True] + [False] * 3 + [True] * 4
     assert data_of(page, "expert-partners", 0, "x") == ["2", "0"], "in the order of the share: 4/5 and 1/5"
-    page.locator("#step").fill("5")  # of step 6, after the probe of step 4
+    page.locator("#step").fill("6")  # after the probe of step 4
     drawn(page)
     assert [colour != "" for colour in page.evaluate(colours)] == [False] * 4 + [True] * 4
     assert "Probe of step 4." in page.locator("#tokens .probe-step").text_content()
@@ -151,6 +151,7 @@ def test_the_probe(opened: Any, tmp_path: Path) -> None:
     drawn(page)
     assert not tokens.nth(0).is_visible() and tokens.nth(5).is_visible()
 
+    assert page.locator("#from option:checked").text_content() == "1", "the first step with loads"
     assert data_of(page, "moved-layers", 0, "y") == [0, 0.125], "from step 1 to 12: token 0 in layer 1"
     assert data_of(page, "moved", 0, "customdata") == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
     page.locator("#to").select_option(label="7")
@@ -158,6 +159,29 @@ def test_the_probe(opened: Any, tmp_path: Path) -> None:
     assert data_of(page, "moved-layers", 0, "y") == [0, 0]
     change = data_of(page, "change", 0, "customdata")
     assert change[0][0] == pytest.approx(6 / 6, rel=1e-3), "of step 7 and step 1: 4 * 6 / 24"
+
+
+def test_step_0_has_a_probe_and_no_loads(opened: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r")
+    write_probe(run)
+    page = opened(write_report(run))
+    notes = "document.getElementById(name).layout.annotations.map((note) => note.text)"
+
+    def notes_of(figure: str) -> list[str]:
+        return page.evaluate(f"(name) => {notes}", figure)
+
+    assert notes_of("load") == notes_of("change") == []
+    page.locator("#step").fill("0")
+    page.locator("#from").select_option("0")
+    drawn(page)
+    assert page.locator("#step-name").text_content() == "step 0 of 12"
+    assert "Probe of step 0." in page.locator("#router .probe-step").text_content()
+    assert "at the probe of step 0" in page.locator("#token-name").text_content()
+    assert page.locator("#compared").text_content() == "Tokens: probes of steps 0 and 12"
+    assert data_of(page, "moved-layers", 0, "y") == [0, 0.125] and loads_shown(page) == [[None] * 4] * 2
+    note = "No loads at step 0: they are counted from step 1 on."
+    assert notes_of("load") == notes_of("change") == [note]
+    assert data_of(page, "history", 0, "x") == list(range(1, 13))
 
 
 def test_the_table_of_a_sweep(opened: Any, tmp_path: Path) -> None:

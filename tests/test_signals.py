@@ -50,8 +50,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint_of_its_step(
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (128 + number, "")
     last = saved_steps(directory)[-1]
-    *_, checkpoint, resume = out.splitlines()
+    *_, checkpoint, resume, report = out.splitlines()
     assert checkpoint.endswith(f"stopped/checkpoints/step-{last}") and resume.split()[0] == "resume"
+    assert report == f"report until here: {directory / 'report.html'}" and (directory / "report.html").is_file()
     if target == "worker":
         run(tmp_path, cache, *arguments)
         run(tmp_path, cache, *arguments, "run.name=whole")
@@ -78,6 +79,7 @@ def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path, cache: str, to
     assert process.returncode == 1
     waited = r"rank \d (waited 12 s (in \w+:\w+ of|for it in)|has ended, and is waited for with .*, in) step \d"
     assert re.search(rf"rank \d \(process {workers[-1]}\) was stopped, and is killed: {waited}", err), err
+    assert (directory / "report.html").is_file() != torchrun
     [record] = (directory / "collectives").glob("rank-*.json")
     assert json.loads(record.read_text())["step"] >= 3
 
@@ -96,8 +98,9 @@ def test_torchrun_passes_the_warning_of_a_cluster_on(tmp_path: Path, cache: str)
     wait_for_step(directory, process)
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=120)
-    *_, checkpoint, resume = out.splitlines()
+    *_, checkpoint, resume, _ = out.splitlines()
     assert checkpoint.endswith(f"stopped/checkpoints/step-{saved_steps(directory)[-1]}")
+    assert (directory / "report.html").is_file() and not list(directory.glob(".report*"))
     assert "store_type=file" in resume and process.returncode == 1
 
 
@@ -113,7 +116,9 @@ def test_a_sweep_stops_after_the_job_that_a_signal_ends(tmp_path: Path, cache: s
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM and "resume" in out
     assert len(list(tmp_path.glob("**/checkpoints"))) == 1
-    assert "Sweep sweep: 0 of 2 jobs finished" in out and "run.name=sweep" in shlex.split(out.splitlines()[-1])
+    assert "Sweep sweep: 0 of 2 jobs finished" in out and "run.name=sweep" in shlex.split(out.splitlines()[-2])
+    pages = [tmp_path / "sweep" / "report.html", tmp_path / "sweep" / "0" / "report.html"]
+    assert out.endswith(f"report until here: {pages[0]}\n") and all(page.is_file() for page in pages)
 
     # The same command first continues the interrupted job. When it is called once more, all jobs are finished.
     last = saved_steps(tmp_path / "sweep" / "0")[-1]

@@ -122,6 +122,7 @@ class RunOwner:
         self._lock: DirectoryLock | None = None
         self._made_directory = False
         self._made_files: list[Path] = []
+        self._claimed_ns = 0
 
     def claim(self, run: RunConfig) -> str:
         """Create and lock the directory of a run, check that files can be written in it, and return the run's name.
@@ -181,6 +182,14 @@ class RunOwner:
                 self._made_files.append(file)
             append_line(file, line)
 
+    def has_written(self, name: str) -> bool:
+        """Return whether the file `name` in the directory was written after this process had claimed the directory."""
+        if self.directory is None:
+            return False
+        with contextlib.suppress(OSError):
+            return os.stat(self.directory / name).st_mtime_ns >= self._claimed_ns
+        return False
+
     def __enter__(self) -> Self:
         return self
 
@@ -232,6 +241,7 @@ class RunOwner:
             return False
         self._lock, self.directory = lock, directory
         self._made_directory = made
+        self._claimed_ns = os.stat(directory / self._lock_file).st_mtime_ns  # By the clock of the file system.
         return True
 
     def _check_place(self, directory: Path, run: RunConfig, name: str) -> None:

@@ -300,10 +300,9 @@ def record_failure(
         cfg: what Hydra composed for the job.
         sweep_dir, number: as in `plain`.
     """
-    message = user_message(error, arguments)
-    if message is None:
+    if user_message(error, arguments) is None:
         print(details(error), file=sys.stderr)
-        message = details(error).strip().splitlines()[-1]
+    message = last_line(error, arguments)
     print(f"error: job {number}: {escaped(message)}", file=sys.stderr)
     try:
         raw = plain(cfg, sweep_dir, number)
@@ -425,6 +424,11 @@ def check_presets(directory: str) -> None:
             raise ConfigError(f"--config-dir={directory}: {error}") from error
         except ValueError as error:
             raise ConfigError(f"--config-dir={directory}: {file}: {error}") from error
+
+
+def last_line(error: BaseException, arguments: Sequence[str]) -> str:
+    """Return the line about an error that the user can correct, else the last line of the traceback."""
+    return user_message(error, arguments) or details(error).strip().splitlines()[-1]
 
 
 def details(error: BaseException) -> str:

@@ -11,7 +11,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -20,6 +19,7 @@ from omegaconf import DictConfig
 from common.errors import RunError, require
 from common.files import append_line, disk_errors, read_file
 from common.text import MAX_JSON, parse_json, to_json
+from scripts.cli.early_end import signal_of, write_in_time
 from scripts.cli.overrides import PARSER
 from training.config import Config
 from training.owner import SWEEP_RECORD
@@ -29,8 +29,6 @@ from training.run import finished_result
 
 FREE = ("run.name=", "run.root=", "launch.", "tracking.", "tracking=")
 """The starts of arguments that can differ when a sweep goes on, because they change no number."""
-STATUSES = [128 + number for number in Signals]
-"""Exit statuses after a signal."""
 
 
 @dataclass
@@ -155,16 +153,18 @@ def finished_job(config: Config) -> dict[str, Any]:
 
 
 def show_interrupted_sweep(sweep_dir: Path | None, error: BaseException, typed: Sequence[str]) -> None:
-    """Print how a sweep goes on that a signal or Ctrl-C has ended. Nothing is printed for other errors and single runs.
+    """Print how a sweep goes on that a signal or Ctrl-C has ended, and write its report.
+
+    Nothing is done for other errors and single runs.
 
     Args:
         sweep_dir: its directory; None: a single run.
         typed: the arguments of the command.
     """
-    interrupted = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code in STATUSES)
-    if sweep_dir is None or not interrupted:
+    if sweep_dir is None or signal_of(error) is None:
         return
     end_job(sweep_dir)
     named = any(argument.startswith("run.name=") for argument in typed)
     command = ["python", "train.py", *typed, *([] if named else [f"run.name={sweep_dir.name}"])]
     show_fields("Interrupted sweep", {"continue": shlex.join(command)}, commands=("continue",))
+    write_in_time(sweep_dir)

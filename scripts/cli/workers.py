@@ -18,6 +18,7 @@ from parallel.startup.launch import (
     world_from_env,
 )
 from scripts.cli.command_line import UNREAD, discard_unread_output
+from scripts.cli.early_end import signal_of
 from training.config import Config, LaunchConfig
 from training.layout import build_workload, resolve_layout
 from training.owner import RunOwner
@@ -31,14 +32,17 @@ TRAINING_MODULES = ("train", "training.loop")
 """What the workers of `train.py` import."""
 
 
-def execute(config: Config, train: Callable[..., dict[str, Any]], *, fresh_processes: bool = False) -> dict[str, Any]:
+def execute(
+    config: Config, train: Callable[..., dict[str, Any]], owner: RunOwner, *, fresh_processes: bool = False
+) -> dict[str, Any]:
     """Run `train(config, owner)` and return its result on rank 0.
 
     It runs in this process if torchrun or deepspeed started this process, or if one process is enough. Otherwise
     `train(config)` runs in worker processes, and this process owns the run's directory.
 
     Args:
-        train: a function of an importable module. In this process it is given the `RunOwner`.
+        train: a function of an importable module. In this process it is given the `owner`.
+        owner: claims the run's directory, and owns it until this function ends.
         fresh_processes: start a worker even for a single process, so that each job of a sweep begins in a fresh state.
 
     Raises:
@@ -53,7 +57,6 @@ def execute(config: Config, train: Callable[..., dict[str, Any]], *, fresh_proce
     world = world_from_env() if is_launched() else World(world_size=launch.nproc, local_world_size=launch.nproc)
     resolve_layout(config, build_workload(config, config.model), world)
     check_tracking(config.tracking)
-    owner = RunOwner()
     try:
         with owner, disk_errors(Path(config.run.root)):
             result = _train(config, train, owner, fresh_processes)
@@ -61,8 +64,7 @@ def execute(config: Config, train: Callable[..., dict[str, Any]], *, fresh_proce
             raise _as_exception(result["signal"])
         return result
     except (KeyboardInterrupt, SystemExit) as stop:
-        interrupted = isinstance(stop, KeyboardInterrupt) or stop.code in [_status(number) for number in signal.Signals]
-        if interrupted and owner.directory is not None and owner.directory.is_dir():
+        if signal_of(stop) and owner.directory is not None and owner.directory.is_dir():
             _show_how_to_resume(owner.directory, config, world)
         raise
 
@@ -85,11 +87,7 @@ def _train(
 
 def _as_exception(number: int) -> BaseException:
     """Return the exception that ends a command after this signal."""
-    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(_status(number))
-
-
-def _status(number: int) -> int:
-    return 128 + number
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def _show_how_to_resume(directory: Path, config: Config, world: World) -> None:

@@ -4,8 +4,10 @@ import base64
 import json
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import yaml
 
 from scripts import report as tool
 from training.report.alarms import Alarm
-from training.report.page import heldout
+from training.report.page import heldout, paper
 from training.report.page.curves import reduced
 from training.report.page.gather import expert_frames, load_frames, read_run
 from training.report.page.heldout import packed
@@ -107,6 +109,15 @@ def test_text_of_a_run_is_text(tmp_path: Path) -> None:
     assert any("&lt;img" in title for title in titles) and not any("<" in title for title in titles)
 
 
+def test_the_state_of_a_run_that_failed_or_goes_on_after_its_result(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "r", status="failed", error="the disk is full\nTraceback")
+    assert read_run(run).notes == ["The run has failed: the disk is full Traceback"]
+    (run / "result.json").write_text('{"status": "finished", "step": 10}')
+    data = read_run(run, reason="The run was ended by SIGTERM.")
+    assert data.notes == ["The run was ended by SIGTERM. result.json is that of step 10."]
+    assert data.status == "not finished" and "12 of ?" in run_page(data)
+
+
 @pytest.mark.parametrize("lost", ["metrics.jsonl", "result.json", "config.yaml"])
 def test_a_run_without_one_of_its_files_has_a_report_that_says_so(lost: str, tmp_path: Path) -> None:
     run = write_run(tmp_path / "r")
@@ -153,6 +164,8 @@ def test_the_probe(tmp_path: Path) -> None:
     write_probe(run)
     page = run_page(read_run(run))
     script = script_of(page)
+    router = script["router"]
+    assert router["steps"] == list(range(13)) and [loads is None for loads in router["values"]] == [True] + [False] * 12
     found = script["heldout"]
     assert found["words"] == ["␣the"], "the only token id that occurs three times"
     # Expert 0 has half of the assignments of the four tokens of the first domain: 0.5 * 4 experts.
@@ -301,6 +314,32 @@ def test_figures_for_papers(
     assert call(monkeypatch, f"run={run}", "format=png", f"out={run / 'config.yaml'}") == 2
 
 
+def test_figures_show_the_chosen_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run, drawn = write_run(tmp_path / "r"), dict[str, dict[str, Any]]()
+    write_probe(run)
+    monkeypatch.setattr(
+        paper, "_draw", lambda axes, figure: drawn.setdefault(figure["layout"]["title"]["text"], figure)
+    )
+    monkeypatch.setattr(paper, "figure", lambda *_, **__: nullcontext(SimpleNamespace(add_subplot=lambda: None)))
+
+    def figures(step: int | None) -> dict[str, dict[str, Any]]:
+        drawn.clear()
+        write_figures(run, tmp_path, "png", step)
+        return dict(drawn)
+
+    of_6 = figures(6)
+    # Expert 0 has a share of 0.25 + 6/24 of 4 experts, and the two ranks in order have 5/6 and 1/6 of the load.
+    assert 2 ** of_6["Load at step 6"]["data"][0]["z"][0] == pytest.approx([2, 1, 1, 0], abs=1e-6)
+    assert of_6["Straggler price (slowest rank / mean)"]["data"][0]["y"] == [1.5, 2.0]
+    assert "Domains, layer 0, step 4" in of_6 and "Loss (nats per token)" in of_6
+    last = figures(None)
+    assert {"Load at step 12", "Domains, layer 0, step 12"} <= last.keys() and len(last) == len(of_6)
+    of_0 = figures(0)
+    assert "Domains, layer 0, step 0" in of_0 and not any(name.startswith(("Load at", "Straggler")) for name in of_0)
+    (run / "probe" / "step-0.safetensors").unlink()
+    assert not any(name.startswith("Domains") for name in figures(1)), "no step up to 1 is probed"
+
+
 @pytest.mark.slow
 def test_figures_of_the_probe_and_of_a_sweep(tmp_path: Path) -> None:
     run = write_run(tmp_path / "r", steps=2)
@@ -336,6 +375,12 @@ def test_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     for arguments, line in {
         (): "run=null: expected a run or a sweep, or else runs=[...]",
         (f"run={run}", f"runs=[{run}]"): f"run={run}: expected a run or a sweep, or else runs=[...]",
+        (f"run={run}", "step=3"): "step=3: expected null for a page, which has every step",
+        (
+            f"run={run}",
+            "format=svg",
+            "step=15",
+        ): "step=15: expected a step of which the run has loads or a probe; the nearest is 12",
         (f"runs=[{run}]",): "out=null: expected a file for the report of several runs",
         (f"runs=[{run},{tmp_path}]", f"out={tmp_path}/a"): f"runs={tmp_path}: expected directories of runs",
         (f"run={tmp_path / 'none'}",): f"run={tmp_path / 'none'}: expected a run's directory",

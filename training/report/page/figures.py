@@ -27,7 +27,7 @@ MAX_GAPS = 64
 def router_numbers(data: RunData) -> dict[str, Any] | None:
     """Return what the script needs to draw the router at any step, or None for a run without loads.
 
-    `load` is the relative load of each expert, [F, L, E], and `steps` are the F steps. `norms` has the norms of the
+    `values` are the relative loads of the experts, [F, L, E], and `steps` are the F steps. `norms` has the norms of the
     experts by name, with their own steps.
     """
     loads = load_frames(data.rows)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import expect
-from common.text import shorten, show_ranges
+from common.text import one_line, shorten, show_ranges
 from training.report.alarms import ALARMS, Alarm, read_alarms
 from training.report.heatmap import relative_load
 from training.report.metrics import METRICS_FILE, Row, layer_keys, read_metrics
@@ -22,6 +22,8 @@ MAX_CELLS = 600_000
 """The most cells of experts, layers and frames together that a page has."""
 MAX_FRAMES = 240
 """The most steps that the slider can stop at."""
+MAX_REASON = 300
+"""The most characters of the reason why a run has ended early."""
 MAX_ALARMS = 200
 """The most alarms that a page shows."""
 
@@ -52,9 +54,15 @@ class RunData:
 
     @property
     def status(self) -> str:
-        """`finished`, another status of `result.json`, or `not finished` without a readable one."""
+        """`finished`, another status of `result.json`, or `not finished` without a readable one of the last step."""
         status = str(self.result.get("status"))
-        return "not finished" if status in ("None", "missing", "unreadable") else status
+        return "not finished" if status in ("None", "missing", "unreadable") or self.continued else status
+
+    @property
+    def continued(self) -> bool:
+        """Whether the run has done steps after the one of `result.json`, which an earlier launch has written then."""
+        step = self.result.get("step")
+        return bool(self.rows) and isinstance(step, int) and int(self.rows[-1]["step"]) > step  # type: ignore[arg-type]
 
 
 def is_run(directory: Path) -> bool:
@@ -62,11 +70,12 @@ def is_run(directory: Path) -> bool:
     return any((directory / file).is_file() for file in RUN_FILES)
 
 
-def read_run(directory: Path, key: str = "run") -> RunData:
+def read_run(directory: Path, key: str = "run", reason: str | None = None) -> RunData:
     """Read the files of a run. Files that are missing or damaged become notes.
 
     Args:
         key: the key that named the directory, for the message.
+        reason: a sentence about why the run has no result; None: unknown.
 
     Raises:
         ConfigError: `directory` is not a run's.
@@ -76,12 +85,18 @@ def read_run(directory: Path, key: str = "run") -> RunData:
     config, result = read_config(directory), read_result(directory)
     if not config:
         notes.append(f"{CONFIG_FILE} is missing or cannot be read: the configuration is unknown.")
-    if result.get("status") in ("missing", "unreadable"):
-        notes.append(f"There is no readable {RESULT_FILE}: the run has not ended, or was killed.")
     rows = read_rows(directory / METRICS_FILE, notes)
     alarms = _alarms(directory, notes)
     name = result.get("name") or config.get("run.name") or directory.resolve().name
-    return RunData(directory, str(name), config, result, rows, alarms, notes)
+    data = RunData(directory, str(name), config, result, rows, alarms, notes)
+    why = shorten(one_line(reason or "The run has not ended, or was killed."), MAX_REASON)
+    if result.get("status") in ("missing", "unreadable"):
+        notes.insert(0, f"{why} There is no readable {RESULT_FILE}: the last evaluation and the sample are missing.")
+    elif data.continued:
+        notes.insert(0, f"{why} {RESULT_FILE} is that of step {result['step']}.")
+    elif result.get("error"):
+        notes.insert(0, shorten(one_line(f"The run has failed: {result['error']}"), MAX_REASON))
+    return data
 
 
 def read_rows(path: Path, notes: list[str]) -> list[Row]:

@@ -147,7 +147,8 @@
 
   // ------------------------------------------------------------------------------------------------------- router
   function drawRouter() {
-    const [layers, experts] = [router.values[0].length, router.values[0][0].length];
+    const last = router.values.at(-1);
+    const [layers, experts] = [last.length, last[0].length];
     const [layerNumbers, expertNumbers] = [numbers(layers), numbers(experts)];
     const byDomain = unpack(heldout?.by_domain);
     const byWord = unpack(heldout?.by_word);
@@ -160,21 +161,30 @@
     };
     const topK = text?.experts.shape[3] ?? 0;
     const step = () => router.steps[state.frame];
+    // The page has frames of the probe before the first step with loads. Their loads are null.
+    const first = router.values.findIndex((loads) => loads !== null);
+    const [loadSteps, loads] = [router.steps.slice(first), router.values.slice(first)];
+    const unloaded = layerNumbers.map(() => Array(experts).fill(null));
+    const lackOf = (...frames) => frames.filter((frame) => router.values[frame] === null).map((frame) => router.steps[frame]);
+    const noteOf = (steps) => steps.length === 0 ? [] : [{
+      text: `No loads at step ${steps.join(" and ")}: they are counted from step ${loadSteps[0]} on.`,
+      xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, font: { size: 12 },
+    }];
 
     const logOf = (value, limit) => Math.min(limit, Math.max(-limit, Math.log2(Math.max(value, 1e-9))));
     const box = (x, y) => ({
       type: "rect", x0: x - 0.5, x1: x + 0.5, y0: y - 0.5, y1: y + 0.5, line: { color: "#e69f00", width: 2 },
     });
 
-    function fillLoads(name, loads, x, y, title) {
+    function fillLoads(name, loads, x, y, layout) {
       const dead = [];
       loads.forEach((row, i) => row.forEach((load, j) => load === 0 && dead.push([x[j], y[i]])));
       const crosses = {
         type: "scatter", mode: "markers", hoverinfo: "skip", showlegend: false, x: column(dead, 0), y: column(dead, 1),
         marker: { symbol: "x-thin", size: 7, line: { width: 1.5, color: document.documentElement.dataset.theme === "dark" ? "#14171b" : "#fff" } },
       };
-      const z = loads.map((row) => row.map((load) => logOf(load, router.limit)));
-      fill(name, [{ z, customdata: loads, x, y }, crosses], { title });
+      const z = loads.map((row) => row.map((load) => (load === null ? null : logOf(load, router.limit))));
+      fill(name, [{ z, customdata: loads, x, y }, crosses], layout);
     }
 
     // A map of numbers whose balance is 1: colours range from a quarter to four times.
@@ -188,16 +198,15 @@
     function drawFrame() {
       byId("step").value = state.frame;
       byId("step-name").textContent = `step ${step()} of ${router.steps.at(-1)}`;
-      fillLoads("load", router.values[state.frame], expertNumbers, layerNumbers);
+      fillLoads("load", router.values[state.frame] ?? unloaded, expertNumbers, layerNumbers, { annotations: noteOf(lackOf(state.frame)) });
       markStep(step());
     }
 
     function drawLayer() {
       byId("layer").value = state.layer;
       setText(".layer-name", state.layer);
-      const loads = router.values.map((frame) => frame[state.layer]);
-      const rows = expertNumbers.map((expert) => column(loads, expert));
-      fillLoads("history", rows, router.steps, expertNumbers, `Load over training, layer ${state.layer}`);
+      const rows = expertNumbers.map((expert) => column(column(loads, state.layer), expert));
+      fillLoads("history", rows, loadSteps, expertNumbers, { title: `Load over training, layer ${state.layer}` });
     }
 
     function drawChosen() {
@@ -210,8 +219,8 @@
     function drawExpert() {
       const { layer, expert } = state;
       const line = (values, more) => ({ type: "scatter", mode: "lines", showlegend: false, ...values, ...more });
-      const load = router.values.map((frame) => frame[layer][expert]);
-      fill("expert-load", [line({ name: "load", x: router.steps, y: load })]);
+      const load = loads.map((frame) => frame[layer][expert]);
+      fill("expert-load", [line({ name: "load", x: loadSteps, y: load })]);
       const axes = { "gradient norm": "y", "weight norm": "y2" };
       fill("expert-norms", Object.entries(router.norms).map(([name, { steps, values }]) =>
         line({ name, x: steps, y: values.map((frame) => frame[layer][expert]) }, { yaxis: axes[name] })));
@@ -220,8 +229,8 @@
     function drawStatistics() {
       const { layer, expert } = state;
       const at = (array) => lastBefore(array.steps, step());
-      const first = byDomain ?? byWord ?? pairs;
-      if (first) setText("#router .probe-step, #specialisation .probe-step", `Probe of step ${first.steps[at(first)]}.`);
+      const any = byDomain ?? byWord ?? pairs;
+      if (any) setText("#router .probe-step, #specialisation .probe-step", `Probe of step ${any.steps[at(any)]}.`);
       if (byDomain) {
         const index = at(byDomain);
         const names = heldout.domains.map(escaped);
@@ -328,12 +337,14 @@
 
     // ---------------------------------------------------------------------------------------------------- two steps
     function drawComparison() {
-      const [from, to] = [router.values[state.from], router.values[state.to]];
       [byId("from").value, byId("to").value] = [state.from, state.to];
-      const change = to.map((row, layer) => row.map((load, expert) => load - from[layer][expert]));
+      const lacking = lackOf(...new Set([state.from, state.to]));
+      const [from, to] = [state.from, state.to].map((frame) => (lacking.length ? unloaded : router.values[frame]));
+      const change = to.map((row, layer) => row.map((load, expert) => (lacking.length ? null : load - from[layer][expert])));
       const most = Math.max(1e-9, ...change.flat().map(Math.abs));
       const hovertemplate = "expert %{x}, MoE layer %{y}<br>%{customdata:+.3g}<extra></extra>";
-      fill("change", [{ z: change, customdata: change, x: expertNumbers, y: layerNumbers, zmin: -most, zmax: most, colorbar: {}, hovertemplate }]);
+      const values = { z: change, customdata: change, x: expertNumbers, y: layerNumbers };
+      fill("change", [{ ...values, zmin: -most, zmax: most, colorbar: {}, hovertemplate }], { annotations: noteOf(lacking) });
       if (!text) return;
       const [a, b] = [state.from, state.to].map((frame) => lastBefore(text.steps, router.steps[frame]));
       byId("compared").textContent = `Tokens: probes of steps ${text.steps[a]} and ${text.steps[b]}`;
@@ -392,7 +403,7 @@
       byId(id).addEventListener("change", ({ target }) => choose({ [id]: Number(target.value) }));
     const onClick = (name, function_) => has(name) && byId(name).on("plotly_click", ({ points: [point] }) => function_(point));
     for (const name of ["load", "change"]) onClick(name, (point) => choose({ layer: point.y, expert: point.x }));
-    onClick("history", (point) => choose({ frame: nearest(router.steps, point.x), expert: point.y }));
+    onClick("history", (point) => choose({ frame: first + nearest(loadSteps, point.x), expert: point.y }));
     onClick("path", (point) => point.data.xaxis !== "x2" && choose({ layer: point.y, expert: point.x }));
     for (const name of ["domains", "words"]) onClick(name, (point) => choose({ expert: Number(point.x) }));
     onClick("expert-partners", (point) => choose({ expert: Number(point.x) }));
@@ -420,7 +431,8 @@
     });
 
     if (text) layOutText();
-    choose({ ...state, frame: router.steps.length - 1, to: router.steps.length - 1 });
+    const fullest = last[0].indexOf(Math.max(...last[0]));
+    choose({ ...state, frame: router.steps.length - 1, expert: fullest, from: first, to: router.steps.length - 1 });
     requestAnimationFrame(() => (document.body.dataset.ready = "yes"));
   }
 })().catch((error) => {

@@ -1,22 +1,25 @@
 """The figures of a report as PNG or SVG files, in the width of one column of a paper.
 
-matplotlib draws them from the same descriptions as the page. A figure whose values the page fills in shows the last
-step here; of one that shows a single layer, there is a file for each layer.
+matplotlib draws them from the same descriptions as the page. A figure whose values the page fills in shows one step
+here, the last one if no other is chosen; of one that shows a single layer, there is a file for each layer.
 
 Shapes: L MoE layers, E experts, G domains, W words.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from common.errors import expect
 from training.report.page.curves import Figure, curve_figures
 from training.report.page.figures import router_figures
-from training.report.page.gather import RunData, load_frames
+from training.report.page.gather import Frames, RunData, load_frames
 from training.report.page.heldout import HeldOut, frequent_ids, heldout_figures, read_heldout, shown_piece, word_numbers
 from training.report.page.jobs import Jobs, job_figures
 from training.report.plots import figure
@@ -33,13 +36,24 @@ MAX_FILES = 400
 SMALL_FONT = {"font.size": 7, "axes.titlesize": 8, "legend.fontsize": 6, "lines.linewidth": 1.2, "axes.linewidth": 0.6}
 
 
-def write_run_figures(data: RunData, target: Path, suffix: Format) -> list[Path]:
+def write_run_figures(data: RunData, target: Path, suffix: Format, step: int | None = None) -> list[Path]:
     """Write the figures of a run into the directory `target`, and return the files.
 
+    Args:
+        step: what figures of one step show. Those of the probe show the last probed step up to it. None: the last step.
+
     Raises:
+        ConfigError: the run has neither loads nor a probe of `step`.
         OSError: a file cannot be written.
     """
-    return _write(_run_figures(data), target, suffix)
+    loads = load_frames(data.rows)
+    heldout = None if loads is None else read_heldout(data, _shape(loads), [])
+    if step is not None:
+        loaded = {int(row["step"]) for row in data.rows if load_frames([row]) is not None}  # type: ignore[arg-type]
+        recorded = sorted(loaded.union(heldout.steps if heldout is not None else ()))
+        near = f"the nearest is {min(recorded, key=lambda each: abs(each - step))}" if recorded else "there is none"
+        expect(step in recorded, "step", step, f"a step of which the run has loads or a probe; {near}")
+    return _write(_run_figures(data, loads, heldout, step), target, suffix)
 
 
 def write_job_figures(jobs: Jobs, target: Path, suffix: Format) -> list[Path]:
@@ -59,39 +73,50 @@ def _write(figures: Iterator[tuple[str, Figure]], target: Path, suffix: Format) 
     return written
 
 
-def _run_figures(data: RunData) -> Iterator[tuple[str, Figure]]:
+def _run_figures(
+    data: RunData, loads: Frames | None, heldout: HeldOut | None, step: int | None
+) -> Iterator[tuple[str, Figure]]:
     """Yield name -> figure with all values."""
     yield from curve_figures(data).items()
-    loads, router = load_frames(data.rows), router_figures(data)
     if loads is None:
         return
-    if "straggler" in router:
-        yield "straggler", router["straggler"]
-    last_LE = np.array(loads.values_FLE[-1])
-    layers, experts = last_LE.shape
-    yield (
-        "load",
-        _filled(router["load"], _log(last_LE), range(experts), range(layers), f"Load at step {loads.steps[-1]}"),
-    )
+    router, (layers, experts) = router_figures(data), _shape(loads)
+    until = [row for row in data.rows if step is None or int(row["step"]) <= step]  # type: ignore[arg-type]
+    straggler = router_figures(replace(data, rows=until)).get("straggler")
+    if straggler is not None:
+        yield "straggler", straggler
+    shown = load_frames([row for row in until if step is None or row["step"] == step])
+    if shown is not None and _shape(shown) == (layers, experts):
+        title = f"Load at step {shown.steps[-1]}"
+        yield "load", _filled(router["load"], _log(shown.values_FLE[-1]), range(experts), range(layers), title)
     for layer in range(layers):
         values_EF = np.array([frame_LE[layer] for frame_LE in loads.values_FLE]).T
         title = f"Load over training, layer {layer}"
         yield f"history-{layer:02d}", _filled(router["history"], _log(values_EF), loads.steps, range(experts), title)
-    heldout = read_heldout(data, (layers, experts), [])
     if heldout is not None:
-        yield from _heldout_figures(heldout)
+        yield from _heldout_figures(heldout, step)
 
 
-def _heldout_figures(heldout: HeldOut) -> Iterator[tuple[str, Figure]]:
-    figures, probe, routing = heldout_figures(heldout), heldout.probe, heldout.routings[-1]
+def _shape(loads: Frames) -> tuple[int, int]:
+    """Return the number of layers and of experts."""
+    [values_LE, *_] = loads.values_FLE
+    return len(values_LE), len(values_LE[0])
+
+
+def _heldout_figures(heldout: HeldOut, step: int | None) -> Iterator[tuple[str, Figure]]:
+    figures, probe = heldout_figures(heldout), heldout.probe
     yield from ((name, figures[name]) for name in ("churn", "saturation") if name in figures)
+    probed = [index for index, each in enumerate(heldout.steps) if step is None or each <= step]
+    if not probed:
+        return
+    routing, shown = heldout.routings[probed[-1]], heldout.steps[probed[-1]]
     ids, (layers, experts) = frequent_ids(probe), heldout.shape
     domains_LEG = specialisation(routing, probe.domain_T, len(probe.domains))
     words_LEW = specialisation(routing, word_numbers(probe, ids), len(ids) + 1)[..., :-1]
     names = [shown_piece(probe.pieces[int(np.argmax(probe.tokens_T == token))]) for token in ids]
     pairs_LEE = coactivation(routing)
     for layer in range(layers):
-        columns, of_layer = range(experts), f", layer {layer}, step {heldout.steps[-1]}"
+        columns, of_layer = range(experts), f", layer {layer}, step {shown}"
         yield (
             f"domains-{layer:02d}",
             _filled(figures["domains"], _log(domains_LEG[layer].T), columns, probe.domains, f"Domains{of_layer}", 2),
@@ -105,7 +130,7 @@ def _heldout_figures(heldout: HeldOut) -> Iterator[tuple[str, Figure]]:
         yield f"pairs-{layer:02d}", _filled(figures["pairs"], pairs_EE, columns, columns, f"Co-activation{of_layer}")
 
 
-def _log(values: np.ndarray) -> np.ndarray:
+def _log(values: ArrayLike) -> np.ndarray:
     return np.log2(np.maximum(values, 1e-9))
 
 

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from common.errors import expect
 from common.files import explain_os_error, write_atomically
 from common.text import first_line, show_value, to_json
 from training.report.page.curves import curve_figures
@@ -27,11 +28,12 @@ HERE = Path(__file__).parent
 REPORT_FILE = "report.html"
 
 
-def write_report(directory: Path, target: Path | None = None) -> Path:
+def write_report(directory: Path, target: Path | None = None, reason: str | None = None) -> Path:
     """Write the report of a run or of a sweep, atomically.
 
     Args:
         target: the file; None: `report.html` in the directory.
+        reason: a sentence about why a run has no result, for the note about it.
 
     Returns:
         The file.
@@ -43,7 +45,7 @@ def write_report(directory: Path, target: Path | None = None) -> Path:
     page = (
         sweep_page(read_sweep(directory), directory.resolve().name)
         if has_jobs(directory)
-        else run_page(read_run(directory))
+        else run_page(read_run(directory, reason=reason))
     )
     return write_atomically(target or directory / REPORT_FILE, page)
 
@@ -53,37 +55,41 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
     return write_atomically(target, sweep_page(read_runs(runs, target.parent), f"{len(runs)} runs"))
 
 
-def write_figures(directory: Path, target: Path | None, suffix: Format) -> Path:
+def write_figures(directory: Path, target: Path | None, suffix: Format, step: int | None = None) -> Path:
     """Write the figures of a run or a sweep as files.
 
     Args:
         target: the directory for them; None: `figures` in the directory of the run or sweep.
+        step: what figures of one step show; None: the last step.
 
     Returns:
         The directory.
 
     Raises:
-        ConfigError, OSError: as `write_report`.
+        ConfigError: as `write_report`. Also if `step` is given for a sweep, or the run has recorded nothing at `step`.
+        OSError: as `write_report`.
     """
     target = target or directory / "figures"
     if has_jobs(directory):
+        expect(step is None, "step", step, "null for a sweep, whose figures have all steps")
         write_job_figures(read_sweep(directory), target, suffix)
     else:
-        write_run_figures(read_run(directory), target, suffix)
+        write_run_figures(read_run(directory), target, suffix, step)
     return target
 
 
-def write_report_or_say_why(directory: Path, say: Callable[[str], None]) -> Path | None:
+def write_report_or_say_why(directory: Path, say: Callable[[str], None], reason: str | None = None) -> Path | None:
     """Write the report of a run or sweep that has just ended, which does not fail because of it.
 
     Args:
         say: gets a line if the report cannot be written.
+        reason: as in `write_report`.
 
     Returns:
         The file, or None.
     """
     try:
-        return write_report(directory)
+        return write_report(directory, reason=reason)
     except OSError as error:
         say(f"warning: {REPORT_FILE} cannot be written: {explain_os_error(error, directory)}")
     except Exception as error:
@@ -119,6 +125,9 @@ def run_page(data: RunData) -> str:
     if numbers is not None:
         [values_LE, *_] = numbers["values"]
         heldout = read_heldout(data, (len(values_LE), len(values_LE[0])), notes)
+        # The probe also has step 0, before the first loads. The slider can stop there, too.
+        before = [step for step in heldout.steps if step < numbers["steps"][0]] if heldout is not None else []
+        numbers |= {"steps": [*before, *numbers["steps"]], "values": [None] * len(before) + numbers["values"]}
     tokens, token_numbers = ({}, None) if heldout is None else heldout_parts(heldout, notes)
     script = {
         "figures": curves | router | tokens,
@@ -202,7 +211,7 @@ def facts(data: RunData) -> dict[str, str]:
         if key.startswith("parallel.") and type(value) is int and value > 1
     ]
     batch = known("train.global_batch", "train.seq_len")
-    step, steps = result.get("step"), config.get("train.steps")
+    step, steps = None if data.continued else result.get("step"), config.get("train.steps")
     rows = {
         "model": ", ".join(shape),
         "parameters": ", ".join(sizes),
