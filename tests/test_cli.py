@@ -213,7 +213,7 @@ def test_a_refusal_under_torchrun_leaves_no_run_behind(tmp_path, monkeypatch):
         raise ConfigError("model.vocab_size=1: expected more")
 
     with pytest.raises(ConfigError):
-        workers.execute(config, refuse, RunOwner())
+        workers.execute(config, refuse)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,7 +33,11 @@ TRAINING_MODULES = ("train", "training.loop")
 
 
 def execute(
-    config: Config, train: Callable[..., dict[str, Any]], owner: RunOwner, *, fresh_processes: bool = False
+    config: Config,
+    train: Callable[..., dict[str, Any]],
+    owner: RunOwner | None = None,
+    *,
+    fresh_processes: bool = False,
 ) -> dict[str, Any]:
     """Run `train(config, owner)` and return its result on rank 0.
 
@@ -41,8 +45,8 @@ def execute(
     `train(config)` runs in worker processes, and this process owns the run's directory.
 
     Args:
-        train: a function of an importable module. In this process it is given the `owner`.
-        owner: claims the run's directory, and owns it until this function ends.
+        train: a function of an importable module. In this process it is given the `RunOwner`.
+        owner: claims the run's directory, and owns it until this function ends. None: a new one.
         fresh_processes: start a worker even for a single process, so that each job of a sweep begins in a fresh state.
 
     Raises:
@@ -57,6 +61,7 @@ def execute(
     world = world_from_env() if is_launched() else World(world_size=launch.nproc, local_world_size=launch.nproc)
     resolve_layout(config, build_workload(config, config.model), world)
     check_tracking(config.tracking)
+    owner = owner or RunOwner()
     try:
         with owner, disk_errors(Path(config.run.root)):
             result = _train(config, train, owner, fresh_processes)

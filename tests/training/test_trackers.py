@@ -25,6 +25,7 @@ from scripts.wandb_workspace import save as save_workspace
 from tests.commands import ROOT
 from training.config import CheckpointConfig, Config, TrackingConfig
 from training.report import code_state as code_state_module
+from training.report import wandb_tracker
 from training.report.alarms import Alarm
 from training.report.code_state import code_state, uncommitted_changes
 from training.report.metrics import Row, read_metrics
@@ -510,13 +511,30 @@ def test_online_needs_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         check_tracking(TrackingConfig(wandb=mode))
     with pytest.raises(ValueError, match=r"^tracking\.wandb=online: expected an API key"):
         check_tracking(TrackingConfig(wandb="online"))
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    check_tracking(TrackingConfig(wandb="online"))
+    for host in ("api.wandb.ai", "api.forge.coreweave.com"):  # `wandb login` of older and newer versions
+        (tmp_path / "netrc").write_text(f"machine {host} login user password secret\n")
+        check_tracking(TrackingConfig(wandb="online"))
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080")
     with pytest.raises(ValueError, match="expected an API key"):
         check_tracking(TrackingConfig(wandb="online"))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     check_tracking(TrackingConfig(wandb="online"))
+
+
+@pytest.mark.slow
+def test_without_a_network_the_run_is_written_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # Nothing listens on this port.
+    monkeypatch.setattr(wandb_tracker, "INIT_TIMEOUT_S", 2)
+    warnings: list[str] = []
+    trackers = start(tmp_path, None, warnings, TrackingConfig(wandb="online"))
+    trackers.log(without_step(row_of(1)), 1)
+    trackers.finish()
+    [line] = warnings
+    assert line.startswith("W&B cannot be reached (CommError: ") and "\n" not in line
+    assert line.endswith(f"the run is written offline, and `wandb sync {tmp_path / 'wandb'}/offline-run-*` sends it")
+    run_id = (tmp_path / "wandb" / "run_id.txt").read_text().strip()
+    assert logged_steps(tmp_path / "wandb", run_id) == {1}
 
 
 def test_histogram_groups_neighbours_beyond_its_limit() -> None:

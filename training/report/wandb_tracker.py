@@ -6,12 +6,14 @@ import os
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from common.files import read_file
+from common.text import first_line
 from training.config import TrackingConfig
 from training.report.alarms import Alarm
 from training.report.code_state import code_state, uncommitted_changes
@@ -23,6 +25,10 @@ MAX_BINS = 512
 """The most bins that W&B accepts in a histogram."""
 INIT_TIMEOUT_S = 30
 """Seconds that W&B gets to start. The other ranks wait meanwhile, so this must be well below `parallel.timeout_s`."""
+FINISH_TIMEOUT_S = 120
+"""Seconds that W&B gets at the end of a run to send what it has not sent yet. It stays on the disk after that."""
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""The hosts of W&B's service: its default was the first, and is the second in newer versions of the package."""
 SECTIONS = ("train", "eval", "router", "experts", "optim", "speed", "health", "alarm")
 """The first parts of the metrics' names. W&B shows a section of panels for each, with the step as the x axis."""
 ALERT_PAUSE_S = 600
@@ -135,12 +141,31 @@ def load_histogram(load_E: list[float]) -> tuple[list[float], list[float]]:
 def start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], None]) -> WandbTracker:
     """Start W&B in the mode `config.wandb`, and return its tracker. Nothing is printed.
 
+    If the service cannot be reached within `INIT_TIMEOUT_S`, or refuses the key, the run is written offline.
+
     Args:
-        warn: receives a line for each plot that W&B does not get.
+        warn: receives a line about that, and one for each plot that W&B does not get.
 
     Raises:
-        Exception: W&B does not start, e.g. because the service cannot be reached.
+        Exception: W&B does not start.
     """
+    import wandb
+
+    if config.wandb != "online":
+        return _start(config, run, warn)
+    try:
+        return _start(config, run, warn)
+    except Exception as error:
+        wandb.teardown()  # Its settings are those of the mode `online`.
+        tracker = _start(replace(config, wandb="offline"), run, warn)
+        warn(
+            f"W&B cannot be reached ({first_line(error)}); the run is written offline, and "
+            f"`wandb sync {run.directory / 'wandb'}/offline-run-*` sends it"
+        )
+        return tracker
+
+
+def _start(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], None]) -> WandbTracker:
     import wandb
 
     id_file = run.directory / "wandb" / "run_id.txt"
@@ -156,6 +181,7 @@ def start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], N
         disable_job_creation=True,
         x_save_requirements=False,
         init_timeout=INIT_TIMEOUT_S,
+        **_finish_settings(wandb),
     )
     # This must come before init, which would otherwise print where it found the API key.
     wandb.setup(settings=settings)
@@ -189,6 +215,15 @@ def start_wandb(config: TrackingConfig, run: TrackedRun, warn: Callable[[str], N
     return WandbTracker(wandb, wandb_run, warn, seen=seen, step=run.resumed_step, per_expert=config.per_expert)
 
 
+def _finish_settings(wandb: Any) -> dict[str, Any]:
+    """Return settings by which `Run.finish` raises TimeoutError if the service does not take the rest of the data.
+
+    Without them it would wait for the network for ever. Old versions of W&B do not have them.
+    """
+    settings = {"finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True}
+    return settings if settings.keys() <= wandb.Settings.model_fields.keys() else {}
+
+
 def _run_id(file: Path, resumed_step: int | None) -> str:
     """Return the id of the run that is resumed, which `file` has, or a new one."""
     if resumed_step is not None and file.is_file():
@@ -198,8 +233,9 @@ def _run_id(file: Path, resumed_step: int | None) -> str:
 
 def netrc_has_key() -> bool:
     """Return whether the netrc file has an API key of W&B's service."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "")).hostname
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+        found = netrc.netrc(os.environ.get("NETRC"))
+        return any(found.authenticators(name) is not None for name in ([host] if host else HOSTS))
     except (OSError, netrc.NetrcParseError):
         return False
