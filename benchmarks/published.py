@@ -1,6 +1,6 @@
 """Training runs that others published with their settings, and this project's own, as data to compare predictions with.
 
-    python benchmarks/published.py          # the runs: settings, published speed, seconds of a step
+    python benchmarks/published.py          # the runs: settings, published and predicted seconds of a step
 
 `RUNS` has the runs. A published figure is FLOP/s, tokens/s or the time of a step. `PublishedRun.step_s` makes seconds
 of a step of it. `compare` puts predictions beside them. Megatron-Core counted all query-key pairs of a row in 2024
@@ -28,6 +28,12 @@ from common.strict import from_dict
 from moe.accounting.flops import forward_flops_per_token, meta_model, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
 from moe.model import Transformer
+from parallel.config import ParallelConfig
+from parallel.planning.auto import AUTO_AXES
+from parallel.planning.hardware import read_preset
+from parallel.planning.plan import estimate_memory
+from parallel.planning.times import estimate_times
+from parallel.planning.workload import Workload
 from scripts.cli.command_line import compose_config
 
 H100_PEAK = 989.5
@@ -90,10 +96,11 @@ class PublishedRun:
     def overrides(self) -> list[str]:
         """The run as overrides of this project's command line, without the numbers of GPUs and their kind."""
         preset, *keys = self.model
+        axes: dict[str, int | str] = dict.fromkeys(AUTO_AXES, 1)
         return [
             f"model={preset}",
             *(f"model.{key}" for key in keys),
-            *(f"parallel.{axis}={size}" for axis, size in self.parallel.items()),
+            *(f"parallel.{axis}={size}" for axis, size in (axes | self.parallel).items()),
             f"train.seq_len={self.seq_len}",
             f"train.global_batch={self.global_batch}",
             f"train.accumulation={self.accumulation}",
@@ -336,6 +343,17 @@ def show_costs() -> None:
         )
 
 
+def by_formula(run: PublishedRun) -> Prediction:
+    """Predict a run by the formulas with which `parallel=auto` compares layouts."""
+    model, router = run.configs()
+    parallel = ParallelConfig(**run.parallel)  # type: ignore[arg-type]
+    workload = Workload(model, router, run.global_batch, run.accumulation, run.seq_len)
+    layout = parallel.layout(run.gpus, model, run.seq_len)
+    hardware = read_preset(run.gpu)
+    memory = max(stage.device for stage in estimate_memory(layout, parallel, workload))
+    return Prediction(estimate_times(layout, parallel, workload, hardware).total, memory + hardware.reserved)
+
+
 if __name__ == "__main__":
-    show(compare(lambda run: None))
+    show(compare(by_formula))
     show_costs()
