@@ -198,6 +198,7 @@ def functions_of(path: Path) -> Iterator[tuple[str, str, ast.FunctionDef]]:
                     yield node.name, f"{file}:{node.name}.{member.name}", member
 
 
+@cache
 def names_used_in(function: ast.FunctionDef) -> set[str]:
     """Return the variables and the string constants in the function."""
     constants = {node.value for node in ast.walk(function) if isinstance(node, ast.Constant)}
@@ -298,6 +299,7 @@ def replaced_seams(files: list[Path]) -> dict[str, set[str]]:
     return dict(seams)
 
 
+@cache
 def functions_as_defaults() -> dict[str, tuple[set[str], str]]:
     """Return `function.argument` and `Class.field` in moe/ -> the places that pass another value, and the default.
 
@@ -326,8 +328,10 @@ def places_that_pass(argument: str, called: str) -> Iterator[str]:
     """Yield the places that name the function or class `called` and call something with the keyword `argument`."""
     for path in SOURCES:
         for _, place, function in functions_of(path):
+            if called not in names_used_in(function):
+                continue
             calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
-            if called in names_used_in(function) and argument in {key.arg for call in calls for key in call.keywords}:
+            if argument in {key.arg for call in calls for key in call.keywords}:
                 yield place
 
 

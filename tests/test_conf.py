@@ -1,8 +1,10 @@
 import dataclasses
+import functools
 import importlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +37,14 @@ PLUGINS = {"optuna": "hydra_optuna_sweeper", "slurm": "hydra_submitit_launcher",
 """The plugin of Hydra that each preset of `hparams_search` needs."""
 
 
+@functools.cache
+def values_of(*overrides: str) -> dict[str, Any]:
+    """Compose a configuration, once for all tests. Do not change it."""
+    return compose_config("config", overrides)
+
+
 def composed(overrides: list[str]) -> Config:
-    return from_dict(Config, compose_config("config", overrides))
+    return from_dict(Config, values_of(*overrides))
 
 
 def test_groups_mirror_the_sections() -> None:
@@ -56,7 +64,7 @@ def test_every_preset_composes_to_a_config(group: str, preset: str) -> None:
     ("group", "preset"), [pair for pair in PRESETS if pair[0] not in ("data", "experiment", "hparams_search")]
 )
 def test_every_key_of_the_dataclass_is_in_its_yaml(group: str, preset: str) -> None:
-    written = compose_config("config", [f"{group}={preset}", *NEEDED.get((group, preset), [])])[group]
+    written = values_of(f"{group}={preset}", *NEEDED.get((group, preset), []))[group]
     section = next(field.type for field in dataclasses.fields(Config) if field.name == group)
     assert isinstance(section, type)
     assert set(written) == {field.name for field in dataclasses.fields(section)}
@@ -98,7 +106,7 @@ def test_without_an_experiment_the_run_is_called_after_its_model() -> None:
 
 def test_composing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    composed([])
+    compose_config("config", [])
     assert os.listdir(tmp_path) == []
 
 

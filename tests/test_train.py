@@ -68,7 +68,7 @@ def wandb_steps(directory: Path) -> list[int]:
     return steps
 
 
-def test_one_process_writes_everything_and_continues_only_when_asked(tmp_path, cache):
+def test_one_process_writes_everything(tmp_path, cache):
     out = run(tmp_path, cache, "train.steps=3", "run.experiment=demo")
     directory = tmp_path / "demo-1"
     result = json.loads((directory / "result.json").read_text())
@@ -88,6 +88,11 @@ def test_one_process_writes_everything_and_continues_only_when_asked(tmp_path, c
     assert sum(last["router/load/layer_01"]) == pytest.approx(1)
     assert "step 3/3" in out and "checkpoints/step-3" in out and "run.name=demo-1" in out
 
+
+@pytest.mark.slow
+def test_a_run_continues_only_when_asked(tmp_path, cache):
+    run(tmp_path, cache, "train.steps=3", "run.experiment=demo")
+    directory = tmp_path / "demo-1"
     again = run(tmp_path, cache, "train.steps=3", "run.experiment=demo", "run.name=demo-1")
     assert "is finished at step 3" in again
     metrics = directory / "metrics.jsonl"
