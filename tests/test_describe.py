@@ -140,6 +140,7 @@ def test_help_shows_commands_and_keys_and_needs_no_torch(tool_name: str) -> None
     assert "hydra" in imported and "torch" not in imported
 
 
+@pytest.mark.slow
 def test_the_largest_model_in_another_process() -> None:
     done = subprocess.run(
         [sys.executable, "scripts/describe.py", "model=switch_c", "context=512"],

@@ -37,8 +37,14 @@ def batch(rows: str) -> Batch:
     return Batch(**{**vars(found), "documents_BS": documents})
 
 
-@pytest.mark.parametrize("kernels", [False, True] if find_spec("triton") else [False])
-@pytest.mark.parametrize("rows", ["full", "packed", "padded"])
+@pytest.mark.parametrize(
+    ("rows", "kernels"),
+    [
+        pytest.param(rows, kernels, marks=() if kernels or rows == "packed" else pytest.mark.slow)
+        for rows in ("full", "packed", "padded")
+        for kernels in ([False, True] if find_spec("triton") else [False])
+    ],
+)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_host_never_waits(router: str, rows: str, kernels: bool) -> None:
     step = walk_step(MODEL, ROUTERS[router], [batch(rows)] * 2, kernels=kernels, measured=rows == "packed")

@@ -44,7 +44,10 @@ def pieces(total, size):
     return [size] * (total // size) + ([total % size] if total % size else [])
 
 
-@pytest.mark.parametrize("window", [None, 1, 2, 5, 7, 64, (4, None, 4), (None, 3, 6)])
+@pytest.mark.parametrize(
+    "window",
+    [None, 1, 5, (4, None, 4), *(pytest.param(window, marks=pytest.mark.slow) for window in (2, 7, 64, (None, 3, 6)))],
+)
 @pytest.mark.parametrize("chunk", [1, 3, "W", "W+1", "4W", LENGTH])
 @torch.no_grad()
 def test_logits_of_every_step_equal_the_uncached(window, chunk):

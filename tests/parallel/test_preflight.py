@@ -167,7 +167,7 @@ except PreflightError as error:
 @pytest.mark.parametrize(
     ("argument", "status", "line"),
     [
-        ("steps=3", 0, ""),
+        pytest.param("steps=3", 0, "", marks=pytest.mark.slow),
         ("steps=4", 2, "train.steps=4 on rank 1: expected 3 as on rank 0 (every rank needs the same command line)\n"),
     ],
 )
