@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 from common.errors import RunError, UserError
 from scripts.cli.command_line import sweep_directory
 from scripts.cli.overrides import PARSER
-from scripts.cli.sweeps import SweepRecord, begin_job, count_jobs, end_job, finished_job
+from scripts.cli.sweeps import begin_job, count_jobs, end_job, finished_job
 from tests.test_train import cache, run  # noqa: F401
 from training.config import Config
 from training.owner import RunOwner
+from training.report.sweep import SweepRecord
 
 Capture = pytest.CaptureFixture[str]
 

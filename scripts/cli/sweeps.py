@@ -6,10 +6,8 @@ again: those that have finished return their loss at once, and one that was inte
 """
 
 import math
-import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +15,18 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
 from common.errors import RunError, require
-from common.files import append_line, disk_errors, read_file
-from common.text import MAX_JSON, parse_json, to_json
+from common.files import append_line, disk_errors
+from common.text import to_json
 from scripts.cli.early_end import signal_of, write_in_time
 from scripts.cli.overrides import PARSER
 from training.config import Config
 from training.owner import SWEEP_RECORD
-from training.report.sweep import best_line, sweep_rows, write_sweep
+from training.report.sweep import SweepRecord, best_line, sweep_rows, write_sweep
 from training.report.terminal import show_fields, show_line
 from training.run import finished_result
 
 FREE = ("run.name=", "run.root=", "launch.", "tracking.", "tracking=")
 """The starts of arguments that can differ when a sweep goes on, because they change no number."""
-
-
-@dataclass
-class SweepRecord:
-    """What `sweep.jsonl` has."""
-
-    launch: list[str] = field(default_factory=list)
-    """The arguments of the last launch."""
-    total: int | None = None
-    """The number of jobs of the last launch; None: unknown."""
-    jobs: dict[int, list[str]] = field(default_factory=dict)
-    """Number of a job -> its arguments."""
-
-    @classmethod
-    def read(cls, sweep_dir: Path) -> "SweepRecord":
-        """Read the file. Lines that are damaged are left out.
-
-        Raises:
-            UnusableFile: it is not a regular file, or is too large.
-        """
-        record, file = cls(), sweep_dir / SWEEP_RECORD
-        for line in read_file(file, MAX_JSON).splitlines() if os.path.lexists(file) else ():
-            try:
-                entry = parse_json(line)
-                arguments = [str(argument) for argument in entry["arguments"]]
-                if "job" in entry:
-                    record.jobs.setdefault(int(entry["job"]), arguments)
-                else:
-                    record.launch, record.total = arguments, entry["jobs"]
-            except (ValueError, KeyError, TypeError):
-                continue
-        return record
 
 
 def launch_line(arguments: Sequence[str], total: int | None) -> str:

@@ -87,6 +87,9 @@ def test_the_page_has_every_metric_and_every_step_of_the_loads(tmp_path: Path) -
     page = write_report(write_run(tmp_path / "r")).read_text(encoding="utf-8")
     script = script_of(page)
     assert {"curve-loss", "curve-max_vio", "curve-other-0", "load", "history", "straggler"} <= script["figures"].keys()
+    assert "metrics.jsonl has no norms of experts" in page
+    drawn = [trace["name"] for trace in script["figures"]["curve-loss"]["data"]]
+    assert drawn == ["+ auxiliary", "training"], "the main curve is above the one that is almost equal to it"
     assert script["figures"]["curve-other-0"]["data"][0]["y"] == [step * 2 for step in range(1, 13)]
     assert script["router"]["steps"] == list(range(1, 13))
     last = script["router"]["values"][-1]
@@ -290,6 +293,25 @@ def test_a_sweep_has_a_row_a_run_and_a_point_a_group(tmp_path: Path) -> None:
         Figure(figure)
     assert "3 of 6 runs are not finished." in page and "missing: no result.json" in page
     assert len(re.findall("<script", page)) == 3 and 'href="2/report.html"' in page and 'href="0' not in page
+
+
+def test_half_a_sweep(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "s")
+    (sweep / "sweep.jsonl").write_text('{"jobs": 8, "arguments": ["-m"]}\n{"job": 0, "arg')
+    for job in (0, 1, 2, 3, 5):
+        path = sweep / str(job) / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        # Job 3 has failed before the run had replaced null by the length of its schedule.
+        config |= {
+            "optim": {"schedule_steps": None if job == 3 else 60},
+            "data": {"a_long_name": f"corpus-{'x' * 15}-{job}"},
+        }
+        path.write_text(yaml.safe_dump(config))
+    page = write_report(sweep).read_text(encoding="utf-8")
+    assert "2 of 8 jobs of the sweep have not begun." in page
+    assert "data.a_long_name" in page and "schedule_steps" not in page
+    titles = [figure["layout"]["title"]["text"] for figure in script_of(page)["figures"].values()]
+    assert f"4 experts, top-2,<br>a_long_name=corpus-{'x' * 15}-0" in titles
 
 
 def test_runs_are_compared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 import csv
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.files import write_atomically
-from common.text import shorten, show_value
+from common.files import read_file, write_atomically
+from common.text import MAX_JSON, parse_json, shorten, show_value
 from parallel.planning.auto import AUTO_AXES
+from training.owner import SWEEP_RECORD
 from training.report.plots import is_number, plot_sweep
 from training.report.terminal import human_count, show_line, show_table
 from training.run import read_config, read_result
@@ -32,12 +35,46 @@ _MODEL_KEYS = ("model.num_experts", "model.top_k")
 _PER_JOB = ("run.name", "run.root", "model.vocab_size")
 """Configuration keys that are not swept although jobs differ in them. The vocabulary size is null in the configuration
 of a job that failed before it read its tokenizer."""
-_CHOSEN = tuple(f"parallel.{axis}" for axis in AUTO_AXES)
-"""Configuration keys whose value `auto` a run replaces by a number. In a job that failed early it is still `auto`."""
+_CHOSEN = {f"parallel.{axis}": "auto" for axis in AUTO_AXES} | dict.fromkeys(
+    ("optim.schedule_start", "optim.schedule_steps")
+)
+"""Configuration keys -> the value that a run replaces by a number. A job that failed early still has the value."""
 MAX_JOBS = 100_000
 """Directories with larger numbers are not jobs of the sweep."""
 _MAX_ERROR = 160
 """The most characters of an error message that are printed."""
+
+
+@dataclass
+class SweepRecord:
+    """What `sweep.jsonl` has."""
+
+    launch: list[str] = field(default_factory=list)
+    """The arguments of the last launch."""
+    total: int | None = None
+    """The number of jobs of the last launch; None: unknown."""
+    jobs: dict[int, list[str]] = field(default_factory=dict)
+    """Number of a job -> its arguments."""
+
+    @classmethod
+    def read(cls, sweep_dir: Path) -> "SweepRecord":
+        """Read the file. Lines that are damaged are left out.
+
+        Raises:
+            UnusableFile: it is not a regular file, or is too large.
+        """
+        record, file = cls(), sweep_dir / SWEEP_RECORD
+        for line in read_file(file, MAX_JSON).splitlines() if os.path.lexists(file) else ():
+            try:
+                entry = parse_json(line)
+                arguments = [str(argument) for argument in entry["arguments"]]
+                if "job" in entry:
+                    record.jobs.setdefault(int(entry["job"]), arguments)
+                else:
+                    record.launch, record.total = arguments, entry["jobs"]
+            except (ValueError, KeyError, TypeError):
+                continue
+        return record
 
 
 def sweep_table(sweep_dir: Path) -> list[dict[str, Any]]:
@@ -133,8 +170,8 @@ def _varying(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     readable = [config for config in configs if config]
     keys = sorted({key for config in readable for key in config} - {*_MODEL_KEYS, *_PER_JOB})
     values = {key: {repr(config.get(key)) for config in readable} for key in keys}
-    for key in _CHOSEN:
-        values.get(key, set()).discard(repr("auto"))
+    for key, unset in _CHOSEN.items():
+        values.get(key, set()).discard(repr(unset))
     return [key for key in keys if len(values[key]) > 1]
 
 

@@ -56,11 +56,7 @@ def charts(data: RunData) -> dict[str, Chart]:
     return {
         "loss": Chart(
             "Loss (nats per token)",
-            {
-                "train/ce": "training",
-                "train/loss": "+ auxiliary",
-                "eval/loss": "held-out",
-            },
+            {"train/loss": "+ auxiliary", "train/ce": "training", "eval/loss": "held-out"},
         ),
         "bits": Chart("Held-out text, bits per byte", {}, prefix="eval/bits_per_byte/"),
         "lr": Chart("Learning rate", {"optim/lr": "learning rate"}),
@@ -83,6 +79,8 @@ def charts(data: RunData) -> dict[str, Chart]:
     }
 
 
+METRIC_COLOURS = {"train/loss": GREY, "train/ce": BLUE, "eval/loss": ORANGE}
+"""The colours of some metrics. Others take those of the palette in order."""
 SHOWN_ELSEWHERE = ("alarm/", "router/load/", "router/straggler", "router/churn", "experts/")
 """Metrics with these prefixes are in other figures."""
 
@@ -121,6 +119,10 @@ def _figure(rows: Sequence[Row], chart: Chart) -> Figure | None:
         found = sorted(prefixed, key=lambda key: (len(key), key))  # ep_8 before ep_16
         names |= {key: key.removeprefix(chart.prefix) for key in found}
     curves = [(label, *series(rows, key)) for key, label in names.items()]
+    colours = {
+        label: METRIC_COLOURS.get(key, COLOURS[index % len(COLOURS)])
+        for index, (key, label) in enumerate(names.items())
+    }
     curves = [curve for curve in curves if curve[1]]
     layers = [] if chart.layers is None else [(key, *series(rows, key)) for key in layer_keys(rows, chart.layers)]
     layers = [curve for curve in layers if curve[1]]
@@ -140,9 +142,8 @@ def _figure(rows: Sequence[Row], chart: Chart) -> Figure | None:
         )
         for index, (key, steps, values) in enumerate(layers)
     ]
-    colours = [BLUE, GREY, ORANGE] if len(curves) == 3 else list(COLOURS)
-    for index, (label, steps, values) in enumerate(curves):
-        line = {"width": 2, "color": colours[index % len(colours)]}
+    for label, steps, values in curves:
+        line = {"width": 2, "color": colours[label]}
         traces.append(_line(label, steps, values, MAX_POINTS, line=line, showlegend=len(curves) > 1))
     layout = figure_layout(chart.title, x="optimizer step", tickformat=chart.tickformat, hovermode="x unified")
     if min(min(values) for _, _, values in (*curves, *layers)) >= 0:

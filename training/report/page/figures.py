@@ -20,6 +20,8 @@ LOAD_TICKS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 """Relative loads with a label on the colour scale."""
 MAX_RANKS = 64
 """The most expert-parallel ranks of which the straggler factor is shown."""
+MAX_NAMED = 16
+"""The most rows or columns of a heatmap that all have their number at the axis."""
 MAX_GAPS = 64
 """The most rows or columns of cells with gaps between them."""
 
@@ -94,6 +96,10 @@ def load_map(limit: float, title: str, *, x: str, y: str, rows: int, columns: in
     layout = figure_layout(title, x=x, y=y, height=max(250, min(100 + 24 * rows, 560)))
     layout["yaxis"] |= {"autorange": "reversed", "tickformat": "d", "showgrid": False, "zeroline": False}
     layout["xaxis"] |= {"tickformat": "d", "showgrid": False, "zeroline": False}
+    if rows <= MAX_NAMED:
+        layout["yaxis"] |= {"dtick": 1}
+    if columns <= MAX_NAMED and x == "expert":
+        layout["xaxis"] |= {"dtick": 1}
     return {"data": [trace], "layout": layout}
 
 
@@ -109,8 +115,17 @@ def _norms(data: RunData) -> dict[str, Figure]:
     """An empty figure for the norms of one expert, if the run has them."""
     if not any(key.startswith(("experts/grad_norm/", "experts/weight_norm/")) for row in data.rows for key in row):
         return {}
-    figure = _line_figure("Norms: gradient (left), weight")
-    figure["layout"]["yaxis2"] = {"overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
+    figure = _line_figure("Norms: gradient (left), weight (right)")
+    # The script draws the traces in the colours of the palette, in this order.
+    ticks = {"tickmode": "auto", "nticks": 5, "exponentformat": "power", "rangemode": "tozero"}
+    figure["layout"]["yaxis"] |= {**ticks, "tickfont": {"color": BLUE}}
+    figure["layout"]["yaxis2"] = {
+        **ticks,
+        "tickfont": {"color": ORANGE},
+        "overlaying": "y",
+        "side": "right",
+        "showgrid": False,
+    }
     return {"expert-norms": figure}
 
 
@@ -124,8 +139,8 @@ def _straggler(data: RunData, loads: Frames, experts: int) -> dict[str, Figure]:
         rows = [{"step": loads.steps[-1], **straggler_metrics(torch.tensor(loads.values_FLE[-1]))}]
     curves = []
     for name, key, colour in (
-        ("experts in order", "router/straggler", BLUE),
-        ("experts placed by load", "router/straggler_placed", ORANGE),
+        ("in order", "router/straggler", BLUE),
+        ("placed by load", "router/straggler_placed", ORANGE),
     ):
         points = [(size, values[-1]) for size in sizes if (values := series(rows, f"{key}/ep_{size}")[1])]
         if points:

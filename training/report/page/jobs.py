@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import wrap
 from typing import Any
 
 from common.errors import expect
@@ -18,13 +19,15 @@ from training.report.page.curves import Figure, figure_layout, reduced, rounded
 from training.report.page.gather import is_run, read_rows, series
 from training.report.page.theme import COLOURS, GREY
 from training.report.plots import is_number, thinned
-from training.report.sweep import result_rows, sweep_jobs
+from training.report.sweep import SweepRecord, result_rows, sweep_jobs
 
 SEED = "run.seed"
 MAX_LINES = 12
 """The most lines of the figures. With more, there are only points."""
 MAX_SMALL, MAX_BEHIND, MAX_SMALL_POINTS = 36, 24, 120
 """The most small figures of the losses over the steps, of curves behind each, and of points of a curve."""
+MAX_TITLE = 42
+"""The most characters in a line of the title of a small figure."""
 MAX_LABEL = 60
 """The most characters of the label of a group."""
 
@@ -74,7 +77,14 @@ def has_jobs(directory: Path) -> bool:
 def read_sweep(directory: Path) -> Jobs:
     """Read the jobs of a sweep, also of one that has not ended."""
     runs = sweep_jobs(directory)
-    return _read(directory, [run.name for run in runs], runs)
+    jobs = _read(directory, [run.name for run in runs], runs)
+    try:
+        total = SweepRecord.read(directory).total
+    except OSError:
+        total = None
+    if isinstance(total, int) and total > len(runs):
+        jobs.notes.append(f"{total - len(runs)} of {total} jobs of the sweep have not begun.")
+    return jobs
 
 
 def read_runs(runs: Sequence[Path], directory: Path) -> Jobs:
@@ -252,6 +262,9 @@ def _small_multiples(jobs: Jobs) -> dict[str, Figure]:
         behind = [_loss(jobs, curves, index, GREY) for index in others if index not in group.members]
         front = [_loss(jobs, curves, index, COLOURS[0]) for index in group.members]
         layout = figure_layout(group.label, x="optimizer step", height=200)
+        lines = wrap(group.label, MAX_TITLE, break_on_hyphens=False)
+        layout["title"]["text"] = "<br>".join(escape(line, quote=False) for line in lines)
+        layout["margin"] |= {"t": 30 + 16 * len(lines)}
         layout["yaxis"] |= {"range": [min(everything), max(everything)]}
         evaluated = [_evaluations(jobs, index) for index in group.members]
         figures[f"small-{number}"] = {"data": [*behind, *front, *evaluated], "layout": layout}

@@ -123,6 +123,8 @@ def run_page(data: RunData) -> str:
         dense = data.config.get("model.num_experts", 0) is None
         notes.append("This is a dense model: it has no router." if dense else "metrics.jsonl has no loads of experts.")
     if numbers is not None:
+        if not numbers["norms"]:
+            notes.append("metrics.jsonl has no norms of experts (telemetry.every), as in runs of older versions.")
         [values_LE, *_] = numbers["values"]
         heldout = read_heldout(data, (len(values_LE), len(values_LE[0])), notes)
         # The probe also has step 0, before the first loads. The slider can stop there, too.
