@@ -45,7 +45,9 @@ class Choice(NamedTuple):
     """One line for the user if no layout fits into the memory."""
 
 
-class _Candidate(NamedTuple):
+class Candidate(NamedTuple):
+    """A layout that is possible."""
+
     parallel: ParallelConfig
     layout: Layout
     memory: int
@@ -68,7 +70,7 @@ def resolve(parallel: ParallelConfig, workload: Workload, world: World, memory: 
         ValueError: no layout is possible. The message starts with the key to change, a field of `parallel` or
             `global_batch`.
     """
-    search = _Search(parallel, workload, world)
+    search = Search(parallel, workload, world)
     if all(getattr(parallel, axis) != "auto" for axis in AUTO_AXES):
         search.layout(parallel)
         return Choice(parallel)
@@ -107,7 +109,7 @@ def _axes_used(layout: Layout) -> int:
 
 
 @dataclass(frozen=True)
-class _Search:
+class Search:
     """The candidates for a configuration with `auto` axes, and their costs."""
 
     parallel: ParallelConfig
@@ -143,16 +145,16 @@ class _Search:
         check_layout(layout, parallel, self.workload)
         return layout
 
-    def candidate(self, parallel: ParallelConfig) -> _Candidate | None:
+    def candidate(self, parallel: ParallelConfig) -> Candidate | None:
         """Return the layout of a configuration and the memory it needs, or None if it is not possible."""
         try:
             layout = self.layout(parallel)
         except ValueError:
             return None
         estimates = estimate_memory(layout, parallel, self.workload)
-        return _Candidate(parallel, layout, max(estimate.device for estimate in estimates))
+        return Candidate(parallel, layout, max(estimate.device for estimate in estimates))
 
-    def seconds(self, candidate: _Candidate) -> float:
+    def seconds(self, candidate: Candidate) -> float:
         """Return the estimated time of an optimizer step on GPUs like `REFERENCE`."""
         hardware = replace(REFERENCE, gpus_per_node=self.world.local_world_size)
         return estimate_times(candidate.layout, candidate.parallel, self.workload, hardware).total

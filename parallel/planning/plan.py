@@ -164,8 +164,9 @@ def _cast_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, la
     """Return the bytes of the weights in the compute dtype on a rank with these layers.
 
     With FSDP they are those of the root and of two blocks, one in use and one being gathered; a pipeline keeps all
-    weights gathered. Without FSDP, autograd stores the weights that the forward pass casts. What is recomputed stores
-    none but those of one block. The lookup in the embedding casts the rows that it finds, not the embedding.
+    weights and gradients gathered. Without FSDP, autograd stores the weights that the forward pass casts. What is
+    recomputed stores none but those of one block. The lookup in the embedding casts the rows that it finds, not the
+    embedding.
     """
     if layout.shard == 1 and workload.itemsize >= workload.weight_itemsize:
         return 0
@@ -191,8 +192,10 @@ def _cast_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, la
     if layout.shard == 1:
         head = max(sizes) if model.num_layers - 1 in layers else 0
         return round((stored + of_block + head) * workload.itemsize)
-    gathered = total if layout.pipeline > 1 else total * min(2, len(layers)) / len(layers)
-    return round((gathered + sum(sizes)) * workload.itemsize)
+    if layout.pipeline > 1:  # Their gradients are added up before they are scattered.
+        gradients = (total + sum(sizes)) * workload.trained * workload.weight_itemsize
+        return round((total + sum(sizes)) * workload.itemsize + gradients)
+    return round((total * min(2, len(layers)) / len(layers) + sum(sizes)) * workload.itemsize)
 
 
 def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, layers: Sequence[int]) -> float:

@@ -8,19 +8,26 @@ Letters: P pipeline ranks, n ranks of a group, i of them on each node.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
+from moe.config import is_gated
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.planning.hardware import Hardware
-from parallel.planning.plan import bubble
+from parallel.planning.plan import activation_bytes, bubble
 from parallel.planning.traffic import Axis, gradient_bytes, shard_bytes, traffic
 from parallel.planning.workload import Workload
 
 ADAM_BYTES = 7
 """How often AdamW reads or writes a number: weight, gradient and two moments, all but the gradient twice."""
 PASSES_OVER_ACTIVATIONS = 6
-"""How often a stored activation is read or written outside of matmuls, forward and backward (estimate)."""
+"""How often a stored activation is read or written outside of matmuls, forward and backward (as in traced steps)."""
+FSDP_BYTES = 42
+"""Bytes that FSDP moves for each weight: two gathers in bf16, a gradient in fp32 (as in traced steps)."""
+ACCUMULATION_BYTES = 12
+"""Bytes that are moved to add a gradient in fp32 to another one."""
+CAST_BYTES = 12
+"""Bytes that are moved to cast a weight from fp32 to bf16, in the forward and in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +91,13 @@ def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload,
         parallel: the configuration of `layout`, without `auto`.
     """
     model, tokens = workload.model, workload.global_batch * workload.seq_len
-    passes = 4 if parallel.recompute == "full" else 3
+    passes = 3 + recomputed_share(parallel, workload)
     matmul = 2 * passes * active_parameters(workload) * tokens / layout.world / hardware.matmul
     pairs = sum(mean_pairs(model.window(layer), workload.seq_len) for layer in range(model.num_layers))
     attention_flops = 4 * model.num_heads * model.head_dim * pairs * tokens / layout.world
-    forwards = passes - 2
+    forwards = 2 if parallel.recompute == "full" else 1
     attention = attention_flops * (forwards / hardware.attention_forward + 2.5 / hardware.attention_backward)
-    hidden = tokens / layout.world * model.dim * workload.itemsize
-    memory_bound = hidden * model.num_layers * 10 * passes / 3 * PASSES_OVER_ACTIVATIONS / hardware.bandwidth
+    memory_bound = _moved_bytes(layout, parallel, workload) * workload.accumulation / hardware.bandwidth
     shards = {kind: layout.expert_shard if kind == "experts" else layout.shard for kind in ("experts", "others")}
     elements = sum(
         weight.mean_elements(layout) * number / shards["experts" if weight.kind == "experts" else "others"]
@@ -104,10 +110,35 @@ def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload,
     return StepTimes(matmul, attention, memory_bound, update, exposed, computation * idle / (1 - idle))
 
 
+def _moved_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload) -> float:
+    """Return the bytes that a micro-batch reads and writes outside of matmuls and attention (estimate)."""
+    layers = range(-(-workload.model.num_layers // layout.pipeline))
+    activations = activation_bytes(layout, replace(parallel, recompute="none"), workload, layers)
+    repeated = 1 + recomputed_share(parallel, workload) / 3
+    per_weight = ACCUMULATION_BYTES if workload.accumulation > 1 and not _scatters_each(layout) else 0
+    if layout.shard == 1 and workload.itemsize < workload.weight_itemsize:
+        per_weight += CAST_BYTES
+    return activations * repeated * PASSES_OVER_ACTIVATIONS + _unsharded_weights(layout, workload) * per_weight
+
+
+def _scatters_each(layout: Layout) -> bool:
+    """Return whether FSDP gathers weights and scatters gradients for each micro-batch."""
+    return layout.shard > 1 and layout.pipeline == 1
+
+
+def _unsharded_weights(layout: Layout, workload: Workload) -> float:
+    """Return the weights of a rank, as FSDP gathers them."""
+    numbers = workload.weights.items()
+    return sum(math.prod(weight.local_shape(layout)) * number for weight, number in numbers) / layout.pipeline
+
+
 def _exposed(
     layout: Layout, parallel: ParallelConfig, workload: Workload, hardware: Hardware, computation: float
 ) -> dict[Axis, float]:
-    """Return the exposed communication by axis. FSDP gathers weights while the previous block computes."""
+    """Return the exposed communication by axis. FSDP gathers weights while the previous block computes.
+
+    What FSDP copies is counted with its communication, because it runs at the same time as matmuls.
+    """
     node = hardware.gpus_per_node
 
     def inside(stride: int, size: int) -> int:
@@ -125,7 +156,10 @@ def _exposed(
         "pipeline": seconds("pipeline", layout.stage, layout.pipeline),
         "gradients": 0.0,
     }
-    gathers = 0.0
+    copied = (
+        FSDP_BYTES * _unsharded_weights(layout, workload) * workload.accumulation if _scatters_each(layout) else 0.0
+    )
+    gathers = copied / hardware.bandwidth
     for of_experts in (False, True):
         weights = {w: number for w, number in workload.weights.items() if (w.kind == "experts") == of_experts}
         stride = layout.expert_tensor * layout.expert if of_experts else layout.sequence
@@ -165,6 +199,21 @@ def active_parameters(workload: Workload) -> float:
     numbers = workload.weights.items()
     total = sum(weight.numel * number * (share if weight.kind == "experts" else 1) for weight, number in numbers)
     return total - (0 if model.tie_embeddings else model.dim * (model.vocab_size or 0))
+
+
+def recomputed_share(parallel: ParallelConfig, workload: Workload) -> float:
+    """Return the share of the forward pass that is computed again. `selective`: the experts but for the last matmul."""
+    if parallel.recompute == "selective":
+        return expert_share(workload) * (2 / 3 if is_gated(workload.model.expert_kind) else 1 / 2)
+    return float(parallel.recompute == "full")
+
+
+def expert_share(workload: Workload) -> float:
+    """Return the share of the routed experts in the parameters that one token uses."""
+    experts, top_k = workload.model.num_experts or 1, workload.model.top_k or 1
+    numbers = workload.weights.items()
+    total = sum(weight.numel * number for weight, number in numbers if weight.kind == "experts")
+    return total * workload.router.experts_per_token(experts, top_k) / experts / active_parameters(workload)
 
 
 def mean_pairs(window: int | None, seq_len: int) -> float:

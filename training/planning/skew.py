@@ -4,6 +4,7 @@ Shapes: T tokens, K top-k, E experts, L MoE layers.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,28 @@ LOAD = "router/load/layer_"
 """The start of the metrics that have the loads of a layer."""
 Loads = tuple[tuple[float, ...], ...]
 """For each MoE layer, the share of the assignments that each expert gets. The shares of a layer sum to 1."""
+
+
+def read_skew(text: str, layers: int, experts: int) -> Loads | None:
+    """Return the loads that a user asks for; None: balanced, or a dense model.
+
+    Args:
+        text: `balanced`, `zipf`, `zipf:<exponent>`, or the directory of a run.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if text == "balanced" or not layers:
+        return None
+    name, _, exponent = text.partition(":")
+    if name != "zipf":
+        return recorded(Path(text), layers, experts)
+    try:
+        power = float(exponent or 1)
+    except ValueError:
+        power = math.nan
+    require(0 <= power < math.inf, ConfigError, f"skew={text}: expected a number >= 0 after zipf:")
+    return zipf(layers, experts, power)
 
 
 def balanced(layers: int, experts: int) -> Loads:

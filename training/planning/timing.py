@@ -4,8 +4,8 @@ An operator takes the longer of two times: that of its bytes and that of its flo
 takes the time of its bytes over its slowest link, and some time to start. What is exposed is an assumption for each
 axis:
 
-- `shard`: FSDP gathers weights and scatters gradients while the device computes. What takes longer than the computation
-  of the same phase is exposed.
+- `shard`: FSDP gathers weights and scatters gradients while the device computes. What this and its copies take longer
+  than the computation of the same phase is exposed.
 - `expert`: exposed, or half of it with `parallel.overlap`.
 - all others: exposed.
 """
@@ -22,6 +22,7 @@ from training.planning.operators import Operator
 from training.planning.trace import Collective, Trace
 
 MATMULS = ("dense matmul", "grouped matmul")
+FSDP_COPIES = "copies of FSDP"
 PASSES = ("forward", "backward")
 IN_PASSES: tuple[Axis, ...] = ("expert", "expert_tensor", "tensor", "context")
 """Axes that communicate within a stage's passes, for which the next stage waits."""
@@ -33,7 +34,8 @@ def step_times(trace: Trace, layout: Layout, accumulation: int, schedule: Schedu
     passes = [operator for operator in trace.operators if operator.phase in PASSES]
     seconds = {"matmul": 0.0, "attention": 0.0, "memory-bound": 0.0}
     for operator in passes:
-        seconds[kind_of(operator)] += operator.seconds(hardware) * repeats
+        if operator.group != FSDP_COPIES:
+            seconds[kind_of(operator)] += operator.seconds(hardware) * repeats
     computation = sum(seconds.values())
     update = sum(operator.seconds(hardware) for operator in trace.operators if operator.phase not in PASSES)
     exposed: dict[Axis, float] = {}
@@ -80,7 +82,9 @@ def _exposed(collectives: Sequence[Collective], operators: Sequence[Operator], h
     """Return what is exposed of the communication of FSDP, which runs while the device computes."""
     exposed = 0.0
     for phase in PASSES:
+        here = [operator for operator in operators if operator.phase == phase]
         sending = sum(cost(collective, hardware) for collective in collectives if collective.phase == phase)
-        computing = sum(operator.seconds(hardware) for operator in operators if operator.phase == phase)
-        exposed += max(0.0, sending - computing)
+        copying = sum(operator.seconds(hardware) for operator in here if operator.group == FSDP_COPIES)
+        computing = sum(operator.seconds(hardware) for operator in here) - copying
+        exposed += max(0.0, sending + copying - computing)
     return exposed

@@ -1,0 +1,90 @@
+"""The memory that generating text takes on each device, and the speed that the device's memory allows.
+
+`scripts/generate.py` distributes the experts over the ranks. Every rank stores all other weights and the whole
+key/value cache.
+
+Letters: G key/value heads, C head dim, V vocabulary.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from moe.accounting.costs import BYTES, active_parts, cache_bytes, count_parts
+from moe.accounting.flops import meta_model
+from moe.config import ModelConfig, RouterConfig
+from parallel.config import ParallelConfig
+from parallel.planning.hardware import Hardware
+
+
+def serving_figures(
+    model: ModelConfig,
+    router: RouterConfig,
+    gpus: int,
+    hardware: Hardware,
+    *,
+    batch: int,
+    context: int,
+    prefill_chunk: int,
+    margin: float,
+) -> dict[str, Any]:
+    """Return the memory of one device by part, whether it suffices, and the fewest devices that do.
+
+    Args:
+        batch: rows of the key/value cache.
+        context: tokens of a row.
+        prefill_chunk: tokens of each prompt that are processed at once.
+        margin: share of the memory that must stay free.
+    """
+    limit = hardware.usable * (1 - margin)
+    memory = {
+        number: _memory(model, router, number, hardware, batch, context, prefill_chunk) for number in _numbers(gpus)
+    }
+    fewest = next((number for number, parts in memory.items() if sum(parts.values()) <= limit), None)
+    parts = count_parts(meta_model(model, router))
+    active = active_parts(parts, model, router).total
+    itemsize = BYTES[hardware.precision]
+    cache = memory[gpus]["key/value cache"]
+    peak = sum(memory[gpus].values())
+    return {
+        "task": "generate",
+        "gpus": gpus,
+        "gpu": asdict(hardware),
+        "batch": batch,
+        "context": context,
+        "total_params": parts.total,
+        "active_params": active,
+        "experts_ranks": _expert_ranks(model, gpus),
+        "memory": memory[gpus],
+        "peak_bytes": peak,
+        "limit_bytes": limit,
+        "fits": peak <= limit,
+        "fewest_gpus": fewest,
+        "tokens_per_s_limit": batch * hardware.bandwidth / (active * itemsize + cache),
+    }
+
+
+def _numbers(gpus: int) -> list[int]:
+    """Return the numbers of devices that are compared: what was asked, and powers of two up to 1,024."""
+    return sorted({gpus, *(2**power for power in range(11))})
+
+
+def _expert_ranks(model: ModelConfig, gpus: int) -> int:
+    return ParallelConfig().layout(gpus, model).expert
+
+
+def _memory(
+    model: ModelConfig, router: RouterConfig, gpus: int, hardware: Hardware, batch: int, context: int, chunk: int
+) -> dict[str, int]:
+    """Return part -> bytes on one device."""
+    parts, itemsize = count_parts(meta_model(model, router)), BYTES[hardware.precision]
+    experts = parts.routed_experts * itemsize // _expert_ranks(model, gpus)
+    others = (parts.total - parts.routed_experts - parts.router) * itemsize + 4 * parts.router
+    tokens = batch * min(chunk, context)
+    dense = tokens * (6 * model.dim + 3 * model.hidden_dim * (not model.is_moe))
+    routed = tokens * (model.top_k or 0) * (2 * model.dim + 3 * model.expert_width) if model.is_moe else 0
+    return {
+        "experts": experts,
+        "other weights": others,
+        "key/value cache": cache_bytes(model, batch, context, hardware.precision).rolling,
+        "activations": (dense + routed) * itemsize + 2 * batch * (model.vocab_size or 0) * 4,
+    }
