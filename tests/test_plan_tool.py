@@ -1,0 +1,82 @@
+"""`scripts/plan.py`: what it prints for training and for generation, and the line for what is not possible."""
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from scripts import plan as tool
+
+SMALL = (
+    "model=mixtral_tiny", "model.num_layers=1", "model.vocab_size=512", "train.seq_len=64", "train.global_batch=8",
+    "gpus=4",
+)  # fmt: skip
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """Run the tool, and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    return ended.value.code
+
+
+def test_the_best_layout_is_traced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("parallel.tensor=2", "parallel.pipeline=1", "parallel.context=1", "top=3", "format=json", "skew=zipf")
+    assert called(monkeypatch, *SMALL, *given, "tokens=1e9", "gpu.price=2") == 0
+    found = json.loads(capsys.readouterr().out)
+    best, *others = found["layouts"]
+    assert [row["verified"] for row in found["layouts"]] == [True] + [False] * len(others)
+    assert all(row["axes"]["tensor"] == 2 for row in found["layouts"])
+    (traced, *_) = best["traced"]
+    assert best["peak_bytes"] == max(row["peak_bytes"] for row in best["traced"]) == sum(traced["parts"].values())
+    times = best["times"]
+    parts = sum(value for name, value in times.items() if name != "exposed") + sum(times["exposed"].values())
+    assert parts == pytest.approx(best["step_s"]) and times["straggler"] > 0
+    assert best["tokens_per_s"] == pytest.approx(8 * 64 / best["step_s"])
+    assert best["gpu_hours"] == pytest.approx(4 * 1e9 / best["tokens_per_s"] / 3600)
+    assert best["usd"] == pytest.approx(2 * best["gpu_hours"])
+    assert [row["step_s"] for row in others] == sorted(row["step_s"] for row in others)
+
+
+def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(monkeypatch, "model=mixtral_8x7b", "gpus=64", "verify=0", "train.accumulation=8", "top=2") == 0
+    printed = capsys.readouterr().out
+    assert "sbatch --nodes 8 --gpus-per-node 8 scripts/slurm.sbatch model=mixtral_8x7b parallel.pipeline=" in printed
+    assert "NODES=8" in printed and "limit: matmuls" in printed and "train.accumulation=8" in printed
+
+
+def test_memory_to_serve_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("model=mixtral_8x7b", "gpus=2", "gpu=rtx4090", "task=generate", "format=json")
+    assert called(monkeypatch, *given) == 0
+    found = json.loads(capsys.readouterr().out)
+    experts = 8 * 3 * 4096 * 14336 * 32
+    router = 32 * 8 * 4096
+    assert found["memory"]["experts"] == experts * 2 // 2  # bf16, on two devices
+    assert found["memory"]["other weights"] == 2 * (46_702_792_704 - experts - router) + 4 * router
+    assert found["memory"]["key/value cache"] == 32768 * 32 * 2 * 8 * 128 * 2
+    assert not found["fits"] and found["fewest_gpus"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("gpus=0",), "gpus=0: expected an integer >= 1"),
+        (("gpu=h1000",), "gpu=h1000"),
+        (("gpu.memory=-1",), "gpu.memory=-1"),
+        (("model=mixtral_8x7b", "gpus=8"), "gpus=8: expected enough memory for the model; the smallest layout"),
+        ((*SMALL, "parallel.tensor=3"), "parallel.tensor=3: expected axes whose product"),
+        ((*SMALL, "train.accumulation=3"), "train.accumulation=3: expected auto, or a divisor"),
+        ((*SMALL, "skew=zipf:x"), "skew=zipf:x: expected a number >= 0 after zipf:"),
+        ((*SMALL, "skew=nowhere"), "skew=nowhere: expected a run with a readable metrics.jsonl"),
+        ((*SMALL, "picture=a.gif"), "picture=a.gif: expected the name of a .png or .svg file"),
+        ((*SMALL, "recompute=full", "parallel.recompute=selective"), "recompute=full: expected auto or selective"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: tuple[str, ...], line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith(f"error: {line}") and captured.err.count("\n") == 1
