@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Collection, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -535,6 +537,58 @@ def test_without_a_network_the_run_is_written_offline(tmp_path: Path, monkeypatc
     assert line.endswith(f"the run is written offline, and `wandb sync {tmp_path / 'wandb'}/offline-run-*` sends it")
     run_id = (tmp_path / "wandb" / "run_id.txt").read_text().strip()
     assert logged_steps(tmp_path / "wandb", run_id) == {1}
+
+
+class FakeService(BaseHTTPRequestHandler):
+    """Answers a new run as W&B's service does, until it is `gone`. Then it closes every connection."""
+
+    gone = threading.Event()
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+    def do_POST(self) -> None:
+        if self.gone.is_set():
+            return
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+        bucket = {"id": "i", "name": request.get("variables", {}).get("name"), "displayName": "n", "project": project}
+        files = {"runID": "i", "uploadHeaders": [], "files": []}
+        data = {
+            "upsertBucket": {"bucket": bucket, "inserted": True},
+            "createRunFiles": files,
+            "model": {"bucket": None},
+        }
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+
+@pytest.mark.slow
+def test_a_network_that_is_lost_delays_the_end_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeService)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(wandb_tracker, "FINISH_TIMEOUT_S", 2)
+    warnings: list[str] = []
+    trackers = start(tmp_path, None, warnings, TrackingConfig(wandb="online"))
+    assert list(trackers.running) == ["W&B"], warnings
+    trackers.log(without_step(row_of(1)), 1)
+    FakeService.gone.set()
+    server.shutdown()
+    server.server_close()
+    trackers.log(without_step(row_of(2)), 2)
+    trackers.finish()
+    [files] = (tmp_path / "wandb").glob("run-*")
+    [line] = warnings
+    assert line.startswith(f"W&B stopped (TimeoutError: no network for 2 s; `wandb sync {files}` sends the rest)")
+    [records] = files.glob("*.wandb")
+    assert len([1 for record in read_records(records) if b"max_vio" in record]) >= 2, "the rows are on the disk"
 
 
 def test_histogram_groups_neighbours_beyond_its_limit() -> None:

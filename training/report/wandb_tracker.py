@@ -96,17 +96,26 @@ class WandbTracker(Tracker):
 
         `Run.finish` returns before the service has written the last rows to the file of an offline run. If this process
         were the last of a container, they would be lost. A worker process skips the exit hook in which W&B waits.
+
+        Raises:
+            TimeoutError: the service does not take the rest of the data within `FINISH_TIMEOUT_S`.
         """
         with self._connection():
-            self._run.finish()
+            try:
+                self._run.finish()
+            except TimeoutError as error:
+                files = Path(self._run.dir).parent
+                raise TimeoutError(
+                    f"no network for {FINISH_TIMEOUT_S} s; `wandb sync {files}` sends the rest"
+                ) from error
             self._wandb.teardown()
 
     @contextmanager
     def _connection(self) -> Iterator[None]:
-        """Remove W&B's exit hook if the connection to W&B's service is lost, and raise the error again."""
+        """Remove W&B's exit hook after an error, such as the end of W&B's service, and raise the error again."""
         try:
             yield
-        except ConnectionError:
+        except Exception:
             # The hook would end the process with the traceback of the same error.
             with suppress(Exception):
                 self._wandb.teardown(exit_code=0)
