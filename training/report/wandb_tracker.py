@@ -230,7 +230,7 @@ def _finish_settings(wandb: Any) -> dict[str, Any]:
     Without them it would wait for the network for ever. Old versions of W&B do not have them.
     """
     settings = {"finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True}
-    return settings if settings.keys() <= wandb.Settings.model_fields.keys() else {}
+    return settings if settings.keys() <= getattr(wandb.Settings, "model_fields", {}).keys() else {}
 
 
 def _run_id(file: Path, resumed_step: int | None) -> str:
