@@ -93,7 +93,7 @@ def test_a_run_goes_on_while_a_node_leaves_and_comes_back(tmp_path):
     )  # fmt: skip
 
     def start_node() -> subprocess.Popen[bytes]:
-        command = [NODE, *arguments, "run.name=elastic", "train.steps=100000"]
+        command = [NODE, *arguments, "run.name=elastic", "train.steps=100000", "telemetry.forecast=false"]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors.open("a"))
 
     def wait_for_ranks(ranks: int, after: int) -> int:

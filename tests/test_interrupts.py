@@ -49,7 +49,7 @@ def test_a_pipe_without_a_reader_ends_a_command_silently() -> None:
 def test_ctrl_c_prints_how_to_resume(tmp_path: Path, processes: int) -> None:
     process = start(
         "train.py", *TINY, f"data.cache={tmp_path / 'cache'}", f"run.root={tmp_path}", "run.name=stopped",
-        f"launch.nproc={processes}", "checkpoint.every=2", "train.steps=100000",
+        f"launch.nproc={processes}", "checkpoint.every=2", "train.steps=100000", "telemetry.forecast=false",
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "stopped" / "checkpoints" / "step-2").is_dir():

@@ -122,7 +122,7 @@ def test_a_slow_link_is_named_and_one_that_is_cut_ends_the_run_which_continues_b
     cache: str,  # noqa: F811
     nodes: Nodes,
 ) -> None:
-    arguments = ("train.steps=50", "checkpoint.every=20", "tracking=disabled")
+    arguments = ("train.steps=50", "telemetry.forecast=false", "checkpoint.every=20", "tracking=disabled")
     on_nodes = (*arguments, cache, f"run.root={tmp_path}", "run.name=cut", f"parallel.timeout_s={LIMIT_S}")
     agents = [nodes.start(node, *on_nodes) for node in "ab"]
     rows = wait_for_rows(tmp_path / "cut", agents[0], lambda done: done > 0)

@@ -108,6 +108,7 @@ def test_the_background_writes_the_same_files(tmp_path: Path, cache: str) -> Non
 @pytest.mark.slow
 def test_ctrl_c_lets_the_save_in_flight_finish(tmp_path: Path, cache: str) -> None:
     keys = [*arguments(tmp_path, cache, SLOW_DISK_OF_RANK_1), "train.steps=100", "checkpoint.background=true"]
+    keys += ["telemetry.forecast=false"]
     with subprocess.Popen(
         [sys.executable, "train.py", *keys, "checkpoint.every=3"],
         cwd=ROOT,

@@ -16,7 +16,7 @@ from scripts.cli.command_line import CONF
 from tests.parallel.test_launch import children
 from tests.test_train import TINY, cache, numbers, run, start  # noqa: F401
 
-EVERY = ("train.steps=14", "checkpoint.every=3", "checkpoint.keep=9")
+EVERY = ("train.steps=14", "telemetry.forecast=false", "checkpoint.every=3", "checkpoint.keep=9")
 
 
 def wait_for_step(directory: Path, process: subprocess.Popen[str], step: int = 3) -> None:
@@ -67,6 +67,7 @@ def test_a_stopped_rank_is_named_and_ends_the_run(tmp_path: Path, cache: str, to
     launched = ("launch.nproc=1",) if torchrun else ("launch.nproc=2",)
     process = start(
         tmp_path, cache, *launched, "run.name=stopped", f"parallel.timeout_s={limit}", "train.steps=100000",
+        "telemetry.forecast=false",
         "checkpoint.every=3", launcher=launcher if torchrun else (),
     )  # fmt: skip
     wait_for_step(directory, process)

@@ -254,6 +254,9 @@ class TelemetryConfig:
     probe_tokens: int = 2048
     """Held-out tokens, spread evenly over the domains, whose routing is stored at step 0, after powers of 2, before
     each checkpoint and at the end; 0: none."""
+    forecast: bool = True
+    """Whether a run of at least 10 steps compares its memory and its step time with a prediction, which a process of
+    low priority makes beside rank 0."""
 
     def __post_init__(self) -> None:
         most = MAX_PROBE_TOKENS

@@ -8,7 +8,8 @@ optimizer step and the evaluation), `report` (what is printed and written).
 import dataclasses
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,7 @@ from training.config import Config
 from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
 from training.due import Due
 from training.engine import Engine, NativeEngine
+from training.forecast import Forecast
 from training.formats.reader import open_model
 from training.hang_reports import find_ranks
 from training.hangs import hangs_explained
@@ -181,15 +183,19 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         ) as saver,
         Interruption(list(ranks.siblings.values())) as interruption,
         hangs_explained(run.directory, ranks, rank_store, config.parallel.timeout_s) as flight,
+        Forecast(run, process, engine, first_step) as forecast,
     ):
         saver.prepare(engine.tensors)
 
         def pauses_after(done: int) -> bool:
             return due.pauses(done) or (profiler is not None and profiler.pauses_after(done))
 
-        def recheck_if_due(done: int, inputs: StepInputs) -> None:
+        @contextmanager
+        def around_step(done: int, inputs: StepInputs) -> Iterator[None]:
             if due.rechecks_next(done) and isinstance(engine, NativeEngine):
                 recheck(engine, inputs, config.router, done)  # or the run ends
+            with forecast.around_step():
+                yield
 
         queue = Steps(
             engine,
@@ -200,7 +206,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             pauses_after=pauses_after,
             interruption=interruption,
             waited=lambda: waiting.seconds,
-            before_step=recheck_if_due,
+            around_step=around_step,
         )
         flight.step = lambda: queue.done
         replicas = ReplicaCheck(engine)
@@ -237,6 +243,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             found = health.check(step)
             row = step_row(result, step.lr, layout.expert) | speed_row(throughput, peak)
             row |= found.row
+            forecast.step(step, row.get("router/rank_load_max"))
             write = due.writes(done) or result.norms_2LF is not None or found.writes
             if write:
                 throughput.start_interval()
@@ -286,6 +293,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
         with goodput.spent_on("evaluation"):
             evaluation = evaluation or evaluator.evaluate()
         sample = sample_text(config, run.tokens.tokenizer, engine, run.directory, peers)
+        measured = forecast.measure()
         engine.close()
         close_process_group()  # Now no rank has to wait while rank 0 draws plots and uploads them.
         outcome: dict[str, Any] = {}
@@ -298,6 +306,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
                 wall_s=time.monotonic() - run_start,
                 tokens_per_s=throughput.of_all_steps(),
                 goodput=goodput,
+                forecast=lambda: forecast.finish(measured),
                 disk_errors=recorder.disk_errors,
             )
             recorder.finish(outcome, run.directory)

@@ -77,7 +77,7 @@ RULES: dict[str, dict[str, str]] = {
     },
     "checkpoint": {FREE: "every keep at_end io_timeout_s background keep_every keep_best on_error remote"},
     "health": {LISTED: "on_nan on_spike spike_z dead_steps max_vio logit_range entropy", FREE: "every recheck_every"},
-    "telemetry": {FREE: "every probe_tokens"},
+    "telemetry": {FREE: "every probe_tokens forecast"},
     "tracking": {FREE: "wandb project entity group job_type tags notes diff tensorboard csv per_expert trackers"},
     "launch": {FREE: "nproc max_restarts threads"},
     "engine": {LISTED: "kind zero_stage ds_config"},

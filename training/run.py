@@ -14,6 +14,7 @@ INTERRUPTED = "interrupted"
 """The status of a run that a signal has ended."""
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
+FORECAST_FILE = "forecast.json"
 
 
 def finished_result(directory: Path, steps: int) -> dict[str, Any] | None:

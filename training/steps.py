@@ -9,6 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 from torch.profiler import record_function
@@ -60,7 +61,8 @@ class Steps(Iterator[FinishedStep]):
         pauses_after: the number of steps done -> whether the caller evaluates or saves the model then.
         interruption: the signals to this process; None: none is handled.
         waited: returns the seconds that this process has waited for other ranks (`parallel.waiting`).
-        before_step: called before each step with the number of steps done, and with the step's inputs.
+        around_step: called before each step with the number of steps done, and with the step's inputs. Returns the
+            context in which the step is computed or, on a GPU, queued.
     """
 
     def __init__(
@@ -74,10 +76,10 @@ class Steps(Iterator[FinishedStep]):
         pauses_after: Callable[[int], bool],
         interruption: Interruption | None = None,
         waited: Callable[[], float] = lambda: 0.0,
-        before_step: Callable[[int, StepInputs], None] = lambda done, inputs: None,
+        around_step: Callable[[int, StepInputs], AbstractContextManager[None]] = lambda done, inputs: nullcontext(),
     ) -> None:
         self.engine, self.loader, self.config, self.waited = engine, loader, config, waited
-        self.before_step, self.due = before_step, Due(config)
+        self.around_step, self.due = around_step, Due(config)
         self.ahead, self.pauses_after, self.interruption = ahead, pauses_after, interruption or Interruption()
         self.done = first_step
         """The number of steps that have been started. At the end they have been finished and yielded, too."""
@@ -110,10 +112,11 @@ class Steps(Iterator[FinishedStep]):
                 inputs, self._inputs = self._inputs or self._next_inputs(), None
                 if inputs is None:
                     return
-                self.before_step(self.done, inputs)
-                self.done += 1
-                measured = self.due.measures(self.done)
-                self._unread.append(Started(self.done, lr, start_step(engine, inputs, config.router, lr, measured)))
+                with self.around_step(self.done, inputs):
+                    self.done += 1
+                    measured = self.due.measures(self.done)
+                    pending = start_step(engine, inputs, config.router, lr, measured)
+                self._unread.append(Started(self.done, lr, pending))
                 pause = not self.ahead or self.done == steps or self.pauses_after(self.done)
                 if not pause:
                     self._inputs = self._next_inputs()

@@ -118,6 +118,30 @@ def read_preset(name: str) -> Hardware:
     return from_dict(Hardware, yaml.safe_load(path.read_text(encoding="utf-8")), "gpu")
 
 
+def preset_of_device(name: str, capability: int, memory: int) -> tuple[str, str | None]:
+    """Return the name of the preset of a GPU, or of the one that is most like it.
+
+    Args:
+        name: as torch reports it, such as `NVIDIA A100-SXM4-80GB`.
+        capability: major number of its compute capability.
+        memory: bytes.
+
+    Returns:
+        The preset, and None or a sentence which says that it is that of another device.
+    """
+    presets = {path.stem: read_preset(path.stem) for path in sorted(PRESETS.glob("*.yaml"))}
+    gpus = {stem: preset for stem, preset in presets.items() if preset.capability is not None}
+    squeezed = "".join(filter(str.isalnum, name.lower()))
+    same = [stem for stem in gpus if stem.partition("-")[0] in squeezed]
+
+    def distance(stem: str) -> tuple[int, float]:
+        return abs((gpus[stem].capability or 0) - capability), abs(gpus[stem].memory - memory)
+
+    nearest = min(same or gpus, key=distance)
+    note = f"no preset for {printable(name)}; the rates are those of {gpus[nearest].name}"
+    return nearest, None if same else note
+
+
 def with_rates(hardware: Hardware, path: Path) -> Hardware:
     """Replace the rates by those of a calibration file.
 

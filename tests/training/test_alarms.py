@@ -209,6 +209,7 @@ def test_a_resumed_run_has_the_alarms_and_metrics_of_the_uninterrupted_one(tmp_p
         "optim.warmup_steps=0",
     ]
     many += ["health.dead_steps=3", "router.balance_coef=0", "checkpoint.every=5", "telemetry.every=0"]
+    many += ["telemetry.forecast=false"]
     run(tmp_path, cache, "whole", *many, "train.steps=12")
     for steps in (5, 12):
         run(tmp_path, cache, "parts", *many, f"train.steps={steps}")
@@ -290,6 +291,7 @@ def test_an_alarm_goes_to_the_terminal_the_file_and_the_trackers(tmp_path: Path)
 def test_a_router_that_collapses_is_named_before_half_of_its_experts_are_dead_for_long(tmp_path, cache):  # noqa: F811
     """Nothing balances a router with one expert per token and a high learning rate."""
     given = ["model=switch_tiny", "train.seq_len=64", "train.global_batch=4", "train.steps=45", "checkpoint.every=0"]
+    given += ["telemetry.forecast=false"]
     given += ["model.num_layers=2", "router.balance_coef=0", "router.capacity_factor=null", "optim.lr=0.01"]
     run(tmp_path, cache, "collapses", *given, "optim.schedule_steps=300", "checkpoint.at_end=false")
     rows, alarms = numbers(tmp_path / "collapses"), read_alarms(tmp_path / "collapses")
@@ -314,6 +316,7 @@ def test_the_first_200_steps_of_a_preset_have_no_alarm(tmp_path, cache, preset):
         "train.seq_len=64",
         "train.global_batch=4",
         "train.steps=200",
+        "telemetry.forecast=false",
         "checkpoint.every=0",
         "checkpoint.at_end=false",
     ]

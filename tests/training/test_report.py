@@ -257,12 +257,12 @@ def test_sample_and_end(capsys: Capture) -> None:
         None,
         321.0,
         12_345.0,
-        "90 %",
+        {"goodput": "90 %", "memory": "predicted 1 MB, measured 2 MB"},
     )
     text = plain(capsys)
     assert "brackets)\ngeneration is dropless\n  [The ]end\\x1b[31m [red]\n  of\\x00 é\n" in text
     assert "Done in 5 min 21 s, 12.3 k tokens/s" in text and f"checkpoint  {long}\n" in text
-    assert "(as before; docs/runs.md" in text
+    assert "(as before; docs/runs.md" in text and "  memory      predicted 1 MB" in text
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def configuration(
         checkpoint=checkpoint,
         tracking=TrackingConfig(wandb="disabled"),
         # Probes are made where checkpoints are saved, so that `router/churn` is not that of the reference.
-        telemetry=TelemetryConfig(probe_tokens=0),
+        telemetry=TelemetryConfig(probe_tokens=0, forecast=False),
         launch=LaunchConfig(nproc=ranks, threads=1),
     )
 

@@ -11,4 +11,5 @@ In reading order:
 - `answer`: the best layouts with all figures; the first ones are traced.
 - `serving`: the memory of text generation.
 - `peak`: the largest memory of a real step, as the allocators count it.
+- `forecast`: the process that predicts the memory and the step time of a run, beside the run.
 """

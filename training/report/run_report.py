@@ -25,6 +25,8 @@ from parallel.weight_specs import kind
 from training.agree import AgreedRun
 from training.config import Config, OptimConfig
 from training.device import DTYPE_NAMES
+from training.report.forecast import lines as forecast_lines
+from training.report.forecast import summary as forecast_summary
 from training.report.goodput import Goodput, goodput_line
 from training.report.heatmap import show_load
 from training.report.metrics import METRICS_FILE, left_out, read_metrics
@@ -41,7 +43,7 @@ from training.report.tables import (
     show_sample,
 )
 from training.report.terminal import show_fields, show_line
-from training.run import save_result
+from training.run import FORECAST_FILE, save_result
 from training.schedule import learning_rate
 from training.step import Evaluation
 from training.trainable import format_patterns
@@ -117,6 +119,7 @@ def finish_run(
     wall_s: float,
     tokens_per_s: float | None,
     goodput: Goodput,
+    forecast: Callable[[], dict[str, Any]],
     disk_errors: Callable[[str], AbstractContextManager[None]],
 ) -> dict[str, Any]:
     """Print the results, write the plots, `result.json` and the report, and return the content of `result.json`.
@@ -128,6 +131,7 @@ def finish_run(
         wall_s: seconds since this process started to train.
         tokens_per_s: the mean speed of the optimizer steps; None if this process did none.
         goodput: the account of the run's time, which is written and shown.
+        forecast: writes `forecast.json` and returns its content; empty if the run has none.
         disk_errors: what is written -> a context manager for writing it (`Recorder.disk_errors`).
     """
     run = summary.run
@@ -153,6 +157,9 @@ def finish_run(
         show_sample(run.config.run.prompt, sample, note)
     goodput.write()
     account = goodput.summary()
+    compared: dict[str, Any] = {}
+    with disk_errors(FORECAST_FILE):
+        compared = forecast()
     result: dict[str, Any] = {
         "status": "finished",
         "name": run.name,
@@ -164,6 +171,7 @@ def finish_run(
         "wall_s": wall_s,
         "goodput": account,
         "restarts": goodput.restarts,
+        **forecast_summary(compared),
         "total_params": run.counts.total,
         "active_params": run.counts.active,
         "num_experts": run.model.num_experts,
@@ -188,7 +196,7 @@ def finish_run(
         page,
         wall_s,
         tokens_per_s or 0.0,
-        goodput_line(account, goodput.restarts),
+        {"goodput": goodput_line(account, goodput.restarts)} | forecast_lines(compared),
     )
     return result
 

@@ -249,7 +249,7 @@ def show_end(
     page: Path | None,
     wall_s: float,
     tokens_per_s: float,
-    goodput: str,
+    figures: Mapping[str, str],
 ) -> None:
     """Print the run's directory and the commands that resume the run and show its results.
 
@@ -262,7 +262,7 @@ def show_end(
         page: the report, if it was written.
         wall_s: the seconds that the run took.
         tokens_per_s: the training speed.
-        goodput: what the run has spent its time on.
+        figures: name -> what the run has spent its time on, and what was predicted and measured.
     """
     show_fields(
         f"Done in {human_time(wall_s)}, {human_count(tokens_per_s)} tokens/s",
@@ -273,7 +273,7 @@ def show_end(
             "": f"({rate}; docs/runs.md has other ways)",
             "results": open_command,
             "report": "none" if page is None else str(page),
-            "goodput": goodput,
+            **figures,
         },
         commands=("resume", "results"),
     )

@@ -15,6 +15,8 @@ from typing import Any
 from common.errors import expect
 from common.files import explain_os_error, write_atomically
 from common.text import first_line, show_value, to_json
+from training.report.forecast import read_forecast
+from training.report.forecast import rows as forecast_rows
 from training.report.page.curves import curve_figures
 from training.report.page.figures import router_figures, router_numbers
 from training.report.page.gather import RunData, read_run
@@ -146,6 +148,7 @@ def run_page(data: RunData) -> str:
         tiles=tiles(data),
         notes=notes,
         config_text=config_text(data),
+        forecast=forecast_rows(read_forecast(data.directory)),
         curves=list(curves),
         figures=[*router, *tokens],
         script=script,
