@@ -1,6 +1,7 @@
 """Training runs that others published with their settings, and this project's own, as data to compare predictions with.
 
-    python benchmarks/published.py          # the runs: settings, published and predicted seconds of a step
+    python benchmarks/published.py                                    # all runs, predicted by formulas
+    python benchmarks/published.py --trace "model A, one H100"        # predicted from the real step, without values
 
 `RUNS` has the runs. A published figure is FLOP/s, tokens/s or the time of a step. `PublishedRun.step_s` makes seconds
 of a step of it. `compare` puts predictions beside them. Megatron-Core counted all query-key pairs of a row in 2024
@@ -12,6 +13,7 @@ Megatron's distributed optimizer shards the optimizer state over the data-parall
 either replicates it or shards the weights, too. It changes the memory and hardly the time.
 """
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -31,10 +33,10 @@ from moe.model import Transformer
 from parallel.config import ParallelConfig
 from parallel.planning.auto import AUTO_AXES
 from parallel.planning.hardware import read_preset
-from parallel.planning.plan import estimate_memory
-from parallel.planning.times import estimate_times
-from parallel.planning.workload import Workload
 from scripts.cli.command_line import compose_config
+from training.config import Config
+from training.planning.answer import trace_option
+from training.planning.search import Option, Question, consider
 
 H100_PEAK = 989.5
 """TFLOP/s, of which arXiv 2504.14960 gives its MFU."""
@@ -279,7 +281,7 @@ class Prediction(NamedTuple):
 
     step_s: float
     memory: float
-    """Bytes of the fullest device."""
+    """Bytes of the tensors of the fullest device."""
 
 
 class Comparison(NamedTuple):
@@ -343,17 +345,59 @@ def show_costs() -> None:
         )
 
 
-def by_formula(run: PublishedRun) -> Prediction:
-    """Predict a run by the formulas with which `parallel=auto` compares layouts."""
+def question_of(run: PublishedRun) -> Question:
+    """Return a run as what the planner is asked."""
     model, router = run.configs()
-    parallel = ParallelConfig(**run.parallel)  # type: ignore[arg-type]
-    workload = Workload(model, router, run.global_batch, run.accumulation, run.seq_len)
-    layout = parallel.layout(run.gpus, model, run.seq_len)
-    hardware = read_preset(run.gpu)
-    memory = max(stage.device for stage in estimate_memory(layout, parallel, workload))
-    return Prediction(estimate_times(layout, parallel, workload, hardware).total, memory + hardware.reserved)
+    return Question(
+        model=model,
+        router=router,
+        parallel=ParallelConfig(**run.parallel),  # type: ignore[arg-type]
+        gpus=run.gpus,
+        hardware=read_preset(run.gpu),
+        seq_len=run.seq_len,
+        global_batch=run.global_batch,
+        accumulation=run.accumulation,
+        recompute=("none",),
+        itemsize=2,
+        moments=2,
+        margin=0.0,
+        loads=None,
+    )
+
+
+def option_of(run: PublishedRun) -> Option:
+    """Return the layout of a run with the planner's estimates by formula."""
+    question = question_of(run)
+    layout = question.parallel.layout(run.gpus, question.model, run.seq_len)
+    return consider(question, question.parallel, layout, run.accumulation)
+
+
+def by_formula(run: PublishedRun) -> Prediction:
+    """Predict a run by the formulas with which the planner compares layouts."""
+    option = option_of(run)
+    return Prediction(option.times.total, option.peak)
+
+
+def by_trace(run: PublishedRun) -> Prediction:
+    """Predict a run from the real step of its fullest rank and of rank 0, without values. This takes minutes."""
+    config = from_dict(Config, compose_config("config", run.overrides))
+    verified = trace_option(question_of(run), config, option_of(run), None)
+    return Prediction(verified.times.total, verified.peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Published training runs beside the predictions of the planner.")
+    parser.add_argument("runs", nargs="*", help="names of runs (default: all)")
+    parser.add_argument("--trace", action="store_true", help="trace the step of each run, which takes minutes")
+    options = parser.parse_args()
+    names = [run.name for run in RUNS]
+    for name in options.runs:
+        if name not in names:
+            parser.error(f"{name}: expected some of {'; '.join(names)}")
+    runs = [run for run in RUNS if not options.runs or run.name in options.runs]
+    show(compare(by_trace if options.trace else by_formula, runs))
+    show_costs()
 
 
 if __name__ == "__main__":
-    show(compare(by_formula))
-    show_costs()
+    main()
