@@ -245,9 +245,9 @@ def nowhere(question: Question, smallest: Option) -> ConfigError:
         ways.append("parallel.offload=true")
     ways.append(f"train.seq_len={max(1, question.seq_len // 2)}")
     chosen = f"train.accumulation={smallest.accumulation}, parallel.recompute={smallest.parallel.recompute}"
-    memory = [f"{nbytes / 1e9:.1f} GB" for nbytes in (smallest.peak, state, question.limit)]
+    peak, state_size, limit = (f"{nbytes / 1e9:.1f} GB" for nbytes in (smallest.peak, state, question.limit))
     return ConfigError(
         f"gpus={question.gpus}: expected enough memory for the model; the smallest layout ({smallest.layout}, "
-        f"{chosen}) needs {memory[0]}, with {memory[1]} of weights, gradients and moments; each {question.hardware.name} has "
-        f"{memory[2]} for tensors; this would help: {', '.join(ways)}"
+        f"{chosen}) needs {peak}, with {state_size} of weights, gradients and moments; each {question.hardware.name} "
+        f"has {limit} for tensors; this would help: {', '.join(ways)}"
     )
