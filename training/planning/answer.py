@@ -62,7 +62,8 @@ def answer(
 
     Args:
         config: the configuration of a run, for the trace. Its model, router and batch are those of the question.
-        verify: how many layouts to trace. One that does not fit then is replaced by the next one.
+        verify: how many layouts to trace. If one does not fit then, others for which the estimates are as far off are
+            left out, too.
         document: tokens of a document; None: each row is one document.
 
     Raises:
@@ -71,26 +72,28 @@ def answer(
     options = search(question)
     if not options[0].fits:
         return {"fits": False, "smallest": options[0]}
-    verified: list[Verified] = []
-    too_large = 0
+    verified, others, too_large = list[Verified](), list[Option](), 0
+    ratio = 1.0  # The largest ratio of a traced peak to its estimate so far.
     for option in options:
-        if len(verified) == min(verify, top) or too_large > 3 * verify:
+        if len(verified) + len(others) == top:
             break
+        if option.peak * ratio > question.limit:
+            continue
+        if len(verified) == verify:
+            others.append(option)
+            continue
         traced = trace_option(question, config, option, document)
+        ratio = max(ratio, traced.peak / option.peak)
         if traced.peak <= question.limit:
             verified.append(traced)
         else:
             too_large += 1
+    if not verified and not others:
+        return {"fits": False, "smallest": min(options, key=lambda option: option.peak)}
     verified.sort(key=lambda each: each.times.total)
-    done = {id(each.option) for each in verified}
     flops = training_flops_per_token(meta_model(question.model, question.router), question.seq_len)
     rows = [_row(question, each.option, each, flops, budget) for each in verified]
-    start = len(verified) + too_large
-    for option in options[start:]:
-        if len(rows) >= top:
-            break
-        if id(option) not in done:
-            rows.append(_row(question, option, None, flops, budget))
+    rows += [_row(question, option, None, flops, budget) for option in others]
     return {
         "fits": True,
         "gpus": question.gpus,
