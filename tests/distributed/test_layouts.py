@@ -1,10 +1,11 @@
 """A run computes the same numbers under every layout as on one process.
 
-Worlds of 2 and 4 run a layout of every kind, each with a model that its axes have not met yet. The world of 4 is slow,
-and so are the tests of all layouts.
+The quick suite runs every axis on two ranks, each with another model. The slow suite runs all layouts of 2 and 4 ranks,
+and those of three axes on 8.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -27,47 +28,36 @@ from training.parity import trial as trial_module
 from training.parity.config import CASES, MODEL, OPTIM, configuration, rows_for
 from training.parity.driver import TOLERANCES, Differences, JobResult, compare, run_jobs
 from training.parity.jobs import Job, assign_models, layout_groups, parse_layout, select_layouts
-from training.parity.trial import Trial, assemble, rows_of_step, run_case
+from training.parity.trial import Result, Trial, assemble, rows_of_step, run_case
 from training.step import train_step
 
 CPU = torch.device("cpu")
 STEPS = 2
-QUICK = {
-    2: (
-        *layout_groups(2)["single"],
-        "tensor=2+expert=2",
-        "shard=2+expert=2",
-        "pipeline=2+schedule=interleaved",
-        "pipeline=2+stage_layers=1:3",
-        "tensor=2+recompute=selective",
-        "shard=2+recompute=full",
-        "shard=2+expert=2+offload=true",
-        "expert=2+overlap=true",
-    ),
-    4: (
-        "expert=4",
-        "tensor=4",
-        "context=4",
-        "pipeline=4",
-        "tensor=2+expert=4",
-        "shard=2+expert=2",
-        "replicate=2+shard=2",
-        "pipeline=2+shard=2",
-        "pipeline=2+tensor=2+schedule=zero_bubble",
-        "tensor=2+context=2",
-        "shard=2+expert=2+overlap=true",
-        "expert=2+expert_tensor=2+recompute=full+overlap=true",
-    ),
-}
+QUICK = (
+    ("mixtral", "replicate=2"),
+    ("partly_frozen", "shard=2"),
+    ("mixtral", "expert=2"),
+    ("capacity", "expert_tensor=2"),
+    ("uneven", "tensor=2"),
+    ("expert_choice", "context=2"),
+    ("deepseek", "pipeline=2"),
+    ("deepseek", "tensor=2+expert=2+recompute=selective"),
+    ("switch", "shard=2+expert=2+offload=true"),
+    ("mixtral", "expert=2+overlap=true"),
+)
+"""The model and the layout of each comparison in the quick suite."""
 CHOSEN = {
     # Under expert parallelism most ranks store no expert that trains.
-    2: (("partly_frozen", "expert=2"), ("partly_frozen", "shard=2"),
-        ("uneven", "tensor=2"), ("multi_query", "tensor=2")),
+    2: (("partly_frozen", "expert=2"), ("uneven", "tensor=2"), ("multi_query", "tensor=2"),
+        ("deepseek", "tensor=2+recompute=selective")),
     4: (("uneven", "tensor=4"), ("uneven", "shard=2+tensor=2"), ("uneven", "expert=2+expert_tensor=2"),
         ("multi_query", "tensor=4"), ("multi_query", "tensor=2+context=2"), ("multi_query", "shard=2+tensor=2"),
-        ("multi_query", "pipeline=2+tensor=2")),
+        ("multi_query", "pipeline=2+tensor=2"),
+        ("mixtral", "expert=2+expert_tensor=2+recompute=full+overlap=true")),
+    8: (),
 }  # fmt: skip
-"""Models and layouts beside those of `QUICK`."""
+"""Models and layouts that the slow suite runs beside one model for each layout."""
+SINGLE = ("expert=2", "tensor=2", "context=2")
 LAYOUT_CHANGES = (
     ("mixtral", "expert=2", "tensor=2"),
     ("mixtral", "shard=2", "context=2"),
@@ -75,13 +65,13 @@ LAYOUT_CHANGES = (
     ("multi_query", "tensor=2", "replicate=2"),
 )
 """The model, the layout that saves a checkpoint, and the layout that continues from it."""
+QUICK_CHANGES = (("mixtral", "shard=2", "expert=2"), ("multi_query", "tensor=2", "pipeline=2"))
+"""The same for the quick suite."""
 FEW = replace(CASES["uneven"], model=replace(CASES["uneven"].model, vocab_size=5, hidden_dim=1))
 """With `tensor=4`, the last rank stores no row of the embedding and of the head, and three ranks no hidden unit."""
 
 
-def jobs_for(layouts: tuple[str, ...], world_size: int) -> list[Job]:
-    models = assign_models(layouts, CASES, world_size)
-    pairs = (*zip(models, layouts, strict=True), *CHOSEN[world_size])
+def jobs_of(pairs: Iterable[tuple[str, str]]) -> list[Job]:
     return [Job(model, layout, parse_layout(layout)) for model, layout in pairs]
 
 
@@ -92,35 +82,24 @@ def rows_of_five_tokens(step: int, rows: int) -> dict[str, torch.Tensor]:
     return made | {"tokens_BS": made["tokens_BS"] % 5, "labels_BS": few_BS}
 
 
-def quick(rank: int, world: int, jobs: list[Job], directory: Path) -> dict:
-    """All checks in one world, because starting processes costs more than most jobs."""
-    results = {"fp64": list(run_jobs(jobs, CPU, steps=STEPS)), "one token": one_token_per_rank(rank, world)}
-    if world == 4:
-        few = [Job("few", layout, parse_layout(layout)) for layout in ("tensor=4", "shard=2+tensor=2")]
-        with mock.patch.object(trial_module, "rows_of_step", rows_of_five_tokens):
-            results["few"] = list(run_jobs(few, CPU, cases={"few": FEW}, steps=STEPS))
-    if world == 2:
-        single = [Job("mixtral", layout, parse_layout(layout)) for layout in ("expert=2", "tensor=2", "context=2")]
-        results["fp32"] = list(run_jobs(single, CPU, precision="fp32", steps=STEPS))
-        results["continued"] = [
-            continued(directory / str(number), *change) for number, change in enumerate(LAYOUT_CHANGES)
-        ]
-        results["tampered"] = {name: tampered(name) for name in TAMPERED}
-        results["one process"] = {
-            model: run_case(CASES[model], config_of("expert=1", 1, model), mesh_of_one(CPU))
-            for model in ("mixtral", "multi_query")
-        }
+def quick(rank: int, world: int, directory: Path) -> dict:
+    """All quick checks in one world, because starting processes costs more than most jobs."""
+    results = {
+        "fp64": list(run_jobs(jobs_of(QUICK), CPU, steps=STEPS)),
+        "fp32": list(run_jobs(jobs_of([("mixtral", "tensor=2")]), CPU, precision="fp32", steps=STEPS)),
+        "one token": one_token_per_rank(rank, world),
+        "continued": continue_all(QUICK_CHANGES, directory),
+        "tampered": {name: tampered(name) for name in TAMPERED},
+    }
+    if rank == 0:
+        results["one process"] = references()
     return results
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def world(request, tmp_path_factory) -> list[dict]:
-    """The return values of the ranks of a world."""
-    jobs = jobs_for(QUICK[request.param], request.param)
-    return run_ranks(quick, request.param, jobs, tmp_path_factory.mktemp("continued"))
-
-
-of_two = pytest.mark.parametrize("world", [2], indirect=True)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What two ranks return."""
+    return run_ranks(quick, 2, tmp_path_factory.mktemp("continued"))
 
 
 def assert_within_tolerance(results: list[JobResult], precision: str) -> None:
@@ -131,16 +110,9 @@ def assert_within_tolerance(results: list[JobResult], precision: str) -> None:
 
 def test_every_layout_equals_one_process(world):
     """In fp64, the figures, the gradients of the first step, and the last weights, moments and buffers to 1e-9."""
-    first = world[0]
-    assert len(first["fp64"]) >= len(QUICK[len(world)])
-    for precision in {"fp64", "fp32"} & first.keys():
-        assert_within_tolerance(first[precision], precision)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [4], indirect=True)
-def test_ranks_without_token_ids_or_hidden_units_take_part(world):
-    assert_within_tolerance(world[0]["few"], "fp64")
+    assert len(world[0]["fp64"]) == len(QUICK)
+    for precision in ("fp64", "fp32"):
+        assert_within_tolerance(world[0][precision], precision)
 
 
 def config_of(layout: str, world_size: int, model: str = "mixtral"):
@@ -173,15 +145,29 @@ def continued(root: Path, model: str, before: str, after: str) -> tuple[list, di
     return history + second.train(STEPS, 2 * STEPS), assemble(second.gather_shards())
 
 
-@of_two
-def test_a_checkpoint_continues_under_another_layout(world):
-    for change, (history, final) in zip(LAYOUT_CHANGES, world[0]["continued"], strict=True):
-        reference = world[0]["one process"][change[0]]
+def continue_all(changes: Sequence[tuple[str, str, str]], directory: Path) -> list[tuple[list, dict]]:
+    return [continued(directory / str(number), *change) for number, change in enumerate(changes)]
+
+
+def references() -> dict[str, Result]:
+    """The runs of one process with which `continued` is compared."""
+    return {
+        model: run_case(CASES[model], config_of("expert=1", 1, model), mesh_of_one(CPU))
+        for model in ("mixtral", "multi_query")
+    }
+
+
+def assert_continued(changes: Sequence[tuple[str, str, str]], results: dict) -> None:
+    for change, (history, final) in zip(changes, results["continued"], strict=True):
+        reference = results["one process"][change[0]]
         differences = compare(reference._replace(history=history, final=final), reference)
         assert differences.within(TOLERANCES["fp64"]), (change, differences)
 
 
-@of_two
+def test_a_checkpoint_continues_under_another_layout(world):
+    assert_continued(QUICK_CHANGES, world[0])
+
+
 def test_the_parity_run_is_not_trivial(world):
     """Clipping was active, weights changed, and the last expert got no token and no gradient."""
     reference = world[0]["one process"]["mixtral"]
@@ -224,11 +210,14 @@ def one_token_per_rank(rank: int, world: int) -> tuple[float, torch.Tensor]:
     return result.grad_norm, result.counts_LE
 
 
-def test_experts_without_tokens_neither_hang_nor_break(world):
-    results = [results_of_rank["one token"] for results_of_rank in world]
+def assert_finite_and_equal(results: list[tuple[float, torch.Tensor]]) -> None:
     norm, counts_LE = results[0]
     assert counts_LE.sum().item() == 2 * len(results) * MODEL.num_layers and (counts_LE == 0).any()
     assert all(math.isfinite(other) and other == norm for other, _ in results)
+
+
+def test_experts_without_tokens_neither_hang_nor_break(world):
+    assert_finite_and_equal([results_of_rank["one token"] for results_of_rank in world])
 
 
 TAMPERED = {"layers.1.ffn.experts.w_up": "expert=2", "layers.2.attention.wq": "replicate=2"}
@@ -250,7 +239,6 @@ def tampered(name: str) -> list[JobResult]:
         return list(run_jobs([Job("mixtral", layout, parse_layout(layout))], CPU, steps=2))
 
 
-@of_two
 def test_one_weight_of_one_rank_is_noticed(world):
     by_name = {name: results[0].differences for name, results in world[0]["tampered"].items()}
     for name, differences in by_name.items():
@@ -280,16 +268,36 @@ def test_shards_are_assembled_and_gaps_and_contradictions_become_nan():
         assert assemble([{"w": shard([1.0, 2.0], 0)}, others])["w"].isnan().any()
 
 
-def run_all(rank: int, world: int, jobs: list[Job]) -> list[JobResult]:
-    return list(run_jobs(jobs, CPU))
+def run_all(rank: int, world: int, jobs: list[Job], directory: Path) -> dict:
+    results = {"fp64": list(run_jobs(jobs, CPU, steps=STEPS + 1)), "one token": one_token_per_rank(rank, world)}
+    if world == 2:
+        single = jobs_of(("mixtral", layout) for layout in SINGLE)
+        results["fp32"] = list(run_jobs(single, CPU, precision="fp32", steps=STEPS))
+        results["continued"] = continue_all(LAYOUT_CHANGES, directory)
+        results["one process"] = references()
+    if world == 4:
+        few = jobs_of([("few", "tensor=4"), ("few", "shard=2+tensor=2")])
+        with mock.patch.object(trial_module, "rows_of_step", rows_of_five_tokens):
+            results["few"] = list(run_jobs(few, CPU, cases={"few": FEW}, steps=STEPS))
+    return results
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_all_layouts_equal_one_process(size):
-    layouts = select_layouts("all" if size < 8 else "triples", size)
-    models = assign_models(layouts, {name: case for name, case in CASES.items() if name != "mixtral"}, size)
-    pairs = [(model, layout) for layout, other in zip(layouts, models, strict=True) for model in ("mixtral", other)]
-    results = run_ranks(run_all, size, [Job(model, layout, parse_layout(layout)) for model, layout in pairs])[0]
-    assert_within_tolerance([result for result in results if result.why_skipped is None], "fp64")
-    assert sum(result.why_skipped is None for result in results) >= 0.9 * len(pairs)
+def test_all_layouts_equal_one_process(size, tmp_path):
+    """Each layout with one model, and each axis alone with Mixtral. In a world of 4, the last rank also
+    stores no row of a vocabulary and no hidden unit."""
+    layouts, groups = select_layouts("all" if size < 8 else "triples", size), layout_groups(size)
+    models = assign_models(layouts, CASES, size)
+    mixtral = groups["single"] if size < 8 else ()
+    pairs = (*zip(models, layouts, strict=True), *(("mixtral", layout) for layout in mixtral), *CHOSEN[size])
+    ranks = run_ranks(run_all, size, jobs_of(dict.fromkeys(pairs)), tmp_path)
+    results = ranks[0]
+    assert_within_tolerance([result for result in results["fp64"] if result.why_skipped is None], "fp64")
+    assert sum(result.why_skipped is None for result in results["fp64"]) >= 0.9 * len(results["fp64"])
+    assert_finite_and_equal([of_rank["one token"] for of_rank in ranks])
+    if size == 2:
+        assert_within_tolerance(results["fp32"], "fp32")
+        assert_continued(LAYOUT_CHANGES, results)
+    if size == 4:
+        assert_within_tolerance(results["few"], "fp64")
