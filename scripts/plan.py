@@ -104,6 +104,8 @@ class PlanConfig:
 
 def plan(config: PlanConfig) -> None:
     """Print the plan, as tables or as JSON."""
+    if config.picture is not None and not (directory := Path(config.picture).parent).is_dir():
+        raise _unwritable(Path(config.picture), f"{directory} is not a directory")
     if config.task == "generate":
         plan_generation(config)
     else:
@@ -164,13 +166,25 @@ def plan_training(config: PlanConfig) -> None:
 
 
 def show(config: PlanConfig, found: dict[str, Any]) -> None:
-    """Print what was found, and draw the picture."""
+    """Draw the picture, and print what was found."""
+    from training.report.plan_picture import plot_plan
     from training.report.planned import show_plan
+
+    if config.picture is not None:
+        path = Path(config.picture)
+        try:
+            plot_plan(found, path)
+        except OSError as error:
+            raise _unwritable(path, error.strerror or str(error)) from error
 
     if config.format == "json":
         print(to_json(found, indent=2))
     else:
         show_plan(found, sys.argv[1:])
+
+
+def _unwritable(path: Path, reason: str) -> ConfigError:
+    return ConfigError(f"picture={path}: expected a file that can be written ({reason})")
 
 
 def plan_generation(config: PlanConfig) -> None:

@@ -237,6 +237,16 @@ def test_a_refusal_under_torchrun_leaves_no_run_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_beyond_the_memory_is_refused_before_a_directory_is_claimed(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10**6, "SC_PAGE_SIZE": 4096}.__getitem__)
+    monkeypatch.setattr(sys, "argv", ["train.py", "model=mixtral_8x7b", "train.steps=1"])
+    given = ["model=mixtral_8x7b", "launch.nproc=8", "train.device=cpu", f"run.root={tmp_path}"]
+    config = from_dict(Config, compose_config("config", given))
+    with pytest.raises(ConfigError, match=r"^train.device=cpu: .*scripts/plan.py model=mixtral_8x7b gpus=8 gpu=h100`"):
+        workers.execute(config, print)
+    assert list(tmp_path.iterdir()) == []
+
+
 PLUGIN = """
 from dataclasses import dataclass
 from typing import ClassVar

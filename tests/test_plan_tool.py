@@ -1,12 +1,15 @@
 """`scripts/plan.py`: what it prints for training and for generation, and the line for what is not possible."""
 
 import json
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts import plan as tool
+from training.report.plan_picture import memory_bars, plot_plan
 
 SMALL = (
     "model=mixtral_tiny", "model.num_layers=1", "model.vocab_size=512", "train.seq_len=64", "train.global_batch=8",
@@ -59,6 +62,31 @@ def test_memory_to_serve_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert not found["fits"] and found["fewest_gpus"] == 8
 
 
+def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.svg"
+    given = (
+        "parallel.pipeline=4",
+        "parallel.tensor=1",
+        "parallel.context=1",
+        "parallel.schedule=zero_bubble",
+        "gpus=64",
+        "train.accumulation=32",
+        "train.global_batch=512",
+    )
+    options = ("verify=0", "top=1", "skew=zipf", "format=json")
+    assert called(monkeypatch, "model=mixtral_8x7b", *given, *options, f"picture={path}") == 0
+    found = json.loads(capsys.readouterr().out)
+    best = found["layouts"][0]
+    assert [sum(bar.values()) for bar in memory_bars(best).values()] == [stage["device"] for stage in best["stages"]]
+    assert [each.name for each in tmp_path.iterdir()] == ["plan.svg"]
+    comments = re.findall(r"<!-- (.*?) -->", path.read_text())
+    assert {"stage 0 (formulas)", "gradients of weights", "exchange of tokens (all-to-all)"} <= set(comments)
+    assert any("16 of 32 micro-batches" in comment for comment in comments)
+    traced = best | {"axes": best["axes"] | {"pipeline": 1}, "schedule": "1f1b"}
+    plot_plan(found | {"layouts": [traced]}, path)  # replaces the file
+    assert "each rank" in path.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -71,6 +99,10 @@ def test_memory_to_serve_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         ((*SMALL, "skew=zipf:x"), "skew=zipf:x: expected a number >= 0 after zipf:"),
         ((*SMALL, "skew=nowhere"), "skew=nowhere: expected a run with a readable metrics.jsonl"),
         ((*SMALL, "picture=a.gif"), "picture=a.gif: expected the name of a .png or .svg file"),
+        (
+            (*SMALL, "picture=nowhere/a.png"),
+            "picture=nowhere/a.png: expected a file that can be written (nowhere is",
+        ),
         ((*SMALL, "recompute=full", "parallel.recompute=selective"), "recompute=full: expected auto or selective"),
     ],
 )

@@ -27,8 +27,9 @@ from training.checkpoint.peers import Peers, RemoteError
 from training.checkpoint.remote import RemoteCheckpoints
 from training.compilation import choose_compilation
 from training.config import Config, with_vocabulary
-from training.device import Process, check_memory, memory_of_a_rank
+from training.device import Process, memory_of_a_rank
 from training.formats.reader import open_model
+from training.host import check_memory
 from training.layout import build_workload, resolve_layout
 from training.owner import DirectoryLock, RunOwner, join_run, run_token
 from training.report.terminal import show_line

@@ -10,6 +10,7 @@ import torch
 from common.errors import ConfigError, require
 from parallel.startup.launch import World, world_from_env
 from training.config import Config
+from training.host import host_memory
 
 DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 """Data type -> its name in `train.precision`."""
@@ -93,28 +94,6 @@ def pick_device(wanted: str, local_rank: int, local_world_size: int) -> torch.de
     return device
 
 
-def check_memory(parameters: int, state: int, local_ranks: int) -> None:
-    """Refuse a run on CPUs whose weights, gradients and optimizer state alone exceed this host's memory.
-
-    Otherwise the kernel would kill some process, perhaps of another program, when the memory is full.
-
-    Args:
-        parameters: number of parameters of the whole model.
-        state: bytes of weights, gradients and moments on one rank.
-        local_ranks: number of ranks on this host.
-
-    Raises:
-        ConfigError: the host has too little memory.
-    """
-    needed, memory = state * local_ranks, _host_memory()
-    require(
-        needed <= memory,
-        ConfigError,
-        f"train.device=cpu: expected a model that fits this host's {memory / 1e9:.1f} GB of memory; "
-        f"{parameters:,} parameters need {needed / 1e9:.1f} GB on {local_ranks} ranks, without activations",
-    )
-
-
 def make_deterministic() -> None:
     """Make torch refuse kernels whose result depends on timing. To be called before the first CUDA matmul."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -148,9 +127,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
 def memory_of_a_rank(device: torch.device, local_ranks: int) -> int:
     """Return the bytes of memory that one of the `local_ranks` ranks on this host can use."""
     return (
-        torch.cuda.get_device_properties(device).total_memory
-        if device.type == "cuda"
-        else _host_memory() // local_ranks
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory() // local_ranks
     )
 
 
@@ -161,10 +138,6 @@ def free_bytes(device: torch.device) -> int:
         if device.type == "cuda"
         else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     )
-
-
-def _host_memory() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cpu_multiplies_bf16() -> bool:

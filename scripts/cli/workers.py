@@ -20,6 +20,7 @@ from parallel.startup.launch import (
 from scripts.cli.command_line import UNREAD, discard_unread_output
 from scripts.cli.early_end import signal_of
 from training.config import Config, LaunchConfig
+from training.host import check_memory, host_memory
 from training.layout import build_workload, resolve_layout
 from training.owner import RunOwner
 from training.run import INTERRUPTED
@@ -59,7 +60,7 @@ def execute(
 
     launch = config.launch
     world = world_from_env() if is_launched() else World(world_size=launch.nproc, local_world_size=launch.nproc)
-    resolve_layout(config, build_workload(config, config.model), world)
+    check_before_start(config, world)
     check_tracking(config.tracking)
     owner = owner or RunOwner()
     try:
@@ -72,6 +73,26 @@ def execute(
         if signal_of(stop) and owner.directory is not None and owner.directory.is_dir():
             _show_how_to_resume(owner.directory, config, world)
         raise
+
+
+def check_before_start(config: Config, world: World) -> None:
+    """Check the layout and, if the ranks run on CPUs, their memory: before a corpus is read or a worker is started.
+
+    `training.agree` checks them again with the vocabulary and the device, which are known there. Here the vocabulary
+    can be unknown, so that a model is not refused which is only a little too large.
+
+    Raises:
+        ConfigError: the layout is not possible, or this host has too little memory.
+    """
+    trained = 1.0 if config.optim.train == "all" else 0.0
+    workload = build_workload(config, config.model, trained=trained)
+    device = config.train.device
+    if device == "cuda" or (device == "auto" and GPU_DRIVER.exists()) or config.engine.kind != "native":
+        resolve_layout(config, workload, world)
+        return
+    found = resolve_layout(config, workload, world, host_memory() // world.local_world_size)
+    parameters = sum(weight.numel * number for weight, number in workload.weights.items())
+    check_memory(parameters, found.plan.fullest.state, world.local_world_size)
 
 
 def _train(

@@ -15,8 +15,8 @@ from moe.config import ModelConfig, RouterConfig
 from moe.figures import LAYER_FIGURES, METRICS
 from moe.model import ModelInputs, Transformer
 from training.config import OptimConfig
-from training.device import check_memory
 from training.due import is_due
+from training.host import check_memory
 from training.loop import Throughput, speed_row, step_flops, step_row
 from training.optimizer import build_optimizer
 from training.schedule import SCHEDULES, learning_rate

@@ -11,7 +11,7 @@ import torch
 
 from moe.accounting.flops import meta_model, training_flops_per_token
 from parallel.layout import AXES
-from parallel.planning.times import StepTimes, expert_share
+from parallel.planning.times import StepTimes, expert_share, recomputed_share
 from training.config import Config
 from training.planning.search import (
     Option,
@@ -164,6 +164,7 @@ def _row(question: Question, option: Option, verified: Verified | None, flops: f
             "bubble": times.bubble,
             "straggler": times.straggler,
         },
+        "forward_share": forward_share(question, option, verified),
         "limits": limits(times, peak, question),
         "stages": [asdict(stage) | {"device": stage.device} for stage in option.plan.stages],
         "sent_bytes": sent_bytes(question, option),
@@ -177,6 +178,17 @@ def _row(question: Question, option: Option, verified: Verified | None, flops: f
         row |= {"hours": hours, "gpu_hours": hours * question.gpus}
         row["usd"] = None if budget.price is None else row["gpu_hours"] * budget.price
     return row
+
+
+def forward_share(question: Question, option: Option, verified: Verified | None) -> float:
+    """Return the share of the forward passes in the time that the operators of all passes take."""
+    if verified is None:
+        return 1 / (3 + recomputed_share(option.parallel, question.workload(option.accumulation)))
+    seconds = {"forward": 0.0, "backward": 0.0}
+    for operator in verified.traces[0].operators:
+        if operator.phase in seconds:
+            seconds[operator.phase] += operator.seconds(question.hardware)
+    return seconds["forward"] / sum(seconds.values())
 
 
 def _traced(rank: int, trace: Trace) -> dict[str, Any]:
