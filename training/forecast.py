@@ -66,6 +66,7 @@ class Forecast:
         self._load: float | None = None
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._waiting: deque[float] = deque(maxlen=RECENT)
+        self._cpu_s: deque[float] = deque(maxlen=RECENT)
 
     def __enter__(self) -> Self:
         if self.active and self.process.is_main:
@@ -87,7 +88,9 @@ class Forecast:
         """Measure the memory of the step that is computed, or queued, in the context, if it is the one to measure."""
         self._started += 1
         if not self.active or self._started != self.measured_step:
+            start_s = time.process_time()
             yield
+            self._cpu_s.append(time.process_time() - start_s)
             return
         if self.process.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.process.device)  # `step` reads it after the last step.
@@ -122,14 +125,16 @@ class Forecast:
         ranks = all_gather_json(own, self.engine.mesh.world)
         fullest = max(ranks, key=lambda rank: rank["peak_bytes"] or 0)
         step_s = statistics.median(self._seconds) if self._seconds else None
-        times = {}
+        times, cpu_s = {}, None
         if step_s is not None and self.process.device.type == "cpu":  # The host does not wait for each step of a GPU.
             waiting = statistics.median(self._waiting)
             times = {COMPUTATION: max(0.0, step_s - waiting), COMMUNICATION: waiting}
+            cpu_s = statistics.median(self._cpu_s)
         return fullest | {
             "step_s": step_s,
             "steps": len(self._seconds),
             "times": times,
+            "cpu_s": cpu_s,
             "rank_load_max": self._load,
         }
 

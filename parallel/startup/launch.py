@@ -36,9 +36,10 @@ PRELOADED = ("parallel.startup.preloaded", "torch.distributed.launcher.api")
 """Modules that every worker needs, besides those of its function. The first prepares for the other imports."""
 LAUNCHER_PID = "MIXWRIGHT_LAUNCHER_PID"
 """The variable that tells a process which launcher has started it, until `begin_process` removes it."""
-QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
-"""Environment of the workers. When one worker ends, the sockets of the others would log warnings, which would hide the
-message about the reason."""
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
+"""Variables that keep torch's C++ code from logging, if the user has not set them. When one worker ends, the sockets of
+the others would log warnings, which would hide the message about the reason. The profiler logs its start and end, and a
+warning if memory is freed that was allocated before. Kineto (a part of it) has no name for a level above all others."""
 RENDEZVOUS = "memory"
 """The name under which torch knows `_rendezvous_in_memory`."""
 HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -137,6 +138,7 @@ def begin_process() -> None:
     A process that a launcher has started dies with its launcher from now on. Ctrl-C ends this process at once and
     silently, until `interrupts_raise` is called: an import that is interrupted would print a traceback.
     """
+    os.environ.update(_quiet())  # torch reads the variables when it is imported.
     launcher = os.environ.pop(LAUNCHER_PID, None)
     if launcher is not None:
         die_with_parent(int(launcher))

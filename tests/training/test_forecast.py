@@ -69,6 +69,12 @@ def test_a_larger_deviation_names_the_part_and_the_reason() -> None:
     )
     doubled = lines(with_measured(peak_bytes=100e6, memory={"weights": 10e6, "moments": 50e6}))
     assert "most of it: moments, predicted 20.0 MB, measured 50.0 MB" in doubled["memory"]
+    times = {"computation": 1.0, "communication and waiting for other ranks": 0.08}
+    shared = lines(with_measured(step_s=1.08, rank_load_max=1.0, cpu_s=0.35, times=times) | {"operators": 1000})
+    assert shared["step"].endswith(
+        "the CPU time is 0.35 s, that is 50 us for each of 1,000 operators more than predicted, which has no Python; "
+        "other programs used the CPU, which rank 0 had for 35 % of its time"
+    )
     on_gpu = lines(with_measured(step_s=0.2, times={}))
     assert on_gpu["step"].endswith("the run does not measure its parts; the largest predicted one: matmuls 0.20 s")
 
@@ -111,7 +117,7 @@ def test_a_gpu_has_the_preset_of_its_name_or_the_nearest() -> None:
 def test_the_rates_of_a_cpu_are_scaled_by_what_it_has_measured() -> None:
     preset = read_preset("cpu")
     hardware, name, note = hardware_of(Device(matmul=preset.wide_matmul / 2, copy=5e9), narrow=False)
-    assert name == "cpu" and note is not None and "5.0 GB/s" in note
+    assert (name, note) == ("cpu", None)
     assert (hardware.wide_matmul, hardware.bandwidth) == (preset.wide_matmul / 2, 5e9)
     assert hardware.grouped_matmul / preset.grouped_matmul == pytest.approx(preset.wide_matmul / 2 / preset.matmul)
 

@@ -98,6 +98,7 @@ def predict(request: Request) -> dict[str, Any]:
         "device": request.device.name or "CPU",
         "preset": preset,
         "hardware_note": note,
+        "measured_rates": None if request.device.name else asdict(request.device),
         "rates": {name: value for name, value in asdict(hardware).items() if isinstance(value, int | float)},
         "dtype": request.dtype.removeprefix("torch."),
         "document_tokens": request.document,
@@ -107,7 +108,7 @@ def predict(request: Request) -> dict[str, Any]:
 
 
 def hardware_of(device: Device, *, narrow: bool) -> tuple[Hardware, str, str | None]:
-    """Return the device as numbers, the preset that they come from, and a sentence about it or None.
+    """Return the device as numbers, the preset that they come from, and a sentence if it is that of another GPU.
 
     The rates of a CPU are those of the preset `cpu`, scaled by what this machine has measured.
 
@@ -130,11 +131,7 @@ def hardware_of(device: Device, *, narrow: bool) -> tuple[Hardware, str, str | N
         attention_backward=cpu.attention_backward * faster,
         bandwidth=device.copy,
     )
-    note = (
-        f"the rates of conf/gpu/cpu.yaml, scaled by a matmul ({device.matmul / 1e9:.0f} GFLOP/s) and a copy "
-        f"({device.copy / 1e9:.1f} GB/s) on this machine"
-    )
-    return scaled, "cpu", note
+    return scaled, "cpu", None
 
 
 def _traced(request: Request, config: Any, dtype: Any, hardware: Hardware) -> dict[str, Any]:
@@ -156,6 +153,7 @@ def _traced(request: Request, config: Any, dtype: Any, hardware: Hardware) -> di
         "peak_bytes": trace.peak,
         "peak_phase": trace.peak_phase,
         "memory": trace.parts,
+        "operators": len(trace.operators) * config.train.accumulation // trace.micro_batches,
         **_step(max(times, key=lambda step: step.total)),
     }
 

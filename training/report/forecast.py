@@ -21,6 +21,8 @@ LIMIT = 0.1
 STATE = ("weights", "moments")
 """The parts of the memory that exist at every time, and that the run counts exactly."""
 REST = "gradients, activations and temporary tensors"
+BUSY = 0.8
+"""The share of its own time in which a rank has a CPU, below which other programs are named as a reason."""
 COMPUTATION, COMMUNICATION = "computation", "communication and waiting for other ranks"
 UNEVEN = 1.05
 """The rows on the fullest rank over those of balanced experts, from which they are named as a reason."""
@@ -59,6 +61,15 @@ def percent(share: float) -> str:
     ('+1.3 %', '-7.0 %', '+18 %')
     """
     return f"{100 * share:+.{1 if abs(share) < 0.0995 else 0}f} %"
+
+
+def short_time(seconds: float) -> str:
+    """Return a duration, with more digits than `human_time` if it is short.
+
+    >>> short_time(0.0245), short_time(0.41)
+    ('24.5 ms', '0.41 s')
+    """
+    return f"{1000 * seconds:.1f} ms" if seconds < 0.0995 else human_time(seconds)
 
 
 def read_forecast(directory: Path) -> dict[str, Any]:
@@ -129,7 +140,7 @@ def time_parts(forecast: Mapping[str, Any]) -> list[Compared]:
     for name, seconds in predicted.items():
         part = COMMUNICATION if name.startswith("communication") or name == "bubble" else COMPUTATION
         sums[part] = sums.get(part, 0.0) + seconds
-    return [Compared(name, sums.get(name), measured.get(name), human_time) for name in (COMPUTATION, COMMUNICATION)]
+    return [Compared(name, sums.get(name), measured.get(name), short_time) for name in (COMPUTATION, COMMUNICATION)]
 
 
 def _reasons(total: Compared, parts: list[Compared], forecast: Mapping[str, Any]) -> list[str]:
@@ -137,21 +148,41 @@ def _reasons(total: Compared, parts: list[Compared], forecast: Mapping[str, Any]
         return []
     assert total.measured is not None and total.predicted is not None
     reasons = []
+    if forecast.get("hardware_note") and total.show is short_time:
+        reasons.append(shorten(str(forecast["hardware_note"]), 200))
     known = [part for part in parts if part.predicted is not None and part.measured is not None]
     if known:
         part = max(known, key=lambda part: abs((part.measured or 0.0) - (part.predicted or 0.0)))
         reasons.append(f"most of it: {part.name}, {part.text()}")
     else:
-        predicted = _numbers(forecast, "times" if total.show is human_time else "memory")
+        predicted = _numbers(forecast, "times" if total.show is short_time else "memory")
         largest = max(predicted, key=lambda name: predicted[name], default=None)
         if largest is not None:
             shown = total.show(predicted[largest])
             reasons.append(f"the run does not measure its parts; the largest predicted one: {largest} {shown}")
+    if total.measured < total.predicted:
+        return reasons
     load = _number(_measured(forecast).get("rank_load_max"))
-    if load is not None and load > UNEVEN and total.measured > total.predicted:
+    if load is not None and load > UNEVEN:
         reasons.append(f"the rank with most tokens at its experts had {load:.2f} x those of balanced experts")
-    if forecast.get("hardware_note") and total.show is human_time:
-        reasons.append(shorten(str(forecast["hardware_note"]), 200))
+    return reasons + (_host_reasons(known, forecast) if total.show is short_time else [])
+
+
+def _host_reasons(parts: list[Compared], forecast: Mapping[str, Any]) -> list[str]:
+    """Return why the computation on a CPU took longer than predicted, as far as CPU time shows it."""
+    cpu_s, operators = _number(_measured(forecast).get("cpu_s")), _number(forecast.get("operators"))
+    computation = next((part for part in parts if part.name == COMPUTATION), None)
+    if computation is None or not cpu_s or not operators:
+        return []
+    reasons = []
+    extra_s = (cpu_s - (computation.predicted or 0.0)) / operators
+    if cpu_s > (1 + LIMIT) * (computation.predicted or 0.0):
+        each = f"{1e6 * extra_s:.0f} us for each of {operators:,.0f} operators"
+        reasons.append(f"the CPU time is {short_time(cpu_s)}, that is {each} more than predicted, which has no Python")
+    share = cpu_s / computation.measured if computation.measured else 1.0
+    if share < BUSY:
+        had = f"{share:.0%}".replace("%", " %")
+        reasons.append(f"other programs used the CPU, which rank 0 had for {had} of its time")
     return reasons
 
 
@@ -160,7 +191,7 @@ def _memory(forecast: Mapping[str, Any]) -> Compared:
 
 
 def _step(forecast: Mapping[str, Any]) -> Compared:
-    return _compared("step", "step_s", forecast, human_time)
+    return _compared("step", "step_s", forecast, short_time)
 
 
 def _compared(name: str, key: str, forecast: Mapping[str, Any], show: Callable[[float], str]) -> Compared:
