@@ -56,6 +56,7 @@ class Forecast:
     def __init__(self, run: AgreedRun, process: Process, engine: Engine, first_step: int) -> None:
         self.run, self.process, self.engine = run, process, engine
         self.active = run.config.telemetry.forecast and run.config.train.steps - first_step >= MIN_STEPS
+        self.is_native = run.config.engine.kind == "native"
         profiled = WAIT_STEPS + WARM_UP_STEPS + TRACED_STEPS + 1
         self.measured_step = profiled if run.config.train.profile else MEASURED_STEP
         """Torch cannot profile a step twice, so that the memory is measured after the steps that `train.profile`
@@ -96,11 +97,13 @@ class Forecast:
             torch.cuda.reset_peak_memory_stats(self.process.device)  # `step` reads it after the last step.
             yield
             return
+        if not self.is_native:  # DeepSpeed has buffers that are no tensors of the engine's.
+            yield
+            return
         state = state_bytes(self.engine)
         with AllocatorPeak(self.process.device) as peak:
             yield
-        if self.run.config.engine.kind == "native":  # DeepSpeed has buffers that are no tensors of the engine's.
-            self._peak = state["weights"] + state["moments"] + peak.above
+        self._peak = state["weights"] + state["moments"] + peak.above
 
     def step(self, step: FinishedStep, load: float | None) -> None:
         """Count a finished step.
@@ -121,7 +124,9 @@ class Forecast:
         """Return the figures of all ranks: the largest memory, and the median time of a step. Collective."""
         if not self.active:
             return {}
-        own = {"rank": self.process.world.rank, "peak_bytes": self._peak, "memory": state_bytes(self.engine)}
+        # DeepSpeed would gather the tensors.
+        memory = state_bytes(self.engine) if self.is_native else {}
+        own = {"rank": self.process.world.rank, "peak_bytes": self._peak, "memory": memory}
         ranks = all_gather_json(own, self.engine.mesh.world)
         fullest = max(ranks, key=lambda rank: rank["peak_bytes"] or 0)
         step_s = statistics.median(self._seconds) if self._seconds else None

@@ -137,14 +137,24 @@ def test_a_prediction_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest
     assert name == "forecast" and line.startswith("none: ConfigError: ") and "\n" not in line
 
 
-def forecast_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *child: str) -> of_run.Forecast:
+def forecast_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *child: str, engine: str = "native"
+) -> of_run.Forecast:
     """The forecast of a run whose process is another one."""
-    config = SimpleNamespace(telemetry=TelemetryConfig(), train=SimpleNamespace(steps=of_run.MIN_STEPS, profile=False))
-    process: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"))
+    config = SimpleNamespace(
+        telemetry=TelemetryConfig(),
+        train=SimpleNamespace(steps=of_run.MIN_STEPS, profile=False),
+        engine=SimpleNamespace(kind=engine),
+    )
+    process: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), world=SimpleNamespace(rank=0))
     run: Any = SimpleNamespace(config=config, directory=tmp_path)
     monkeypatch.setattr(of_run, "request_of", lambda run, process: None)
     monkeypatch.setattr(of_run, "start", lambda request: subprocess.Popen([sys.executable, "-c", *child]))
-    return of_run.Forecast(run, process, SimpleNamespace(), 0)  # type: ignore[arg-type]
+    tensors = {"model.a": torch.zeros(10), "exp_avg.a": torch.zeros(10, dtype=torch.float64)}
+    stored: Any = SimpleNamespace(mesh=SimpleNamespace(world=None))
+    if engine == "native":  # With DeepSpeed, `tensors` gathers the whole model.
+        stored.tensors = lambda: tensors
+    return of_run.Forecast(run, process, stored, 0)
 
 
 def test_the_process_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,6 +176,25 @@ def test_a_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         forecast._child.wait()
         assert lines(forecast.finish(MEASURED))["forecast"] == "none: it ended with status 3"
     assert read_forecast(tmp_path)["measured"] == MEASURED
+
+
+@pytest.mark.parametrize(("engine", "peak"), [("native", 40 + 80 + 4000), ("deepspeed", None)])
+def test_one_step_measures_memory_and_the_later_ones_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, peak: int | None
+) -> None:
+    forecast = forecast_of(tmp_path, monkeypatch, engine=engine)
+    for number in range(1, of_run.MIN_STEPS + 1):
+        with forecast.around_step():
+            torch.zeros(1000 if number == of_run.MEASURED_STEP else 10**6)
+        late = number > of_run.MEASURED_STEP
+        seconds, load = (0.5, 3.0) if late else (9.0, 1.0 + number)
+        forecast.step(SimpleNamespace(done=number, seconds=seconds, own_seconds=0.3), load)  # type: ignore[arg-type]
+    measured = forecast.measure()
+    assert measured["peak_bytes"] == peak
+    assert measured["memory"] == ({"weights": 40, "moments": 80} if engine == "native" else {})
+    assert (measured["step_s"], measured["steps"]) == (0.5, of_run.MIN_STEPS - of_run.MEASURED_STEP)
+    times = {"computation": 0.3, "communication and waiting for other ranks": 0.2}
+    assert measured["times"] == pytest.approx(times) and measured["rank_load_max"] == 1.0 + of_run.MEASURED_STEP
 
 
 @pytest.mark.slow
