@@ -113,7 +113,12 @@ def plan(config: PlanConfig) -> None:
 
 
 def plan_training(config: PlanConfig) -> None:
-    """Print the ranked layouts.
+    """Print the ranked layouts."""
+    show(config, find_layouts(config))
+
+
+def find_layouts(config: PlanConfig) -> dict[str, Any]:
+    """Return the ranked layouts (`training.planning.answer.answer`), with the batch.
 
     Raises:
         ConfigError: the model fits on none of them, or none is possible.
@@ -161,8 +166,12 @@ def plan_training(config: PlanConfig) -> None:
         raise (ConfigError(str(error)) if str(error).startswith("gpus") else located(error, section)) from error
     if not found["fits"]:
         raise nowhere(question, found["smallest"])
-    found |= {"seq_len": train.seq_len, "global_batch": train.global_batch, "precision": precision, "skew": config.skew}
-    show(config, found)
+    return found | {
+        "seq_len": train.seq_len,
+        "global_batch": train.global_batch,
+        "precision": precision,
+        "skew": config.skew,
+    }
 
 
 def show(config: PlanConfig, found: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.planning.timeline import Block, timeline
+from training.report.planned import axes_text
 from training.report.plots import BLUE, GREY, ORANGE, RED, figure
 from training.report.terminal import human_bytes
 
@@ -48,8 +49,8 @@ def plot_plan(found: Mapping[str, Any], path: Path) -> None:
     heights = [1.5 + 0.2 * len(bars) + 0.06 * len(_colours(bars.values())), 1.5 + 0.22 * ranks]
     with figure(path, 7, sum(heights) + 0.3, {path.suffix: FORMATS[path.suffix]}, STYLE) as canvas:
         upper, lower = canvas.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
-        axes = " ".join(f"{axis}={size}" for axis, size in best["axes"].items() if size > 1) or "one process"
-        canvas.suptitle(f"{found['gpus']} x {gpu['name']}: {axes}", fontsize=9, fontweight="bold", parse_math=False)
+        title = f"{found['gpus']} x {gpu['name']}: {axes_text(best['axes'])}"
+        canvas.suptitle(title, fontsize=9, fontweight="bold", parse_math=False)
         _draw_memory(upper.add_subplot(), bars, gpu["memory"] - gpu["reserved"], found["limit_bytes"])
         _draw_step(lower.add_subplot(), best)
         for panel in (upper, lower):

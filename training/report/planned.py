@@ -1,6 +1,6 @@
 """The tables of `scripts/plan.py`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from training.report.terminal import human_bytes, human_count, human_time, show_fields, show_line, show_table
@@ -61,10 +61,9 @@ def launch_lines(found: Mapping[str, Any], overrides: Sequence[str]) -> dict[str
 
 
 def _layout_row(row: Mapping[str, Any]) -> list[str]:
-    axes = " ".join(f"{axis}={size}" for axis, size in row["axes"].items() if size > 1) or "one process"
     cells = [
         f"{row['rank']}{'*' if row['verified'] else '~'}",
-        axes,
+        axes_text(row["axes"]),
         f"{row['accumulation']} x {row['rows']}",
         row["recompute"],
         human_bytes(row["peak_bytes"]),
@@ -150,3 +149,48 @@ def show_serving(found: Mapping[str, Any]) -> None:
 def _what_would_fit(found: Mapping[str, Any]) -> str:
     fewest = found["fewest_gpus"]
     return "no; it fits on no number of these devices" if fewest is None else f"no; it fits on {fewest}"
+
+
+def show_tuned(found: Mapping[str, Any]) -> None:
+    """Print the candidates that `scripts/tune.py` measured, and the fastest one."""
+    rows = found["rows"]
+    show_table(
+        f"layouts measured on {found['gpus']} x {found['gpu']['name']}",
+        ["", "layout", "micro-batches", "recompute", "step", "predicted", "error", "memory", "predicted", "error"],
+        [
+            [
+                str(number),
+                axes_text(row["axes"]),
+                str(row["accumulation"]),
+                row["recompute"],
+                *_measured(row["step_s"], row["predicted_step_s"], human_time),
+                *_measured(row["peak_bytes"], row["predicted_peak_bytes"], human_bytes),
+            ]
+            for number, row in enumerate(rows, start=1)
+        ],
+        left=["layout", "recompute"],
+    )
+    for number, row in enumerate(rows, start=1):
+        if row["problem"]:
+            show_line(f"{number}: {row['problem']}")
+    measured = sorted((row for row in rows if row["step_s"] is not None), key=lambda row: row["step_s"])
+    if not measured:
+        show_line("no layout was measured")
+        return
+    best, *others = measured
+    margin = f", {others[0]['step_s'] / best['step_s'] - 1:.1%} faster than the next one" if others else ""
+    show_line(f"winner: layout {rows.index(best) + 1}, {human_time(best['step_s'])} a step{margin}")
+    show_line(f"calibration: {found['calibration']}")
+    show_fields("train with", {"arguments": " ".join(best["overrides"])}, commands=["arguments"])
+
+
+def _measured(measured: float | None, predicted: float, show: Callable[[float], str]) -> list[str]:
+    """Return the cells of a measured and a predicted figure, and of the error of the prediction."""
+    if measured is None:
+        return ["-", show(predicted), "-"]
+    return [show(measured), show(predicted), f"{predicted / measured - 1:+.0%}"]
+
+
+def axes_text(axes: Mapping[str, int]) -> str:
+    """Return the axes with more than one rank."""
+    return " ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1) or "one process"
