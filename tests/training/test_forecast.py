@@ -72,7 +72,7 @@ def test_a_larger_deviation_names_the_part_and_the_reason() -> None:
     times = {"computation": 1.0, "communication and waiting for other ranks": 0.08}
     shared = lines(with_measured(step_s=1.08, rank_load_max=1.0, cpu_s=0.35, times=times) | {"operators": 1000})
     assert shared["step"].endswith(
-        "the CPU time is 0.35 s, that is 50 us for each of 1,000 operators more than predicted, which has no Python; "
+        "its CPU time is 0.35 s, 50 us more for each of 1,000 operators (the prediction has no time of Python); "
         "other programs used the CPU, which rank 0 had for 35 % of its time"
     )
     on_gpu = lines(with_measured(step_s=0.2, times={}))

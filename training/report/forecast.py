@@ -177,8 +177,8 @@ def _host_reasons(parts: list[Compared], forecast: Mapping[str, Any]) -> list[st
     reasons = []
     extra_s = (cpu_s - (computation.predicted or 0.0)) / operators
     if cpu_s > (1 + LIMIT) * (computation.predicted or 0.0):
-        each = f"{1e6 * extra_s:.0f} us for each of {operators:,.0f} operators"
-        reasons.append(f"the CPU time is {short_time(cpu_s)}, that is {each} more than predicted, which has no Python")
+        each = f"{1e6 * extra_s:.0f} us more for each of {operators:,.0f} operators"
+        reasons.append(f"its CPU time is {short_time(cpu_s)}, {each} (the prediction has no time of Python)")
     share = cpu_s / computation.measured if computation.measured else 1.0
     if share < BUSY:
         had = f"{share:.0%}".replace("%", " %")
