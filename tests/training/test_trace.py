@@ -17,6 +17,7 @@ from parallel.planning.traffic import traffic
 from scripts.cli.command_line import compose_config
 from training.build import build_engine, build_parts
 from training.config import Config
+from training.device import compute_dtype
 from training.layout import build_workload
 from training.planning.peak import AllocatorPeak
 from training.planning.skew import balanced, choose_experts, counts_of, recorded, zipf
@@ -27,7 +28,8 @@ SMALL = ("model.dim=48", "model.num_heads=4", "model.num_kv_heads=2", "model.hea
 
 
 def configured(*overrides: str) -> Config:
-    base = ("model=mixtral_tiny", *SMALL, "train.seq_len=64", "train.global_batch=8", "train.compile=false")
+    train = ("train.seq_len=64", "train.global_batch=8", "train.compile=false", "train.precision=fp32")
+    base = ("model=mixtral_tiny", *SMALL, *train)
     config = from_dict(Config, compose_config("config", [*base, *overrides]))
     return replace(config, parallel=without_auto(config.parallel))
 
@@ -41,7 +43,8 @@ def measured(config: Config, document: int | None) -> int:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         mesh = build_mesh(torch.device("cpu"), Layout())
-        engine = build_engine(config, build_parts(config, config.model, mesh, torch.float32, 1), mesh)
+        dtype = compute_dtype(config.train.precision, torch.device("cpu"))
+        engine = build_engine(config, build_parts(config, config.model, mesh, dtype, 1), mesh)
         batches = example_batches(config, Layout(), config.train.accumulation, document)
         train_step(engine, batches, config.router, 1e-3)
         state = 12 * sum(weight.numel() for weight in engine.parts[0].parameters())  # Weights and two moments in fp32.
@@ -58,12 +61,16 @@ def measured(config: Config, document: int | None) -> int:
     [
         ((), None),
         (("train.accumulation=2", "parallel.recompute=full"), 20),
+        (("train.precision=bf16",), 20),  # The experts' numbers of rows are computed with numbers in fp64.
         (("router.capacity_factor=1.0", "model.num_shared_experts=1", "model.first_k_dense=1"), 20),
+        (("model.num_experts=16",), None),  # With more experts than 4·k, routers index by masks of scores.
+        (("router=expert_choice", "router.allow_noncausal=true"), None),  # A token can have all experts.
     ],
 )
 def test_the_peak_is_that_of_the_allocator(overrides: tuple[str, ...], document: int | None) -> None:
     config = configured(*overrides)
-    trace = trace_step(Subject(config, Layout(), document=document))
+    dtype = compute_dtype(config.train.precision, torch.device("cpu"))
+    trace = trace_step(Subject(config, Layout(), dtype=dtype, document=document))
     assert trace.peak == pytest.approx(measured(config, document), rel=0.02)
     assert sum(trace.parts.values()) == trace.peak
     weights = trace.state["weights"]

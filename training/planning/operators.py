@@ -44,7 +44,7 @@ GROUPS = {
 """The start of a file's name -> the group of the operators that it calls, and of those of their backward pass."""
 
 
-COLLECTIVES, FSDP = "parallel/collectives.py", "parallel/fsdp.py:0"
+COLLECTIVES, FSDP, ZERO = "parallel/collectives.py", "parallel/fsdp.py:0", "training/deepspeed/engine.py:0"
 
 
 class Operator(NamedTuple):
@@ -178,6 +178,8 @@ class Places:
             file = frame.f_code.co_filename
             if "/torch/distributed/fsdp/" in file:
                 return Place(FSDP, FSDP)
+            if of_node is None and "/site-packages/deepspeed/" in file:
+                return Place(ZERO, ZERO)
             # The environment with torch can be a directory of the project.
             if of_node is None and file.startswith(ROOT) and "site-packages" not in file and file not in self._left_out:
                 here = f"{file.removeprefix(ROOT)}:{frame.f_lineno}"

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -37,7 +37,7 @@ from parallel.mesh import Mesh, build_mesh
 from parallel.planning.traffic import Axis
 from training.build import build_engine, build_parts
 from training.config import Config
-from training.engine import NativeEngine
+from training.engine import Engine, NativeEngine
 from training.norms import SquareSums
 from training.planning.operators import VIEWS, Operator, Place, Places, flops_of, moved_bytes, tensors_in
 from training.planning.skew import Loads, choose_experts, counts_of
@@ -45,6 +45,8 @@ from training.planning.stand_ins import gpu_kernels
 from training.step import prepare_step, start_step
 
 CPU = torch.device("cpu")
+MOST_NUMBERS = 4096
+"""The most elements of a tensor in fp64 that are computed if they depend on integers only."""
 
 
 class Allocation(NamedTuple):
@@ -122,7 +124,7 @@ class Trace:
     """Part -> bytes at the peak."""
 
 
-def needed_microexample_batches(config: Config, layout: Layout) -> int:
+def needed_micro_batches(config: Config, layout: Layout) -> int:
     """Return how many micro-batches show the largest memory.
 
     Without a pipeline these are two: the gradients of the first one exist during the second one. A pipeline has at most
@@ -136,11 +138,11 @@ def trace_step(subject: Subject) -> Trace:
     """Trace the second optimizer step of a rank. The first one creates the optimizer's state."""
     config, layout = subject.config, subject.layout
     config = replace(config, train=replace(config.train, compile=False))
-    number = subject.micro_batches or needed_microexample_batches(config, layout)
+    number = subject.micro_batches or needed_micro_batches(config, layout)
     with ExitStack() as stack:
         stack.enter_context(_fake_world(subject.rank, layout.world))
         mesh = build_mesh(CPU, layout)
-        tracer = Tracer(mesh, config.model.top_k or 1)
+        tracer = Tracer(mesh, _most_experts(config))
         batches = example_batches(config, layout, number, subject.document)
         if subject.capability is not None:
             pairs = {window: _mean_pairs(batches[0], window) for window in _windows(config)}
@@ -149,10 +151,11 @@ def trace_step(subject: Subject) -> Trace:
         stack.enter_context(tracer.watch())
         parts = build_parts(config, config.model, mesh, subject.dtype, None)
         engine = build_engine(config, parts, mesh)
-        assert isinstance(engine, NativeEngine)
-        _route_by_loads(parts, subject.loads)
+        route_by_loads(parts, subject.loads)
         _mark_update(engine, tracer)
-        start_step(engine, prepare_step(engine, batches, config.router), config.router, 1e-3)
+        # One micro-batch is enough for the optimizer's state, but not for a pipeline or for DeepSpeed.
+        first = batches[:1] if isinstance(engine, NativeEngine) and engine.pipeline is None else batches
+        start_step(engine, prepare_step(engine, first, config.router), config.router, 1e-3)
         gc.collect()
         tracer.begin()
         result = start_step(engine, prepare_step(engine, batches, config.router), config.router, 1e-3)
@@ -202,7 +205,9 @@ class Tracer(TorchDispatchMode):
                 self._track(storage, "resize_")
             return result
 
-        with mock.patch.object(torch.UntypedStorage, "resize_", resize_), self:
+        # DeepSpeed moves the model to its device, which cannot be done with tensors without values.
+        stays = mock.patch.object(nn.Module, "to", lambda module, *_args, **_kwargs: module)
+        with mock.patch.object(torch.UntypedStorage, "resize_", resize_), stays, self:
             yield
 
     def begin(self) -> None:
@@ -224,8 +229,10 @@ class Tracer(TorchDispatchMode):
             return NotImplemented  # This mode sees the operators on the local tensors.
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        if function.namespace == "prim":  # reads an attribute of a tensor, such as its device
-            return function(*args, **kwargs)
+        if function.namespace == "prim":
+            # It reads an attribute of a tensor. After some nodes of autograd's graph, no other call tells their place.
+            self._place()
+            return args[0].fake_device if name == "device" else function(*args, **kwargs)
         inputs = list(tensors_in((args, kwargs)))
         if function.namespace == "c10d":
             return self._collective(function, name, args, kwargs, inputs)
@@ -250,8 +257,14 @@ class Tracer(TorchDispatchMode):
             (values,) = inputs
             index = values.new_empty(values.numel(), dtype=torch.int64)
             return values.new_empty(values.numel()), index.view(values.shape), index
+        if name in ("index", "index_put_") and any(_is_mask(tensor) for tensor in args[1]):
+            # Masks are of scores that are equal or NaN (`moe.selection`), and are assumed to select nothing.
+            values, (mask, *_) = args[:2]
+            return values if name == "index_put_" else values.new_empty(0, *values.shape[mask.dim() :])
         to_cpu = torch.device(kwargs.get("device") or "cpu").type == "cpu"
         floats = [tensor for tensor in inputs if tensor.is_floating_point() and tensor.dim()]
+        if floats and not faked and all(map(_is_of_integers, floats)):
+            return function(*args, **kwargs)
         if faked or any(tensor.is_cpu for tensor in floats) or (floats and kwargs.get("device") and to_cpu):
             with self._fake:
                 return function(*args, **kwargs)
@@ -282,7 +295,7 @@ class Tracer(TorchDispatchMode):
             elif name == "_allgather_base_":
                 args[0].view(ranks, -1).copy_(args[1].flatten().expand(ranks, -1))
         axis: Axis = "bookkeeping"
-        if not numbers:
+        if not numbers and inputs[0].dim():
             axis = axis_of(name, place.caller)
             if axis == "expert" and id(group) != id(self._mesh.expert):
                 axis = "expert_tensor"
@@ -311,7 +324,7 @@ class Tracer(TorchDispatchMode):
         del self._live[key]
         self._changes.append(Change(len(self.operators), number, 0))
 
-    def result(self, engine: NativeEngine, micro_batches: int) -> Trace:
+    def result(self, engine: Engine, micro_batches: int) -> Trace:
         """Return what was recorded since `begin`."""
         state = self._state(engine)
         sizes: dict[int, int] = {}
@@ -344,16 +357,16 @@ class Tracer(TorchDispatchMode):
             parts={part: nbytes for part, nbytes in parts.most_common() if nbytes},
         )
 
-    def _state(self, engine: NativeEngine) -> dict[int, str]:
+    def _state(self, engine: Engine) -> dict[int, str]:
         """Return the number of each storage of weights, gradients and moments -> its part."""
         found = dict.fromkeys(self._gradients, "gradients")
         for part in engine.parts:
             found |= dict.fromkeys(self._numbers(*part.parameters(), *part.buffers()), "weights")
-        for state in engine.optimizer.state.values():
+        for state in _optimizer_of(engine).state.values():
             found |= dict.fromkeys(self._numbers(*state.values()), "moments")
         return found
 
-    def note_gradients(self, engine: NativeEngine) -> None:
+    def note_gradients(self, engine: Engine) -> None:
         """Remember where the gradients are, which exist until the end of the step."""
         self._gradients = self._numbers(*(weight.grad for part in engine.parts for weight in part.parameters()))
 
@@ -371,7 +384,7 @@ class Tracer(TorchDispatchMode):
 def part_of(name: str, place: str) -> str:
     """Return what a tensor is for, by the operator that made it and by its place. No weight, gradient or moment."""
     file = place.partition(":")[0]
-    if file == "parallel/fsdp.py":
+    if file in ("parallel/fsdp.py", "training/deepspeed/engine.py"):
         return "gathered weights and gradients"
     if name == "_to_copy" and file in ("moe/linear.py", "moe/experts.py", "moe/expert_loop.py"):
         return "casts"
@@ -387,6 +400,7 @@ def axis_of(name: str, caller: str) -> Axis:
         "parallel/context.py": "context",
         "parallel/fsdp.py": "shard",
         "parallel/gradients.py": "gradients",
+        "training/deepspeed/": "shard",
         "training/": "bookkeeping",
         "parallel/pipeline.py": "bookkeeping",
     }
@@ -414,6 +428,16 @@ PARTS = {
     "parallel/pipeline.py": "communication",
 }
 """The start of a file's name -> the part of the tensors that it makes."""
+
+
+def _is_of_integers(numbers: Tensor) -> bool:
+    """Return whether real numbers were computed from integers. Sizes can depend on these (`moe.expert_loop`)."""
+    return numbers.dtype == torch.float64 and numbers.numel() <= MOST_NUMBERS
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    """Return whether an index is a mask without values."""
+    return isinstance(index, FakeTensor) and index.dtype == torch.bool
 
 
 def _is_group(value: Any) -> bool:
@@ -479,6 +503,13 @@ def example_batches(config: Config, layout: Layout, number: int, document: int |
     return batches
 
 
+def _most_experts(config: Config) -> int:
+    """Return how many experts the token with most experts has. Experts that choose tokens can all choose the same."""
+    if config.router.kind == "expert_choice":
+        return config.model.num_experts or 1
+    return config.model.top_k or 1
+
+
 def _windows(config: Config) -> set[int | None]:
     return {None, *(config.model.window(layer) for layer in range(config.model.num_layers))}
 
@@ -487,7 +518,7 @@ def _mean_pairs(batch: Batch, window: int | None) -> float:
     return batch.attended_pairs(window) / batch.tokens_BS.numel()
 
 
-def _route_by_loads(parts: Sequence[Transformer], loads: Loads | None) -> None:
+def route_by_loads(parts: Sequence[Transformer], loads: Loads | None) -> None:
     """Replace the choice of every router, which has no values, by real numbers of experts."""
     for part in parts:
         routers = [module for module in part.modules() if isinstance(module, Router)]
@@ -508,16 +539,31 @@ class _Choice:
         routing, stats = output
         tokens, top_k = routing.experts_TK.shape
         if (tokens, top_k) not in self._made:
-            limit = None
-            if router.capacity_factor is not None:
-                limit = math.ceil(router.capacity_factor * top_k * tokens / routing.num_experts)
             with _disable_current_modes():
-                counts = counts_of(self.shares, tokens, top_k, limit)
+                counts = self._counts(router, tokens, routing.num_experts)
                 self._made[tokens, top_k] = choose_experts(counts, tokens, top_k)
         return routing._replace(experts_TK=self._made[tokens, top_k]), stats
 
+    def _counts(self, router: Router, tokens: int, experts: int) -> list[int]:
+        factor = router.capacity_factor if router.tokens_choose else router.capacity_factor or 1.0
+        limit = None if factor is None else math.ceil(factor * router.top_k * tokens / experts)
+        if limit is None or router.tokens_choose:
+            return counts_of(self.shares, tokens, router.top_k, limit)
+        return [min(limit, tokens)] * experts
 
-def _mark_update(engine: NativeEngine, tracer: Tracer) -> None:
+
+def _optimizer_of(engine: Engine) -> torch.optim.Optimizer:
+    """Return the optimizer that has the moments."""
+    if isinstance(engine, NativeEngine):
+        return engine.optimizer
+    from training.deepspeed.engine import DeepSpeedEngine
+
+    assert isinstance(engine, DeepSpeedEngine)
+    optimizer: torch.optim.Optimizer = engine.zero.optimizer
+    return optimizer
+
+
+def _mark_update(engine: Engine, tracer: Tracer) -> None:
     """Make the engine tell `tracer` when the update begins."""
     update = engine.step
 
