@@ -139,12 +139,15 @@ class Traffic(TorchDispatchMode):
 
     def _axis(self, tensor: Tensor, group: ProcessGroup) -> str:
         """Return the axis of a collective, from the calling files, the dtype and the ranks of the group."""
-        callers = set(_callers())
+        callers = list(_callers())
         if not tensor.is_floating_point() or tensor.dtype == torch.float64:  # counts, and the metrics of the step
             return "bookkeeping"
         for axis, module in (("gradients", "parallel/gradients"), ("shard", "fsdp/"), ("pipeline", "pipelining/")):
             if any(module in caller for caller in callers):
                 return axis
+        library = "/site-packages/deepspeed/"  # It also calls the backward pass, in which Mixwright communicates.
+        if library in next((caller for caller in callers if library in caller or "/parallel/" in caller), ""):
+            return "shard"
         layout = self.mesh.layout
         axes = ("tensor", "context", "expert_tensor", "expert")
         return next(axis for axis in axes if getattr(layout, axis) > 1 and same(getattr(self.mesh, axis), group))
