@@ -62,6 +62,19 @@ def test_memory_to_serve_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert not found["fits"] and found["fewest_gpus"] == 8
 
 
+def test_shorter_rows_are_advised_only_where_they_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ("parallel.tensor=1", "parallel.pipeline=1", "parallel.context=1", "parallel.expert=8", "verify=0")
+    batch = ("train.global_batch=8", "train.accumulation=1", "recompute=none")
+    for gpu, advised in (("a100-80", False), ("b200", True)):
+        given = ("gpus=8", f"gpu={gpu}", "train.seq_len=131072", *fixed, *batch)
+        assert called(monkeypatch, "model=mixtral_8x7b", *given) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: gpus=8: expected enough memory for the model; the smallest layout (")
+        assert ("train.seq_len=65536" in line) == advised
+
+
 def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.svg"
     given = (
@@ -93,7 +106,6 @@ def test_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (("gpus=0",), "gpus=0: expected an integer >= 1"),
         (("gpu=h1000",), "gpu=h1000"),
         (("gpu.memory=-1",), "gpu.memory=-1"),
-        (("model=mixtral_8x7b", "gpus=8"), "gpus=8: expected enough memory for the model; the smallest layout"),
         ((*SMALL, "parallel.tensor=3"), "parallel.tensor=3: expected axes whose product"),
         ((*SMALL, "train.accumulation=3"), "train.accumulation=3: expected auto, or a divisor"),
         ((*SMALL, "skew=zipf:x"), "skew=zipf:x: expected a number >= 0 after zipf:"),

@@ -243,7 +243,8 @@ def nowhere(question: Question, smallest: Option) -> ConfigError:
     state = smallest.plan.fullest.state
     if state > question.limit / 2 and question.parallel.shard != 1 and not question.parallel.offload:
         ways.append("parallel.offload=true")
-    ways.append(f"train.seq_len={max(1, question.seq_len // 2)}")
+    if state < question.limit and question.seq_len > 1:  # Shorter rows make only the activations smaller.
+        ways.append(f"train.seq_len={question.seq_len // 2}")
     chosen = f"train.accumulation={smallest.accumulation}, parallel.recompute={smallest.parallel.recompute}"
     peak, state_size, limit = (f"{nbytes / 1e9:.1f} GB" for nbytes in (smallest.peak, state, question.limit))
     return ConfigError(
