@@ -24,6 +24,8 @@ PASSES_OVER_ACTIVATIONS = 6
 """How often a stored activation is read or written outside of matmuls, forward and backward (as in traced steps)."""
 FSDP_BYTES = 42
 """Bytes that FSDP moves for each weight: two gathers in bf16, a gradient in fp32 (as in traced steps)."""
+OPERATORS_PER_LAYER = 250
+"""Operators of a micro-batch in a layer, forward and backward (as in traced steps of mixtures on GPUs)."""
 ACCUMULATION_BYTES = 12
 """Bytes that are moved to add a gradient in fp32 to another one."""
 CAST_BYTES = 12
@@ -59,6 +61,11 @@ class StepTimes:
         """The whole step."""
         computation = self.matmul + self.attention + self.memory_bound + self.update
         return computation + self.communication + self.bubble + self.straggler
+
+    def scaled(self, factor: float) -> "StepTimes":
+        """Return the times multiplied by a factor."""
+        numbers = {name: value * factor for name, value in vars(self).items() if name != "exposed"}
+        return StepTimes(**numbers, exposed={axis: seconds * factor for axis, seconds in self.exposed.items()})
 
 
 def transfer_seconds(hardware: Hardware, inside: int, size: int, nbytes: float, *, ring: bool) -> float:
@@ -97,7 +104,9 @@ def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload,
     attention_flops = 4 * model.num_heads * model.head_dim * pairs * tokens / layout.world
     forwards = 2 if parallel.recompute == "full" else 1
     attention = attention_flops * (forwards / hardware.attention_forward + 2.5 / hardware.attention_backward)
-    memory_bound = _moved_bytes(layout, parallel, workload) * workload.accumulation / hardware.bandwidth
+    launches = OPERATORS_PER_LAYER * model.num_layers / layout.pipeline * hardware.launch_s
+    memory_bound = _moved_bytes(layout, parallel, workload) / hardware.bandwidth + launches
+    memory_bound *= workload.accumulation
     shards = {kind: layout.expert_shard if kind == "experts" else layout.shard for kind in ("experts", "others")}
     elements = sum(
         weight.mean_elements(layout) * number / shards["experts" if weight.kind == "experts" else "others"]

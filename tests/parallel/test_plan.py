@@ -451,7 +451,7 @@ SITUATIONS = [
     # If the simplest layout does not fit, weights are sharded.
     ("mixtral_8x7b", 8, 8, 141 * GB, (8, 1, 4096), {"recompute": "full"}, "replicate=8 expert=8"),
     ("mixtral_8x7b", 8, 8, 120 * GB, (8, 1, 4096), {"recompute": "full"}, "shard=8 expert=8"),
-    ("mixtral_8x7b", 64, 8, 80 * GB, (256, 4, 4096), {}, "replicate=16 shard=4 expert=8"),
+    ("mixtral_8x7b", 64, 8, 80 * GB, (256, 4, 4096), {}, "replicate=8 shard=8 expert=8"),
     ("llama2_7b", 8, 8, 80 * GB, (64, 8, 4096), {}, "shard=8"),
     ("deepseek_moe_16b", 8, 8, 80 * GB, (64, 8, 4096), {}, "shard=8 expert=8"),
     # With many micro-batches per step, a pipeline is cheaper than gathering the weights for each of them.
