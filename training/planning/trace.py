@@ -45,6 +45,8 @@ from training.planning.stand_ins import gpu_kernels
 from training.step import prepare_step, start_step
 
 CPU = torch.device("cpu")
+COPIED_BY_GLOO = {"_reduce_scatter_base_": 1, "_allgather_base_": 0}
+"""Collective -> the argument that gloo has a copy of while it runs."""
 MOST_NUMBERS = 4096
 """The most elements of a tensor in fp64 that are computed if they depend on integers only."""
 
@@ -142,7 +144,7 @@ def trace_step(subject: Subject) -> Trace:
     with ExitStack() as stack:
         stack.enter_context(_fake_world(subject.rank, layout.world))
         mesh = build_mesh(CPU, layout)
-        tracer = Tracer(mesh, _most_experts(config))
+        tracer = Tracer(mesh, _most_experts(config), gloo=subject.capability is None)
         batches = example_batches(config, layout, number, subject.document)
         if subject.capability is not None:
             pairs = {window: _mean_pairs(batches[0], window) for window in _windows(config)}
@@ -169,10 +171,11 @@ def trace_step(subject: Subject) -> Trace:
 class Tracer(TorchDispatchMode):
     """Runs operators on floating-point tensors without values, and records allocations, operators and collectives."""
 
-    def __init__(self, mesh: Mesh, integer: int) -> None:
+    def __init__(self, mesh: Mesh, integer: int, *, gloo: bool) -> None:
         """
         Args:
             integer: what the host reads from an integer tensor without values.
+            gloo: whether the collectives are those of gloo.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Operator] = []
@@ -180,6 +183,7 @@ class Tracer(TorchDispatchMode):
         self.phase = "build"
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._integer = integer
+        self._gloo = gloo
         self._mesh = mesh
         self._places = Places(__file__)
         self._live: dict[int, int] = {}
@@ -284,10 +288,17 @@ class Tracer(TorchDispatchMode):
         place, numbers = self._place(), not any(isinstance(tensor, FakeTensor) for tensor in inputs)
         if not numbers:
             with self._fake:
-                result = function(*args, **kwargs)
+                result = _call_collective(function, name, args, kwargs, ranks)
+                copied = COPIED_BY_GLOO.get(name) if self._gloo else None
+                copy = None if copied is None else torch.empty_like(args[copied])
+            if copy is not None:
+                self._track(copy.untyped_storage(), name, place.line)
+                del copy
         else:
-            result = function(*args, **kwargs)
-            if name == "alltoall_base_":
+            result = _call_collective(function, name, args, kwargs, ranks)
+            if name == "alltoall_base_" and not (args[0].numel() and args[1].numel()):
+                args[0].zero_()
+            elif name == "alltoall_base_":
                 received, sent = args[0].view(ranks, -1), args[1].view(ranks, -1)
                 received.copy_(sent[group.rank()].expand_as(received))
             elif name.startswith("recv"):  # torch's pipeline sends 1 from rank to rank: all ranks know their shapes.
@@ -446,6 +457,14 @@ def _is_group(value: Any) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def _call_collective(function: Any, name: str, args: Any, kwargs: Any, ranks: int) -> Any:
+    if name == "alltoall_base_" and not (args[0].numel() and args[1].numel()):
+        # The fake group refuses a rank that only sends, or only receives.
+        rows = args[0].new_empty(ranks)
+        return function(rows, rows, args[2], [], [], *args[5:], **kwargs)
+    return function(*args, **kwargs)
 
 
 def _sent_bytes(name: str, args: Any, ranks: int, rank: int) -> int:
