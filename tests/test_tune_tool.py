@@ -1,8 +1,10 @@
 """`scripts/tune.py`: what it measures, a candidate that fails, the end of the budget, Ctrl-C, and bad input."""
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,14 @@ directory.mkdir()
 times = {{"computation": 1.5, "communication and waiting for other ranks": 0.5}}
 (directory / "forecast.json").write_text(json.dumps({{"measured": {{"times": times}}}}))
 """
+
+
+@pytest.fixture(autouse=True)
+def interrupts() -> Iterator[None]:
+    """After Ctrl-C, a tool ignores the signal until its process ends. Here that is the process of the tests."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def tuned(

@@ -179,7 +179,8 @@ def _exposed(
         nbytes = gradient_bytes(weights, layout, workload) / layout.pipeline
         place = inside(stride * shard, replicas)
         exposed["gradients"] += transfer_seconds(hardware, place, replicas, nbytes, ring=True)
-    exposed["shard"] = max(0.0, gathers - computation)
+    # A CPU that sends does not compute.
+    exposed["shard"] = gathers if hardware.capability is None else max(0.0, gathers - computation)
     strides: dict[Axis, int] = {"tensor": 1, "context": layout.tensor, "shard": layout.sequence}
     for axis, starts in _starts(layout, workload).items():
         size = getattr(layout, axis)

@@ -109,10 +109,11 @@ def answer(
 
 
 def trace_option(question: Question, config: Config, option: Option, document: int | None) -> Verified:
-    """Trace the fullest rank of an option, and rank 0."""
+    """Trace the fullest rank of an option, rank 0, and one of the last pipeline stage, which has the head."""
     train = replace(config.train, accumulation=option.accumulation)
     config = replace(config, train=train, parallel=option.parallel)
-    ranks = tuple(dict.fromkeys((fullest_rank(option, question.loads), 0)))
+    last_stage = option.layout.world - option.layout.stage
+    ranks = tuple(dict.fromkeys((fullest_rank(option, question.loads), 0, last_stage)))
     subject = Subject(
         config,
         option.layout,

@@ -5,7 +5,7 @@ takes the time of its bytes over its slowest link, and some time to start. What 
 axis:
 
 - `shard`: FSDP gathers weights and scatters gradients while the device computes. What this and its copies take longer
-  than the computation of the same phase is exposed.
+  than the computation of the same phase is exposed. On CPUs all of it is.
 - `expert`: exposed, or half of it with `parallel.overlap`.
 - all others: exposed.
 """
@@ -79,12 +79,13 @@ def _same_node(rank: int, other: int, hardware: Hardware) -> bool:
 
 
 def _exposed(collectives: Sequence[Collective], operators: Sequence[Operator], hardware: Hardware) -> float:
-    """Return what is exposed of the communication of FSDP, which runs while the device computes."""
+    """Return what is exposed of the communication of FSDP, which runs while a GPU computes."""
     exposed = 0.0
     for phase in PASSES:
         here = [operator for operator in operators if operator.phase == phase]
         sending = sum(cost(collective, hardware) for collective in collectives if collective.phase == phase)
         copying = sum(operator.seconds(hardware) for operator in here if operator.group == FSDP_COPIES)
-        computing = sum(operator.seconds(hardware) for operator in here) - copying
-        exposed += max(0.0, sending + copying - computing)
+        # A CPU that sends does not compute.
+        hidden = 0.0 if hardware.capability is None else sum(operator.seconds(hardware) for operator in here) - copying
+        exposed += max(0.0, sending + copying - hidden)
     return exposed
