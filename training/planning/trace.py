@@ -244,7 +244,7 @@ class Tracer(TorchDispatchMode):
         outputs = [tensor for tensor in tensors_in(result) if tensor.device.type == "cpu"]
         place = self._place().line
         for tensor in outputs:
-            self._track(tensor.untyped_storage(), name, place, inputs)
+            self._track(tensor.untyped_storage(), name, place)
         self.count(name, place, inputs, outputs)
         return result
 
@@ -321,7 +321,7 @@ class Tracer(TorchDispatchMode):
     def _place(self) -> Place:
         return self._places.find(backward=self._phase() == "backward")
 
-    def _track(self, storage: torch.UntypedStorage, name: str, place: str = "", inputs: Sequence[Tensor] = ()) -> None:
+    def _track(self, storage: torch.UntypedStorage, name: str, place: str = "") -> None:
         key, nbytes = storage._cdata, storage.nbytes()
         if key in self._live or not nbytes:
             return
