@@ -5,9 +5,9 @@
     python benchmarks/study.py collapse         # a router without and with a balance loss at a high learning rate
     python benchmarks/study.py all
 
-Each part is one or two sweeps of `train.py` over the presets in `examples/study/`. An interrupted part goes on with the
-same command, and finished runs are not repeated. `<out>/<part>.md`, `.json` and `.png` have the means and the standard
-deviations over the seeds. Further arguments are overrides of every run.
+Each part runs one or two sweeps of `train.py` with the presets in `examples/study/`. If a part is interrupted, the same
+command continues it and does not repeat finished runs. `<out>/<part>.md`, `.json` and `.png` have the means and the
+standard deviations over the seeds. Further arguments are overrides of every run.
 
 Shapes: L MoE layers, E experts, G domains.
 """

@@ -387,3 +387,13 @@ class ModelConfig:
         """Return the number of keys that a query of layer `layer` attends to; None: all earlier ones."""
         pattern = self.sliding_window
         return pattern[layer % len(pattern)] if isinstance(pattern, tuple) else pattern
+
+
+def attended_pairs(window: int | None, seq_len: int) -> int:
+    """Count the query-key pairs of one row of `seq_len` tokens under a causal mask and a window.
+
+    >>> attended_pairs(None, 4), attended_pairs(2, 4)
+    (10, 7)
+    """
+    reach = min(window or seq_len, seq_len)
+    return reach * (reach + 1) // 2 + (seq_len - reach) * reach

@@ -24,9 +24,8 @@ from parallel.config import ParallelConfig
 from parallel.planning.hardware import Hardware, preset_of_device, read_preset
 from scripts.cli.command_line import run_tool
 from scripts.plan import PlanConfig, PlanTrain, find_layouts
+from training.run import FORECAST_STEPS
 
-MIN_STEPS = 10
-"""A run with fewer steps does not measure its memory and its steps (`training.forecast.MIN_STEPS`)."""
 OWN_KEYS = (
     "gpus=", "gpu=", "gpu.", "budget=", "steps=", "candidates=", "out=", "train.", "recompute=", "calibration=",
     "margin=", "verify=", "vocab_size=", "format=", "parallel.", "parallel=",
@@ -57,7 +56,7 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         expect(self.budget > 0, "budget", self.budget, "a number of minutes > 0")
-        expect(self.steps >= MIN_STEPS, "steps", self.steps, f"an integer >= {MIN_STEPS}")
+        expect(self.steps >= FORECAST_STEPS, "steps", self.steps, f"an integer >= {FORECAST_STEPS}")
         expect(self.candidates >= 1, "candidates", self.candidates, "an integer >= 1")
         self.plan  # noqa: B018  It checks all other keys.
 

@@ -33,11 +33,9 @@ from training.planning.forecast import Device, Request
 from training.planning.peak import AllocatorPeak
 from training.report.forecast import COMMUNICATION, COMPUTATION, read_forecast
 from training.report.profile import TRACED_STEPS, WAIT_STEPS, WARM_UP_STEPS
-from training.run import FORECAST_FILE
+from training.run import FORECAST_FILE, FORECAST_STEPS
 from training.steps import FinishedStep
 
-MIN_STEPS = 10
-"""A run with fewer steps makes no forecast: it has too few steps to compare with."""
 MEASURED_STEP = 4
 """The step whose memory is measured. The optimizer's state exists, and blocks are compiled, after the first ones."""
 RECENT = 1000
@@ -55,7 +53,7 @@ class Forecast:
 
     def __init__(self, run: AgreedRun, process: Process, engine: Engine, first_step: int) -> None:
         self.run, self.process, self.engine = run, process, engine
-        self.active = run.config.telemetry.forecast and run.config.train.steps - first_step >= MIN_STEPS
+        self.active = run.config.telemetry.forecast and run.config.train.steps - first_step >= FORECAST_STEPS
         self.is_native = run.config.engine.kind == "native"
         profiled = WAIT_STEPS + WARM_UP_STEPS + TRACED_STEPS + 1
         self.measured_step = profiled if run.config.train.profile else MEASURED_STEP

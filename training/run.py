@@ -15,6 +15,8 @@ INTERRUPTED = "interrupted"
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 FORECAST_FILE = "forecast.json"
+FORECAST_STEPS = 10
+"""A run with fewer steps makes no forecast: it has too few steps to compare with."""
 
 
 def finished_result(directory: Path, steps: int) -> dict[str, Any] | None:

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.files import read_file, write_atomically
-from common.text import one_line, parse_json_object, shorten, to_json
+from common.files import write_atomically
+from common.text import one_line, shorten, to_json
 from parallel.planning.hardware import Hardware
 from training.report.forecast import COMMUNICATION, COMPUTATION, read_forecast
+from training.run import read_result
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-RESULT_BYTES = 2**22
-"""Bytes of the largest result.json that is read."""
 GRACE_S = 20.0
 """Seconds that a run has to end after SIGTERM."""
 RATES = ("matmul", "attention_forward", "attention_backward", "wide_matmul")
@@ -117,10 +116,9 @@ def read_tail(log: Path, limit: int = 2**16) -> str:
 
 def _read(row: Measurement, directory: Path) -> None:
     """Take the figures of a run that has ended."""
-    try:
-        result = parse_json_object(read_file(directory / "result.json", RESULT_BYTES))
-    except (OSError, ValueError) as error:
-        row.problem = f"{directory}: expected a result.json ({error})"
+    result = read_result(directory)
+    if result.get("status") in ("missing", "unreadable"):
+        row.problem = f"{directory}: expected a result.json ({result['error']})"
         return
     row.step_s, row.peak_bytes = result.get("real/step_s"), result.get("real/peak_bytes")
     row.problem = None if row.step_s is not None else f"{directory}: expected a measured time in result.json"

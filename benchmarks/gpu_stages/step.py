@@ -34,9 +34,9 @@ from data.batch import Batch
 from data.config import DataConfig
 from data.loader import Loader
 from data.packing import Row, pack_row
-from moe.accounting.flops import MatmulCosts, attended_pairs, matmul_costs, meta_model
+from moe.accounting.flops import MatmulCosts, matmul_costs, meta_model
 from moe.compiled import CompiledBlocks, compile_clock
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ModelConfig, RouterConfig, attended_pairs
 from moe.kernels import eager_kernels
 from parallel.config import ParallelConfig
 from parallel.layout import Layout

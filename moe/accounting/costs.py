@@ -9,8 +9,8 @@ from typing import Literal
 
 from torch import nn
 
-from moe.accounting.flops import active_expert_parameters, attended_pairs
-from moe.config import ModelConfig, RouterConfig
+from moe.accounting.flops import active_expert_parameters
+from moe.config import ModelConfig, RouterConfig, attended_pairs
 from moe.layer import Block, MoELayer
 from moe.model import Transformer
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from common.errors import ModelError
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ModelConfig, RouterConfig, attended_pairs
 from moe.experts import Experts
 from moe.model import Transformer
 
@@ -116,13 +116,3 @@ def training_flops_per_token(model: Transformer, seq_len: int) -> float:
     `MatmulCosts.training_flops` has the same count for the tokens, assignments and pairs of a real batch.
     """
     return 3 * forward_flops_per_token(model, seq_len)
-
-
-def attended_pairs(window: int | None, seq_len: int) -> int:
-    """Count the query-key pairs of one row of `seq_len` tokens under a causal mask and a window.
-
-    >>> attended_pairs(None, 4), attended_pairs(2, 4)
-    (10, 7)
-    """
-    reach = min(window or seq_len, seq_len)
-    return reach * (reach + 1) // 2 + (seq_len - reach) * reach

@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from moe.config import is_gated
+from moe.config import attended_pairs, is_gated
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.planning.hardware import Hardware
 from parallel.planning.plan import activation_bytes, bubble
 from parallel.planning.traffic import Axis, gradient_bytes, shard_bytes, traffic
 from parallel.planning.workload import Workload
+from parallel.weight_specs import ranks_per_shard_group
 
 ADAM_BYTES = 7
 """How often AdamW reads or writes a number: weight, gradient and two moments, all but the gradient twice."""
@@ -100,17 +101,16 @@ def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload,
     model, tokens = workload.model, workload.global_batch * workload.seq_len
     passes = 3 + recomputed_share(parallel, workload)
     matmul = 2 * passes * active_parameters(workload) * tokens / layout.world / hardware.matmul
-    pairs = sum(mean_pairs(model.window(layer), workload.seq_len) for layer in range(model.num_layers))
-    attention_flops = 4 * model.num_heads * model.head_dim * pairs * tokens / layout.world
+    pairs = sum(attended_pairs(model.window(layer), workload.seq_len) for layer in range(model.num_layers))
+    attention_flops = 4 * model.num_heads * model.head_dim * pairs * workload.global_batch / layout.world
     forwards = 2 if parallel.recompute == "full" else 1
     attention = attention_flops * (forwards / hardware.attention_forward + 2.5 / hardware.attention_backward)
     launches = OPERATORS_PER_LAYER * model.num_layers / layout.pipeline * hardware.launch_s
     memory_bound = _moved_bytes(layout, parallel, workload) / hardware.bandwidth + launches
     memory_bound *= workload.accumulation
-    shards = {kind: layout.expert_shard if kind == "experts" else layout.shard for kind in ("experts", "others")}
+    shard_ranks = ranks_per_shard_group(layout)
     elements = sum(
-        weight.mean_elements(layout) * number / shards["experts" if weight.kind == "experts" else "others"]
-        for weight, number in workload.weights.items()
+        weight.mean_elements(layout) * number / shard_ranks[weight.kind] for weight, number in workload.weights.items()
     )
     update = elements / layout.pipeline * workload.weight_itemsize * workload.trained * ADAM_BYTES / hardware.bandwidth
     computation = matmul + attention + memory_bound
@@ -153,16 +153,17 @@ def _exposed(
     def inside(stride: int, size: int) -> int:
         return max(1, min(size, node // stride))
 
-    def seconds(axis: Axis, stride: int, size: int, *, ring: bool = False) -> float:
+    def seconds(axis: Axis, *, ring: bool = False) -> float:
+        stride, size = groups[axis]
         return transfer_seconds(hardware, inside(stride, size), size, sent[axis], ring=ring)
 
-    sent = traffic(workload, layout, parallel)
+    sent, groups = traffic(workload, layout, parallel), group_shapes(layout)
     exposed: dict[Axis, float] = {
-        "expert": seconds("expert", layout.expert_tensor, layout.expert) * (0.5 if layout.overlap else 1),
-        "expert_tensor": seconds("expert_tensor", 1, layout.expert_tensor, ring=True),
-        "tensor": seconds("tensor", 1, layout.tensor, ring=True),
-        "context": seconds("context", layout.tensor, layout.context),
-        "pipeline": seconds("pipeline", layout.stage, layout.pipeline),
+        "expert": seconds("expert") * (0.5 if layout.overlap else 1),
+        "expert_tensor": seconds("expert_tensor", ring=True),
+        "tensor": seconds("tensor", ring=True),
+        "context": seconds("context"),
+        "pipeline": seconds("pipeline"),
         "gradients": 0.0,
     }
     copied = (
@@ -181,12 +182,23 @@ def _exposed(
         exposed["gradients"] += transfer_seconds(hardware, place, replicas, nbytes, ring=True)
     # A CPU that sends does not compute.
     exposed["shard"] = gathers if hardware.capability is None else max(0.0, gathers - computation)
-    strides: dict[Axis, int] = {"tensor": 1, "context": layout.tensor, "shard": layout.sequence}
     for axis, starts in _starts(layout, workload).items():
-        size = getattr(layout, axis)
-        latency = start_seconds(hardware, inside(strides.get(axis, layout.stage), size), size)
+        stride, size = groups[axis]
+        latency = start_seconds(hardware, inside(stride, size), size)
         exposed[axis] += starts * latency * workload.accumulation / layout.pipeline
     return exposed
+
+
+def group_shapes(layout: Layout) -> dict[Axis, tuple[int, int]]:
+    """Return axis -> the distance between the numbers of neighbouring ranks of its groups, and their size."""
+    return {
+        "tensor": (1, layout.tensor),
+        "context": (layout.tensor, layout.context),
+        "shard": (layout.sequence, layout.shard),
+        "expert_tensor": (1, layout.expert_tensor),
+        "expert": (layout.expert_tensor, layout.expert),
+        "pipeline": (layout.stage, layout.pipeline),
+    }
 
 
 def _starts(layout: Layout, workload: Workload) -> dict[Axis, int]:
@@ -204,11 +216,15 @@ def _starts(layout: Layout, workload: Workload) -> dict[Axis, int]:
 def active_parameters(workload: Workload) -> float:
     """Return the parameters that one token uses, in the mean over the tokens, without a lookup in the embedding."""
     model = workload.model
-    experts, top_k = model.num_experts or 1, model.top_k or 1
-    share = workload.router.experts_per_token(experts, top_k) / experts
-    numbers = workload.weights.items()
-    total = sum(weight.numel * number * (share if weight.kind == "experts" else 1) for weight, number in numbers)
-    return total - (0 if model.tie_embeddings else model.dim * (model.vocab_size or 0))
+    others = sum(weight.numel * number for weight, number in workload.weights.items() if weight.kind != "experts")
+    lookup = 0 if model.tie_embeddings else model.dim * (model.vocab_size or 0)
+    return others - lookup + _active_expert_parameters(workload)
+
+
+def _active_expert_parameters(workload: Workload) -> float:
+    experts, top_k = workload.model.num_experts or 1, workload.model.top_k or 1
+    total = sum(weight.numel * number for weight, number in workload.weights.items() if weight.kind == "experts")
+    return total * workload.router.experts_per_token(experts, top_k) / experts
 
 
 def recomputed_share(parallel: ParallelConfig, workload: Workload) -> float:
@@ -220,16 +236,7 @@ def recomputed_share(parallel: ParallelConfig, workload: Workload) -> float:
 
 def expert_share(workload: Workload) -> float:
     """Return the share of the routed experts in the parameters that one token uses."""
-    experts, top_k = workload.model.num_experts or 1, workload.model.top_k or 1
-    numbers = workload.weights.items()
-    total = sum(weight.numel * number for weight, number in numbers if weight.kind == "experts")
-    return total * workload.router.experts_per_token(experts, top_k) / experts / active_parameters(workload)
-
-
-def mean_pairs(window: int | None, seq_len: int) -> float:
-    """Return the mean number of keys that a token of a row of one document attends to."""
-    reach = seq_len if window is None else min(window, seq_len)
-    return reach - reach * (reach - 1) / 2 / seq_len
+    return _active_expert_parameters(workload) / active_parameters(workload)
 
 
 REFERENCE = Hardware(

@@ -21,7 +21,7 @@ from training.planning import forecast as of_child
 from training.planning.forecast import Device, Request, hardware_of, predict
 from training.report.forecast import lines, read_forecast, rows, summary
 from training.report.page.write import write_report
-from training.run import FORECAST_FILE
+from training.run import FORECAST_FILE, FORECAST_STEPS
 
 PREDICTED: dict[str, Any] = {
     "peak_bytes": 70e6,
@@ -143,7 +143,7 @@ def forecast_of(
     """The forecast of a run whose process is another one."""
     config = SimpleNamespace(
         telemetry=TelemetryConfig(),
-        train=SimpleNamespace(steps=of_run.MIN_STEPS, profile=False),
+        train=SimpleNamespace(steps=FORECAST_STEPS, profile=False),
         engine=SimpleNamespace(kind=engine),
     )
     process: Any = SimpleNamespace(is_main=True, device=torch.device("cpu"), world=SimpleNamespace(rank=0))
@@ -183,7 +183,7 @@ def test_one_step_measures_memory_and_the_later_ones_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, peak: int | None
 ) -> None:
     forecast = forecast_of(tmp_path, monkeypatch, engine=engine)
-    for number in range(1, of_run.MIN_STEPS + 1):
+    for number in range(1, FORECAST_STEPS + 1):
         with forecast.around_step():
             torch.zeros(1000 if number == of_run.MEASURED_STEP else 10**6)
         late = number > of_run.MEASURED_STEP
@@ -192,7 +192,7 @@ def test_one_step_measures_memory_and_the_later_ones_time(
     measured = forecast.measure()
     assert measured["peak_bytes"] == peak
     assert measured["memory"] == ({"weights": 40, "moments": 80} if engine == "native" else {})
-    assert (measured["step_s"], measured["steps"]) == (0.5, of_run.MIN_STEPS - of_run.MEASURED_STEP)
+    assert (measured["step_s"], measured["steps"]) == (0.5, FORECAST_STEPS - of_run.MEASURED_STEP)
     times = {"computation": 0.3, "communication and waiting for other ranks": 0.2}
     assert measured["times"] == pytest.approx(times) and measured["rank_load_max"] == 1.0 + of_run.MEASURED_STEP
 

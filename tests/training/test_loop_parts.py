@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.errors import ConfigError
 from data.batch import Batch
 from data.packing import pack_row
-from moe.accounting.flops import attended_pairs, matmul_costs, training_flops_per_token
-from moe.config import ModelConfig, RouterConfig
+from moe.accounting.flops import matmul_costs, training_flops_per_token
+from moe.config import ModelConfig, RouterConfig, attended_pairs
 from moe.figures import LAYER_FIGURES, METRICS
 from moe.model import ModelInputs, Transformer
 from training.config import OptimConfig

@@ -11,7 +11,7 @@ import torch
 
 from moe.accounting.flops import meta_model, training_flops_per_token
 from parallel.layout import AXES
-from parallel.planning.times import StepTimes, expert_share, recomputed_share
+from parallel.planning.times import StepTimes, expert_share, group_shapes, recomputed_share
 from training.config import Config
 from training.planning.search import (
     Option,
@@ -209,17 +209,10 @@ def _traced(rank: int, trace: Trace) -> dict[str, Any]:
 def sent_bytes(question: Question, option: Option) -> dict[str, dict[str, Any]]:
     """Return axis -> the bytes that a rank sends in a step, and the slowest link over which they go."""
     node, layout = question.hardware.gpus_per_node, option.layout
-    strides = {
-        "tensor": (1, layout.tensor),
-        "context": (layout.tensor, layout.context),
-        "shard": (layout.sequence, layout.shard),
-        "expert_tensor": (1, layout.expert_tensor),
-        "expert": (layout.expert_tensor, layout.expert),
-        "pipeline": (layout.stage, layout.pipeline),
-    }
+    groups = group_shapes(layout)
     found: dict[str, dict[str, Any]] = {}
     for axis, nbytes in option.plan.traffic.items():
-        stride, size = strides.get(axis, (1, layout.world))
+        stride, size = groups.get(axis, (1, layout.world))
         if nbytes:
             found[axis] = {"bytes": nbytes, "over": "node" if stride * size <= node else "network"}
     return found

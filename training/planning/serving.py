@@ -9,7 +9,7 @@ Letters: G key/value heads, C head dim, V vocabulary.
 from dataclasses import asdict
 from typing import Any
 
-from moe.accounting.costs import BYTES, active_parts, cache_bytes, count_parts
+from moe.accounting.costs import BYTES, Parts, active_parts, cache_bytes, count_parts
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
 from parallel.config import ParallelConfig
@@ -35,12 +35,11 @@ def serving_figures(
         prefill_chunk: tokens of each prompt that are processed at once.
         margin: share of the memory that must stay free.
     """
-    limit = hardware.usable * (1 - margin)
+    limit, parts = hardware.usable * (1 - margin), count_parts(meta_model(model, router))
     memory = {
-        number: _memory(model, router, number, hardware, batch, context, prefill_chunk) for number in _numbers(gpus)
+        number: _memory(model, parts, number, hardware, batch, context, prefill_chunk) for number in _numbers(gpus)
     }
-    fewest = next((number for number, parts in memory.items() if sum(parts.values()) <= limit), None)
-    parts = count_parts(meta_model(model, router))
+    fewest = next((number for number, sizes in memory.items() if sum(sizes.values()) <= limit), None)
     active = active_parts(parts, model, router).total
     itemsize = BYTES[hardware.precision]
     cache = memory[gpus]["key/value cache"]
@@ -73,10 +72,10 @@ def _expert_ranks(model: ModelConfig, gpus: int) -> int:
 
 
 def _memory(
-    model: ModelConfig, router: RouterConfig, gpus: int, hardware: Hardware, batch: int, context: int, chunk: int
+    model: ModelConfig, parts: Parts, gpus: int, hardware: Hardware, batch: int, context: int, chunk: int
 ) -> dict[str, int]:
     """Return part -> bytes on one device."""
-    parts, itemsize = count_parts(meta_model(model, router)), BYTES[hardware.precision]
+    itemsize = BYTES[hardware.precision]
     experts = parts.routed_experts * itemsize // _expert_ranks(model, gpus)
     others = (parts.total - parts.routed_experts - parts.router) * itemsize + 4 * parts.router
     tokens = batch * min(chunk, context)

@@ -22,7 +22,7 @@ STATE = ("weights", "moments")
 """The parts of the memory that exist at every time, and that the run counts exactly."""
 REST = "gradients, activations and temporary tensors"
 BUSY = 0.8
-"""The share of its own time in which a rank has a CPU, below which other programs are named as a reason."""
+"""If a rank runs on a CPU for a smaller share of its own time than this, other programs are named as a reason."""
 COMPUTATION, COMMUNICATION = "computation", "communication and waiting for other ranks"
 UNEVEN = 1.05
 """The rows on the fullest rank over those of balanced experts, from which they are named as a reason."""
