@@ -113,6 +113,8 @@ class Experts(nn.Module):
     Attributes:
         first_expert: index in the layer of the first expert on this rank.
         kernel: seam: how the experts' matmuls are computed, one of `KERNELS`.
+        fused: whether a function may read several weights at once, such as `swiglu_loop`. False: every product goes
+            through `multiply`.
     """
 
     RECOMPUTE: ClassVar[dict[str, str]] = {"selective": "apply_to"}
@@ -124,6 +126,7 @@ class Experts(nn.Module):
         self.kernel_name = kernel
         self.kernel: Kernel = KERNELS[kernel]
         self.activation, self.gated = ACTIVATIONS[kind], is_gated(kind)
+        self.fused = self.activation is F.silu and self.gated
         if self.gated:
             self.w_gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
@@ -149,25 +152,33 @@ class Experts(nn.Module):
             [R, D], in the same order.
         """
 
-        def apply(x_RI: Tensor, weight_eOI: Tensor) -> Tensor:
-            return self.kernel(x_RI, weight_eOI.to(x_RI.dtype), counts_e)
-
-        swiglu = self.activation is F.silu and self.gated
-        if swiglu and not on_gpu(rows_RD) and self.kernel is auto_kernel and not torch.compiler.is_compiling():
+        if self.fused and not on_gpu(rows_RD) and self.kernel is auto_kernel and not torch.compiler.is_compiling():
             return swiglu_loop(rows_RD, counts_e, self.w_gate, self.w_up, self.w_down)
-        if swiglu and use_kernels(rows_RD) and self.w_up.dtype != rows_RD.dtype:
+        if self.fused and use_kernels(rows_RD) and self.w_up.dtype != rows_RD.dtype:
             # One matmul with both weights, which need a cast anyway. If they need none, the joined copy would cost more
             # than it saves, and it would keep weights that FSDP has gathered in memory until the backward pass.
             from moe.kernels import join
             from moe.kernels.swiglu import swiglu_joined
 
             weight_eGD = join.join(self.w_gate, self.w_up, rows_RD.dtype)
-            hidden_RF = swiglu_joined(apply(rows_RD, weight_eGD))
+            hidden_RF = swiglu_joined(self.kernel(rows_RD, weight_eGD, counts_e))
         elif self.gated:
-            hidden_RF = gated(self.activation, apply(rows_RD, self.w_gate), apply(rows_RD, self.w_up))
+            gate_RF, up_RF = self.multiply(rows_RD, "w_gate", counts_e), self.multiply(rows_RD, "w_up", counts_e)
+            hidden_RF = gated(self.activation, gate_RF, up_RF)
         else:
-            hidden_RF = self.activation(apply(rows_RD, self.w_up))
-        return apply(hidden_RF, self.w_down)
+            hidden_RF = self.activation(self.multiply(rows_RD, "w_up", counts_e))
+        return self.multiply(hidden_RF, "w_down", counts_e)
+
+    def multiply(self, rows_RI: Tensor, name: str, counts_e: Tensor) -> Tensor:
+        """Return the product of each row and the transposed weight of its expert, [R, O], in the dtype of the rows.
+
+        Args:
+            rows_RI: rows grouped by expert.
+            name: the parameter: `w_gate`, `w_up` or `w_down`.
+            counts_e: number of rows of each expert.
+        """
+        weight_eOI: Tensor = getattr(self, name)
+        return self.kernel(rows_RI, weight_eOI.to(rows_RI.dtype), counts_e)
 
     @property
     def num_local(self) -> int:

@@ -49,6 +49,10 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return x W^T, the product with the stored weight alone. No other method reads the weight for a product."""
         return linear(x, self.weight)
 
 
