@@ -13,7 +13,7 @@ from training.formats import huggingface as hf
 from training.formats import mistral
 from training.formats.export import export_model
 from training.formats.foreign_tensors import interleave, list_pieces, split_halves, tensor_shapes
-from training.formats.huggingface import FUSED
+from training.formats.huggingface import FAMILIES
 from training.formats.reader import open_model
 
 DENSE = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
@@ -25,7 +25,8 @@ def renamed_gradients(reference, model):
     """The gradients of transformers' model under Mixwright's names. transformers' modules have fused experts."""
     gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
     result = {}
-    for piece in list_pieces(tensor_shapes(model.config, RouterConfig()), FUSED, model.config.head_dim):
+    form = FAMILIES[reference.config.model_type].fused
+    for piece in list_pieces(tensor_shapes(model.config, RouterConfig()), form, model.config.head_dim):
         start = piece.foreign_offset
         block = tuple(slice(o, o + n) for o, n in zip(start, piece.shape, strict=True))
         result[piece.name] = gradients[piece.foreign_name][block]
@@ -96,24 +97,28 @@ def test_transformers_generates_the_same_tokens(tmp_path):
         assert generated.tolist() == tokens.tolist()
 
 
-@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_missing_keys_have_the_defaults_of_transformers(family):
     import transformers
 
     config = transformers.AutoConfig.for_model(family)
-    defaults = hf.FAMILIES[family]
     expected = (config.rope_parameters["rope_theta"], config.rms_norm_eps, getattr(config, "sliding_window", None))
-    assert (defaults.rope_theta, defaults.norm_eps, defaults.window) == expected
-    assert (defaults.num_kv_heads or config.num_attention_heads) == config.num_key_value_heads
-    raw = SPARSE if defaults.moe else DENSE | {"num_key_value_heads": 2}
+    defaults = dict(FAMILIES[family].DEFAULTS)
+    assert defaults.pop("rope_theta") == expected[0]
+    assert (defaults.pop("num_key_value_heads", None) or config.num_attention_heads) == config.num_key_value_heads
+    # Keys of other versions are None by default, and not attributes of the configuration in transformers 5.
+    assert defaults == {key: getattr(config, key) for key in defaults if defaults[key] is not None} | {
+        key: None for key in defaults if defaults[key] is None
+    }
+    raw = SPARSE if FAMILIES[family].moe else DENSE | {"num_key_value_heads": 2}
     model, _ = hf.read_config(raw | {"model_type": family}, "config.json")
     assert (model.rope_theta, model.norm_eps, model.sliding_window) == expected
     assert (model.tie_embeddings, model.head_dim) == (config.tie_word_embeddings, 4)
 
 
-@pytest.mark.parametrize("family", hf.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_null_number_of_key_value_heads_is_that_of_the_query_heads(family):
-    raw = (SPARSE if hf.FAMILIES[family].moe else DENSE) | {"model_type": family, "num_attention_heads": 4}
+    raw = (SPARSE if FAMILIES[family].moe else DENSE) | {"model_type": family, "num_attention_heads": 4}
     assert hf.read_config(raw | {"num_key_value_heads": None}, "c")[0].num_kv_heads == 4
     assert hf.read_config(raw | {"num_key_value_heads": 2}, "c")[0].num_kv_heads == 2
 
@@ -272,9 +277,8 @@ def test_interleaving_rotary_rows_by_hand():
 
 
 def test_every_element_is_in_exactly_one_piece():
-    from training.formats.huggingface import PER_EXPERT
-
-    for form in (FUSED, PER_EXPERT, mistral.FORMAT):
+    mixtral = FAMILIES["mixtral"]
+    for form in (mixtral.fused, mixtral.per_expert, mistral.FORMAT):
         shapes = tensor_shapes(MIXTRAL, RouterConfig())
         counts = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
         used: dict[str, int] = {}
@@ -285,4 +289,4 @@ def test_every_element_is_in_exactly_one_piece():
             assert used[piece.foreign_name] <= torch.Size(piece.foreign_shape).numel()
         assert all(bool((count == 1).all()) for count in counts.values())
     with pytest.raises(ModelError, match="no place for"):
-        list_pieces({"layers.0.ffn.shared.w_up.weight": (4, 4)}, FUSED, 4)
+        list_pieces({"layers.0.ffn.shared.w_up.weight": (4, 4)}, mixtral.fused, 4)

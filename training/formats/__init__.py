@@ -8,7 +8,9 @@ In reading order:
 - `reader`: `open_model` opens a model directory and returns a `ModelReader`, which fills a model with the weights.
 - `foreign_tensors`: the tensors of a directory of safetensors files from any source, checked before they are read, and
   where they are in Mixwright's tensors, as a list of pieces.
-- `huggingface`: `config.json` to and from Mixwright's configuration, and the names of its keys and tensors.
+- `fields`, `meaning`: the values of a configuration file, checked; what a configuration computes.
+- `huggingface`: `config.json` to and from Mixwright's configuration. `families` has one class for each kind of
+  model, with the names of its keys and tensors.
 - `mistral`: the same for `params.json`.
 - `model_directory`: writes a model directory like a run's.
 - `export`: converts a model directory to another format, and a dense one to a MoE model. The mathematics of the latter

@@ -30,8 +30,8 @@ from training.formats.model_directory import Block, group_by_size, new_directory
 from training.formats.reader import ModelReader, split_experts
 
 FORMATS = {
-    "hf": (hf.CONFIG, hf.INDEX, hf.SINGLE, hf.PER_EXPERT),
-    "mistral": (mistral.CONFIG, mistral.INDEX, mistral.SINGLE, mistral.FORMAT),
+    "hf": (hf.CONFIG, hf.INDEX, hf.SINGLE),
+    "mistral": (mistral.CONFIG, mistral.INDEX, mistral.SINGLE),
 }
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -104,13 +104,14 @@ def export_model(
             tensor cannot be read, `out` exists or cannot be written, or transformers, which makes the
             `tokenizer.json`, is not installed.
     """
-    config_file, index_file, single, names = FORMATS[form]
+    config_file, index_file, single = FORMATS[form]
     stored = DTYPES[dtype]
     config = (
         hf.write_config(reader.model, reader.router, str(stored).removeprefix("torch."), positions)
         if form == "hf"
         else mistral.write_params(reader.model, reader.router)
     )
+    names = hf.family_of(config, Path(config_file)).per_expert if form == "hf" else mistral.FORMAT
     tokenizer = open_tokenizer(reader)
     if reader.tokenizer is not None and tokenizer is not None and form == "mistral":
         _check_mistral_can_store(reader.tokenizer, tokenizer)

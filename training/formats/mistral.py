@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import ModelError, require
+from common.errors import ModelError
 from moe.config import ModelConfig, RouterConfig
+from training.formats.fields import Fields
 from training.formats.foreign_tensors import Format
-from training.formats.huggingface import Fields, check_exportable
+from training.formats.meaning import differences, expect_key
 
 CONFIG = "params.json"
 INDEX = "consolidated.safetensors.index.json"
 SINGLE = "consolidated.safetensors"
+NAME = "format=mistral"
+"""How messages name the format."""
 
 _READ = """
 dim n_layers head_dim hidden_dim n_heads n_kv_heads norm_eps vocab_size rope_theta sliding_window moe tied_embeddings
@@ -60,13 +63,13 @@ def read_params(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
         ModelError: Mixwright cannot compute the model.
     """
     raw = {key: value for key, value in raw.items() if value is not None}  # Null says that a key is not given.
-    fields = Fields(raw, file)
+    # The defaults of mistral-inference at the time when files without theta were published.
+    fields = Fields(raw, file, {"rope_theta": 1e4 if "sliding_window" in raw else 1e6, "tied_embeddings": False})
     for key, value in raw.items():
         neutral = NEUTRAL_VALUES.get(key, value)
         fields.expect(value == neutral, key, value, neutral)
         known = key in KNOWN_KEYS | NEUTRAL_VALUES.keys()
         fields.expect(known, key, value, "a key of Mistral's or Mixtral's params.json")
-    window = fields.integer_or_null("sliding_window")
     moe: dict[str, Any] = {}
     if "moe" in raw:
         fields.expect(isinstance(raw["moe"], Mapping), "moe", raw["moe"], "an object")
@@ -85,11 +88,10 @@ def read_params(raw: Mapping[str, Any], file: Path) -> tuple[ModelConfig, Router
             head_dim=fields.integer("head_dim"),
             hidden_dim=fields.integer("hidden_dim"),
             vocab_size=fields.integer("vocab_size"),
-            sliding_window=window,
-            # The defaults of mistral-inference at the time when files without this key were published.
-            rope_theta=fields.number("rope_theta", 1e6 if window is None else 1e4),
+            sliding_window=fields.integer_or_null("sliding_window"),
+            rope_theta=fields.number("rope_theta"),
             norm_eps=fields.number("norm_eps"),
-            tie_embeddings=fields.flag("tied_embeddings", False),
+            tie_embeddings=fields.flag("tied_embeddings"),
             **moe,
         )
     except ModelError:
@@ -105,20 +107,28 @@ def write_params(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     Raises:
         ModelError: the format cannot describe the model. The message starts with the key that it does not support.
     """
-    window = check_exportable(model, router)
+    key = "model.ffn" if model.expert_ffn is None else "model.expert_ffn"
     kind = model.expert_kind if model.is_moe else model.ffn
-    require(kind == "swiglu", ModelError, f"model.ffn={kind}: expected swiglu with format=mistral")
+    expect_key(kind == "swiglu", key, kind, "swiglu", NAME)
+    windows = {model.window(layer) for layer in range(model.num_layers)}
+    one = "one window for all layers"
+    expect_key(len(windows) == 1, "model.sliding_window", model.sliding_window, one, NAME)
+    top_k = model.top_k
+    expect_key(top_k != 1, "model.top_k", top_k, "at least 2 (weights are renormalised)", NAME)
     raw: dict[str, Any] = {
         "dim": model.dim,
         "n_layers": model.num_layers,
         "head_dim": model.head_dim,
-        "hidden_dim": model.expert_width,
+        "hidden_dim": model.expert_width if model.is_moe else model.hidden_dim,
         "n_heads": model.num_heads,
         "n_kv_heads": model.num_kv_heads,
         "norm_eps": model.norm_eps,
         "vocab_size": model.vocab_size,
         "rope_theta": model.rope_theta,
     }
-    moe = {"num_experts": model.num_experts, "num_experts_per_tok": model.top_k} if model.is_moe else None
-    optional = {"sliding_window": window, "tied_embeddings": model.tie_embeddings or None, "moe": moe}
-    return raw | {key: value for key, value in optional.items() if value is not None}
+    moe = {"num_experts": model.num_experts, "num_experts_per_tok": top_k} if model.is_moe else None
+    optional = {"sliding_window": model.window(0), "tied_embeddings": model.tie_embeddings or None, "moe": moe}
+    raw |= {key: value for key, value in optional.items() if value is not None}
+    for message in differences(model, router, read_params(raw, Path(CONFIG)), NAME):
+        raise ModelError(message)
+    return raw

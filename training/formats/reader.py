@@ -275,11 +275,12 @@ class ForeignReader(ModelReader):
         module = hf if kind == "hf" else mistral
         config = path / module.CONFIG
         require(config.is_file(), ModelError, f"{path}: expected a {module.CONFIG} beside the weights")
+        raw = read_json(config)
         read_config = hf.read_config if kind == "hf" else mistral.read_params
-        self.model, self.router = read_config(read_json(config), config)
+        self.model, self.router = read_config(raw, config)
         self.files = TensorDirectory(path, module.INDEX, module.SINGLE)
         stored = self.files.tensors
-        self.format: Format = hf.detect_format(stored) if kind == "hf" else mistral.FORMAT
+        self.format: Format = hf.family_of(raw, config).format_of(stored) if kind == "hf" else mistral.FORMAT
         per_expert = any("{e}" in name for name in self.format.names.values())
         _check_layer_count(self.model, len(stored), config, per_expert)
         self.shapes = _shapes_of(self.model, self.router, config)
