@@ -143,7 +143,7 @@ def _convert(value: Any, hint: Any, key: str, keys: list[str]) -> Any:
 def _convert_branch(value: Any, branch: Any, key: str, keys: list[str]) -> Any:
     origin, arguments = typing.get_origin(branch), typing.get_args(branch)
     if dataclasses.is_dataclass(branch):
-        if value is None:
+        if not isinstance(value, dict):
             raise _WrongTypeError
         return from_dict(typing.cast(type, branch), value, key, keys)
     if origin is Literal:

@@ -54,13 +54,15 @@ def escaped(text: str) -> str:
 def show_value(value: object) -> str:
     """`value` as a user writes it in YAML or on the command line.
 
-    >>> show_value(None), show_value(True), show_value((64, None))
-    ('null', 'true', '[64,null]')
+    >>> show_value(None), show_value(True), show_value((64, None)), show_value({"factor": 4.0})
+    ('null', 'true', '[64,null]', '{factor:4.0}')
     """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Mapping):
+        return f"{{{','.join(f'{key}:{show_value(inner)}' for key, inner in value.items())}}}"
     return f"[{','.join(map(show_value, value))}]" if isinstance(value, list | tuple) else str(value)
 
 

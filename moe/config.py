@@ -6,6 +6,7 @@ configuration puts the section's name before it. This module does not import tor
 line is reported at once.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -246,6 +247,87 @@ for _name in ("softmax_topk", "sigmoid_topk", "expert_choice"):
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Other frequencies of the rotary embedding, for rows that are longer than those of the first training.
+
+    `moe.token_context.rotary_frequencies` has the formulas.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    """`linear`: all frequencies are divided by `factor` (position interpolation, arXiv 2306.15595); `llama3`: those
+    with few turns in `original_positions` (Llama 3.1); `yarn`: as `llama3`, by the pair's index (arXiv 2309.00071)."""
+    factor: float
+    """The number of times that rows are longer."""
+    original_positions: int | None = None
+    """Length of the rows of the first training. `linear` does not have it."""
+    low_freq_factor: float | None = None
+    """`llama3`: frequencies with fewer turns are divided by `factor`."""
+    high_freq_factor: float | None = None
+    """`llama3`: frequencies with more turns stay."""
+    beta_fast: float | None = None
+    """`yarn`: frequencies with more turns stay. `null`: 32."""
+    beta_slow: float | None = None
+    """`yarn`: frequencies with fewer turns are divided by `factor`. `null`: 1."""
+    mscale: float | None = None
+    """`yarn`, beside `mscale_all_dim`: cosine and sine are multiplied by magnitude(mscale) / magnitude(mscale_all_dim)
+    (DeepSeek-V2). `null`: by magnitude(1)."""
+    mscale_all_dim: float | None = None
+    """`yarn`: see `mscale`."""
+    attention_factor: float | None = None
+    """`yarn`: the factor of cosine and sine. `null`: that of `mscale`."""
+    truncate: bool = True
+    """`yarn`: whether the range of pairs between the two limits is widened to whole pairs."""
+
+    def __post_init__(self) -> None:
+        expect(self.factor >= 1, "factor", self.factor, "a number >= 1")
+        optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor")
+        used = {
+            "linear": (),
+            "llama3": ("original_positions", "low_freq_factor", "high_freq_factor"),
+            "yarn": ("original_positions", *optional),
+        }[self.kind]
+        for field in ("original_positions", "low_freq_factor", "high_freq_factor", *optional):
+            value = getattr(self, field)
+            if field not in used:
+                expect(value is None, field, value, f"null with kind={self.kind}")
+            elif value is None:
+                expect(field in optional, field, None, f"a number > 0 with kind={self.kind}")
+            else:
+                expect(value > 0, field, value, "a number > 0")
+        expect(self.truncate or self.kind == "yarn", "truncate", False, f"true with kind={self.kind}")
+        if self.kind == "llama3":
+            low, high = self.low_freq_factor or 0, self.high_freq_factor or 0
+            expect(low < high, "low_freq_factor", low, f"less than high_freq_factor={high:g}")
+        slow, fast = self.turns
+        expect(slow < fast, "beta_slow", slow, f"less than beta_fast={fast:g}")
+        both = (self.mscale is None) == (self.mscale_all_dim is None)
+        expect(both, "mscale_all_dim", self.mscale_all_dim, "a number > 0 beside mscale, and null without it")
+
+    @property
+    def turns(self) -> tuple[float, float]:
+        """`beta_slow` and `beta_fast`."""
+        return 1.0 if self.beta_slow is None else self.beta_slow, 32.0 if self.beta_fast is None else self.beta_fast
+
+    def magnitude(self, weight: float = 1.0) -> float:
+        """Return 0.1 · weight · ln(factor) + 1, YaRN's correction of attention for longer rows.
+
+        Multi-head latent attention multiplies its softmax scale by the square of `magnitude(mscale_all_dim)`.
+        """
+        return 0.1 * weight * math.log(self.factor) + 1.0
+
+    @property
+    def rotary_factor(self) -> float:
+        """The factor of cosine and sine."""
+        if self.kind != "yarn":
+            return 1.0
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale is None or self.mscale_all_dim is None:
+            return self.magnitude()
+        return self.magnitude(self.mscale) / self.magnitude(self.mscale_all_dim)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with RMSNorm and rotary embedding. It has MoE layers unless `num_experts` is null."""
 
@@ -285,6 +367,10 @@ class ModelConfig:
     has one entry per layer and is repeated over the layers."""
     rope_theta: float = 1e6
     """Base of the angles of the rotary embedding (arXiv 2104.09864)."""
+    rotary_dim: int | None = None
+    """How many of a head's numbers, the first ones, are rotated: an even number. `null`: all of them."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies, a section of keys. `null`: none."""
     norm_eps: float = 1e-5
     """The number that RMSNorm adds to the mean square."""
     tie_embeddings: bool = False
@@ -309,6 +395,14 @@ class ModelConfig:
         expect(heads % kv_heads == 0, "num_kv_heads", kv_heads, f"a divisor of num_heads={heads}")
         expect(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary embedding turns pairs)")
         expect(self.rope_theta > 0, "rope_theta", self.rope_theta, "a number > 0")
+        expect(
+            self.rotary_dim is None or (2 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0),
+            "rotary_dim",
+            self.rotary_dim,
+            f"an even number from 2 to head_dim={self.head_dim}, or null",
+        )
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn":
+            expect(self.rope_theta > 1, "rope_theta", self.rope_theta, "a number > 1 with rope_scaling.kind=yarn")
         expect(self.norm_eps > 0, "norm_eps", self.norm_eps, "a number > 0")
         expect(self.init_std > 0, "init_std", self.init_std, "a number > 0")
         windows = self.sliding_window if isinstance(self.sliding_window, tuple) else (self.sliding_window,)
@@ -382,6 +476,11 @@ class ModelConfig:
     def expert_kind(self) -> str:
         """Kind of the experts' feed-forward networks."""
         return self.ffn if self.expert_ffn is None else self.expert_ffn
+
+    @property
+    def rotary_width(self) -> int:
+        """How many of a head's numbers are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     def window(self, layer: int) -> int | None:
         """Return the number of keys that a query of layer `layer` attends to; None: all earlier ones."""

@@ -110,7 +110,9 @@ class Transformer(nn.Module):
         config = self.config
         x_BSD = self.lookup(inputs.tokens_BS, self.embedding) if hidden_BSD is None else hidden_BSD
         context = TokenContext(
-            rotary=rotary_table(inputs.positions_BS, config.head_dim, config.rope_theta, self.compute_dtype),
+            rotary=rotary_table(
+                inputs.positions_BS, config.rotary_width, config.rope_theta, self.compute_dtype, config.rope_scaling
+            ),
             documents_BS=inputs.documents_BS,
             segments=inputs.segments,
             valid_BS=self.slice_local(inputs.valid_BS),

@@ -4,12 +4,13 @@ The directory also determines what the weights mean: the section `model`, and th
 experts a token gets and with what weight. The capacity, the losses and the jitter of the router are the run's choice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.errors import ConfigError, require
-from common.strict import to_dict
+from common.strict import from_dict, to_dict
 from common.text import show_value
+from moe.config import RopeScaling
 
 FREE_MODEL_KEYS = ("expert_kernel", "init_std")
 """The keys of `model` that do not change what the weights mean. (`RouterConfig.MEANING` has the keys that do.)"""
@@ -35,7 +36,8 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     from training.formats.reader import open_model_for_key
 
     source = open_model_for_key("run.init_from", directory, check=False)
-    typed = {override.partition("=")[0].lstrip("+~") for override in overrides}
+    paths = [override.partition("=")[0].lstrip("+~").split(".") for override in overrides]
+    typed = {".".join(path[:2]) for path in paths}
     model, router = to_dict(source.model), to_dict(source.router)
     inherited = {"model": {key: value for key, value in model.items() if key not in FREE_MODEL_KEYS}}
     if source.model.is_moe:
@@ -66,6 +68,8 @@ def _agrees(key: str, given: Any, inherited: Any, top_k: int) -> bool:
         return True  # null stands for the size of the tokenizer.
     if key == "normalize":
         given, inherited = (top_k > 1 if value == "auto" else value for value in (given, inherited))
+    if isinstance(inherited, Mapping) and isinstance(given, Mapping):
+        return to_dict(from_dict(RopeScaling, given, "model.rope_scaling")) == inherited
     if isinstance(inherited, float) and isinstance(given, int | float | str) and not isinstance(given, bool):
         try:
             return float(given) == inherited  # YAML reads 1e-5 as a string.

@@ -44,8 +44,8 @@ RULES: dict[str, dict[str, str]] = {
     },
     "model": {
         FIXED: "dim num_layers num_heads num_kv_heads head_dim hidden_dim ffn num_experts top_k expert_hidden_dim "
-        "expert_ffn num_shared_experts first_k_dense moe_every vocab_size sliding_window rope_theta norm_eps "
-        "tie_embeddings",
+        "expert_ffn num_shared_experts first_k_dense moe_every vocab_size sliding_window rope_theta rotary_dim "
+        "rope_scaling norm_eps tie_embeddings",
         FREE: " ".join(FREE_MODEL_KEYS),
     },
     "router": {
@@ -83,13 +83,19 @@ RULES: dict[str, dict[str, str]] = {
     "engine": {LISTED: "kind zero_stage ds_config"},
     "": {FREE: "plugins"},  # Their names and hashes are compared (common/plugins.py).
 }
-"""Section -> rule -> keys. The keys that plugins add have a rule too: see `rule_of`."""
+"""Section -> rule -> keys. A key whose value can be a section of keys is compared as a whole. The keys that plugins add
+have a rule too: see `rule_of`."""
 RULE_OF = {
     f"{section}.{key}" if section else key: rule
     for section, rules in RULES.items()
     for rule, keys in rules.items()
     for key in keys.split()
 }
+
+
+def by_key(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a configuration by dotted keys, as `RULE_OF` has them."""
+    return flatten(config, RULE_OF)
 
 
 def rule_of(key: str, router: RouterConfig) -> str:
@@ -142,8 +148,8 @@ def saved_values(state: Mapping[str, Any], directory: Path, checkpoint: str) -> 
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{checkpoint}: expected the state of a run ({error})") from error
     optimizer = {"optim.train": state.get("train", "all"), "optim.kind": state.get("optimizer", "adamw")}
-    recorded = flatten(state["config"]) if "config" in state else flatten(_read_config(directory)) | optimizer | loader
-    meaning = flatten({"model": to_dict(model)} | ({} if router is None else {"router": to_dict(router)}))
+    recorded = by_key(state["config"]) if "config" in state else by_key(_read_config(directory)) | optimizer | loader
+    meaning = by_key({"model": to_dict(model)} | ({} if router is None else {"router": to_dict(router)}))
     # The router of a dense model has no effect.
     values = {key: value for key, value in recorded.items() if router is not None or not key.startswith("router.")}
     values |= meaning
@@ -237,9 +243,10 @@ def changed_keys(
         DataError: the tokens have changed. The message names the first key of `data` that has changed, if one has.
     """
     changes = []
-    rules = {key: rule_of(key, router) for key in flatten(recorded)}
+    values = by_key(recorded)
+    rules = {key: rule_of(key, router) for key in values}
     # `data` comes first, because other tokens can change `model.vocab_size`, too.
-    for key, value in sorted(flatten(recorded).items(), key=lambda item: rules[item[0]] != CONTENT):
+    for key, value in sorted(values.items(), key=lambda item: rules[item[0]] != CONTENT):
         rule = rules[key]
         before = saved.get(key, value)
         if rule == FREE or before == "auto" or _same(key, value, before) or (rule == CONTENT and same_tokens):

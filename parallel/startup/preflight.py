@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
@@ -104,15 +104,19 @@ def source_hashes(root: Path = ROOT) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], whole: Container[str] = (), prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings into one with dotted keys. Lists stay values.
+
+    Args:
+        whole: dotted keys whose values stay as they are, although they are mappings.
 
     >>> flatten({"train": {"steps": 3}, "seed": 0})
     {'train.steps': 3, 'seed': 0}
     """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        key = f"{prefix}{name}"
+        flat |= flatten(value, whole, f"{key}.") if isinstance(value, Mapping) and key not in whole else {key: value}
     return flat
 
 

@@ -9,10 +9,10 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 from common.strict import describe_type, leaf_hints
-from common.text import one_line, show_value
+from common.text import flat, one_line, show_value
 
 USAGE = """\
 python train.py [<group>=<preset> ...] [<key>=<value> ...] [flags]
@@ -51,13 +51,18 @@ def train_help(config: type, raw: Mapping[str, Any], directories: Sequence[Path]
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Return the first sentence of the docstring after each field of a dataclass."""
+    """Return the first sentence of the docstring after each field of a dataclass, and of the sections that can be the
+    value of a field."""
     docs: dict[str, str] = {}
     for parent in reversed([each for each in cls.__mro__ if dataclasses.is_dataclass(each)]):
         body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body  # type: ignore[attr-defined]
         for field, after in itertools.pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(field.target, ast.Name):
                 docs[field.target.id] = first_sentence(ast.literal_eval(after.value))
+    for name, hint in get_type_hints(cls).items():
+        for section in get_args(hint):
+            if dataclasses.is_dataclass(section):
+                docs |= {f"{name}.{key}": doc for key, doc in field_docs(cast(type, section)).items()}
     return docs
 
 
@@ -81,7 +86,7 @@ def _keys(config: type, raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         # The subclass of a plugin, if the section chooses one.
         section: type = hint.class_for(values) if hasattr(hint, "class_for") else hint
         yield "", f"{name}: {first_sentence(inspect.getdoc(section) or '')}"
-        section_docs = field_docs(section)
+        section_docs, values = field_docs(section), dict(flat(values))
         for key, annotation in leaf_hints(section):
             shown = f"={show_value(values[key])}" if key in values else ""
             yield f"{name}.{key}{shown}", section_docs.get(key) or describe_type(annotation)

@@ -242,14 +242,15 @@ def test_gpu_kernels_forward_and_backward(dtype, tolerance, window, packed, quer
         torch.testing.assert_close(mine.double().cpu(), reference, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("window", "kv_heads"), [(5, 2), (None, 1), (20, 4)])
-def test_projections_rotary_grouped_heads_window_and_documents_together(window, kv_heads):
+@pytest.mark.parametrize(("window", "kv_heads", "rotary_dim"), [(5, 2, None), (None, 1, 4), (20, 4, 2)])
+def test_projections_rotary_grouped_heads_window_and_documents_together(window, kv_heads, rotary_dim):
     """The module against one query at a time, every angle and every key by itself."""
     torch.manual_seed(3)
     config = ModelConfig(
         dim=12, num_layers=1, num_heads=4, num_kv_heads=kv_heads, head_dim=6, hidden_dim=8, vocab_size=9,
-        sliding_window=window, num_experts=None, top_k=None,
+        sliding_window=window, num_experts=None, top_k=None, rotary_dim=rotary_dim,
     )  # fmt: skip
+    width = config.rotary_width
     attention = Attention(config, 0).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -259,15 +260,15 @@ def test_projections_rotary_grouped_heads_window_and_documents_together(window, 
     x = torch.randn(1, length, 12, dtype=torch.float64)
     got = attention(
         x,
-        TokenContext(rotary=rotary_table(positions, 6, config.rope_theta, torch.float64), documents_BS=documents),
+        TokenContext(rotary=rotary_table(positions, width, config.rope_theta, torch.float64), documents_BS=documents),
     )[0]
 
     def turned(vector, position):
         out = vector.clone()
-        for i in range(3):
-            angle = position * config.rope_theta ** (-2 * i / 6)
-            out[i] = vector[i] * math.cos(angle) - vector[i + 3] * math.sin(angle)
-            out[i + 3] = vector[i + 3] * math.cos(angle) + vector[i] * math.sin(angle)
+        for i in range(half := width // 2):
+            angle = position * config.rope_theta ** (-2 * i / width)
+            out[i] = vector[i] * math.cos(angle) - vector[i + half] * math.sin(angle)
+            out[i + half] = vector[i + half] * math.cos(angle) + vector[i] * math.sin(angle)
         return out
 
     q, k, v = ((x[0] @ w.weight.T).view(length, -1, 6) for w in (attention.wq, attention.wk, attention.wv))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe.attention.cache import Cache
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ModelConfig, RopeScaling, RouterConfig
 from moe.init import init_parameters
 from moe.model import ModelInputs, Transformer
 
@@ -59,6 +59,22 @@ def test_logits_of_every_step_equal_the_uncached(window, chunk):
     chunks = [*pieces(12, size), *[1] * (LENGTH - 12)]
     torch.testing.assert_close(cached(model, tokens, chunks), whole(model, tokens), rtol=0, atol=1e-12)
     torch.testing.assert_close(cached(model, tokens, pieces(LENGTH, size)), whole(model, tokens), rtol=0, atol=1e-12)
+
+
+PARTS = {
+    "yarn": {"rotary_dim": 2, "rope_scaling": RopeScaling("yarn", 4.0, 8)},
+}
+"""Parts of a model that attention or the rotary embedding computes in another way."""
+
+
+@pytest.mark.parametrize("part", PARTS)
+@torch.no_grad()
+def test_every_part_of_attention_works_with_the_cache(part):
+    model = build((5, None, 5), **PARTS[part])
+    tokens = torch.randint(0, 40, (2, LENGTH))
+    expected = whole(model, tokens)
+    torch.testing.assert_close(cached(model, tokens, [9, 2, *[1] * 10, 9]), expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(whole(build((5, None, 5)), tokens), expected)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])

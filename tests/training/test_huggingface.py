@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from common.errors import ModelError
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ModelConfig, RopeScaling, RouterConfig
 from tests.foreign import CASES, load_model, load_reference, logits_of, random_tokens, save_reference
 from training.formats import huggingface as hf
 from training.formats import mistral
@@ -204,6 +204,8 @@ MIXTRAL = ModelConfig(
         ({"num_experts": None, "top_k": None, "ffn": "gelu"}, {}, "model.ffn=gelu"),
         ({"sliding_window": (4, None)}, {}, "model.sliding_window="),
         ({"top_k": 1}, {}, "model.top_k=1"),
+        ({"rotary_dim": 2}, {}, "model.rotary_dim=2"),
+        ({"rope_scaling": RopeScaling("linear", 2.0)}, {}, "model.rope_scaling={kind:linear,"),
         ({}, {"kind": "sigmoid_topk"}, "router.kind=sigmoid_topk"),
         ({}, {"normalize": False}, "router.normalize=false"),
         ({}, {"scale": 2.5}, "router.scale=2.5"),

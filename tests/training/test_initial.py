@@ -65,6 +65,12 @@ def test_without_a_directory_nothing_changes(tmp_path):
             "model.sliding_window=[1,null]: expected 4",
         ),
         ("model.rope_theta=many", {"rope_theta": "many"}, {}, "model.rope_theta=many: expected 1000000.0"),
+        (
+            "+model.rope_scaling.factor=2",
+            {"rope_scaling": {"factor": 2}},
+            {},
+            "model.rope_scaling={factor:2}: expected null",
+        ),
         ("router.kind=sigmoid_topk", {}, {"kind": "sigmoid_topk"}, "router.kind=sigmoid_topk: expected softmax_topk"),
         ("router=switch", {}, {"normalize": False}, "router.normalize=false: expected true"),
     ],

@@ -1,6 +1,7 @@
 """What a resumed run keeps, may change and must not change, and the schedule of the learning rate that it continues."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from common.errors import CheckpointError, ConfigError, UserError
 from common.strict import from_dict, leaf_keys, to_dict
 from data.config import DataConfig
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ModelConfig, RopeScaling, RouterConfig
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.startup.preflight import flatten
@@ -32,6 +33,7 @@ from training.resume import (
     FREE,
     LISTED,
     RULE_OF,
+    by_key,
     changed_keys,
     recorded_values,
     resolve_schedule,
@@ -81,11 +83,32 @@ def with_value(config: Config, key: str, value: Any) -> Config:
 
 
 def test_every_key_has_exactly_one_rule() -> None:
-    assert sorted(RULE_OF) == sorted(leaf_keys(Config))
+    # A section that can be null has one rule for all of its keys.
+    sections = {f"{key}.": key for key in RULE_OF}
+    keys = {next((sections[start] for start in sections if key.startswith(start)), key) for key in leaf_keys(Config)}
+    assert sorted(RULE_OF) == sorted(keys)
     assert {key for key, rule in RULE_OF.items() if key.startswith("router.") and rule == FIXED} == {
         f"router.{key}" for key in RouterConfig.MEANING
     }
     assert [key for key in FREE_MODEL_KEYS if RULE_OF[f"model.{key}"] != FREE] == []
+
+
+def test_another_scaling_of_the_frequencies_is_refused() -> None:
+    """Also if only one of the two has a scaling, and if the checkpoint's version did not have the key."""
+    plain, linear, other = (
+        with_value(config_of(), "model.rope_scaling", scaling)
+        for scaling in (None, RopeScaling("linear", 2.0), RopeScaling("linear", 4.0))
+    )
+    old_model = {key: value for key, value in to_dict(MODEL).items() if key not in ("rope_scaling", "rotary_dim")}
+    loader = {"seed": 0, "seq_len": 8}
+    state = {"model": old_model, "router": to_dict(RouterConfig()), "loader": loader, "config": {"model": old_model}}
+    old = saved_values(state, Path("runs/x"), "c")
+    for before, after in ((by_key(record(plain)), linear), (by_key(record(linear)), other), (old, linear)):
+        with pytest.raises(CheckpointError, match=r"^model.rope_scaling=\{kind:linear,.*: expected "):
+            changed(after, before)
+    with pytest.raises(CheckpointError, match=r"^model.rope_scaling=null: expected {kind:linear,factor:2.0,"):
+        changed(plain, by_key(record(linear)))
+    assert changed(linear, by_key(record(linear))) == [] and changed(plain, old) == []
 
 
 def test_the_keys_of_a_plugin_have_rules() -> None:
