@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 MAX_YAML = 2**19
@@ -61,6 +62,8 @@ def show_value(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Mapping):
         return f"{{{','.join(f'{key}:{show_value(inner)}' for key, inner in value.items())}}}"
     return f"[{','.join(map(show_value, value))}]" if isinstance(value, list | tuple) else str(value)

@@ -246,7 +246,8 @@ def test_configurations_survive_a_round_trip():
 def test_the_exported_width_is_that_of_the_experts():
     import dataclasses
 
-    raw = hf.write_config(dataclasses.replace(MIXTRAL, expert_hidden_dim=5), RouterConfig(), "float32", 64)
+    config = dataclasses.replace(MIXTRAL, expert_hidden_dim=5, rotary_dim=MIXTRAL.head_dim)
+    raw = hf.write_config(config, RouterConfig(), "float32", 64)
     assert raw["intermediate_size"] == 5
 
 
