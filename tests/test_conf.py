@@ -26,6 +26,7 @@ NEEDED = {
     ("data", "hub"): ["data.hub_path=x"],
     ("router", "expert_choice"): ["router.allow_noncausal=true"],
     ("router", "deepseek_v3"): ["model=deepseek_v3_tiny"],
+    ("router", "deepseek_v3_short"): ["model=deepseek_v3_tiny"],
 }
 """The overrides that a preset needs: values that only the user knows, or another preset."""
 OTHERS = ("data", "experiment", "hparams_search")
