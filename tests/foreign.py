@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
+from moe.config import RouterConfig
 from moe.model import ModelInputs, Transformer
+from training.formats.foreign_tensors import Format, list_pieces, tensor_shapes
 from training.formats.reader import ModelReader, open_model
 
 VOCAB = 53
@@ -84,3 +87,56 @@ def random_tokens(length: int, rows: int = 2, seed: int = 1) -> torch.Tensor:
 def logits_of(model: Transformer, tokens_BS: torch.Tensor) -> torch.Tensor:
     """Return Mixwright's logits [B, S, V]. Each row is one document."""
     return model(ModelInputs(tokens_BS, torch.arange(tokens_BS.shape[1]).expand_as(tokens_BS))).logits_BSV
+
+
+def gradients_by_our_names(reference: Any, model: Transformer, form: Format) -> dict[str, torch.Tensor]:
+    """Return the gradients of `reference`, whose parameters have the names of `form`, under Mixwright's names."""
+    gradients = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in reference.named_parameters()
+    }
+    result = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for piece in list_pieces(tensor_shapes(model.config, RouterConfig()), form, model.config.head_dim):
+        ours = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+        shape = piece.shape[len(piece.shape) - len(piece.foreign_shape) :]
+        theirs = tuple(slice(o, o + n) for o, n in zip(piece.foreign_offset, shape, strict=True))
+        result[piece.name][ours] = gradients[piece.foreign_name][theirs].reshape(piece.shape)
+    return result
+
+
+def assert_trains_as(reference: Any, model: Transformer, form: Format, length: int = 17) -> None:
+    """Check that `model` has the logits and gradients of `reference`, and its losses over ten steps of AdamW.
+
+    Args:
+        reference: a model whose call returns an object with `logits`, in fp32 or fp64.
+        form: the names of its parameters.
+        length: of the rows of tokens.
+    """
+    tokens = random_tokens(length)
+    logits_BSV = logits_of(model, tokens)
+    torch.testing.assert_close(logits_BSV.double(), reference(tokens).logits.double(), rtol=0, atol=1e-5)
+
+    weight_BSV = torch.randn(logits_BSV.shape, generator=torch.Generator().manual_seed(2))
+    (logits_BSV * weight_BSV).sum().backward()
+    (reference(tokens).logits * weight_BSV).sum().backward()
+    expected = gradients_by_our_names(reference, model, form)
+    for name, parameter in model.named_parameters():
+        error = (parameter.grad - expected[name]).norm()
+        assert error <= 1e-4 * expected[name].norm(), (name, error)
+
+    optimizers = [torch.optim.AdamW(trained.parameters(), lr=3e-3) for trained in (model, reference)]
+    losses = []
+    for _ in range(10):
+        row = []
+        for forward, optimizer in zip(
+            (lambda x: logits_of(model, x), lambda x: reference(x).logits), optimizers, strict=True
+        ):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(forward(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            row.append(loss.item())
+        losses.append(row)
+    actual, theirs = torch.tensor(losses).T
+    torch.testing.assert_close(actual, theirs, rtol=0, atol=2e-5)
+    assert actual[-1] < actual[0] - 0.5

@@ -1,19 +1,29 @@
 """Llama, Mistral and Mixtral compared with transformers: logits, gradients, training, generation, configurations."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from common.errors import ModelError
 from moe.config import ModelConfig, RopeScaling, RouterConfig
-from tests.foreign import CASES, load_model, load_reference, logits_of, random_tokens, save_reference
+from tests.foreign import (
+    CASES,
+    assert_trains_as,
+    load_model,
+    load_reference,
+    logits_of,
+    random_tokens,
+    save_reference,
+)
 from training.formats import huggingface as hf
 from training.formats import mistral
 from training.formats.export import export_model
 from training.formats.foreign_tensors import interleave, list_pieces, split_halves, tensor_shapes
 from training.formats.huggingface import FAMILIES
+from training.formats.meaning import differences, meaning
 from training.formats.reader import open_model
 
 DENSE = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
@@ -21,50 +31,10 @@ DENSE = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate
 SPARSE = DENSE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
 
 
-def renamed_gradients(reference, model):
-    """The gradients of transformers' model under Mixwright's names. transformers' modules have fused experts."""
-    gradients = {name: parameter.grad for name, parameter in reference.named_parameters()}
-    result = {}
-    form = FAMILIES[reference.config.model_type].fused
-    for piece in list_pieces(tensor_shapes(model.config, RouterConfig()), form, model.config.head_dim):
-        start = piece.foreign_offset
-        block = tuple(slice(o, o + n) for o, n in zip(start, piece.shape, strict=True))
-        result[piece.name] = gradients[piece.foreign_name][block]
-    return result
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_logits_gradients_and_ten_steps_equal_transformers(case, tmp_path):
     reference = save_reference(case, tmp_path)
-    model = load_model(tmp_path)
-    tokens = random_tokens(17)
-    torch.testing.assert_close(logits_of(model, tokens), reference(tokens).logits, rtol=0, atol=1e-5)
-
-    weight = torch.randn(*tokens.shape, model.config.vocab_size, generator=torch.Generator().manual_seed(2))
-    (logits_of(model, tokens) * weight).sum().backward()
-    (reference(tokens).logits * weight).sum().backward()
-    expected = renamed_gradients(reference, model)
-    assert expected.keys() == dict(model.named_parameters()).keys()
-    for name, parameter in model.named_parameters():
-        error = (parameter.grad - expected[name]).norm() / expected[name].norm()
-        assert error < 1e-4, (name, error)
-
-    optimizers = [torch.optim.AdamW(trained.parameters(), lr=3e-3) for trained in (model, reference)]
-    losses = []
-    for _ in range(10):
-        row = []
-        for forward, optimizer in zip(
-            (lambda x: logits_of(model, x), lambda x: reference(x).logits), optimizers, strict=True
-        ):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(forward(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-            loss.backward()
-            optimizer.step()
-            row.append(loss.item())
-        losses.append(row)
-    actual, expected = torch.tensor(losses).T
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
-    assert actual[-1] < actual[0] - 0.5
+    assert_trains_as(reference, load_model(tmp_path), FAMILIES[reference.config.model_type].fused)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,7 +67,11 @@ def test_transformers_generates_the_same_tokens(tmp_path):
         assert generated.tolist() == tokens.tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+IN_TRANSFORMERS = [family for family in FAMILIES if family != "deepseek"]
+"""Families that transformers has without remote code."""
+
+
+@pytest.mark.parametrize("family", IN_TRANSFORMERS)
 def test_missing_keys_have_the_defaults_of_transformers(family):
     import transformers
 
@@ -116,7 +90,7 @@ def test_missing_keys_have_the_defaults_of_transformers(family):
     assert (model.tie_embeddings, model.head_dim) == (config.tie_word_embeddings, 4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IN_TRANSFORMERS)
 def test_a_null_number_of_key_value_heads_is_that_of_the_query_heads(family):
     raw = (SPARSE if FAMILIES[family].moe else DENSE) | {"model_type": family, "num_attention_heads": 4}
     assert hf.read_config(raw | {"num_key_value_heads": None}, "c")[0].num_kv_heads == 4
@@ -193,40 +167,66 @@ MIXTRAL = ModelConfig(
 )
 
 
-@pytest.mark.parametrize(
-    ("model", "router", "key"),
-    [
-        ({"num_shared_experts": 1}, {}, "model.num_shared_experts=1"),
-        ({"first_k_dense": 1}, {}, "model.first_k_dense=1"),
-        ({"moe_every": 2}, {}, "model.moe_every=2"),
-        ({"ffn": "relu"}, {}, "model.ffn=relu"),
-        ({"expert_ffn": "gelu"}, {}, "model.expert_ffn=gelu"),
-        ({"num_experts": None, "top_k": None, "ffn": "gelu"}, {}, "model.ffn=gelu"),
-        ({"sliding_window": (4, None)}, {}, "model.sliding_window="),
-        ({"top_k": 1}, {}, "model.top_k=1"),
-        ({"rotary_dim": 2}, {}, "model.rotary_dim=2"),
-        ({"rope_scaling": RopeScaling("linear", 2.0)}, {}, "model.rope_scaling={kind:linear,"),
-        ({}, {"kind": "sigmoid_topk"}, "router.kind=sigmoid_topk"),
-        ({}, {"normalize": False}, "router.normalize=false"),
-        ({}, {"scale": 2.5}, "router.scale=2.5"),
-        ({}, {"num_groups": 2, "topk_groups": 1}, "router.num_groups=2"),
-    ],
-)
-def test_exporting_a_model_that_no_family_computes_is_an_error_that_names_the_key(model, router, key):
-    import dataclasses
+NO_FAMILY = [
+    ({"ffn": "relu"}, {}, "model.ffn=relu: expected swiglu or geglu"),
+    ({"expert_ffn": "gelu"}, {}, "model.expert_ffn=gelu: expected swiglu or geglu"),
+    ({"num_experts": None, "top_k": None, "ffn": "gelu"}, {}, "model.ffn=gelu: expected swiglu or geglu"),
+    ({"sliding_window": (4, None)}, {}, "model.sliding_window=[4,null]: expected one window for all layers"),
+    ({"rotary_dim": 2}, {}, "model.rotary_dim=2: expected 4"),
+    ({"rope_scaling": RopeScaling("linear", 2.0)}, {}, "model.rope_scaling={kind:linear,"),
+    ({}, {"kind": "sigmoid_topk"}, "router.kind=sigmoid_topk: expected softmax_topk"),
+    ({}, {"scale": 2.5}, "router.scale=2.5: expected 1.0"),
+    ({}, {"num_groups": 2, "topk_groups": 1}, "router.num_groups=2: expected null"),
+]
+NOT_MIXTRAL = [
+    ({"num_shared_experts": 1}, {}, "model.num_shared_experts=1: expected 0"),
+    ({"first_k_dense": 1}, {}, "model.first_k_dense=1: expected 0"),
+    ({"moe_every": 2}, {}, "model.moe_every=2: expected 1"),
+    ({"top_k": 1}, {}, "model.top_k=1: expected at least 2"),
+    ({}, {"normalize": False}, "router.normalize=false: expected true"),
+]
 
+
+@pytest.mark.parametrize(("model", "router", "message"), NO_FAMILY)
+def test_exporting_a_model_that_no_family_computes_is_an_error_that_names_the_key(model, router, message):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}.*, as in (Llama|Mixtral)ForCausalLM$"):
+        hf.write_config(dataclasses.replace(MIXTRAL, **model), RouterConfig(**router), "bfloat16", 64)
+
+
+@pytest.mark.parametrize(("model", "router", "message"), NO_FAMILY + NOT_MIXTRAL)
+def test_exporting_in_mistrals_format_what_it_cannot_describe_is_an_error_that_names_the_key(model, router, message):
+    with pytest.raises(ModelError) as caught:
+        mistral.write_params(dataclasses.replace(MIXTRAL, **model), RouterConfig(**router))
+    start = message.replace(" or geglu", "")
+    assert str(caught.value).startswith(start) and str(caught.value).endswith(", as in format=mistral")
+
+
+@pytest.mark.parametrize(("model", "router", "message"), NOT_MIXTRAL)
+def test_export_takes_a_family_that_computes_the_model(model, router, message):
     config, router = dataclasses.replace(MIXTRAL, **model), RouterConfig(**router)
-    for write in (
-        lambda: hf.write_config(config, router, "bfloat16", 64),
-        lambda: mistral.write_params(config, router),
-    ):
-        with pytest.raises(ModelError, match=f"^{key}.*: expected"):
-            write()
+    raw = hf.write_config(config, router, "bfloat16", 64)
+    assert raw["model_type"] == "deepseek"
+    read = hf.read_config(json.loads(json.dumps(raw)), "c")
+    assert meaning(*read) == meaning(config, router)
+
+
+def test_models_with_the_same_meaning_are_the_same_model():
+    equal = (
+        ({"sliding_window": 4}, {"sliding_window": (4, 4)}),
+        ({"moe_every": 2}, {"first_k_dense": 1}),
+        ({"expert_hidden_dim": 12}, {"hidden_dim": 12}),
+        ({"expert_hidden_dim": 12}, {"expert_hidden_dim": 12, "hidden_dim": 5, "ffn": "relu", "expert_ffn": "swiglu"}),
+    )
+    for ours, theirs in equal:
+        configs = [dataclasses.replace(MIXTRAL, **changes) for changes in (ours, theirs)]
+        assert meaning(configs[0], RouterConfig()) == meaning(configs[1], RouterConfig(normalize=True))
+    for name in ("norm_eps", "tie_embeddings", "rope_theta", "num_kv_heads", "vocab_size"):
+        changed = dataclasses.replace(MIXTRAL, **{name: 2})
+        messages = differences(changed, RouterConfig(), (MIXTRAL, RouterConfig()), "x")
+        assert [message.split("=")[0] for message in messages] == [f"model.{name}"]
 
 
 def test_configurations_survive_a_round_trip():
-    import dataclasses
-
     dense = dataclasses.replace(MIXTRAL, num_experts=None, top_k=None)
     for config in (
         MIXTRAL,
@@ -244,8 +244,6 @@ def test_configurations_survive_a_round_trip():
 
 
 def test_the_exported_width_is_that_of_the_experts():
-    import dataclasses
-
     config = dataclasses.replace(MIXTRAL, expert_hidden_dim=5, rotary_dim=MIXTRAL.head_dim)
     raw = hf.write_config(config, RouterConfig(), "float32", 64)
     assert raw["intermediate_size"] == 5

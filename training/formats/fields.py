@@ -38,6 +38,12 @@ class Fields:
         """Return the positive integer at `key`, or None if the value or the default is null."""
         return None if self.get(key) is None else self.integer(key)
 
+    def whole(self, key: str) -> int:
+        """Return the integer at `key`, which can be 0."""
+        value = self.get(key)
+        self.expect(type(value) is int and 0 <= value < 2**48, key, value, "an integer >= 0")
+        return int(value)
+
     def number(self, key: str) -> float:
         """Return the positive number at `key`."""
         value = self.get(key)

@@ -35,7 +35,9 @@ def family_of(raw: Mapping[str, Any], file: Path) -> Family:
     architectures = raw.get("architectures")
     if family is None or architectures not in (None, [], [family.architecture]):
         wrong = f"model_type={shown(model_type)}" if family is None else f"architectures={shown(architectures)}"
-        raise ModelError(f"{file}: {wrong}: expected one of {', '.join(f.architecture for f in FAMILIES.values())}")
+        known = ", ".join(family.architecture for family in FAMILIES.values())
+        remote = "; the code that auto_map names is never run" if raw.get("auto_map") else ""
+        raise ModelError(f"{file}: {wrong}: expected one of {known}{remote}")
     return family
 
 

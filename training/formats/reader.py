@@ -435,11 +435,9 @@ def _check_layer_count(model: ModelConfig, num_tensors: int, file: Path, per_exp
     Without this check, a wrong number in the configuration could make `tensor_shapes` build a billion modules.
     """
     experts = model.num_experts if per_expert and model.num_experts is not None else 1
-    require(
-        model.num_layers * experts <= num_tensors,
-        ModelError,
-        f"{file}: {model.num_layers} layers and {experts} experts, and only {num_tensors} tensors",
-    )
+    fits = model.num_layers <= num_tensors and (experts == 1 or model.num_moe_layers * experts <= num_tensors)
+    found = f"{model.num_layers} layers and {experts} experts, and only {num_tensors} tensors"
+    require(fits, ModelError, f"{file}: {found}")
 
 
 def _newest_checkpoint(checkpoints: Path, check: bool, warn: Callable[[str], None]) -> Path:

@@ -12,6 +12,7 @@ from common.errors import ModelError
 from common.text import show_value
 from moe.config import ModelConfig, RouterConfig
 from training.formats.families import rotary
+from training.formats.families.experts import FUSED, FUSED_PARTS
 from training.formats.fields import Fields
 from training.formats.foreign_tensors import Format
 from training.formats.meaning import expect_key
@@ -39,8 +40,6 @@ exponential_decay_length_penalty suppress_tokens begin_suppress_tokens encoder_r
 eta_cutoff assistant_confidence_threshold assistant_lookbehind num_assistant_tokens num_assistant_tokens_schedule
 target_lookbehind tf_legacy_loss _experts_implementation experts_implementation
 """
-IGNORED_KEYS = frozenset(_IGNORED.split())
-"""Keys that do not change what a forward pass without dropout computes, in any family."""
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
@@ -72,15 +71,6 @@ BLOCK = {
     "layers.N.ffn.w_down.weight": "model.layers.{n}.mlp.down_proj.weight",
 }
 """Mixwright's name of a tensor -> its name in most families (`training.formats.foreign_tensors.Format.names`)."""
-FUSED_EXPERTS = {
-    "layers.N.ffn.router.weight": "model.layers.{n}.mlp.gate.weight",
-    "layers.N.ffn.experts.w_gate": "model.layers.{n}.mlp.experts.gate_up_proj",
-    "layers.N.ffn.experts.w_up": "model.layers.{n}.mlp.experts.gate_up_proj",
-    "layers.N.ffn.experts.w_down": "model.layers.{n}.mlp.experts.down_proj",
-}
-"""Experts stacked, with the gate's rows before the up projection's: the names in transformers 5's modules. Some files
-have them too."""
-_PARTS = {"layers.N.ffn.experts.w_gate": (0, 2), "layers.N.ffn.experts.w_up": (1, 2)}
 _IGNORED_TENSORS = r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)"
 
 
@@ -98,6 +88,8 @@ class Family:
     """Whether the key `sliding_window` has the window of every layer. Without it, the window must be null."""
     DEFAULTS: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 1e4}
     """Key -> the value of a missing key, as in transformers 5, for the keys that have one."""
+    IGNORED: ClassVar[frozenset[str]] = frozenset(_IGNORED.split())
+    """Keys that do not change what a forward pass without dropout computes."""
     NAMES: ClassVar[dict[str, str]] = BLOCK
     """Names of the tensors, with one tensor per expert. Export writes these names, because other readers, such as vLLM,
     expect them."""
@@ -133,7 +125,7 @@ class Family:
             neutral = (value,) if key in read else NEUTRAL_VALUES.get(key, (value,))
             fields.expect(value in neutral, key, value, show_value(neutral[0]))
             # False and empty values can turn off what is on by default. Only null says that a key is not given.
-            known = value is None or key in read | IGNORED_KEYS | NEUTRAL_VALUES.keys() | {"use_sliding_window"}
+            known = value is None or key in read | self.IGNORED | NEUTRAL_VALUES.keys() | {"use_sliding_window"}
             fields.expect(known, key, value, "a known key; this one can change what the model computes")
         window = fields.get("sliding_window")
         fields.expect(self.windowed or window is None, "sliding_window", window, f"null in a {self.architecture}")
@@ -211,7 +203,7 @@ class Family:
     @property
     def fused(self) -> Format:
         """The tensor names of files with stacked experts."""
-        return self.per_expert._replace(names=self.NAMES | FUSED_EXPERTS, parts=_PARTS)
+        return self.per_expert._replace(names=self.NAMES | FUSED, parts=FUSED_PARTS)
 
     def format_of(self, names: Iterable[str]) -> Format:
         """Return the format that a file with these tensor names has."""

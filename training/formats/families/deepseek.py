@@ -1,0 +1,73 @@
+"""DeepSeekMoE."""
+
+from typing import Any, ClassVar
+
+from moe.config import ModelConfig, RouterConfig
+from training.formats.families.experts import PER_EXPERT, moe_layers, read_moe_layers, read_top_k, shared_names
+from training.formats.families.family import BLOCK, Family
+from training.formats.fields import Fields
+from training.formats.meaning import expect_key
+
+
+class Deepseek(Family):
+    """Fine-grained experts and shared experts in all but the first layers (arXiv 2401.06066).
+
+    The released models (deepseek-moe-16b-base, deepseek-moe-16b-chat) have their own code, `modeling_deepseek.py`,
+    which transformers loads with `trust_remote_code`. This class reads their files without that code. The keys of the
+    experts have no defaults, because copies of the code have different ones.
+    """
+
+    model_type = "deepseek"
+    architecture = "DeepseekForCausalLM"
+    moe = True
+    DEFAULTS: ClassVar[dict[str, Any]] = Family.DEFAULTS | {
+        "rms_norm_eps": 1e-6,
+        "n_routed_experts": None,
+        "num_experts_per_tok": None,
+        "moe_intermediate_size": None,
+        "n_shared_experts": None,
+        "norm_topk_prob": None,
+        "first_k_dense_replace": 0,
+        "moe_layer_freq": 1,
+        "scoring_func": "softmax",
+    }
+    IGNORED: ClassVar[frozenset[str]] = Family.IGNORED | {"aux_loss_alpha", "seq_aux"}
+    NAMES: ClassVar[dict[str, str]] = BLOCK | PER_EXPERT | shared_names("shared_experts")
+
+    def read_model(self, fields: Fields) -> dict[str, Any]:
+        scoring = fields.get("scoring_func")
+        fields.expect(scoring == "softmax", "scoring_func", scoring, "softmax")
+        keys = super().read_model(fields)
+        # The released code does not read this key.
+        width = keys["dim"] // keys["num_heads"]
+        fields.expect(keys["head_dim"] == width, "head_dim", keys["head_dim"], f"{width}, or no such key")
+        first, every = fields.whole("first_k_dense_replace"), fields.integer("moe_layer_freq")
+        keys |= read_moe_layers(fields, "moe_layer_freq", lambda layer: layer >= first and layer % every == 0)
+        return keys | {
+            "num_experts": fields.integer("n_routed_experts"),
+            "top_k": read_top_k(fields, fields.flag("norm_topk_prob")),
+            "expert_hidden_dim": fields.integer("moe_intermediate_size"),
+            "num_shared_experts": fields.integer_or_null("n_shared_experts") or 0,
+        }
+
+    def read_router(self, fields: Fields) -> RouterConfig:
+        return RouterConfig(normalize=fields.flag("norm_topk_prob"))
+
+    def write(self, model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
+        assert model.top_k is not None
+        dense, every = moe_layers(model)
+        first = dense + every - 1
+        multiple = f"1, or a divisor of {first}, the number of the first MoE layer"
+        expect_key(first % every == 0, "model.moe_every", every, multiple, self.architecture)
+        keys = super().write(model, router)
+        del keys["head_dim"]
+        return keys | {
+            "n_routed_experts": model.num_experts,
+            "num_experts_per_tok": model.top_k,
+            "moe_intermediate_size": model.expert_width,
+            "n_shared_experts": model.num_shared_experts or None,
+            "norm_topk_prob": router.normalizes(model.top_k),
+            "first_k_dense_replace": first,
+            "moe_layer_freq": every,
+            "scoring_func": "softmax",
+        }
