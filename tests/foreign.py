@@ -17,6 +17,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("Llama", {"num_key_value_heads": 6}),
     "llama-gqa-tied": ("Llama", {"tie_word_embeddings": True, "rope_theta": 5e5}),
     "llama-geglu": ("Llama", {"hidden_act": "gelu"}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 100.0}}),
+    "llama-3.1": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 50.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
+    "mixtral-yarn": (
+        "Mixtral",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 50.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 8,
+                "beta_fast": 8.0,
+                "beta_slow": 0.5,
+            },
+        },
+    ),
     "mistral-window": ("Mistral", {"sliding_window": 5}),
     "mistral-mqa-odd": (
         "Mistral",

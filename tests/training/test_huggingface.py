@@ -28,6 +28,7 @@ from training.formats.reader import open_model
 
 DENSE = {"model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
          "num_attention_heads": 2}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
 SPARSE = DENSE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
 
 
@@ -125,10 +126,21 @@ def test_old_and_new_spellings_of_a_configuration_are_equal():
         ({"architectures": ["LlamaForSequenceClassification"]}, "c: architectures="),
         ({"model_type": ["llama"]}, "c: model_type="),
         ({"hidden_act": "relu"}, "c: hidden_act=relu: expected one of silu"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "c: rope_scaling="),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}}, "c: rope_parameters="),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "c: rope_scaling={type:dynamic,"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1]}}, "c: rope_scaling={type:longrope,"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2}},
+            "c: rope_parameters.original_max_position_embeddings=null: expected an integer >= 1",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "c: rope_scaling.factor=null: expected a number > 0"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "c: rope_scaling: factor=0.5: expected a number >= 1"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}},
+            "c: rope_scaling={rope_type:linear,",
+        ),
+        ({"rope_scaling": YARN | {"finetuned": True}}, "c: rope_scaling={rope_type:yarn,"),
+        ({"rope_scaling": YARN | {"mscale": 1.0}}, "c: rope_scaling: mscale_all_dim=null: expected"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "c: rope_theta=-1: expected a number > 0"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "c: rope_scaling="),
         ({"rope_parameters": {"rope_theta": None}}, "c: rope_theta=null: expected a number > 0"),
         ({"rope_scaling": {"rope_theta": 5.0, "mrope_section": [1, 1]}}, "c: rope_scaling="),
         ({"is_causal": False}, "c: is_causal=false: expected true"),
@@ -173,10 +185,12 @@ NO_FAMILY = [
     ({"num_experts": None, "top_k": None, "ffn": "gelu"}, {}, "model.ffn=gelu: expected swiglu or geglu"),
     ({"sliding_window": (4, None)}, {}, "model.sliding_window=[4,null]: expected one window for all layers"),
     ({"rotary_dim": 2}, {}, "model.rotary_dim=2: expected 4"),
-    ({"rope_scaling": RopeScaling("linear", 2.0)}, {}, "model.rope_scaling={kind:linear,"),
     ({}, {"kind": "sigmoid_topk"}, "router.kind=sigmoid_topk: expected softmax_topk"),
     ({}, {"scale": 2.5}, "router.scale=2.5: expected 1.0"),
     ({}, {"num_groups": 2, "topk_groups": 1}, "router.num_groups=2: expected null"),
+]
+NOT_MISTRALS = [
+    ({"rope_scaling": RopeScaling("linear", 2.0)}, {}, "model.rope_scaling={kind:linear,"),
 ]
 NOT_MIXTRAL = [
     ({"num_shared_experts": 1}, {}, "model.num_shared_experts=1: expected 0"),
@@ -193,7 +207,7 @@ def test_exporting_a_model_that_no_family_computes_is_an_error_that_names_the_ke
         hf.write_config(dataclasses.replace(MIXTRAL, **model), RouterConfig(**router), "bfloat16", 64)
 
 
-@pytest.mark.parametrize(("model", "router", "message"), NO_FAMILY + NOT_MIXTRAL)
+@pytest.mark.parametrize(("model", "router", "message"), NO_FAMILY + NOT_MISTRALS + NOT_MIXTRAL)
 def test_exporting_in_mistrals_format_what_it_cannot_describe_is_an_error_that_names_the_key(model, router, message):
     with pytest.raises(ModelError) as caught:
         mistral.write_params(dataclasses.replace(MIXTRAL, **model), RouterConfig(**router))

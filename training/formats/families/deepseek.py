@@ -32,6 +32,7 @@ class Deepseek(Family):
         "scoring_func": "softmax",
     }
     IGNORED: ClassVar[frozenset[str]] = Family.IGNORED | {"aux_loss_alpha", "seq_aux"}
+    SCALINGS: ClassVar[tuple[str, ...]] = ("linear",)
     NAMES: ClassVar[dict[str, str]] = BLOCK | PER_EXPERT | shared_names("shared_experts")
 
     def read_model(self, fields: Fields) -> dict[str, Any]:

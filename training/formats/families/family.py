@@ -90,6 +90,8 @@ class Family:
     """Key -> the value of a missing key, as in transformers 5, for the keys that have one."""
     IGNORED: ClassVar[frozenset[str]] = frozenset(_IGNORED.split())
     """Keys that do not change what a forward pass without dropout computes."""
+    SCALINGS: ClassVar[tuple[str, ...]] = rotary.KINDS
+    """Kinds of scaling of the rotary embedding that the architecture has."""
     NAMES: ClassVar[dict[str, str]] = BLOCK
     """Names of the tensors, with one tensor per expert. Export writes these names, because other readers, such as vLLM,
     expect them."""
@@ -152,7 +154,7 @@ class Family:
             "sliding_window": fields.integer_or_null("sliding_window"),
             "norm_eps": fields.number("rms_norm_eps"),
             "tie_embeddings": fields.flag("tie_word_embeddings"),
-        } | rotary.read_rotary(fields)
+        } | rotary.read_rotary(fields, self.SCALINGS)
 
     def read_router(self, fields: Fields) -> RouterConfig:
         """Return the router's configuration."""
