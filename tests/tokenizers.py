@@ -28,6 +28,29 @@ def sentencepiece_model(vocab_size: int = 320, **options: Any) -> bytes:
     return model.getvalue()
 
 
+def splits(*patterns: str, digits: bool = False) -> dict[str, Any]:
+    """Return the pre-tokenizer of a byte-level BPE that first splits a text by regular expressions.
+
+    Args:
+        digits: whether every digit is a piece of its own.
+    """
+    parts: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    parts += [{"type": "Digits", "individual_digits": True}] if digits else []
+    parts.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
+    return {"type": "Sequence", "pretokenizers": parts}
+
+
+QWEN_SPLITS = splits(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""The pre-tokenizer of Qwen2 and Qwen3: contractions, words with the character before them, single digits."""
+DEEPSEEK_SPLITS = splits(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", digits=True)
+"""A pre-tokenizer as DeepSeek's: line breaks, words, punctuation, CJK characters and digits, one after another."""
+
+
 def byte_level(specials: list[str], bos: str | None = None, **changes: Any) -> dict[str, Any]:
     """Return a byte-level BPE as Llama 3 and GPT-2 have it, as the content of a tokenizer.json.
 

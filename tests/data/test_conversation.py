@@ -16,7 +16,14 @@ from data.tokens.files import find_tokenizer
 from data.tokens.store import prepare
 from data.tokens.tokenizer import TextTokenizer
 from tests.data.test_tokenizer import HARD
-from tests.tokenizers import byte_level, sentencepiece_like, sentencepiece_model, write_tokenizer
+from tests.tokenizers import (
+    DEEPSEEK_SPLITS,
+    QWEN_SPLITS,
+    byte_level,
+    sentencepiece_like,
+    sentencepiece_model,
+    write_tokenizer,
+)
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -39,11 +46,38 @@ V1 = (
 )
 V3 = V1.replace("' [/INST]'", "'[/INST]'")
 TEKKEN = V3.replace("'[INST] '", "'[INST]'").replace("' ' + ", "")
+QWEN_CHAT = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}{% endif %}" + CHATML
+"""Qwen's: ChatML with a system message of its own."""
+OLMOE_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{{ '<|assistant|>\n' }}{{ m.content + eos_token }}{{ '' if loop.last else '\n' }}"
+    "{% else %}{{ '<|' + m.role + '|>\n' + m.content + '\n' }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"
+)
+"""OLMoE's: the roles are text, and the token that ends a text also begins one."""
+DEEPSEEK_CHAT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'User: ' + m.content + '\n\n' }}"
+    "{% elif m.role == 'assistant' %}{{ 'Assistant:' }}{{ ' ' + m.content + eos_token }}"
+    "{% else %}{{ m.content + '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""DeepSeek's: the roles are text, and an answer begins with the space after the colon."""
+
+
+def enclosed(template: str, answer: str) -> str:
+    """Return the template with the marks of transformers around the `answer` in it."""
+    assert answer in template
+    return template.replace(answer, f"{{% generation %}}{answer}{{% endgeneration %}}")
+
+
 CHAT = ["<|im_start|>", "<|im_end|>"]
 INST = ["[INST]", "[/INST]"]
 LLAMA_MARKS = ["<|b|>", "<|h|>", "<|/h|>", "<|eot_id|>"]
 MISTRAL = {"bos_token": "<s>", "eos_token": "</s>"}
 QWEN = {"bos_token": None, "eos_token": "<|end|>"}
+QWEN2 = {"bos_token": None, "eos_token": "<|im_end|>", "tokenizer_class": "Qwen2Tokenizer"}
+OLMOE = {"bos_token": "<|end|>", "eos_token": "<|end|>", "tokenizer_class": "GPTNeoXTokenizer"}
+DEEPSEEK = {"bos_token": "<|b|>", "eos_token": "<|e|>", "tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}
 TALK = [
     ("user", "the model"),
     ("assistant", "router loss"),
@@ -65,6 +99,23 @@ KINDS: dict[str, tuple[dict[str, Any] | bytes, dict[str, Any]]] = {
     "chatml": (byte_level(["<|end|>", *CHAT]), QWEN | {"chat_template": CHATML}),
     "chatml-llama": (sentencepiece_like(CHAT, legacy=False), MISTRAL | {"chat_template": CHATML}),
     "chatml-enclosed": (byte_level(["<|end|>", *CHAT]), QWEN | {"chat_template": ENCLOSED}),
+    "qwen": (
+        byte_level(["<|end|>", *CHAT], normalizer={"type": "NFC"}, pre_tokenizer=QWEN_SPLITS),
+        QWEN2 | {"chat_template": QWEN_CHAT},
+    ),
+    "olmoe": (byte_level(["<|end|>"]), OLMOE | {"chat_template": OLMOE_CHAT}),
+    "olmoe-enclosed": (
+        byte_level(["<|end|>"]),
+        OLMOE | {"chat_template": enclosed(OLMOE_CHAT, "{{ m.content + eos_token }}")},
+    ),
+    "deepseek": (
+        byte_level(["<|b|>", "<|e|>"], bos="<|b|>", pre_tokenizer=DEEPSEEK_SPLITS),
+        DEEPSEEK | {"chat_template": DEEPSEEK_CHAT},
+    ),
+    "deepseek-enclosed": (
+        byte_level(["<|b|>", "<|e|>"], bos="<|b|>", pre_tokenizer=DEEPSEEK_SPLITS),
+        DEEPSEEK | {"chat_template": enclosed(DEEPSEEK_CHAT, "{{ ' ' + m.content + eos_token }}")},
+    ),
     "llama3": (
         byte_level(LLAMA_MARKS, bos="<|b|>"),
         {"bos_token": "<|b|>", "eos_token": "<|b|>", "chat_template": LLAMA3},

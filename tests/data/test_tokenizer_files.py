@@ -17,13 +17,28 @@ from data.tokens.files import find_tokenizer, given_tokenizer
 from data.tokens.store import prepare, store_key
 from data.tokens.tokenizer import TextTokenizer
 from tests.data.test_tokenizer import HARD
-from tests.tokenizers import byte_level, sample_lines, sentencepiece_like, sentencepiece_model, write_tokenizer
+from tests.tokenizers import (
+    DEEPSEEK_SPLITS,
+    QWEN_SPLITS,
+    byte_level,
+    sample_lines,
+    sentencepiece_like,
+    sentencepiece_model,
+    write_tokenizer,
+)
 
 CHATML = ["<|im_start|>", "<|im_end|>"]
 WITH_PREFIX = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 KINDS: dict[str, tuple[Callable[[], dict[str, Any]], dict[str, Any]]] = {
     "gpt2": (lambda: byte_level(["<|end|>"]), {"bos_token": "<|end|>", "eos_token": "<|end|>"}),
-    "qwen": (lambda: byte_level(CHATML, normalizer={"type": "NFC"}), {"bos_token": None, "eos_token": "<|im_end|>"}),
+    "qwen": (
+        lambda: byte_level(CHATML, normalizer={"type": "NFC"}, pre_tokenizer=QWEN_SPLITS),
+        {"bos_token": None, "eos_token": "<|im_end|>"},
+    ),
+    "deepseek": (
+        lambda: byte_level(["<|b|>", "<|e|>"], bos="<|b|>", pre_tokenizer=DEEPSEEK_SPLITS),
+        {"bos_token": "<|b|>", "eos_token": "<|e|>"},
+    ),
     "llama3": (lambda: byte_level(["<|b|>", "<|e|>"], bos="<|b|>"), {"bos_token": "<|b|>", "eos_token": "<|e|>"}),
     "prefix": (lambda: byte_level(["<|e|>"], pre_tokenizer=WITH_PREFIX), {"eos_token": "<|e|>"}),
     "llama": (lambda: sentencepiece_like(CHATML, legacy=False), {"bos_token": "<s>", "eos_token": "<|im_end|>"}),
