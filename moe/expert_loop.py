@@ -63,7 +63,7 @@ class _SwiGLULoop(torch.autograd.Function):
     ) -> Tensor:
         gate_up_RG = rows_RD.new_empty(len(rows_RD), 2 * gate_eFD.shape[1])
         y_RD = torch.empty_like(rows_RD)
-        for expert, rows in _rows_of_experts(counts_e):
+        for expert, rows in rows_of_experts(counts_e):
             for columns, weight_CD in _gate_and_up(gate_eFD[expert], up_eFD[expert], rows_RD.dtype):
                 torch.mm(rows_RD[rows], weight_CD.t(), out=gate_up_RG[rows, columns])
             gate_NF, up_NF = gate_up_RG[rows].chunk(2, dim=1)
@@ -77,7 +77,7 @@ class _SwiGLULoop(torch.autograd.Function):
         inputs = rows_RD, counts_e, gate_eFD, up_eFD, down_eDF
         grads = [torch.empty_like(x) if needs else None for x, needs in zip(inputs, ctx.needs_input_grad, strict=True)]
         grad_rows_RD, _, grad_gate_eFD, grad_up_eFD, grad_down_eDF = grads
-        for expert, rows in _rows_of_experts(counts_e, all_experts=True):
+        for expert, rows in rows_of_experts(counts_e, all_experts=True):
             x_ND, grad_ND, gate_up_NG = rows_RD[rows], grad_RD[rows], gate_up_RG[rows]
             gate_NF, up_NF = gate_up_NG.chunk(2, dim=1)
             grad_hidden_NF = _product(grad_ND, down_eDF[expert])
@@ -113,7 +113,7 @@ def _gate_and_up(gate_FD: Tensor, up_FD: Tensor, dtype: torch.dtype) -> list[tup
     return [(slice(None), joined_GD)]
 
 
-def _rows_of_experts(counts_e: Tensor, all_experts: bool = False) -> Iterator[tuple[int, slice]]:
+def rows_of_experts(counts_e: Tensor, all_experts: bool = False) -> Iterator[tuple[int, slice]]:
     """Yield the index of each expert that has rows, or of each one, and the slice of its rows."""
     end = 0
     for expert, count in enumerate(counts_e.tolist()):

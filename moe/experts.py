@@ -17,6 +17,8 @@ from moe.dispatch import Dispatcher
 from moe.expert_loop import swiglu_loop
 from moe.feedforward import ACTIVATIONS, gated
 from moe.kernels import use_kernels
+from moe.packed import multiply_packed_experts
+from moe.quantization import Packing
 from moe.router import Routing
 
 GROUPED_WIDTH = 8
@@ -115,6 +117,8 @@ class Experts(nn.Module):
         kernel: seam: how the experts' matmuls are computed, one of `KERNELS`.
         fused: whether a function may read several weights at once, such as `swiglu_loop`. False: every product goes
             through `multiply`.
+        packings: parameter -> how its matrices are stored, for those that are quantised
+            (`moe.model.Transformer.quantize`).
     """
 
     RECOMPUTE: ClassVar[dict[str, str]] = {"selective": "apply_to"}
@@ -127,6 +131,7 @@ class Experts(nn.Module):
         self.kernel: Kernel = KERNELS[kernel]
         self.activation, self.gated = ACTIVATIONS[kind], is_gated(kind)
         self.fused = self.activation is F.silu and self.gated
+        self.packings: dict[str, Packing] = {}
         if self.gated:
             self.w_gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
@@ -177,8 +182,10 @@ class Experts(nn.Module):
             name: the parameter: `w_gate`, `w_up` or `w_down`.
             counts_e: number of rows of each expert.
         """
-        weight_eOI: Tensor = getattr(self, name)
-        return self.kernel(rows_RI, weight_eOI.to(rows_RI.dtype), counts_e)
+        weight: Tensor = getattr(self, name)
+        if name in self.packings:
+            return multiply_packed_experts(rows_RI, weight, counts_e, self.packings[name])
+        return self.kernel(rows_RI, weight.to(rows_RI.dtype), counts_e)
 
     @property
     def num_local(self) -> int:
@@ -187,7 +194,8 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """Return what `repr` shows in the parentheses: the experts, their kind and widths, and the kernel."""
-        num_local, width, dim = self.w_up.shape
-        last = self.first_expert + num_local - 1
-        shape = f"{dim} -> {width} -> {dim}"
-        return f"experts {self.first_expert}-{last}, {self.kind}, {shape}, kernel={self.kernel_name}"
+        packing = self.packings.get("w_up")
+        width, dim = self.w_up.shape[1:] if packing is None else (packing.rows, packing.columns)
+        last = self.first_expert + self.num_local - 1
+        shape, how = f"{dim} -> {width} -> {dim}", f"kernel={self.kernel_name}" if packing is None else packing.kind
+        return f"experts {self.first_expert}-{last}, {self.kind}, {shape}, {how}"

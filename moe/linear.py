@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.kernels import use_kernels
+from moe.packed import multiply_packed
+from moe.quantization import Packing
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """Computes (hidden states [B, S, D], weight of the head [V, D]) -> the model's result."""
@@ -39,10 +41,15 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T in the dtype of `x`, with a weight [out_features, in_features]."""
+    """y = x W^T in the dtype of `x`, with a weight [out_features, in_features].
+
+    Attributes:
+        packings: how `weight` is stored if it is quantised (`moe.model.Transformer.quantize`); else empty.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.packings: dict[str, Packing] = {}
 
     def reset_parameters(self) -> None:
         """Do nothing: `moe.init.init_parameters` initialises all weights."""
@@ -53,7 +60,13 @@ class Linear(nn.Linear):
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return x W^T, the product with the stored weight alone. No other method reads the weight for a product."""
-        return linear(x, self.weight)
+        packing = self.packings.get("weight")
+        return linear(x, self.weight) if packing is None else multiply_packed(x, self.weight, packing)
+
+    def extra_repr(self) -> str:
+        """Return what `repr` shows in the parentheses: the widths, and the kind of a quantised weight."""
+        kinds = "".join(f", {packing.kind}" for packing in self.packings.values())
+        return f"{super().extra_repr()}{kinds}"
 
 
 class Head(Linear):

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from moe.attention.cache import Cache
 from moe.attention.varlen import Segments
 from moe.config import ModelConfig, RouterConfig
+from moe.experts import Experts
 from moe.layer import Block
-from moe.linear import Head, Lookup, Predict, RMSNorm, linear
+from moe.linear import Head, Linear, Lookup, Predict, RMSNorm, linear
+from moe.quantization import Packing, QuantizeConfig
 from moe.region import LocalShard, whole_shard
 from moe.router import RouterStats
 from moe.token_context import TokenContext, rotary_table
@@ -62,6 +64,7 @@ class Transformer(nn.Module):
         gather: seam: joins the sequence of all tensor-parallel ranks before the head.
         run_block: seam: calls a block (`moe.compiled` installs a compiled form).
         slice_local: seam: takes masks and keys of all tokens to those of the tokens that this rank routes.
+        packings: the name of every parameter that is quantised -> how each of its matrices is stored.
     """
 
     embedding: nn.Parameter
@@ -82,6 +85,7 @@ class Transformer(nn.Module):
         self.config = config
         self.router_config = router
         self.compute_dtype = compute_dtype
+        self.packings: dict[str, Packing] = {}
         self.local_shard: Callable[[str, Tensor], LocalShard] = whole_shard
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(Block(config, router, layer) for layer in range(config.num_layers))
@@ -157,3 +161,23 @@ class Transformer(nn.Module):
             self.embedding = None  # type: ignore[assignment]
         if not last:
             self.norm = self.head = None  # type: ignore[assignment]
+
+    def quantize(self, config: QuantizeConfig) -> None:
+        """Replace the weights that `config` chooses by bytes, which are not filled. They do not train.
+
+        A matrix becomes a parameter [P] of dtype uint8, and stacked experts become one [e, P]. Call this on the meta
+        device, after expert parallelism has taken the experts of this rank.
+        """
+        for name, parameter in list(self.named_parameters()):
+            packing = config.packing(name, parameter.shape)
+            if packing is None:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            assert isinstance(module, Linear | Experts), name
+            shape = *parameter.shape[:-2], packing.nbytes
+            packed = torch.empty(shape, dtype=torch.uint8, device=parameter.device)
+            setattr(module, leaf, nn.Parameter(packed, requires_grad=False))
+            module.packings[leaf] = self.packings[name] = packing
+            if isinstance(module, Experts):
+                module.fused = False

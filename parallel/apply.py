@@ -1,16 +1,19 @@
 """From a configuration to the module that runs on this rank, in one visible order.
 
-Build on the meta device -> pipeline -> tensor -> expert -> context -> recompute -> FSDP -> materialise -> initialise.
+Build on the meta device -> pipeline -> tensor -> expert -> quantise -> context -> recompute -> FSDP -> materialise ->
+initialise.
 No rank ever stores more than its shards.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
 from moe.model import Transformer
+from moe.quantization import FULL_PRECISION, QuantizeConfig
 from moe.recompute import Recompute, set_recompute
 from moe.router import Router
 from parallel.context import install_rows, shard_attention
@@ -22,6 +25,21 @@ from parallel.weight_shards import shard_locator
 from parallel.weight_specs import check_weights, named_weights
 
 
+class Storage(NamedTuple):
+    """How a rank stores the weights."""
+
+    inference: bool = False
+    """Keep the weights in the compute dtype, for models that do not train. The results do not change, because every
+    forward pass casts the weights to it. Routers compute in at least fp32 and keep their fp32 weights."""
+    quantize: QuantizeConfig = FULL_PRECISION
+    """The weights that are stored in few bits. The caller fills them."""
+    offload: bool = False
+    """With FSDP, keep weights in CPU memory."""
+
+
+TRAINING = Storage()
+
+
 def build_model(
     config: ModelConfig,
     router: RouterConfig,
@@ -29,29 +47,26 @@ def build_model(
     *,
     compute_dtype: torch.dtype,
     seed: int | None,
-    inference_weights: bool = False,
+    storage: Storage = TRAINING,
     layers: Sequence[int] | None = None,
     recompute: Recompute = "none",
-    offload: bool = False,
 ) -> Transformer:
-    """Return this rank's part of the model. Weights are fp32, or fp64 if `compute_dtype` is.
+    """Return this rank's part of the model. Weights that train are fp32, or fp64 if `compute_dtype` is.
 
     Args:
         seed: seed of the initial weights; None: the caller fills every weight.
-        inference_weights: keep the weights in `compute_dtype`, for models that do not train. The results do not change,
-            because every forward pass casts the weights to `compute_dtype`. Routers compute in at least fp32 and keep
-            their fp32 weights.
+        storage: in which dtype and where; by default in fp32 on the device.
         layers: the layers of a pipeline stage; None: all.
         recompute: which activations the backward pass computes again.
-        offload: with FSDP, keep weights in CPU memory.
     """
-    model = _build_on_meta(config, router, compute_dtype, inference_weights)
+    model = _build_on_meta(config, router, compute_dtype, storage.inference)
     if layers is not None:
         model.keep_layers(layers)
     if mesh.tensor.size() > 1:
         shard_tensors(model, mesh)
     if mesh.expert.size() * mesh.expert_tensor.size() > 1:
         shard_experts(model, mesh)
+    model.quantize(storage.quantize)
     if mesh.context.size() > 1:
         shard_attention(model, mesh.context, mesh.layout.zigzag)
     if mesh.sequence.size() > 1:
@@ -59,9 +74,9 @@ def build_model(
     set_recompute(model, recompute)
     model.local_shard = shard_locator(mesh, named_weights(config, router))
     if mesh.layout.shard > 1:
-        shard_weights(model, mesh, offload=offload, keep_gathered=layers is not None)
-    model.to_empty(device="cpu" if offload else mesh.device)
-    if offload:  # FSDP moves the parameters that it shards between devices, and no others.
+        shard_weights(model, mesh, offload=storage.offload, keep_gathered=layers is not None)
+    model.to_empty(device="cpu" if storage.offload else mesh.device)
+    if storage.offload:  # FSDP moves the parameters that it shards between devices, and no others.
         for weight in unsharded_weights(model):
             weight.data = weight.data.to(mesh.device)
         for module in model.modules():

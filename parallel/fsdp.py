@@ -41,12 +41,17 @@ def shard_weights(model: Transformer, mesh: Mesh, *, offload: bool, keep_gathere
     experts = DeviceMesh.from_group(mesh.expert_shard, mesh.device.type, mesh_dim_names=("expert_shard",))
     unsharded = unsharded_weights(model)
 
+    def place(parameter: nn.Parameter, ranks: int) -> Shard:
+        # Stacked experts have a dim more than others: [e, O, I], or their bytes [e, P] if they are quantised.
+        stacked = parameter.dim() == (2 if parameter.dtype == torch.uint8 else 3)
+        return Shard(shard_dim(parameter.shape, ranks, stacked=stacked))
+
     def shard(module: nn.Module, device_mesh: DeviceMesh, reshard: bool) -> None:
         fully_shard(
             module,
             mesh=device_mesh,
             reshard_after_forward=reshard,
-            shard_placement_fn=lambda parameter: Shard(shard_dim(parameter.shape, device_mesh.size())),
+            shard_placement_fn=lambda parameter: place(parameter, device_mesh.size()),
             mp_policy=policy,
             offload_policy=offloading,
             ignored_params=unsharded,

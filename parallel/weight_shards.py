@@ -16,13 +16,14 @@ from parallel.weight_specs import WeightSpec, kind, part_of, parts_by_dim, tenso
 
 
 def part_by_dim(name: str, mesh: Mesh) -> dict[int, tuple[int, int]]:
-    """Return dim -> (number of parts, index of this rank's part) for a parameter, without FSDP."""
+    """Return dim -> (number of parts, index of this rank's part) for the dims that are divided, without FSDP."""
     of, sharded = kind(name), tensor_dim(name)
     groups = {sharded: mesh.expert_tensor, 0: mesh.expert} if of == "experts" else {sharded: mesh.tensor}
     # Neighbouring ranks of a group store the same part if there are fewer parts than ranks.
     return {
         dim: (parts, groups[dim].rank() * parts // groups[dim].size())
         for dim, parts in parts_by_dim(of, sharded, mesh.layout).items()
+        if parts > 1
     }
 
 

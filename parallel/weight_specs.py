@@ -112,13 +112,13 @@ def parts_by_dim(of: Kind, dim: int | None, layout: Layout) -> dict[int, int]:
     return {dim: layout.tensor // (layout.kv_copies if of == "kv_heads" else 1)}
 
 
-def shard_dim(shape: Sequence[int], parts: int) -> int:
+def shard_dim(shape: Sequence[int], parts: int, *, stacked: bool) -> int:
     """Return the dim along which FSDP shards a parameter, after tensor and expert parallelism.
 
     This is dim 0, except for stacked experts whose number `parts` does not divide. Those are sharded along dim 1 if
     `parts` divides it.
     """
-    return 1 if len(shape) == 3 and shape[0] % parts and shape[1] % parts == 0 else 0
+    return 1 if stacked and shape[0] % parts and shape[1] % parts == 0 else 0
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class WeightSpec:
             ranks: ranks over which FSDP shards the parameter.
         """
         shape = list(self.local_shape(layout))
-        dim = shard_dim(shape, ranks)
+        dim = shard_dim(shape, ranks, stacked=len(shape) == 3)
         shape[dim] = -(-shape[dim] // ranks)
         return math.prod(shape)
 

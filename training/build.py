@@ -8,7 +8,7 @@ from moe.compiled import CompiledBlocks
 from moe.config import ModelConfig, RouterConfig
 from moe.model import Transformer
 from moe.router import Router, balance_reaches
-from parallel.apply import build_model
+from parallel.apply import Storage, build_model
 from parallel.collectives import all_gather_json
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
@@ -43,7 +43,7 @@ def build_parts(
             seed=seed,
             layers=layers_of_part,
             recompute=parallel.recompute,
-            offload=parallel.offload,
+            storage=Storage(quantize=config.quantize, offload=parallel.offload),
         )
         for layers_of_part in layers
     ]

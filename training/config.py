@@ -10,6 +10,7 @@ from common.errors import ConfigError, expect, expect_fields, located, require
 from common.strict import FreeText
 from data.config import DataConfig
 from moe.config import ModelConfig, RouterConfig
+from moe.quantization import FULL_PRECISION, QuantizeConfig
 from parallel.config import ParallelConfig
 from training.checkpoint.remote_files import check_url
 from training.optimizer import OPTIMIZERS
@@ -372,6 +373,7 @@ class Config:
     engine: EngineConfig = NATIVE
     health: HealthConfig = HEALTHY
     telemetry: TelemetryConfig = TELEMETRY
+    quantize: QuantizeConfig = FULL_PRECISION
     plugins: tuple[str, ...] = ()
     """Python modules to import before anything else: paths of `.py` files, entry points of `mixwright.plugins`, or
     module names. They register routers, corpora, optimizers and so on (docs/extending.md)."""

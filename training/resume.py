@@ -79,6 +79,7 @@ RULES: dict[str, dict[str, str]] = {
     "health": {LISTED: "on_nan on_spike spike_z dead_steps max_vio logit_range entropy", FREE: "every recheck_every"},
     "telemetry": {FREE: "every probe_tokens forecast"},
     "tracking": {FREE: "wandb project entity group job_type tags notes diff tensorboard csv per_expert trackers"},
+    "quantize": {FIXED: "kind block_size double_quant targets"},
     "launch": {FREE: "nproc max_restarts threads"},
     "engine": {LISTED: "kind zero_stage ds_config"},
     "": {FREE: "plugins"},  # Their names and hashes are compared (common/plugins.py).

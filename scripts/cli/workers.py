@@ -10,6 +10,7 @@ from common.errors import TrainingFailure, UserError
 from common.files import disk_errors
 from common.plugins import given_plugins, load_plugins
 from common.strict import from_dict, to_dict
+from moe.quantization import expect_library
 from parallel.startup.launch import (
     World,
     is_launched,
@@ -62,6 +63,7 @@ def execute(
     world = world_from_env() if is_launched() else World(world_size=launch.nproc, local_world_size=launch.nproc)
     check_before_start(config, world)
     check_tracking(config.tracking)
+    expect_library(config.quantize)
     owner = owner or RunOwner()
     try:
         with owner, disk_errors(Path(config.run.root)):

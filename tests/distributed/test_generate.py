@@ -7,7 +7,7 @@ from moe.config import ModelConfig, RouterConfig
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
 from moe.model import ModelInputs
-from parallel.apply import build_model
+from parallel.apply import Storage, build_model
 from parallel.layout import Layout
 from parallel.mesh import broadcast_from_first, build_mesh
 from tests.distributed.harness import run_ranks
@@ -25,7 +25,7 @@ def run(rank: int, world: int) -> list[list[list[int]]]:
     router = RouterConfig(capacity_factor=0.1)
     results = []
     for dtype, inference_weights in ((torch.float64, False), (torch.float64, True)):
-        model = build_model(CONFIG, router, mesh, compute_dtype=dtype, seed=3, inference_weights=inference_weights)
+        model = build_model(CONFIG, router, mesh, compute_dtype=dtype, seed=3, storage=Storage(inference_weights))
         for sampling in (Sampling(), Sampling(temperature=1.0, top_p=0.9, seed=5)):
             results.append(
                 generate(
@@ -56,7 +56,7 @@ def run_inference_weights(rank: int, world: int) -> list[list[torch.Tensor]]:
     positions = torch.arange(15).expand(2, -1)
     router = RouterConfig(kind="sigmoid_topk", bias_update_rate=0.001)
     models = [
-        build_model(CONFIG, router, mesh, compute_dtype=torch.bfloat16, seed=3, inference_weights=inference_weights)
+        build_model(CONFIG, router, mesh, compute_dtype=torch.bfloat16, seed=3, storage=Storage(inference_weights))
         for inference_weights in (True, False)
     ]
     sizes = [torch.tensor(sum(p.nbytes for p in model.parameters())) for model in models]

@@ -28,6 +28,8 @@ from common.text import MAX_YAML, one_line, parse_yaml, printable, shorten, show
 from data.tokens.files import TokenizerFiles, find_tokenizer
 from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
 from moe.model import Transformer
+from moe.packed import QUANTISED_DTYPES, pack
+from moe.quantization import Packing
 from moe.region import Region
 from training.checkpoint.manifest import (
     CHECKPOINTS,
@@ -120,8 +122,11 @@ class ModelReader(ABC):
         self.copy([ReadRequest(name, region, target)])
         return target
 
+    @torch.no_grad()
     def fill(self, model: Transformer) -> None:
         """Fill every parameter and buffer of `model`, or the shards of them that this rank stores.
+
+        Weights that `model` has in few bits are quantised as they are read, one matrix at a time.
 
         Raises:
             ModelError: `model` has other tensors than the directory, or a file cannot be read.
@@ -135,6 +140,9 @@ class ModelReader(ABC):
         requests = []
         for name, tensor in state.items():
             local, shape, region = model.local_shard(name, tensor)
+            packing = model.packings.get(name)
+            if packing is not None:
+                shape = *shape[:-1], packing.rows, packing.columns
             require(
                 shape == tuple(self.shapes[name]),
                 ModelError,
@@ -142,9 +150,30 @@ class ModelReader(ABC):
             )
             if region.numel == 0:
                 continue
-            requests += [ReadRequest(name, part, local[part.slices(region)]) for part in split_experts(region)]
-        with torch.no_grad():
-            self.copy(requests)
+            if packing is not None:
+                self._pack(name, packing, local, region)
+            else:
+                requests += [ReadRequest(name, part, local[part.slices(region)]) for part in split_experts(region)]
+        self.copy(requests)
+
+    def _pack(self, name: str, packing: Packing, local: Tensor, region: Region) -> None:
+        """Read the matrices of which `local` has bytes, and quantise each on the device of `local`, one at a time.
+
+        A matrix is quantised as a whole, also if `local` has a part of its bytes. The bytes are then those of any other
+        layout.
+
+        Args:
+            local: bytes of a matrix, or of stacked matrices.
+            region: where they are in the bytes [P] or [E, P] of the whole parameter.
+        """
+        dtype = self.dtype(name)
+        dtype = dtype if dtype in QUANTISED_DTYPES else torch.float32
+        stacked, first, count = len(region.shape) > 1, region.offset[-1], region.shape[-1]
+        for index, bytes_P in enumerate(local if stacked else [local]):
+            shape = packing.rows, packing.columns
+            matrix = Region((region.offset[0] + index, 0, 0), (1, *shape)) if stacked else Region.whole(shape)
+            weight_OI = self.read(name, matrix, dtype).view(shape).to(local.device)
+            bytes_P.copy_(pack(weight_OI, packing)[first : first + count])
 
 
 def split_experts(region: Region) -> list[Region]:

@@ -4,6 +4,7 @@
     python scripts/generate.py checkpoint=DIR 'prompts=["one text", "another"]' temperature=0.8 top_p=0.95 seed=1
     python scripts/generate.py checkpoint=DIR chat=true prompt="What is a router?" launch.nproc=2
     python scripts/generate.py checkpoint=DIR messages=conversation.json format=json
+    python scripts/generate.py checkpoint=DIR quantize=nf4 prompt="The capital of France is"
 
 docs/generation.md explains the keys.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from common.errors import expect, expect_fields
 from common.strict import FreeText
+from moe.quantization import FULL_PRECISION, QuantizeConfig
 from training.config import LaunchConfig
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class GenerateConfig:
     prefill_chunk: int = 512
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantize: QuantizeConfig = FULL_PRECISION
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from common.text import to_json
 from data.tokens.tokenizer import TextTokenizer
 from moe.generation.generate import generate
-from parallel.apply import build_model
+from parallel.apply import Storage, build_model
 from parallel.config import ParallelConfig
 from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group
 from parallel.startup.launch import world_from_env
@@ -225,7 +225,8 @@ def generate_on_rank(config: GenerateConfig, request: Request | None = None) -> 
     tokenizer = open_given_tokenizer(source)
     init_process_group(store, world.rank, world.world_size, device, START_TIMEOUT_S)
     mesh = build_mesh(device, ParallelConfig().layout(world.world_size, source.model))
-    model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, inference_weights=True)
+    storage = Storage(inference=True, quantize=config.quantize)
+    model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, storage=storage)
     source.fill(model)
 
     note = source.router.generation_note(source.model.top_k) if source.model.top_k is not None else None
