@@ -19,6 +19,9 @@ from moe.quantization import SCALES_PER_BLOCK, Packing
 
 QUANTISED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes that bitsandbytes reads and writes."""
+CHUNK = 2**20
+"""Numbers of a matrix that are quantised at once. On CPUs, bitsandbytes needs about 16 bytes for each. It is a multiple
+of all sizes of a block, so that the result does not depend on it."""
 
 
 @cache
@@ -47,20 +50,32 @@ def pack(weight_OI: Tensor, packing: Packing) -> Tensor:
 
     Equal values give equal bytes in bf16 and fp32. `int8` rounds the matrix to fp16 first, as bitsandbytes does.
     """
-    functional, packed_P = library(), torch.zeros(packing.nbytes, dtype=torch.uint8, device=weight_OI.device)
+    functional, sections = library(), packing.sections
+    packed_P = torch.zeros(packing.nbytes, dtype=torch.uint8, device=weight_OI.device)
+
+    def write(section: str, parts: list[Tensor]) -> None:
+        first, length = sections[section]
+        torch.cat([part.flatten().view(torch.uint8) for part in parts], out=packed_P[first : first + length])
+
     if packing.kind == "int8":
-        codes_OI, scales_O, _ = functional.int8_vectorwise_quant(weight_OI.half())
-        parts = {"codes": codes_OI, "scales": scales_O}
+        rows = max(1, CHUNK // packing.columns)
+        found = [functional.int8_vectorwise_quant(part.half())[:2] for part in weight_OI.split(rows)]
     else:
         weight_OI = weight_OI if weight_OI.dtype in QUANTISED_DTYPES else weight_OI.float()
-        codes, state = functional.quantize_4bit(
-            weight_OI.contiguous(), None, None, packing.block_size, packing.double_quant, "nf4"
-        )
-        parts = {"codes": codes, "scales": state.absmax}
-        if packing.double_quant:
-            parts["outer"] = torch.cat([state.offset.reshape(1), state.state2.absmax])
-    for name, (offset, length) in packing.sections.items():
-        packed_P[offset : offset + length] = parts[name].flatten().view(torch.uint8)
+        found = [
+            functional.quantize_4bit(part, blocksize=packing.block_size, quant_type="nf4")
+            for part in weight_OI.flatten().split(CHUNK)
+        ]
+        found = [(codes, state.absmax) for codes, state in found]
+    write("codes", [codes for codes, _ in found])
+    if packing.kind == "nf4" and packing.double_quant:
+        scales = torch.cat([scales for _, scales in found])
+        mean = scales.mean()
+        codes, state = functional.quantize_blockwise(scales - mean, blocksize=SCALES_PER_BLOCK)
+        write("scales", [codes])
+        write("outer", [mean.reshape(1), state.absmax])
+    else:
+        write("scales", [scales for _, scales in found])
     return packed_P
 
 

@@ -34,6 +34,7 @@ HEAVY = {
     "plotly",
     "deepspeed",
     "fsspec",
+    "bitsandbytes",
 }
 FILES = [(room, path) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 SOURCES = [*[path for _, path in FILES], *sorted((ROOT / "scripts").rglob("*.py")), ROOT / "train.py"]

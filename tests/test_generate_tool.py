@@ -1,5 +1,6 @@
 """`scripts/generate.py` as a user runs it, and the text of a row while it is generated."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -19,6 +20,8 @@ from moe.config import ModelConfig, RouterConfig
 from moe.generation.generate import generate
 from moe.init import init_parameters
 from moe.model import Transformer
+from moe.packed import pack, unpack
+from moe.quantization import QuantizeConfig
 from moe.region import Region
 from scripts.cli.command_line import CONF
 from scripts.generate import main
@@ -89,6 +92,36 @@ def test_json_of_several_prompts_equals_the_library(run, directory, tokenizer):
     assert [row["tokens"] for row in result["results"]] == expected
     assert [row["text"] for row in result["results"]] == [tokenizer.decode(tokens) for tokens in expected]
     assert result["prompt_tokens"] == sum(map(len, ids)) and result["tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_model_generates_what_its_dequantised_weights_do(kind, run, directory, tokenizer):
+    pytest.importorskip("bitsandbytes", reason="needs the extra [quantize]")
+    path, model = directory
+    arguments = (f"checkpoint={path}", "prompt=def a", "max_tokens=9", "format=json")
+    code, out, err = run(*arguments, f"quantize={kind}")
+    assert code == 0, err
+    ids = [tokenizer.bos_id, *tokenizer.encode("def a")]
+    expected = generate(dequantised(model, QuantizeConfig(kind)), [ids], max_tokens=9, stop=[tokenizer.eos_id])
+    assert [row["tokens"] for row in json.loads(out)["results"]] == expected
+
+
+def dequantised(model, config):
+    """Return a copy of a model whose weights have the values of the quantised ones."""
+    copied = copy.deepcopy(model)
+    for name, weight in copied.named_parameters():
+        packing = config.packing(name, weight.shape)
+        if packing is not None:
+            for matrix in weight.detach().view(-1, *weight.shape[-2:]):
+                matrix.copy_(unpack(pack(matrix, packing), packing, matrix.dtype))
+    return copied
+
+
+def test_a_missing_package_is_one_line(run, directory, monkeypatch):
+    monkeypatch.setattr("moe.quantization.find_spec", lambda name: None)
+    code, out, err = run(f"checkpoint={directory[0]}", "prompt=x", "quantize=nf4")
+    expected = "quantize.kind=nf4: expected the package bitsandbytes (pip install 'mixwright[quantize]')"
+    assert (code, out, err) == (2, "", f"error: {expected}\n")
 
 
 def test_text_stops_before_a_stop_string_and_the_speed_goes_to_stderr(run, directory):

@@ -390,6 +390,12 @@ class Config:
             "auto or loop with train.precision=fp64 (torch's grouped matmul has no fp64)",
         )
         expect(
+            self.quantize.kind is None,
+            "quantize.kind",
+            self.quantize.kind,
+            "null: quantised weights do not train",
+        )
+        expect(
             self.engine.kind == "native" or self.optim.kind == "adamw",
             "optim.kind",
             self.optim.kind,

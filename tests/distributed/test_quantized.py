@@ -105,4 +105,6 @@ def test_two_ranks_have_the_bytes_and_the_numbers_of_one(directories):
                     summed[key][region.slices(Region.whole(shape))] += tensor
         assert all(times.min() > 0 for times in found.values()), name
         for key, gradient in summed.items() if name != "pipeline" else ():
-            torch.testing.assert_close(gradient, gradients[key].local, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
+            torch.testing.assert_close(
+                gradient, gradients[key].local, rtol=1e-3, atol=1e-3 * gradient.abs().max().item()
+            )
