@@ -390,10 +390,10 @@ class Config:
             "auto or loop with train.precision=fp64 (torch's grouped matmul has no fp64)",
         )
         expect(
-            self.quantize.kind is None,
+            self.quantize.kind is None or self.run.init_from is not None,
             "quantize.kind",
             self.quantize.kind,
-            "null: quantised weights do not train",
+            "null without run.init_from (quantised weights do not train)",
         )
         expect(
             self.engine.kind == "native" or self.optim.kind == "adamw",

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from common.errors import TrainingFailure, UserError
+from common.errors import TrainingFailure, UserError, expect
 from common.files import disk_errors
 from common.plugins import given_plugins, load_plugins
 from common.strict import from_dict, to_dict
@@ -64,6 +64,7 @@ def execute(
     check_before_start(config, world)
     check_tracking(config.tracking)
     expect_library(config.quantize)
+    expect(config.quantize.kind is None, "quantize.kind", config.quantize.kind, "null (there is nothing to train)")
     owner = owner or RunOwner()
     try:
         with owner, disk_errors(Path(config.run.root)):
