@@ -82,6 +82,16 @@ class Packing(NamedTuple):
         """P."""
         return sum(_aligned(length) for _, length in self.sections.values())
 
+    def workspace_bytes(self, itemsize: int) -> int:
+        """Return the bytes that exist while the matrix is dequantised, besides its own P.
+
+        Args:
+            itemsize: bytes of a number in the compute dtype.
+        """
+        if self.kind == "int8":
+            return self.numel * max(8, 4 + itemsize)  # bitsandbytes computes two products in fp32.
+        return self.numel * itemsize + 4 * -(-self.numel // self.block_size)
+
 
 def _aligned(length: int) -> int:
     return -(-length // ALIGNMENT) * ALIGNMENT

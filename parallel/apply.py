@@ -88,10 +88,20 @@ def build_model(
 
 
 def build_whole_model(
-    config: ModelConfig, router: RouterConfig, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    router: RouterConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: QuantizeConfig = FULL_PRECISION,
 ) -> Transformer:
-    """Return the whole model on one device, not for training. The caller fills the weights, which have this dtype."""
-    return _build_on_meta(config, router, dtype, inference_weights=True).to_empty(device=device)
+    """Return the whole model on one device, not for training. The caller fills the weights, which have this dtype.
+
+    Args:
+        quantize: the weights that are stored in few bits.
+    """
+    model = _build_on_meta(config, router, dtype, inference_weights=True)
+    model.quantize(quantize)
+    return model.to_empty(device=device)
 
 
 def _build_on_meta(

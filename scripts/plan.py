@@ -21,6 +21,7 @@ from common.errors import ConfigError, expect, expect_fields, located
 from common.strict import from_dict
 from common.text import to_json
 from moe.config import ModelConfig, RouterConfig
+from moe.quantization import FULL_PRECISION, QuantizeConfig
 from parallel.config import ParallelConfig
 from parallel.planning.hardware import Hardware, with_rates
 from scripts.cli.command_line import compose_config, run_tool
@@ -54,6 +55,7 @@ class PlanConfig:
     parallel: ParallelConfig
     gpu: Hardware
     train: PlanTrain
+    quantize: QuantizeConfig = FULL_PRECISION
     gpus: int = 8
     task: Literal["train", "generate"] = "train"
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
@@ -206,6 +208,7 @@ def plan_generation(config: PlanConfig) -> None:
         config.router,
         config.gpus,
         config.hardware,
+        quantize=config.quantize,
         batch=config.batch,
         context=config.context,
         prefill_chunk=config.prefill_chunk,

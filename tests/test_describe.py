@@ -44,6 +44,13 @@ def test_mixtral_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert figures["params"]["attention"] == 32 * (2 * 4096**2 + 2 * 4096 * 1024)
     assert figures["params"]["routed_experts"] == 8 * 3 * 4096 * 14336 * 32
     assert figures["weights_bytes"]["fp16"] == pytest.approx(93e9, rel=0.01)
+    # 4 bits for a number, 8 for a scale of 64 numbers, 32 for a scale of 256 scales; or 8 for a number, 32 for a row.
+    quantised = figures["params"]["attention"] + figures["params"]["routed_experts"]
+    rest = 2 * (figures["total_params"] - quantised) + 2 * figures["params"]["router"]
+    bits = 4 + 8 / 64 + 32 / (64 * 256)
+    assert figures["weights_bytes"]["nf4"] == pytest.approx(quantised * bits / 8 + rest, rel=1e-5)
+    rows = 32 * (8 * (2 * 14336 + 4096) + 2 * 4096 + 2 * 1024)
+    assert figures["weights_bytes"]["int8"] == quantised + 4 * rows + rest
     assert figures["kv_cache_bytes"]["full"] == figures["kv_cache_bytes"]["rolling"] == 32768 * 32 * 2 * 8 * 128 * 2
     assert figures["receptive_field"] is None
     assert (figures["attention"][0]["context"], figures["attention"][0]["window"]) == (32768, 4096)

@@ -62,6 +62,30 @@ def test_memory_to_serve_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert not found["fits"] and found["fewest_gpus"] == 8
 
 
+@pytest.mark.parametrize(
+    ("model", "device", "bf16_on"),
+    [
+        ("mixtral_8x7b", ("gpus=2", "gpu=rtx4090", "context=32768"), 8),
+        ("mistral_7b", ("gpus=1", "gpu=rtx4090", "gpu.memory=16e9", "context=8192"), None),
+    ],
+)
+def test_weights_in_4_bits_fit_the_devices_of_the_course(
+    model: str, device: tuple[str, ...], bf16_on: int | None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    given = (f"model={model}", "task=generate", "format=json", *device)
+    found = {}
+    for quantize in ("none", "nf4"):
+        assert called(monkeypatch, *given, f"quantize={quantize}") == 0
+        found[quantize] = json.loads(capsys.readouterr().out)
+    assert not found["none"]["fits"] and found["none"]["fewest_gpus"] == bf16_on
+    assert found["nf4"]["fits"]
+    assert found["nf4"]["memory"]["a dequantised matrix"] == 4096 * 14336 * (2 + 4 / 64)
+    assert found["nf4"]["memory"]["key/value cache"] == found["none"]["memory"]["key/value cache"]
+    if model == "mixtral_8x7b":
+        # 4.127 bits of each number of the experts on a device.
+        assert found["nf4"]["memory"]["experts"] == pytest.approx(45_097_156_608 / 2 * 4.127 / 8, rel=1e-4)
+
+
 def test_shorter_rows_are_advised_only_where_they_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

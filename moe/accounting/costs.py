@@ -4,10 +4,12 @@ Letters: L layers, W window (keys that a query attends to, its own position incl
 C head dim, E experts, k experts per token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from moe.accounting.flops import active_expert_parameters
 from moe.config import ModelConfig, RouterConfig, attended_pairs
@@ -20,7 +22,7 @@ BYTES: dict[DType, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Parts:
-    """Numbers of parameters by component. Each parameter is counted once."""
+    """Numbers of parameters, or of their bytes, by component. Each parameter is counted once."""
 
     embedding: int = 0
     head: int = 0
@@ -35,7 +37,7 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """The number of all parameters."""
+        """The sum over all components."""
         return sum(vars(self).values())
 
 
@@ -86,17 +88,57 @@ class WindowSaving:
 
 def count_parts(model: Transformer) -> Parts:
     """Count the parameters of a whole model by component. The model can be on the meta device."""
-    counts = dict.fromkeys(vars(Parts()), 0)
-    counts["embedding"] = model.embedding.numel()
-    for part, module in _modules_by_part(model):
-        counts[part] += sum(parameter.numel() for parameter in module.parameters())
-    parts = Parts(**counts)
+    parts = _sum_by_part(model, lambda part, parameter: parameter.numel())
     assert parts.total == sum(parameter.numel() for parameter in model.parameters()), "a module belongs to no component"
     return parts
 
 
+def stored_bytes(model: Transformer, dtype: DType) -> Parts:
+    """Return the bytes of the weights of a whole model, as `scripts/generate.py` stores them.
+
+    Quantised weights (`Transformer.quantize`) have their own size. Routers are stored in fp32, all others in `dtype`.
+    The model can be on the meta device.
+    """
+
+    return _sum_by_part(model, lambda part, parameter: parameter.numel() * _itemsize(part, parameter, dtype))
+
+
+def moved_bytes(model: Transformer, dtype: DType) -> Parts:
+    """Return the bytes that pass between memory and processor when each weight is used once.
+
+    Quantised weights are read, and written and read once more in `dtype`.
+    """
+    packings = {id(model.get_parameter(name)): packing for name, packing in model.packings.items()}
+
+    def moved(part: str, parameter: Tensor) -> int:
+        stored = parameter.numel() * _itemsize(part, parameter, dtype)
+        packing = packings.get(id(parameter))
+        return stored + (0 if packing is None else 2 * BYTES[dtype] * packing.numel * parameter[..., 0].numel())
+
+    return _sum_by_part(model, moved)
+
+
+def _itemsize(part: str, parameter: Tensor, dtype: DType) -> int:
+    return 1 if parameter.dtype == torch.uint8 else BYTES["fp32" if part == "router" else dtype]
+
+
+def _sum_by_part(model: Transformer, size: Callable[[str, Tensor], int]) -> Parts:
+    """Return the sums, by component, of what `size(component, parameter)` returns."""
+    sums = dict.fromkeys(vars(Parts()), 0)
+    sums["embedding"] = size("embedding", model.embedding)
+    for part, module in _modules_by_part(model):
+        sums[part] += sum(size(part, parameter) for parameter in module.parameters())
+    return Parts(**sums)
+
+
+def workspace_bytes(model: Transformer, dtype: DType) -> int:
+    """Return the bytes of the largest matrix of a quantised model while it is dequantised; 0 without quantised ones."""
+    sizes = (packing.workspace_bytes(BYTES[dtype]) for packing in model.packings.values())
+    return max(sizes, default=0)
+
+
 def active_parts(parts: Parts, config: ModelConfig, router: RouterConfig) -> Parts:
-    """Return the numbers of parameters that one token uses, in the mean over the tokens.
+    """Return the numbers of parameters, or the bytes, that one token uses, in the mean over the tokens.
 
     These are those of `RouterConfig.experts_per_token` of the routed experts, and all of the others.
     """

@@ -4,7 +4,7 @@ The counting itself is in `moe/accounting/costs.py` and `moe/accounting/flops.py
 """
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from common.strict import to_dict
 from moe.accounting.costs import (
@@ -15,11 +15,13 @@ from moe.accounting.costs import (
     count_parts,
     farthest_token,
     receptive_field,
+    stored_bytes,
     training_bytes,
     window_saving,
 )
 from moe.accounting.flops import forward_flops_per_token, meta_model, training_flops_per_token
 from moe.config import ModelConfig, RouterConfig
+from moe.quantization import Kind, QuantizeConfig
 
 
 def model_figures(
@@ -33,7 +35,7 @@ def model_figures(
         model: with a vocabulary size.
         context: tokens of a row, for FLOPs, the key/value cache and attention. The row is one document.
         batch: rows of the key/value cache.
-        dtype: of weights, gradients and the key/value cache.
+        dtype: of weights, gradients and the key/value cache, and of the weights that `nf4` and `int8` do not quantise.
         window: the window that full attention is compared with if no layer of the model has one.
 
     Raises:
@@ -41,6 +43,11 @@ def model_figures(
     """
     built = meta_model(model, router)
     parts = count_parts(built)
+    weights = {name: parts.total * size for name, size in BYTES.items()}
+    for kind in get_args(Kind):
+        quantised = meta_model(model, router)
+        quantised.quantize(QuantizeConfig(kind))
+        weights[kind] = stored_bytes(quantised, dtype).total
     active = active_parts(parts, model, router)
     windows = sorted({size for layer in range(model.num_layers) if (size := model.window(layer)) is not None})
     return {
@@ -53,7 +60,7 @@ def model_figures(
         "dtype": dtype,
         "forward_flops_per_token": forward_flops_per_token(built, context),
         "training_flops_per_token": training_flops_per_token(built, context),
-        "weights_bytes": {name: parts.total * size for name, size in BYTES.items()},
+        "weights_bytes": weights,
         "training_bytes": asdict(training_bytes(parts.total, dtype)),
         "training_bytes_here": asdict(training_bytes(parts.total)),
         "kv_cache_bytes": asdict(cache_bytes(model, batch, context, dtype)),

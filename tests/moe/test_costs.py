@@ -10,7 +10,9 @@ from moe.accounting.costs import (
     cache_bytes,
     count_parts,
     farthest_token,
+    moved_bytes,
     receptive_field,
+    stored_bytes,
     training_bytes,
     window_saving,
 )
@@ -18,6 +20,8 @@ from moe.accounting.flops import count_parameters, forward_flops_per_token, meta
 from moe.attention.cache import Cache
 from moe.config import ModelConfig, RouterConfig
 from moe.model import ModelInputs, Transformer
+from moe.quantization import QuantizeConfig
+from parallel.apply import build_whole_model
 
 MIXED = ModelConfig(
     dim=24,
@@ -120,6 +124,20 @@ def test_rolling_cache_is_the_size_of_the_cache(dtype: str, torch_dtype: torch.d
     assert counted.rolling == cache.nbytes
     full = Cache(dataclasses.replace(MIXED, sliding_window=None), 3, max_len=context, dtype=torch_dtype)
     assert counted.full == full.nbytes
+
+
+@pytest.mark.parametrize("quantize", [QuantizeConfig("nf4"), QuantizeConfig("int8", targets=("experts",))], ids=str)
+def test_bytes_of_quantised_weights_are_those_in_memory(quantize: QuantizeConfig) -> None:
+    built = build_whole_model(MIXED, RouterConfig(), torch.device("cpu"), torch.bfloat16, quantize)
+    stored = stored_bytes(built, "bf16")
+    assert stored.total == sum(weight.untyped_storage().nbytes() for weight in built.parameters())
+    experts = [built.layers[layer].ffn.experts for layer in (2, 4)]
+    assert stored.routed_experts == sum(weight.untyped_storage().nbytes() for x in experts for weight in x.parameters())
+    # Written and read once more in bf16.
+    parts = count_parts(meta_model(MIXED, RouterConfig()))
+    others = parts.attention + parts.shared_experts + parts.dense_ffn
+    quantised = parts.routed_experts + (others if quantize.kind == "nf4" else 0)
+    assert moved_bytes(built, "bf16").total == stored.total + 4 * quantised
 
 
 def test_training_bytes() -> None:

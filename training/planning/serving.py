@@ -9,9 +9,20 @@ Letters: G key/value heads, C head dim, V vocabulary.
 from dataclasses import asdict
 from typing import Any
 
-from moe.accounting.costs import BYTES, Parts, active_parts, cache_bytes, count_parts
+from moe.accounting.costs import (
+    BYTES,
+    DType,
+    Parts,
+    active_parts,
+    cache_bytes,
+    count_parts,
+    moved_bytes,
+    stored_bytes,
+    workspace_bytes,
+)
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
+from moe.quantization import QuantizeConfig
 from parallel.config import ParallelConfig
 from parallel.planning.hardware import Hardware
 
@@ -22,6 +33,7 @@ def serving_figures(
     gpus: int,
     hardware: Hardware,
     *,
+    quantize: QuantizeConfig,
     batch: int,
     context: int,
     prefill_chunk: int,
@@ -30,19 +42,22 @@ def serving_figures(
     """Return the memory of one device by part, whether it suffices, and the fewest devices that do.
 
     Args:
+        quantize: the weights that are stored in few bits.
         batch: rows of the key/value cache.
         context: tokens of a row.
         prefill_chunk: tokens of each prompt that are processed at once.
         margin: share of the memory that must stay free.
     """
-    limit, parts = hardware.usable * (1 - margin), count_parts(meta_model(model, router))
-    memory = {
-        number: _memory(model, parts, number, hardware, batch, context, prefill_chunk) for number in _numbers(gpus)
-    }
+    limit, built = hardware.usable * (1 - margin), meta_model(model, router)
+    parts = count_parts(built)
+    built.quantize(quantize)
+    weights = stored_bytes(built, hardware.precision)
+    others = _other_memory(model, hardware.precision, batch, context, prefill_chunk)
+    if quantize.kind is not None:
+        others["a dequantised matrix"] = workspace_bytes(built, hardware.precision)
+    memory = {number: _weights(weights, _expert_ranks(model, number)) | others for number in _numbers(gpus)}
     fewest = next((number for number, sizes in memory.items() if sum(sizes.values()) <= limit), None)
-    active = active_parts(parts, model, router).total
-    itemsize = BYTES[hardware.precision]
-    cache = memory[gpus]["key/value cache"]
+    moved = active_parts(moved_bytes(built, hardware.precision), model, router).total + others["key/value cache"]
     peak = sum(memory[gpus].values())
     return {
         "task": "generate",
@@ -51,14 +66,15 @@ def serving_figures(
         "batch": batch,
         "context": context,
         "total_params": parts.total,
-        "active_params": active,
+        "active_params": active_parts(parts, model, router).total,
+        "quantize": quantize.kind,
         "experts_ranks": _expert_ranks(model, gpus),
         "memory": memory[gpus],
         "peak_bytes": peak,
         "limit_bytes": limit,
         "fits": peak <= limit,
         "fewest_gpus": fewest,
-        "tokens_per_s_limit": batch * hardware.bandwidth / (active * itemsize + cache),
+        "tokens_per_s_limit": batch * hardware.bandwidth / moved,
     }
 
 
@@ -71,19 +87,20 @@ def _expert_ranks(model: ModelConfig, gpus: int) -> int:
     return ParallelConfig().layout(gpus, model).expert
 
 
-def _memory(
-    model: ModelConfig, parts: Parts, gpus: int, hardware: Hardware, batch: int, context: int, chunk: int
-) -> dict[str, int]:
-    """Return part -> bytes on one device."""
-    itemsize = BYTES[hardware.precision]
-    experts = parts.routed_experts * itemsize // _expert_ranks(model, gpus)
-    others = (parts.total - parts.routed_experts - parts.router) * itemsize + 4 * parts.router
-    tokens = batch * min(chunk, context)
+def _weights(weights: Parts, expert_ranks: int) -> dict[str, int]:
+    """Return part -> bytes of the weights on one device."""
+    return {
+        "experts": weights.routed_experts // expert_ranks,
+        "other weights": weights.total - weights.routed_experts,
+    }
+
+
+def _other_memory(model: ModelConfig, dtype: DType, batch: int, context: int, chunk: int) -> dict[str, int]:
+    """Return part -> bytes on one device, for what is not weights."""
+    itemsize, tokens = BYTES[dtype], batch * min(chunk, context)
     dense = tokens * (6 * model.dim + 3 * model.hidden_dim * (not model.is_moe))
     routed = tokens * (model.top_k or 0) * (2 * model.dim + 3 * model.expert_width) if model.is_moe else 0
     return {
-        "experts": experts,
-        "other weights": others,
-        "key/value cache": cache_bytes(model, batch, context, hardware.precision).rolling,
+        "key/value cache": cache_bytes(model, batch, context, dtype).rolling,
         "activations": (dense + routed) * itemsize + 2 * batch * (model.vocab_size or 0) * 4,
     }

@@ -140,8 +140,10 @@ def show_serving(found: Mapping[str, Any]) -> None:
     fields["in all"] = f"{human_bytes(found['peak_bytes'])} of {human_bytes(found['limit_bytes'])}"
     fields["fits"] = "yes" if found["fits"] else _what_would_fit(found)
     speed = human_count(found["tokens_per_s_limit"])
-    fields["tokens/s"] = f"at most {speed}: each step reads the active weights and the cache"
-    rows = f"{found['batch']:,} rows of {found['context']:,} tokens, {gpu['precision']}"
+    also = ", and writes and reads each dequantised matrix" if found["quantize"] else ""
+    fields["tokens/s"] = f"at most {speed}: each step reads the active weights and the cache{also}"
+    weights = f", weights in {found['quantize']}" if found["quantize"] else ""
+    rows = f"{found['batch']:,} rows of {found['context']:,} tokens, {gpu['precision']}{weights}"
     title = f"generation on {found['gpus']} x {gpu['name']}: {rows}"
     show_fields(title, fields)
 
