@@ -340,7 +340,7 @@ class ModelConfig:
     num_kv_heads: int
     """Number of key/value heads, a divisor of `num_heads` (grouped-query attention, arXiv 2305.13245)."""
     head_dim: int
-    """Width of a head, an even number."""
+    """Width of the queries and keys of a head: an even number, or with latent attention the sum of its two parts."""
     hidden_dim: int
     """Hidden width of a dense feed-forward network, and of an expert if `expert_hidden_dim` is null."""
     ffn: str = "swiglu"
@@ -362,6 +362,18 @@ class ModelConfig:
     """Every n-th of the layers after those is a MoE layer, starting with the n-th (2: dense, MoE, dense, MoE, ...)."""
     vocab_size: int | None = None
     """Size of the vocabulary. `null`: that of the tokenizer."""
+    kv_lora_rank: int | None = None
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): the width of the latent from which the keys and
+    values of all heads are computed. The key/value cache stores it. `null`: grouped-query attention."""
+    q_lora_rank: int | None = None
+    """Width of the latent from which the queries are computed. `null`: from the hidden states. This key and the next
+    three are for latent attention."""
+    qk_nope_head_dim: int | None = None
+    """Width of the part of a head's query and key that has no rotary embedding."""
+    qk_rope_head_dim: int | None = None
+    """Width of the part with rotary embedding, an even number. All heads share this part of the key."""
+    v_head_dim: int | None = None
+    """Width of a head's value, at most `head_dim`. `null`, in grouped-query attention: `head_dim`."""
     sliding_window: int | tuple[int | None, ...] | None = None
     """Number of keys that a query attends to, including the key at its own position. `null`: all earlier ones. A list
     has one entry per layer and is repeated over the layers."""
@@ -393,7 +405,9 @@ class ModelConfig:
             expect(value is None or value >= 1, field, value, "an integer >= 1, or null")
         heads, kv_heads = self.num_heads, self.num_kv_heads
         expect(heads % kv_heads == 0, "num_kv_heads", kv_heads, f"a divisor of num_heads={heads}")
-        expect(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary embedding turns pairs)")
+        self._check_latent()
+        if self.kv_lora_rank is None:
+            expect(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number (rotary embedding turns pairs)")
         expect(self.rope_theta > 0, "rope_theta", self.rope_theta, "a number > 0")
         expect(
             self.rotary_dim is None or (2 <= self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0),
@@ -419,6 +433,36 @@ class ModelConfig:
             f"a list whose length divides num_layers={self.num_layers}",
         )
         self._check_experts()
+
+    def _check_latent(self) -> None:
+        """Check the keys of latent attention, and those whose values follow from them."""
+        parts = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        if self.kv_lora_rank is None:
+            for field in ("q_lora_rank", *parts):
+                expect(getattr(self, field) is None, field, getattr(self, field), "null without kv_lora_rank")
+            return
+        for field in ("kv_lora_rank", *parts):
+            value = getattr(self, field)
+            expect(value is not None and value >= 1, field, value, "an integer >= 1 with latent attention")
+        rank = self.q_lora_rank
+        expect(rank is None or rank >= 1, "q_lora_rank", rank, "an integer >= 1, or null")
+        width = (self.qk_nope_head_dim or 0) + self.rotary_width
+        even = self.rotary_width % 2 == 0
+        expect(even, "qk_rope_head_dim", self.rotary_width, "an even number (rotary embedding turns pairs)")
+        expect(self.rotary_dim is None, "rotary_dim", self.rotary_dim, "null with latent attention (qk_rope_head_dim)")
+        expect(
+            self.head_dim == width,
+            "head_dim",
+            self.head_dim,
+            f"{width}, qk_nope_head_dim + qk_rope_head_dim, with latent attention",
+        )
+        expect(self.value_dim <= width, "v_head_dim", self.v_head_dim, f"an integer from 1 to head_dim={width}")
+        expect(
+            self.num_kv_heads == self.num_heads,
+            "num_kv_heads",
+            self.num_kv_heads,
+            f"num_heads={self.num_heads} with latent attention",
+        )
 
     def _check_experts(self) -> None:
         if self.num_experts is None:
@@ -480,7 +524,29 @@ class ModelConfig:
     @property
     def rotary_width(self) -> int:
         """How many of a head's numbers are rotated."""
+        if self.qk_rope_head_dim is not None:
+            return self.qk_rope_head_dim
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """The factor on the scores of attention: 1/sqrt(C), and in latent attention with YaRN DeepSeek's correction."""
+        scale, scaling = self.head_dim**-0.5, self.rope_scaling
+        if self.kv_lora_rank is None or scaling is None or scaling.mscale_all_dim is None:
+            return scale
+        return scale * scaling.magnitude(scaling.mscale_all_dim) ** 2
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's value."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], ...]:
+        """What the key/value cache stores of a token in a layer: (heads, width) of each tensor."""
+        if self.kv_lora_rank is None:
+            return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
+        return ((1, self.kv_lora_rank + self.rotary_width),)
 
     def window(self, layer: int) -> int | None:
         """Return the number of keys that a query of layer `layer` attends to; None: all earlier ones."""

@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from moe.attention.attention import Attention
+from moe.attention.attention import GroupedQueryAttention
 from moe.attention.cache import LayerCache
+from moe.attention.latent import LatentAttention
 from moe.config import ModelConfig, RouterConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
@@ -51,7 +52,8 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, router: RouterConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config, layer)
+        kind = GroupedQueryAttention if config.kv_lora_rank is None else LatentAttention
+        self.attention = kind(config, layer)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn = (
             MoELayer(config, router, layer)

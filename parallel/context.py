@@ -89,7 +89,7 @@ def _send_last(last: Tensor, send: list[int], receive: list[int], group: dist.Pr
 
 
 class _Fetch(torch.autograd.Function):
-    """Extends keys and values [B, G, S, C] to [B, G, X, C] in one exchange.
+    """Extends keys and values [B, G, S, C] to [B, G, X, C] in one exchange. Their widths C can differ.
 
     A position can be sent to several ranks. Their gradients are added in the order of the ranks, in at least fp32.
     """
@@ -100,7 +100,7 @@ class _Fetch(torch.autograd.Function):
         send, receive = _splits(reach, ctx.length, group)
         first = ctx.length - max(send)  # no rank needs the positions before
         fetched_ABGC = _send_last(_by_position(k[:, :, first:], v[:, :, first:]), send, receive, group)
-        earlier_k, earlier_v = fetched_ABGC.permute(1, 2, 0, 3).chunk(2, dim=-1)
+        earlier_k, earlier_v = fetched_ABGC.permute(1, 2, 0, 3).split((k.shape[3], v.shape[3]), dim=-1)
         return torch.cat((earlier_k, k), dim=2), torch.cat((earlier_v, v), dim=2)
 
     @staticmethod
@@ -115,14 +115,17 @@ class _Fetch(torch.autograd.Function):
         )
         for part_nBGC in returned.split(send):
             last = ctx.length - len(part_nBGC)
-            part_k, part_v = part_nBGC.permute(1, 2, 0, 3).chunk(2, dim=-1)
+            part_k, part_v = part_nBGC.permute(1, 2, 0, 3).split((grad_k.shape[3], grad_v.shape[3]), dim=-1)
             local_k[:, :, last:] += part_k
             local_v[:, :, last:] += part_v
         return local_k.to(grad_k.dtype), local_v.to(grad_v.dtype), None, None
 
 
 def _by_position(k: Tensor, v: Tensor) -> Tensor:
-    """Concatenate keys and values [B, G, n, C] along C, and move the positions first: [n, B, G, 2·C]."""
+    """Concatenate keys and values [B, G, n, C] along C, and move the positions first: [n, B, G, 2·C].
+
+    With latent attention, values are narrower than keys.
+    """
     return torch.cat((k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)), dim=-1)
 
 

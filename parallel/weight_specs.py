@@ -32,14 +32,20 @@ Kind = Literal["router", "replicated", "tensor", "kv_heads", "experts"]
 
 Tensor parallelism divides a dim as `part_of` does: the last parts can be smaller, or empty.
 """
-REPLICATED = ("norm", "attention_norm", "ffn_norm")
-"""Parameters of the kind `replicated`."""
+REPLICATED = (
+    *("norm", "attention_norm", "ffn_norm"),
+    *("wq_down", "wq_down_norm", "wkv_down", "wkv_down_norm"),
+)
+"""Parameters of the kind `replicated`. The latents of latent attention belong to all heads: every tensor-parallel rank
+computes them, and has the part of their weights' gradients that comes from its heads."""
 TENSOR_DIMS = {
     "embedding": 0,
     "head": 0,
     "wq": 0,
     "wk": 0,
     "wv": 0,
+    "wq_up": 0,
+    "wkv_up": 0,
     "wo": 1,
     "w_gate": 0,
     "w_up": 0,
@@ -231,12 +237,9 @@ def _block_weights(
     model: ModelConfig, router_shapes: tuple[tuple[str, tuple[int, ...]], ...] | None
 ) -> tuple[tuple[str, WeightSpec], ...]:
     """Compute `block_weights` from the shapes of the router's parameters; None for a dense block."""
-    dim, heads = model.dim, model.num_heads * model.head_dim
-    kv_heads = model.num_kv_heads * model.head_dim
+    dim = model.dim
     shapes: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
-    for name, width in (("wq", heads), ("wk", kv_heads), ("wv", kv_heads)):
-        shapes[f"attention.{name}.weight"] = (width, dim)
-    shapes["attention.wo.weight"] = (dim, heads)
+    shapes |= {f"attention.{name}.weight": shape for name, shape in _attention_shapes(model).items()}
     if router_shapes is None:
         shapes |= _feed_forward_shapes("ffn", model.ffn, model.hidden_dim, dim)
     else:
@@ -264,6 +267,21 @@ def _weights_outside_blocks(model: ModelConfig, first: bool, last: bool) -> Iter
         if not model.tie_embeddings:
             shapes["head.weight"] = (model.vocab_size or 0, model.dim)
     return ((name, WeightSpec.named(name, *shape, root=True)) for name, shape in shapes.items())
+
+
+def _attention_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape for an attention module."""
+    dim, heads, rank = model.dim, model.num_heads * model.head_dim, model.q_lora_rank
+    output: dict[str, tuple[int, ...]] = {"wo": (dim, model.num_heads * model.value_dim)}
+    if model.kv_lora_rank is None:
+        kv_heads = model.num_kv_heads * model.head_dim
+        return {"wq": (heads, dim), "wk": (kv_heads, dim), "wv": (kv_heads, dim)} | output
+    up = model.num_heads * (model.head_dim - model.rotary_width + model.value_dim)
+    shapes: dict[str, tuple[int, ...]] = {"wq": (heads, dim)}
+    if rank is not None:
+        shapes = {"wq_down": (rank, dim), "wq_down_norm": (rank,), "wq_up": (heads, rank)}
+    shapes["wkv_down"] = (model.kv_lora_rank + model.rotary_width, dim)
+    return shapes | {"wkv_down_norm": (model.kv_lora_rank,), "wkv_up": (up, model.kv_lora_rank)} | output
 
 
 def _feed_forward_shapes(prefix: str, kind: str, hidden: int, dim: int) -> dict[str, tuple[int, ...]]:

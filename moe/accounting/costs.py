@@ -167,13 +167,16 @@ def training_bytes(parameters: int, dtype: DType | None = None) -> TrainingBytes
 
 
 def cache_bytes(config: ModelConfig, batch: int, context: int, dtype: DType) -> CacheBytes:
-    """Return the size of the key/value cache. An entry is a key and a value of one token and layer, 2·G·C numbers.
+    """Return the size of the key/value cache.
+
+    An entry is a key and a value of one token and layer, 2·G·C numbers. With latent attention it is a latent and the
+    part of the key with rotary embedding (`ModelConfig.cached`).
 
     Args:
         batch: rows.
         context: tokens per row.
     """
-    entry = 2 * config.num_kv_heads * config.head_dim * BYTES[dtype] * batch
+    entry = sum(heads * width for heads, width in config.cached) * BYTES[dtype] * batch
     windows = [config.window(layer) for layer in range(config.num_layers)]
     rolling = sum(context if window is None else window for window in windows)
     return CacheBytes(full=entry * context * config.num_layers, rolling=entry * rolling)

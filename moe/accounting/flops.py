@@ -69,7 +69,8 @@ class MatmulCosts(NamedTuple):
     assignment: int
     """Multiplications of one routed expert for one token."""
     pair: int
-    """Multiplications per query-key pair of one layer, 2·H·C."""
+    """Multiplications per query-key pair of one layer: H·C for the score and H·C for the value. (With latent attention
+    values are narrower than keys. Zeros that pad them for a kernel are not counted.)"""
 
     def training_flops(self, tokens: int, assignments: int, pairs: int) -> int:
         """Return the FLOPs of a forward and a backward pass.
@@ -94,7 +95,7 @@ def matmul_costs(model: Transformer) -> MatmulCosts:
     return MatmulCosts(
         token=counts.total - counts.experts - vectors - lookup,
         assignment=counts.experts // (config.num_experts * config.num_moe_layers) if config.num_experts else 0,
-        pair=2 * config.num_heads * config.head_dim,
+        pair=config.num_heads * (config.head_dim + config.value_dim),
     )
 
 
@@ -102,7 +103,7 @@ def forward_flops_per_token(model: Transformer, seq_len: int) -> float:
     """Return the FLOPs of the forward pass per token of a row that is one document of `seq_len` tokens.
 
     Each active parameter of a matmul (`ParameterCounts.active`) costs 2 FLOPs. Attention costs 4·H·C FLOPs per
-    query-key pair and layer, for the pairs that the causal mask and the window leave.
+    query-key pair and layer (`MatmulCosts.pair`), for the pairs that the causal mask and the window leave.
     """
     config, costs, counts = model.config, matmul_costs(model), count_parameters(model)
     matmul = costs.token + counts.active - (counts.total - counts.experts)

@@ -3,6 +3,7 @@
 In reading order:
 
 - `attention`: projections, rotary embedding, and the core, which chooses one of the kernels below.
+- `latent`: multi-head latent attention.
 - `masked`: attention under an explicit mask, for packed rows on CPUs and for generation.
 - `window`: sliding-window attention in blocks, on any device and in any precision.
 - `varlen`: windowed and packed attention on GPUs in bf16, with FlashAttention 2.

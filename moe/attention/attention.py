@@ -54,31 +54,43 @@ class AttentionCore(nn.Module):
     and with blocks of queries on CPUs and in fp64. Rows of one document without a window use torch's fused attention.
 
     The queries have the last S of the X positions, so that a part of a row can attend to the keys before it.
+
+    Args:
+        window: W; None: no window.
+        scale: factor on the scores; None: 1/sqrt(C).
     """
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, scale: float | None = None) -> None:
         super().__init__()
         self.window = window
+        self.scale = scale
 
-    def forward(self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, context: TokenContext) -> Tensor:
-        """Return the mixed values [B, H, S, C].
+    def forward(self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXc: Tensor, context: TokenContext) -> Tensor:
+        """Return the mixed values [B, H, S, c].
 
         Args:
+            v_BGXc: of the keys' width C, or narrower. Narrower values are padded with zeros: torch's fused kernels for
+                CPUs and FlashAttention take one width only, and without them all scores would be stored.
             context: its `documents_BS` has the documents of all X key positions, or is None if each row is one
                 document.
         """
+        v_BGXC = pad_width(v_BGXc, q_BHSC.shape[-1])
+        return self.attend(q_BHSC, k_BGXC, v_BGXC, context)[..., : v_BGXc.shape[-1]]
+
+    def attend(self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, context: TokenContext) -> Tensor:
+        """Return the mixed values [B, H, S, C] for values of the keys' width."""
         window = None if self.window is None or self.window >= k_BGXC.shape[2] else self.window
         kernel = choose_kernel(q_BHSC, k_BGXC, window, context)
         if kernel == "sdpa":
-            return _causal(q_BHSC, k_BGXC, v_BGXC)
+            return _causal(q_BHSC, k_BGXC, v_BGXC, self.scale)
         if kernel == "varlen":
             assert context.segments is not None
-            return varlen(q_BHSC, k_BGXC, v_BGXC, context.segments, window)
+            return varlen(q_BHSC, k_BGXC, v_BGXC, context.segments, window, self.scale)
         if kernel == "flex":
-            return flex(q_BHSC, k_BGXC, v_BGXC, context, window)
+            return flex(q_BHSC, k_BGXC, v_BGXC, context, window, self.scale)
         if window is not None:
-            return windowed_attention(q_BHSC, k_BGXC, v_BGXC, context.documents_BS, window)
-        return masked_attention(q_BHSC, k_BGXC, v_BGXC, _mask(q_BHSC, k_BGXC, context.documents_BS))
+            return windowed_attention(q_BHSC, k_BGXC, v_BGXC, context.documents_BS, window, self.scale)
+        return masked_attention(q_BHSC, k_BGXC, v_BGXC, _mask(q_BHSC, k_BGXC, context.documents_BS), self.scale)
 
     def extra_repr(self) -> str:
         """Return what `repr` shows in the parentheses: the window, or `full` without one."""
@@ -96,30 +108,35 @@ def _mask(q_BHSC: Tensor, k_BGXC: Tensor, documents_BX: Tensor | None) -> Tensor
     return same_BSX.tril(earlier).unsqueeze(1)
 
 
-def _causal(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
+def pad_width(x: Tensor, width: int) -> Tensor:
+    """Return `x` [..., c] with zeros behind it along the last dim, so that this has `width` elements."""
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _causal(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, scale: float | None) -> Tensor:
     ratio = q_BHSC.shape[1] // k_BGSC.shape[1]
     if on_gpu(q_BHSC):
-        return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=ratio > 1)
+        grouped = ratio > 1
+        return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=grouped, scale=scale)
     k_BHSC, v_BHSC = (x.repeat_interleave(ratio, dim=1) for x in (k_BGSC, v_BGSC))
-    return F.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, is_causal=True)
+    return F.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, is_causal=True, scale=scale)
 
 
 class Attention(nn.Module):
-    """Projections, rotary embedding and the core (grouped queries: arXiv 2305.13245).
+    """What all kinds of attention share. A kind is a subclass with projections and the method `mix`.
 
     Attributes:
+        wo: the projection of the mixed values to the width of the model.
         core: seam: mixes positions (context parallelism fetches keys and values of other ranks first).
         gather, scatter: seams: join and split the sequence around the projections (tensor parallelism).
     """
 
+    wo: Linear
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
-        self.wq = Linear(config.dim, config.num_heads * config.head_dim)
-        self.wk = Linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.wv = Linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.wo = Linear(config.num_heads * config.head_dim, config.dim)
-        self.core = AttentionCore(config.window(layer))
+        self.head_dim, self.scale = config.head_dim, config.softmax_scale
+        self.core = AttentionCore(config.window(layer), self.scale)
         self.gather: nn.Module = nn.Identity()
         self.scatter: nn.Module = nn.Identity()
 
@@ -130,18 +147,36 @@ class Attention(nn.Module):
             cache: the keys and values of earlier tokens, which the tokens of `x_BSD` attend to as well; None: no such
                 tokens.
         """
-        assert context.rotary is not None
-
-        def heads(projected: Tensor) -> Tensor:
-            return torch.unflatten(projected, -1, (-1, self.head_dim)).transpose(1, 2)
-
-        x_BSD = self.gather(x_BSD)
-        q_BHSC = apply_rotary(heads(self.wq(x_BSD)), context.rotary)
-        k_BGSC = apply_rotary(heads(self.wk(x_BSD)), context.rotary)
-        v_BGSC = heads(self.wv(x_BSD))
-        if cache is None:
-            mixed_BHSC = self.core(q_BHSC, k_BGSC, v_BGSC, context)
-        else:
-            mixed_BHSC = cache.attend(q_BHSC, k_BGSC, v_BGSC)
+        mixed_BHSC = self.mix(self.gather(x_BSD), context, cache)
         y_BSD: Tensor = self.scatter(self.wo(mixed_BHSC.transpose(1, 2).flatten(2)))
         return y_BSD
+
+    def mix(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None) -> Tensor:
+        """Compute queries, keys and values, and return the mixed values of this rank's heads [B, H, S, C]."""
+        raise NotImplementedError
+
+    def split_heads(self, projected: Tensor) -> Tensor:
+        """Return [B, S, H·C] as [B, H, S, C]."""
+        return torch.unflatten(projected, -1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class GroupedQueryAttention(Attention):
+    """Several query heads share a key/value head (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.wq = Linear(config.dim, config.num_heads * config.head_dim)
+        self.wk = Linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.wv = Linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.wo = Linear(config.num_heads * config.head_dim, config.dim)
+
+    def mix(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None) -> Tensor:
+        """Return the mixed values of this rank's heads [B, H, S, C]."""
+        assert context.rotary is not None
+        q_BHSC = apply_rotary(self.split_heads(self.wq(x_BSD)), context.rotary)
+        k_BGSC = apply_rotary(self.split_heads(self.wk(x_BSD)), context.rotary)
+        v_BGSC = self.split_heads(self.wv(x_BSD))
+        if cache is not None:
+            return cache.attend(masked_attention, q_BHSC, k_BGSC, v_BGSC)
+        mixed_BHSC: Tensor = self.core(q_BHSC, k_BGSC, v_BGSC, context)
+        return mixed_BHSC

@@ -1,7 +1,10 @@
-"""The key/value cache for generation: keys and values of earlier tokens, in buffers of fixed size.
+"""The key/value cache for generation: what attention needs of earlier tokens, in buffers of fixed size.
+
+That is a key and a value for each key/value head, or one latent, from which latent attention computes the keys and
+values of all heads (`ModelConfig.cached`). The words *keys and values* below mean either.
 
 Shapes: B batch (rows), S tokens of a chunk, W slots of a buffer, X keys that a block of queries attends to,
-m = min(S, W) slots written, G key/value heads, C head dim.
+m = min(S, W) slots written, H query heads, G key/value heads, C head dim.
 
 A layer with a window W stores exactly its last W keys and values (Mistral 7B, arXiv 2310.06825): the token at position
 p is stored in slot p % W, where it replaces a token that no later query attends to. A layer without a window stores
@@ -12,12 +15,12 @@ of another.
 Each layer then reads and writes its own buffers. `Cache.advance` counts the chunk as stored, after the last layer.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moe.attention.masked import masked_attention
 from moe.config import ModelConfig
 
 EMPTY = -1
@@ -66,14 +69,14 @@ class Cache:
                 raise ValueError(f"max_len={max_len}: expected an integer >= 1, because layer {layer} has no window")
             if window not in self._slots:
                 self._slots[window] = _Slots(window, torch.full((batch, size), EMPTY, device=device))
-            shape = (batch, config.num_kv_heads, size, config.head_dim)
-            keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-            self.layers.append(LayerCache(self._slots[window], keys, values))
+            shapes = [(batch, heads, size, width) for heads, width in config.cached]
+            buffers = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+            self.layers.append(LayerCache(self._slots[window], buffers))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return sum(x.nbytes for layer in self.layers for x in (layer.k_BGWC, layer.v_BGWC))
+        return sum(buffer.nbytes for layer in self.layers for buffer in layer.buffers)
 
     def next_positions(self, length: int) -> Tensor:
         """Return the positions [B, length] of the next `length` tokens of each row."""
@@ -120,41 +123,52 @@ class Cache:
 
 
 class LayerCache:
-    """Keys and values of one layer."""
+    """Keys and values of one layer.
 
-    def __init__(self, slots: "_Slots", k_BGWC: Tensor, v_BGWC: Tensor) -> None:
+    Attributes:
+        buffers: [B, G, W, C] each: the keys and the values, or the latents.
+    """
+
+    def __init__(self, slots: "_Slots", buffers: tuple[Tensor, ...]) -> None:
         self.slots = slots
-        self.k_BGWC, self.v_BGWC = k_BGWC, v_BGWC
+        self.buffers = buffers
 
-    def attend(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
+    def attend(self, mix: Callable[..., Tensor], q_BHSC: Tensor, *chunk: Tensor) -> Tensor:
         """Attend to the stored keys and to those of the chunk, then store the chunk. No gradient reaches the buffers.
 
+        Args:
+            mix: computes attention, as `moe.attention.masked.masked_attention` does: from queries, the tensors in
+                place of the keys and values, and a mask.
+            chunk: of the new tokens, one tensor [B, G, S, C] for each of the buffers.
+
         Returns:
-            [B, H, S, C].
+            What `mix` returns, [B, H, S, ...].
         """
         plan = self.slots.plan
         assert plan is not None, "Cache.begin comes first"
         if plan.write_first:
-            self._write(k_BGSC, v_BGSC, plan)
-        mixed = [self._attend_block(q_BHSC, k_BGSC, v_BGSC, block) for block in plan.blocks]
+            self._write(chunk, plan)
+        mixed = [self._attend_block(mix, q_BHSC, chunk, block) for block in plan.blocks]
         if not plan.write_first:
-            self._write(k_BGSC, v_BGSC, plan)
+            self._write(chunk, plan)
         return mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=2)
 
-    def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, block: "_Block") -> Tensor:
-        sources = ((self.k_BGWC, k), (self.v_BGWC, v))
-        parts = [(buffer[:, :, : block.slots], chunk[:, :, block.keys]) for buffer, chunk in sources]
-        keys, values = (_concatenate(*part) for part in parts)
-        return masked_attention(q[:, :, block.queries], keys, values, block.mask_B1SX)
+    def _attend_block(
+        self, mix: Callable[..., Tensor], q: Tensor, chunk: tuple[Tensor, ...], block: "_Block"
+    ) -> Tensor:
+        sources = zip(self.buffers, chunk, strict=True)
+        keys = (_concatenate(buffer[:, :, : block.slots], new[:, :, block.keys]) for buffer, new in sources)
+        return mix(q[:, :, block.queries], *keys, block.mask_B1SX)
 
-    def _write(self, k: Tensor, v: Tensor, plan: "_Plan") -> None:
-        for buffer, chunk in ((self.k_BGWC, k.detach()), (self.v_BGWC, v.detach())):
+    def _write(self, chunk: tuple[Tensor, ...], plan: "_Plan") -> None:
+        for buffer, new in zip(self.buffers, chunk, strict=True):
             shape = (-1, buffer.shape[1], -1, buffer.shape[3])
             token, slot, has_token = (
                 x[:, None, :, None].expand(shape) for x in (plan.token_Bm, plan.slot_Bm, plan.has_token_Bm)
             )
             # The m slots of a row are distinct. A slot for which the chunk has no token is written with its old value.
-            buffer.scatter_(2, slot, torch.where(has_token, chunk.gather(2, token), buffer.gather(2, slot)))
+            kept = buffer.gather(2, slot)
+            buffer.scatter_(2, slot, torch.where(has_token, new.detach().gather(2, token), kept))
 
 
 class _Chunk(NamedTuple):

@@ -20,16 +20,25 @@ from moe.token_context import TokenContext
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def flex(q_BHSC: Tensor, k_BGXC: Tensor, v_BGXC: Tensor, context: TokenContext, window: int | None) -> Tensor:
+def flex(
+    q_BHSC: Tensor,
+    k_BGXC: Tensor,
+    v_BGXC: Tensor,
+    context: TokenContext,
+    window: int | None,
+    scale: float | None = None,
+) -> Tensor:
     """Return causal attention within documents and the window, [B, H, S, C]. It is compiled on GPUs only.
 
     Args:
         context: its `documents_BS` has the documents of all X key positions, or is None if each row is one document.
         window: number of keys that a query attends to; None: all earlier ones.
+        scale: factor on the scores; None: 1/sqrt(C).
     """
     mask = block_mask(context, window, q_BHSC.shape[2], k_BGXC.shape[2], q_BHSC.device)
     attend: Any = _compiled(flex_attention) if q_BHSC.is_cuda else flex_attention
-    out: Tensor = attend(q_BHSC, k_BGXC, v_BGXC, block_mask=mask, enable_gqa=q_BHSC.shape[1] != k_BGXC.shape[1])
+    grouped = q_BHSC.shape[1] != k_BGXC.shape[1]
+    out: Tensor = attend(q_BHSC, k_BGXC, v_BGXC, block_mask=mask, enable_gqa=grouped, scale=scale)
     return out
 
 

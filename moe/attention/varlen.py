@@ -62,25 +62,39 @@ def takes(q_BHSC: Tensor) -> bool:
     return q_BHSC.dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
 
 
-def varlen(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, segments: Segments, window: int | None) -> Tensor:
+def varlen(
+    q_BHSC: Tensor,
+    k_BGSC: Tensor,
+    v_BGSC: Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float | None = None,
+) -> Tensor:
     """Return causal attention within segments and the window, [B, H, S, C].
 
     Args:
         segments: those of the rows, on the device of the queries.
         window: number of keys that a query attends to, its own position included; None: all earlier ones.
+        scale: factor on the scores; None: 1/sqrt(C).
     """
     # Projections have the heads last, so these are views.
     q_THC, k_TGC, v_TGC = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSC, k_BGSC, v_BGSC))
-    out_THC, _ = _attend(q_THC, k_TGC, v_TGC, segments.offsets, segments.sizes, window)
+    out_THC, _ = _attend(q_THC, k_TGC, v_TGC, segments.offsets, segments.sizes, window, scale)
     return torch.unflatten(out_THC, 0, (q_BHSC.shape[0], -1)).transpose(1, 2)
 
 
 @torch.library.custom_op("mixwright::varlen", mutates_args=())
 def _attend(
-    q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, offsets: Tensor, sizes: Tensor, window: int | None
+    q_THC: Tensor,
+    k_TGC: Tensor,
+    v_TGC: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    window: int | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the mixed values [T, H, C] and the logarithms of the softmax's sums [H, T], fp32."""
-    options = _options(offsets, sizes, window)
+    options = _options(offsets, sizes, window, scale)
     out_THC, sums_HT, *_ = flash_forward(q_THC, k_TGC, v_TGC, **options, return_debug_mask=False)
     return out_THC, sums_HT
 
@@ -94,10 +108,11 @@ def _attend_backward(
     offsets: Tensor,
     sizes: Tensor,
     window: int | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the queries, keys and values `inputs`."""
     unused = offsets.new_empty(0)  # the state of random numbers for dropout
-    options = _options(offsets, sizes, window)
+    options = _options(offsets, sizes, window, scale)
     q, k, v = flash_backward(grad_THC, *inputs, out_THC, sums_HT, **options, rng_state=unused, unused=unused)
     return q, k, v
 
@@ -106,7 +121,7 @@ flash_forward: Any = torch.ops.aten._flash_attention_forward
 flash_backward: Any = torch.ops.aten._flash_attention_backward
 
 
-def _options(offsets: Tensor, sizes: Tensor, window: int | None) -> dict[str, Any]:
+def _options(offsets: Tensor, sizes: Tensor, window: int | None, scale: float | None) -> dict[str, Any]:
     number, longest = sizes.tolist()
     offsets = offsets[: number + 1]
     return {
@@ -118,12 +133,19 @@ def _options(offsets: Tensor, sizes: Tensor, window: int | None) -> dict[str, An
         "is_causal": window is None,
         "window_size_left": -1 if window is None else window - 1,
         "window_size_right": 0,
+        "scale": scale,
     }
 
 
 @_attend.register_fake
 def _(
-    q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, offsets: Tensor, sizes: Tensor, window: int | None
+    q_THC: Tensor,
+    k_TGC: Tensor,
+    v_TGC: Tensor,
+    offsets: Tensor,
+    sizes: Tensor,
+    window: int | None,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q_THC), q_THC.new_empty(q_THC.shape[1], q_THC.shape[0], dtype=torch.float32)
 
@@ -135,14 +157,15 @@ def _(grad_THC: Tensor, inputs: list[Tensor], *others: Any) -> tuple[Tensor, Ten
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.window = inputs
+    *tensors, ctx.window, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_THC: Tensor, _: None) -> tuple[Tensor | None, ...]:
     q, k, v, offsets, sizes, out, sums = ctx.saved_tensors
-    return *_attend_backward(grad_THC, [q, k, v], out, sums, offsets, sizes, ctx.window), None, None, None
+    gradients = _attend_backward(grad_THC, [q, k, v], out, sums, offsets, sizes, ctx.window, ctx.scale)
+    return *gradients, None, None, None, None
 
 
 _attend.register_autograd(_backward, setup_context=_save)

@@ -26,13 +26,19 @@ positions attend only to each other."""
 
 
 def windowed_attention(
-    q_BHSC: Tensor, k_BGPC: Tensor, v_BGPC: Tensor, documents_BP: Tensor | None, window: int
+    q_BHSC: Tensor,
+    k_BGPC: Tensor,
+    v_BGPC: Tensor,
+    documents_BP: Tensor | None,
+    window: int,
+    scale: float | None = None,
 ) -> Tensor:
     """Return causal attention over the last `window` keys of the same document, including the key at the query's
     position.
 
     Args:
         documents_BP: document number of each position; None: each row is one document.
+        scale: factor on the scores; None: 1/sqrt(C).
 
     Returns:
         [B, H, S, C].
@@ -41,7 +47,8 @@ def windowed_attention(
     if unreachable > 0:
         k_BGPC, v_BGPC = k_BGPC[:, :, unreachable:], v_BGPC[:, :, unreachable:]
         documents_BP = None if documents_BP is None else documents_BP[:, unreachable:]
-    out: Tensor = _Windowed.apply(q_BHSC, k_BGPC, v_BGPC, documents_BP, window)
+    scale = q_BHSC.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = _Windowed.apply(q_BHSC, k_BGPC, v_BGPC, documents_BP, window, scale)
     return out
 
 
@@ -160,11 +167,13 @@ class _PaddedRow:
 
 class _Windowed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, window: int, scale: float
+    ) -> Tensor:
         ctx.save_for_backward(q, k, v, documents)
-        ctx.window = window
+        ctx.window, ctx.scale = window, scale
         plan = _plan(q, k, window)
-        row = _PaddedRow(plan, q * plan.channels**-0.5, k, v, documents)
+        row = _PaddedRow(plan, q * scale, k, v, documents)
         out = torch.empty_like(row.q)
         for first in range(0, plan.blocks, plan.blocks_at_once):
             end = min(first + plan.blocks_at_once, plan.blocks)
@@ -174,10 +183,9 @@ class _Windowed(torch.autograd.Function):
         return out[:, :, : plan.length]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q, k, v, documents = ctx.saved_tensors
-        plan = _plan(q, k, ctx.window)
-        scale = plan.channels**-0.5
+        plan, scale = _plan(q, k, ctx.window), ctx.scale
         row = _PaddedRow(plan, q * scale, k, v, documents)
         grad = F.pad(grad, (0, 0, 0, row.end_padding))
         # The gradient of a key is a sum over several blocks, which is accumulated in at least fp32.
@@ -199,6 +207,7 @@ class _Windowed(torch.autograd.Function):
             grad_q[:, :, : plan.length] * scale,
             grad_k[:, :, positions].to(k.dtype),
             grad_v[:, :, positions].to(v.dtype),
+            None,
             None,
             None,
         )

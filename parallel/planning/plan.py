@@ -215,6 +215,7 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
     for (is_moe, window), number in Counter(map(_layer_kinds(model).__getitem__, layers)).items():
         # The inputs and outputs of two norms; queries, mixed values, keys and values, and the fetched ones.
         block = 4.0 * tokens * dim + 2 * gathered_tokens * model.head_dim * (heads + kv_heads) / layout.tensor
+        block += gathered_tokens * _latent_width(model)
         length = workload.seq_len // layout.context
         positions = fetched_positions(window, length, layout.context) * workload.rows(layout)
         block += 2 * positions * kv_heads * model.head_dim / layout.tensor
@@ -241,6 +242,16 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
         stored += (tokens + gathered_tokens) * dim + entries * dim * workload.weight_itemsize / workload.itemsize
         largest = max(largest, min(gathered_tokens * entries, CHUNK_LOGITS))
     return (stored + largest) * workload.itemsize
+
+
+def _latent_width(model: ModelConfig) -> int:
+    """Return the numbers of a token that latent attention stores beside what grouped-query attention does.
+
+    These are the inputs and outputs of the norms of the latents. The core's values are as wide as its keys.
+    """
+    if model.kv_lora_rank is None:
+        return 0
+    return 2 * (model.kv_lora_rank + (model.q_lora_rank or 0)) + model.rotary_width
 
 
 @lru_cache(maxsize=64)

@@ -102,6 +102,7 @@ def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload,
     passes = 3 + recomputed_share(parallel, workload)
     matmul = 2 * passes * active_parameters(workload) * tokens / layout.world / hardware.matmul
     pairs = sum(attended_pairs(model.window(layer), workload.seq_len) for layer in range(model.num_layers))
+    # The kernels pad values that are narrower than keys.
     attention_flops = 4 * model.num_heads * model.head_dim * pairs * workload.global_batch / layout.world
     forwards = 2 if parallel.recompute == "full" else 1
     attention = attention_flops * (forwards / hardware.attention_forward + 2.5 / hardware.attention_backward)

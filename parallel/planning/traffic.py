@@ -88,12 +88,15 @@ def fetched_positions(window: int | None, length: int, ranks: int) -> float:
     return sum(min(rank * length, reach) for rank in range(ranks)) / ranks
 
 
-def context_bytes(positions: float, rows: int, kv_width: int, itemsize: int, passes: int = 2) -> float:
+def context_bytes(positions: float, rows: int, numbers: int, itemsize: int, passes: int = 2) -> float:
     """Return the bytes of context parallelism in one layer.
 
     A pass sends the keys and values [b, G, C] of the fetched positions, or in the backward pass their gradients.
+
+    Args:
+        numbers: those of one position's keys and values, 2·G·C.
     """
-    return passes * positions * rows * 2 * kv_width * itemsize
+    return passes * positions * rows * numbers * itemsize
 
 
 def pipeline_bytes(tokens: int, dim: int, stages: int, ranks: int, itemsize: int) -> float:
@@ -188,13 +191,13 @@ def traffic(workload: Workload, layout: Layout, parallel: ParallelConfig) -> dic
     micro["tensor"] = tensor_bytes(tokens, dim, layout.tensor, size, transfers)
     micro["tensor"] += prediction_bytes(tokens, layout.tensor, size)
     micro["context"] = 0.0
-    kv_width = model.num_kv_heads * layout.kv_copies * model.head_dim // layout.tensor
+    numbers = model.num_kv_heads * layout.kv_copies * (model.head_dim + model.value_dim) // layout.tensor
     length = workload.seq_len // layout.context
     for window, number in Counter(map(model.window, range(model.num_layers))).items():
         # Zigzag all-gathers the whole row.
         row = all_gather_bytes(layout.context, length)
         positions = row if layout.zigzag else fetched_positions(window, length, layout.context)
-        micro["context"] += number * context_bytes(positions, workload.rows(layout), kv_width, size, passes)
+        micro["context"] += number * context_bytes(positions, workload.rows(layout), numbers, size, passes)
     for axis in ("expert", "expert_tensor", "tensor", "context"):
         micro[axis] /= layout.pipeline  # Each layer is on one of the pipeline's ranks.
     micro["pipeline"] = pipeline_bytes(tokens, dim, parallel.num_stages(layout), layout.pipeline, size)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe.attention.attention import Attention, AttentionCore
+from moe.attention.attention import AttentionCore, GroupedQueryAttention
 from moe.config import ModelConfig, RouterConfig
 from moe.routers import build_router
 from moe.token_context import TokenContext
@@ -106,7 +106,7 @@ def module_on(rank, ranks):
         dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=8, vocab_size=9, sliding_window=5,
         num_experts=None, top_k=None,
     )  # fmt: skip
-    model = torch.nn.ModuleList([Attention(config, 0), build_router(4, 4, 2, RouterConfig())])
+    model = torch.nn.ModuleList([GroupedQueryAttention(config, 0), build_router(4, 4, 2, RouterConfig())])
     before = list(model.state_dict())
     shard_attention(model, group)
     install_rows(model, group, Layout(context=group.size()))

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe.attention.attention import Attention, AttentionCore
+from moe.attention.attention import AttentionCore, GroupedQueryAttention
 from moe.attention.flex import _compiled, block_mask, flex
 from moe.attention.varlen import segments_of
 from moe.config import ModelConfig
@@ -251,7 +251,7 @@ def test_projections_rotary_grouped_heads_window_and_documents_together(window, 
         sliding_window=window, num_experts=None, top_k=None, rotary_dim=rotary_dim,
     )  # fmt: skip
     width = config.rotary_width
-    attention = Attention(config, 0).double()
+    attention = GroupedQueryAttention(config, 0).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     length = 37

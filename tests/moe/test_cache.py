@@ -121,11 +121,11 @@ def test_rows_of_different_lengths(window):
 def test_memory_is_that_of_the_window_and_never_moves():
     model = build((4, 7, 4))
     cache = Cache(model.config, 2, dtype=torch.float64)
-    assert [layer.k_BGWC.shape[2] for layer in cache.layers] == [4, 7, 4]
-    size, addresses = cache.nbytes, [layer.k_BGWC.data_ptr() for layer in cache.layers]
+    assert [layer.buffers[0].shape[2] for layer in cache.layers] == [4, 7, 4]
+    size, addresses = cache.nbytes, [layer.buffers[0].data_ptr() for layer in cache.layers]
     assert size == 2 * (4 + 7 + 4) * 2 * 2 * 4 * 8  # keys and values, entries, rows, heads, channels, bytes
     cached(model, torch.randint(0, 40, (2, 60)), [50, *[1] * 10], cache)
-    assert (cache.nbytes, [layer.k_BGWC.data_ptr() for layer in cache.layers]) == (size, addresses)
+    assert (cache.nbytes, [layer.buffers[0].data_ptr() for layer in cache.layers]) == (size, addresses)
     assert cache.lengths_B.tolist() == [60, 60]  # counted once per forward pass, not once per layer
 
 
@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
     cache = Cache(model.config, 2, max_len=6, dtype=torch.float64)
     tokens = torch.randint(0, 40, (2, 8))
     cached(model, tokens[:, :4], [4], cache)
-    before = [layer.k_BGWC.clone() for layer in cache.layers]
+    before = [layer.buffers[0].clone() for layer in cache.layers]
     with pytest.raises(ValueError, match=r"^max_len=6: expected at least 7, the tokens of the longest row"):
         model(ModelInputs(tokens[:, 4:7], cache.next_positions(3)), cache=cache)
     with pytest.raises(ValueError, match=r"^positions_BS: expected each row to continue at its length, \[4, 4\]"):
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written():
             ModelInputs(tokens[:, 4:6], cache.next_positions(2), valid_BS=torch.tensor([[True, True], [False, True]])),
             cache=cache,
         )
-    assert all(torch.equal(layer.k_BGWC, old) for layer, old in zip(cache.layers, before, strict=True))
+    assert all(torch.equal(layer.buffers[0], old) for layer, old in zip(cache.layers, before, strict=True))
     torch.testing.assert_close(
         model(ModelInputs(tokens[:, 4:6], cache.next_positions(2)), cache=cache).logits_BSV,
         whole(model, tokens[:, :6])[:, 4:],

@@ -55,7 +55,7 @@ def segments_in(q, k, options):
     assert offsets[0] == 0 and offsets[-1] == len(q)
     for start, end in itertools.pairwise(offsets):
         assert 0 < end - start <= options["max_q"] == options["max_k"]
-        scores = torch.einsum("qhc,khc->hqk", q[start:end], k[start:end]) * q.shape[-1] ** -0.5
+        scores = torch.einsum("qhc,khc->hqk", q[start:end], k[start:end]) * (options["scale"] or q.shape[-1] ** -0.5)
         distance = torch.arange(end - start).unsqueeze(1) - torch.arange(end - start)
         hidden = (distance < 0) | ((distance > before) if before >= 0 else torch.zeros_like(distance).bool())
         yield slice(start, end), scores.masked_fill(hidden, -torch.inf).softmax(-1)
@@ -71,7 +71,7 @@ def forward(q, k, v, **options):
 def backward(grad, q, k, v, out, sums, **options):
     """Stand in for `aten._flash_attention_backward`."""
     assert sums.shape == (q.shape[1], len(q))
-    groups, scale = k.shape[1], q.shape[-1] ** -0.5
+    groups, scale = k.shape[1], options["scale"] or q.shape[-1] ** -0.5
     k, v = (x.repeat_interleave(q.shape[1] // groups, dim=1) for x in (k, v))
     grads = []
     for here, p in segments_in(q, k, options):
@@ -105,8 +105,10 @@ def test_segments_give_the_attention_of_documents(window, kv_heads, monkeypatch)
         # Runs have distinct numbers in the reference, too: the two runs of padding of a row are different segments.
         numbered = torch.ones_like(documents).index_fill(1, torch.tensor([0]), 0)
         numbered[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        expected = masked_reference(*heads, numbered.cumsum(1), window)
-        got = varlen(*heads, segments_of(documents, "cpu"), window)
+        scale = 0.2 if kv_heads == 4 else None
+        scaled = heads[0] * (1 if scale is None else scale * 8**0.5)
+        expected = masked_reference(scaled, *heads[1:], numbered.cumsum(1), window)
+        got = varlen(*heads, segments_of(documents, "cpu"), window, scale)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
         grad = torch.randn_like(expected)
         pairs = zip(*(torch.autograd.grad(x, (q, k, v), grad) for x in (got, expected)), strict=True)
@@ -152,9 +154,9 @@ def test_torch_has_the_kernel_with_these_arguments():
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     segments = segments_of(torch.zeros(2, 6, dtype=torch.int32), "cpu")
     for window in (None, 3):
-        options = _options(segments.offsets.to("meta"), segments.sizes, window)
+        options = _options(segments.offsets.to("meta"), segments.sizes, window, 0.5)
         out, sums, *_ = flash_forward(*flat, **options, return_debug_mask=False)
-        fake = varlen_operator(*flat, segments.offsets.to("meta"), segments.sizes, window)
+        fake = varlen_operator(*flat, segments.offsets.to("meta"), segments.sizes, window, 0.5)
         assert [(x.shape, x.dtype, x.stride()) for x in (out, sums)] == [(x.shape, x.dtype, x.stride()) for x in fake]
         unused = torch.empty(0, device="meta")
         grads = flash_backward(flat[0], *flat, out, sums, **options, rng_state=unused, unused=unused)

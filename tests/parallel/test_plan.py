@@ -276,7 +276,7 @@ def test_formulas_by_hand() -> None:
     assert expert_tensor_bytes(6, 5, 3, 2) == 4 * 120
     assert tensor_bytes(7, 5, 2, 4) == 4 * 140
     assert prediction_bytes(7, 2, 2) == 3 * 14 * 4
-    assert context_bytes(3, 2, 8, 4) == 2 * 3 * 2 * 16 * 4
+    assert context_bytes(3, 2, 16, 4) == 2 * 3 * 2 * 16 * 4
     assert bubble(1, 8, "1f1b") == 0
     assert bubble(4, 8, "1f1b") == 3 / 11
     assert bubble(4, 8, "interleaved") == 3 / 19

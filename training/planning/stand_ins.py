@@ -55,7 +55,7 @@ def gpu_kernels(observer: Observer, mean_pairs: Callable[[int | None], float] | 
         )
         return out
 
-    with mock.patch.object(AttentionCore, "forward", core), mock.patch.object(RMSNorm, "forward", norm):
+    with mock.patch.object(AttentionCore, "attend", core), mock.patch.object(RMSNorm, "forward", norm):
         yield
 
 

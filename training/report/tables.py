@@ -110,7 +110,6 @@ def show_model(
         precision: the data type of the forward and backward pass.
         device: the device of rank 0.
     """
-    heads = f"{model.num_heads} query heads, {model.num_kv_heads} key/value heads of {model.head_dim}"
     show_fields(
         "Model",
         {
@@ -118,7 +117,7 @@ def show_model(
             f"{human_count(active_params)} active per token ({active_params:,})",
             "layers": f"{model.num_layers} of dim {model.dim:,}",
             "feed-forward": _feed_forward(model),
-            "attention": f"{heads}; {_windows(model)}",
+            "attention": f"{_heads(model)}; {_windows(model)}",
             "tokenizer": f"{tokenizer}, {vocab_size:,} ids",
             "precision": f"{precision} on {device}",
         },
@@ -134,6 +133,16 @@ def _feed_forward(model: ModelConfig) -> str:
     moe_layers = model.num_moe_layers
     others = "" if moe_layers == model.num_layers else f" in {moe_layers} layers, the others {dense}"
     return f"{experts}; top-{model.top_k} per token{shared}{others}"
+
+
+def _heads(model: ModelConfig) -> str:
+    """Return the numbers and widths of the heads, and of the latents if there are any."""
+    if model.kv_lora_rank is None:
+        return f"{model.num_heads} query heads, {model.num_kv_heads} key/value heads of {model.head_dim}"
+    parts = f"{model.qk_nope_head_dim} + {model.rotary_width} rotary"
+    queries = "" if model.q_lora_rank is None else f", of queries {model.q_lora_rank:,}"
+    heads = f"{model.num_heads} heads of {model.head_dim} ({parts}), values of {model.value_dim}"
+    return f"latent, {heads}; latent of keys and values {model.kv_lora_rank:,}{queries}"
 
 
 def _windows(model: ModelConfig) -> str:
@@ -299,7 +308,7 @@ def _shape(model: ModelConfig, router: RouterConfig, vocabulary_is_assumed: bool
     assumed = " (the tokenizer's; vocab_size=... to assume another)" if vocabulary_is_assumed else ""
     shape = {
         "layers": f"{model.num_layers} of width {model.dim:,}",
-        "attention": f"{model.num_heads} query heads, {model.num_kv_heads} key/value heads of {model.head_dim}",
+        "attention": _heads(model),
         "window": ", ".join("none" if window is None else f"{window:,}" for window in windows),
         "vocabulary": f"{model.vocab_size:,}{', tied to the head' if model.tie_embeddings else ''}{assumed}",
     }
