@@ -529,12 +529,11 @@ class ModelConfig:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
-    def softmax_scale(self) -> float:
-        """The factor on the scores of attention: 1/sqrt(C), and in latent attention with YaRN DeepSeek's correction."""
-        scale, scaling = self.head_dim**-0.5, self.rope_scaling
-        if self.kv_lora_rank is None or scaling is None or scaling.mscale_all_dim is None:
-            return scale
-        return scale * scaling.magnitude(scaling.mscale_all_dim) ** 2
+    def softmax_scale(self) -> float | None:
+        """The factor on the scores of attention; None: 1/sqrt(C). Latent attention with YaRN has another one."""
+        if self.kv_lora_rank is None or self.rope_scaling is None or self.rope_scaling.mscale_all_dim is None:
+            return None
+        return math.pow(self.rope_scaling.magnitude(self.rope_scaling.mscale_all_dim), 2) / math.sqrt(self.head_dim)
 
     @property
     def value_dim(self) -> int:

@@ -117,7 +117,9 @@ def variants(tiny: bool) -> Iterator[Variant]:
 def train(variant: Variant, mesh: Mesh) -> Result:
     """Train the model of `variant` for a few steps."""
     case: Case = MODELS[variant.model]
-    case = replace(case, model=replace(case.model, head_dim=16))
+    rotary = case.model.qk_rope_head_dim
+    parts = {} if rotary is None else {"qk_nope_head_dim": 16 - rotary}
+    case = replace(case, model=replace(case.model, head_dim=16, **parts))
     parallel = ParallelConfig(expert=1, recompute=variant.recompute)
     precision = variant.precision
     config = configuration(case, parallel, rows=rows_for(1), steps=STEPS, precision=precision)  # type: ignore[arg-type]

@@ -83,7 +83,8 @@ class LatentAttention(Attention):
         q_BHSn, q_BHSr = q_BHSC.split((self.nope, self.rope), dim=-1)
         q_BHSN = torch.cat((q_BHSn @ of_keys_HnR, q_BHSr), dim=-1)
         # The mixed rotary parts are not used. As keys and values are the same tensor, a fused kernel can be used.
-        mixed_BHSN = masked_attention(q_BHSN, tokens_B1XN, tokens_B1XN, mask_B1SX, self.scale)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        mixed_BHSN = masked_attention(q_BHSN, tokens_B1XN, tokens_B1XN, mask_B1SX, scale)
         mixed_BHSc: Tensor = mixed_BHSN[..., : self.rank] @ of_values_HcR.transpose(1, 2)
         return mixed_BHSc
 

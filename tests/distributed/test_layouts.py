@@ -40,8 +40,10 @@ QUICK = (
     ("capacity", "expert_tensor=2"),
     ("uneven", "tensor=2"),
     ("expert_choice", "context=2"),
+    ("latent", "context=2"),
     ("deepseek", "pipeline=2"),
     ("deepseek", "tensor=2+expert=2+recompute=selective"),
+    ("latent", "tensor=2"),
     ("switch", "shard=2+expert=2+offload=true"),
     ("mixtral", "expert=2+overlap=true"),
 )
@@ -50,7 +52,8 @@ CHOSEN = {
     # Under expert parallelism most ranks store no expert that trains.
     2: (("partly_frozen", "expert=2"), ("uneven", "tensor=2"), ("multi_query", "tensor=2"),
         ("deepseek", "tensor=2+recompute=selective")),
-    4: (("uneven", "tensor=4"), ("uneven", "shard=2+tensor=2"), ("uneven", "expert=2+expert_tensor=2"),
+    4: (("latent", "tensor=2+context=2"), ("latent", "pipeline=2+shard=2"),
+        ("uneven", "tensor=4"), ("uneven", "shard=2+tensor=2"), ("uneven", "expert=2+expert_tensor=2"),
         ("multi_query", "tensor=4"), ("multi_query", "tensor=2+context=2"), ("multi_query", "shard=2+tensor=2"),
         ("multi_query", "pipeline=2+tensor=2"),
         ("mixtral", "expert=2+expert_tensor=2+recompute=full+overlap=true")),

@@ -9,8 +9,8 @@ import torch
 from moe.attention.attention import AttentionCore
 from moe.attention.cache import Cache
 from moe.attention.latent import LatentAttention
-from moe.config import ModelConfig
-from moe.token_context import TokenContext, rotary_table
+from moe.config import ModelConfig, RopeScaling
+from moe.token_context import TokenContext, rotary_frequencies, rotary_table
 from tests.moe.test_attention import masked_reference
 from tests.moe.test_cache import build, cached, pieces, whole
 
@@ -25,26 +25,33 @@ def normalized(x, weight, eps):
     return x / (x.square().mean() + eps).sqrt() * weight
 
 
-@pytest.mark.parametrize(("rank", "window"), [(7, None), (None, 5)])
-def test_attention_equals_a_loop_over_queries_and_keys(rank, window):
+YARN = RopeScaling("yarn", 4.0, 8, mscale=0.6, mscale_all_dim=0.7)
+
+
+@pytest.mark.parametrize(("rank", "window", "scaling"), [(7, None, YARN), (None, 5, None)])
+def test_attention_equals_a_loop_over_queries_and_keys(rank, window, scaling):
     """Every angle, key and value by itself, in float64. Documents are packed."""
     torch.manual_seed(3)
-    config = dataclasses.replace(CONFIG, q_lora_rank=rank, sliding_window=window)
+    config = dataclasses.replace(CONFIG, q_lora_rank=rank, sliding_window=window, rope_scaling=scaling)
     attention = LatentAttention(config, 0).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     documents = torch.tensor([[0] * 7 + [1] * 2 + [2] * 8])
     positions = torch.cat([torch.arange(n) for n in (7, 2, 8)])
     x = torch.randn(1, 17, 12, dtype=torch.float64)
-    rotary = rotary_table(positions.unsqueeze(0), config.rotary_width, config.rope_theta, torch.float64)
+    rotary = rotary_table(positions.unsqueeze(0), config.rotary_width, config.rope_theta, torch.float64, scaling)
     got = attention(x, TokenContext(rotary=rotary, documents_BS=documents))[0]
+
+    frequencies = rotary_frequencies(4, config.rope_theta, scaling, torch.float64, x.device).tolist()
+    factor = 1.0 if scaling is None else (0.06 * math.log(4) + 1) / (0.07 * math.log(4) + 1)
+    sharpness = 1.0 if scaling is None else (0.07 * math.log(4) + 1) ** 2
 
     def turned(vector, position):
         out = vector.clone()
-        for i in range(2):
-            angle = position * config.rope_theta ** (-2 * i / 4)
-            out[i] = vector[i] * math.cos(angle) - vector[i + 2] * math.sin(angle)
-            out[i + 2] = vector[i + 2] * math.cos(angle) + vector[i] * math.sin(angle)
+        for i, frequency in enumerate(frequencies):
+            cos, sin = math.cos(position * frequency) * factor, math.sin(position * frequency) * factor
+            out[i] = vector[i] * cos - vector[i + 2] * sin
+            out[i + 2] = vector[i + 2] * cos + vector[i] * sin
         return out
 
     def query(i, head):
@@ -67,7 +74,7 @@ def test_attention_equals_a_loop_over_queries_and_keys(rank, window):
         heads = []
         for head in range(4):
             keys, values = zip(*(key_and_value(j, head) for j in seen), strict=True)
-            scores = torch.stack([query(i, head) @ key for key in keys]) / 3
+            scores = torch.stack([query(i, head) @ key for key in keys]) / 3 * sharpness
             heads.append(scores.softmax(0) @ torch.stack(values))
         torch.testing.assert_close(got[i], attention.wo.weight @ torch.cat(heads), rtol=0, atol=1e-10)
 
@@ -93,7 +100,7 @@ def test_the_core_takes_narrower_values_and_any_scale(window, packed):
 @torch.no_grad()
 def test_logits_with_the_cache_equal_those_without(window, chunk, rank, monkeypatch):
     """Single tokens take the absorbed form but for the first, and a chunk of 18 computes keys and values."""
-    model = build(window, **LATENT | {"q_lora_rank": rank})
+    model = build(window, rope_scaling=YARN if rank else None, **LATENT | {"q_lora_rank": rank})
     expanded = []
     expand = LatentAttention._expand
     monkeypatch.setattr(LatentAttention, "_expand", lambda *given: expanded.append(given[1].shape[1]) or expand(*given))

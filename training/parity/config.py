@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from common.errors import expect
 from data.config import DataConfig
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ModelConfig, RopeScaling, RouterConfig
 from parallel.config import ParallelConfig
 from training.config import (
     CheckpointConfig,
@@ -72,6 +72,12 @@ CASES: Mapping[str, Case] = {
         RouterConfig(
             kind="sigmoid_topk", scale=2.5, num_groups=4, topk_groups=2, bias_update_rate=0.01, balance_scope="sequence"
         ),
+    ),
+    "latent": Case(
+        replace(MODEL, num_shared_experts=1, first_k_dense=1, num_kv_heads=8, kv_lora_rank=7, q_lora_rank=9,
+                qk_nope_head_dim=3, qk_rope_head_dim=4, v_head_dim=5, head_dim=7, sliding_window=(5, None),
+                rope_scaling=RopeScaling("yarn", 4.0, 8, mscale=0.7, mscale_all_dim=0.7)),
+        RouterConfig(balance_coef=0.05),
     ),
     "switch": Case(
         replace(MODEL, top_k=1, ffn="geglu", expert_ffn="relu", moe_every=2, tie_embeddings=True, sliding_window=None),
