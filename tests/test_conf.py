@@ -124,6 +124,8 @@ PUBLISHED = {
     "switch_c": (1571e9, None),  # arXiv 2101.03961, table 9; active parameters are not given
     "glam_64e": (1.162e12, 96.6e9),  # arXiv 2112.06905, table 4: 1.2 T, 96.6 B
     "deepseek_moe_16b": (16.38e9, 2.83e9),  # arXiv 2401.06066: 16.4 B, 2.8 B; the released checkpoint
+    "deepseek_v2_lite": (15.706e9, 2.661e9),  # arXiv 2405.04434: 15.7 B, 2.4 B without the embedding's 0.21 B
+    "deepseek_v3": (671.03e9, 37.55e9),  # arXiv 2412.19437: 671 B, 37 B; the released checkpoint without MTP
     "deepseek_moe_145b": (144.6e9, 22.2e9),  # the same, section 7; the widths that make it are an assumption
 }
 CLOSE = 5e-4
