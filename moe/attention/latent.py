@@ -89,10 +89,10 @@ class LatentAttention(Attention):
         return mixed_BHSc
 
     def _has_matrix(self) -> bool:
-        """Return whether the weight of `wkv_up` can be read as a matrix.
+        """Return whether the weight of `wkv_up` can be read as the matrix that the module multiplies by.
 
-        It cannot if the module does more than multiply by it (adapters), if it is stored in another form (4 bits), or
-        if only a shard of it is present while the module is not called (ZeRO-3).
+        It cannot if it is quantised, if an adapter adds to the product, or if this rank has only a shard of it while
+        the module is not called (ZeRO-3).
         """
-        weight = self.wkv_up.weight
-        return type(self.wkv_up) is Linear and weight.dim() == 2 and weight.shape[1] == self.rank
+        up = self.wkv_up
+        return not up.packings and getattr(up, "adapter", None) is None and up.weight.shape[-1] == self.rank
