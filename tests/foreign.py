@@ -56,6 +56,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Case -> (prefix of transformers' classes, differences from the common sizes). Theta and epsilon are each family's
 defaults."""
 
+_NOT_IN_MISTRALS_FORMAT = {"rope_parameters", "attention_bias", "hidden_act"}
+MISTRAL_CASES = [
+    case
+    for case, (family, changes) in CASES.items()
+    if family in ("Llama", "Mistral", "Mixtral") and not _NOT_IN_MISTRALS_FORMAT & changes.keys()
+]
+"""Cases that Mistral's own format describes."""
+
 
 def reference_model(case: str, vocab: int = VOCAB) -> Any:
     """Return transformers' model of `case`. Its weights are large enough that every part of the network matters."""

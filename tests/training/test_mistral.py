@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.foreign import CASES, load_model, logits_of, random_tokens, save_reference
+from tests.foreign import MISTRAL_CASES, load_model, logits_of, random_tokens, save_reference
 from training.formats.export import export_model
 from training.formats.reader import open_model
 
@@ -62,7 +62,7 @@ def mistral_forward(directory, tokens_S):
     return norm(h, w["norm.weight"]) @ head.T
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "llama-geglu"])
+@pytest.mark.parametrize("case", MISTRAL_CASES)
 def test_an_exported_model_has_the_logits_of_the_independent_forward_pass(case, tmp_path):
     reference = save_reference(case, tmp_path / "reference")
     reader = open_model(tmp_path / "reference")
