@@ -15,7 +15,7 @@ from moe.config import ModelConfig, RouterConfig
 from moe.experts import Experts
 from moe.layer import Block
 from moe.linear import Head, Linear, Lookup, Predict, RMSNorm, linear
-from moe.quantization import Packing, QuantizeConfig
+from moe.quantization import Packing, QuantizeConfig, target_of
 from moe.region import LocalShard, whole_shard
 from moe.router import RouterStats
 from moe.token_context import TokenContext, rotary_table
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         device, after expert parallelism has taken the experts of this rank.
         """
         for name, parameter in list(self.named_parameters()):
-            packing = config.packing(name, parameter.shape)
+            packing = config.packing(target_of(name), parameter.shape)
             if packing is None:
                 continue
             owner, _, leaf = name.rpartition(".")

@@ -118,16 +118,25 @@ class QuantizeConfig:
             targets=(bool(self.targets), f"a list of some of {', '.join(TARGETS)}"),
         )
 
-    def packing(self, name: str, shape: Sequence[int]) -> Packing | None:
-        """Return how the parameter `name` is stored; None: in full precision.
+    def packing(self, target: Target | None, shape: Sequence[int]) -> Packing | None:
+        """Return how a parameter is stored; None: in full precision.
 
         Args:
-            name: the parameter's name in `moe.model.Transformer`, or its end from the module of the block on.
+            target: what `target_of` returned for its name.
             shape: [O, I], or [E, O, I] of stacked experts.
         """
-        if self.kind is None or len(shape) < 2 or not any(re.search(f"{TARGETS[t]}$", name) for t in self.targets):
+        if self.kind is None or target not in self.targets or len(shape) < 2:
             return None
         return Packing(self.kind, shape[-2], shape[-1], self.block_size, self.double_quant)
+
+
+def target_of(name: str) -> Target | None:
+    """Return what `quantize.targets` calls a parameter; None: it is never quantised.
+
+    Args:
+        name: its name in `moe.model.Transformer`, or the end of it that begins within the block.
+    """
+    return next((target for target, pattern in TARGETS.items() if re.search(f"{pattern}$", name)), None)
 
 
 FULL_PRECISION = QuantizeConfig()

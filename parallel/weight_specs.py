@@ -11,13 +11,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 from common.errors import ModelError, expect
 from common.text import show_value
 from moe.config import ModelConfig, RouterConfig, is_gated
+from moe.quantization import Packing, QuantizeConfig, Target, target_of
 from parallel.layout import Layout
 
 Kind = Literal["router", "replicated", "tensor", "kv_heads", "experts"]
@@ -111,10 +112,10 @@ def parts_by_dim(of: Kind, dim: int | None, layout: Layout) -> dict[int, int]:
         of: the parameter's kind.
         dim: the result of `tensor_dim` for its name.
     """
+    if of == "experts":
+        return {0: layout.expert} | ({} if dim is None else {dim: layout.expert_tensor})
     if dim is None:
         return {}
-    if of == "experts":
-        return {0: layout.expert, dim: layout.expert_tensor}
     return {dim: layout.tensor // (layout.kv_copies if of == "kv_heads" else 1)}
 
 
@@ -138,11 +139,13 @@ class WeightSpec:
     """The dim that `tensor_dim` returns for the parameter's name."""
     root: bool = False
     """Whether it is outside of the blocks (embedding, last norm, head). FSDP gathers these as one unit, the root."""
+    target: Target | None = None
+    """What `quantize.targets` calls it; None: it is never quantised."""
 
     @classmethod
     def named(cls, name: str, *shape: int, root: bool = False) -> "WeightSpec":
         """Return the spec of the parameter `name`. The name can be relative to the block."""
-        return cls(shape, kind(name), tensor_dim(name), root)
+        return cls(shape, kind(name), tensor_dim(name), root, target_of(name))
 
     @property
     def numel(self) -> int:
@@ -158,6 +161,14 @@ class WeightSpec:
         """Return the mean number of elements on a rank after tensor and expert parallelism, before FSDP."""
         return self.numel / math.prod(parts_by_dim(self.kind, self.tensor_dim, layout).values())
 
+    def packing(self, quantize: QuantizeConfig) -> Packing | None:
+        """Return how its matrices are stored in few bits; None: they are not."""
+        return quantize.packing(self.target, self.shape)
+
+    def packed(self, packing: Packing) -> "WeightSpec":
+        """Return the spec of its bytes, [P] or [E, P], which take the place of its numbers."""
+        return replace(self, shape=(*self.shape[:-2], packing.nbytes), tensor_dim=None, target=None)
+
     def largest_shard(self, layout: Layout, ranks: int) -> int:
         """Return the elements on the rank that stores most of them. FSDP's last shards can be smaller.
 
@@ -165,7 +176,7 @@ class WeightSpec:
             ranks: ranks over which FSDP shards the parameter.
         """
         shape = list(self.local_shape(layout))
-        dim = shard_dim(shape, ranks, stacked=len(shape) == 3)
+        dim = shard_dim(shape, ranks, stacked=self.kind == "experts")
         shape[dim] = -(-shape[dim] // ranks)
         return math.prod(shape)
 

@@ -21,7 +21,7 @@ from moe.generation.generate import generate
 from moe.init import init_parameters
 from moe.model import Transformer
 from moe.packed import pack, unpack
-from moe.quantization import QuantizeConfig
+from moe.quantization import QuantizeConfig, target_of
 from moe.region import Region
 from scripts.cli.command_line import CONF
 from scripts.generate import main
@@ -110,7 +110,7 @@ def dequantised(model, config):
     """Return a copy of a model whose weights have the values of the quantised ones."""
     copied = copy.deepcopy(model)
     for name, weight in copied.named_parameters():
-        packing = config.packing(name, weight.shape)
+        packing = config.packing(target_of(name), weight.shape)
         if packing is not None:
             for matrix in weight.detach().view(-1, *weight.shape[-2:]):
                 matrix.copy_(unpack(pack(matrix, packing), packing, matrix.dtype))

@@ -43,6 +43,7 @@ def build_workload(config: Config, model: ModelConfig, *, itemsize: int = 2, tra
         weight_itemsize=8 if train.precision == "fp64" else 4,
         trained=trained,
         moments=len(OPTIMIZERS[config.optim.kind].moments),
+        quantize=config.quantize,
     )
 
 

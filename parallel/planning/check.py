@@ -42,6 +42,9 @@ def _check_widths(layout: Layout, workload: Workload) -> None:
         f"parts of the experts' hidden width {model.expert_width} that are multiples of 8, with "
         "model.expert_kernel=grouped",
     )
+    for axis, parts in (("tensor", tensor), ("expert_tensor", layout.expert_tensor)):
+        kind = workload.quantize.kind
+        expect(parts == 1 or kind is None, axis, parts, f"1 with quantize={kind} (a matrix is quantised as a whole)")
     for axis, parts in (("context", layout.context), ("tensor", layout.sequence)):
         also = f" (times parallel.context={layout.context})" if axis == "tensor" and layout.context > 1 else ""
         expected = f"a divisor of train.seq_len={workload.seq_len}{also}"

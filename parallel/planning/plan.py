@@ -122,6 +122,7 @@ def estimate_memory(layout: Layout, parallel: ParallelConfig, workload: Workload
     estimates = []
     model, router, itemsize = workload.model, workload.router, workload.weight_itemsize
     shard_ranks = ranks_per_shard_group(layout)
+    nbytes = {weight: workload.shard_bytes(weight, layout, itemsize) for weight in workload.weights}
     largest = {weight: weight.largest_shard(layout, shard_ranks[weight.kind]) for weight in workload.weights}
     layers_per_stage = parallel.stage_layers if layout.pipeline > 1 else None
     stages = stage_layers(model, router, parallel.num_stages(layout), layers_per_stage)
@@ -137,7 +138,7 @@ def estimate_memory(layout: Layout, parallel: ParallelConfig, workload: Workload
             MemoryEstimate(
                 layers=tuple(layers),
                 parameters=elements,
-                weights=elements * itemsize,
+                weights=round(sum(nbytes[weight] * number for weight, number in weights.items())),
                 gradients=trained * itemsize,
                 moments=workload.moments * trained * itemsize,
                 offloaded=parallel.offload,
@@ -166,12 +167,12 @@ def _cast_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, la
     With FSDP they are those of the root and of two blocks, one in use and one being gathered; a pipeline keeps all
     weights and gradients gathered. Without FSDP, autograd stores the weights that the forward pass casts. What is
     recomputed stores none but those of one block. The lookup in the embedding casts the rows that it finds, not the
-    embedding.
+    embedding. Of quantised weights there is one matrix at a time.
     """
     if layout.shard == 1 and workload.itemsize >= workload.weight_itemsize:
-        return 0
+        return workload.workspace
     model, router = workload.model, workload.router
-    stored, of_block, total = 0, 0, 0
+    stored, of_block, total, gathered = 0, 0, 0, 0.0
     for is_moe, number in Counter(map(model.is_moe_layer, layers)).items():
         recomputed = 0
         for name, weight in block_weights(model, router, is_moe):
@@ -179,6 +180,9 @@ def _cast_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, la
                 continue
             elements = math.prod(weight.local_shape(layout))
             total += elements * number
+            gathered += workload.gathered_bytes(weight, layout) * number
+            if weight.packing(workload.quantize) is not None:
+                continue
             if layout.overlap and weight.kind == "experts" and parallel.recompute != "selective":
                 elements *= 2  # cast for each half of the tokens
             # All weights of a feed-forward network or of experts belong to a hidden layer.
@@ -191,11 +195,12 @@ def _cast_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, la
     sizes = [math.prod(weight.local_shape(layout)) for weight in root]
     if layout.shard == 1:
         head = max(sizes) if model.num_layers - 1 in layers else 0
-        return round((stored + of_block + head) * workload.itemsize)
+        return round((stored + of_block + head) * workload.itemsize) + workload.workspace
+    of_root = sum(sizes) * workload.itemsize + workload.workspace
     if layout.pipeline > 1:  # Their gradients are added up before they are scattered.
         gradients = (total + sum(sizes)) * workload.trained * workload.weight_itemsize
-        return round((total + sum(sizes)) * workload.itemsize + gradients)
-    return round((total * min(2, len(layers)) / len(layers) + sum(sizes)) * workload.itemsize)
+        return round(gathered + of_root + gradients)
+    return round(gathered * min(2, len(layers)) / len(layers) + of_root)
 
 
 def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, layers: Sequence[int]) -> float:

@@ -117,10 +117,10 @@ def shard_bytes(weights: Mapping[WeightSpec, int], layout: Layout, workload: Wor
     shard_ranks = ranks_per_shard_group(layout)
     for weight, number in weights.items():
         ranks = shard_ranks[weight.kind]
-        part = weight.largest_shard(layout, ranks) * number
         gathers = 1 if weight.root or layout.pipeline > 1 else 2
-        itemsize = gathers * workload.itemsize + workload.trained * workload.weight_itemsize
-        total += all_gather_bytes(ranks, part) * itemsize
+        part = gathers * workload.shard_bytes(weight, layout, workload.itemsize)
+        part += weight.largest_shard(layout, ranks) * workload.trained * workload.weight_itemsize
+        total += all_gather_bytes(ranks, part * number)
     return total * (1 if layout.pipeline > 1 else workload.accumulation)
 
 

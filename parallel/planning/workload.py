@@ -1,12 +1,14 @@
 """What one optimizer step computes: the input of every estimate in this package."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
 from moe.config import ModelConfig, RouterConfig
+from moe.quantization import FULL_PRECISION, QuantizeConfig
 from parallel.layout import Layout
-from parallel.weight_specs import WeightSpec, count_weights
+from parallel.weight_specs import WeightSpec, count_weights, ranks_per_shard_group
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Workload:
     moments: int = 2
     """Optimizer state tensors per trained parameter, each as large as the parameter. AdamW has two."""
 
+    quantize: QuantizeConfig = FULL_PRECISION
+    """The weights that are stored in few bits."""
+
     def rows(self, layout: Layout) -> int:
         """Return b, the rows of a micro-batch on one data-parallel rank."""
         return self.global_batch // self.accumulation // layout.data
@@ -37,6 +42,29 @@ class Workload:
     def tokens(self, layout: Layout) -> int:
         """Return T, the tokens of a micro-batch that one rank routes."""
         return self.rows(layout) * self.seq_len // layout.sequence
+
+    def shard_bytes(self, weight: WeightSpec, layout: Layout, itemsize: float) -> float:
+        """Return the bytes of a parameter on the rank that stores most of it, or of its bytes if it is quantised.
+
+        Args:
+            itemsize: bytes of a number of a parameter that is not quantised.
+        """
+        ranks, packing = ranks_per_shard_group(layout)[weight.kind], weight.packing(self.quantize)
+        if packing is not None:
+            return weight.packed(packing).largest_shard(layout, ranks)
+        return weight.largest_shard(layout, ranks) * itemsize
+
+    def gathered_bytes(self, weight: WeightSpec, layout: Layout) -> float:
+        """Return the bytes of a parameter as FSDP gathers it: in the compute dtype, or quantised."""
+        packing = weight.packing(self.quantize)
+        spec, itemsize = (weight, self.itemsize) if packing is None else (weight.packed(packing), 1)
+        return math.prod(spec.local_shape(layout)) * itemsize
+
+    @cached_property
+    def workspace(self) -> int:
+        """Bytes of the largest quantised matrix while it is dequantised."""
+        packings = (weight.packing(self.quantize) for weight in self.weights)
+        return max((packing.workspace_bytes(self.itemsize) for packing in packings if packing), default=0)
 
     @cached_property
     def weights(self) -> Counter[WeightSpec]:

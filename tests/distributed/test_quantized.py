@@ -13,8 +13,11 @@ from moe.model import ModelInputs, Transformer
 from moe.quantization import QuantizeConfig
 from moe.region import Region
 from parallel.apply import Storage, build_model
-from parallel.layout import Layout
+from parallel.config import ParallelConfig
+from parallel.layout import AXES, Layout
 from parallel.mesh import build_mesh
+from parallel.planning.plan import Plan, plan
+from parallel.planning.workload import Workload
 from tests.distributed.harness import run_ranks
 from training.formats.model_directory import Block, write_model
 from training.formats.reader import open_model
@@ -34,6 +37,7 @@ LAYOUTS = {
     "pipeline": (6, Layout(pipeline=2), False),
 }
 """Name -> number of experts, layout, offload."""
+QUANTIZE = QuantizeConfig("nf4", block_size=32)
 TOKENS = torch.arange(24).view(2, 12) * 7 % 31
 
 
@@ -55,7 +59,7 @@ def directories(tmp_path_factory) -> dict[int, Path]:
 def run_one(path: Path, layout: Layout, tokens: torch.Tensor, *, offload: bool, layers: list[int] | None):
     """Return this rank's part of every parameter with its region, the logits, and this rank's part of the gradients."""
     mesh, source = build_mesh(torch.device("cpu"), layout), open_model(path)
-    storage = Storage(quantize=QuantizeConfig("nf4", block_size=32), offload=offload)
+    storage = Storage(quantize=QUANTIZE, offload=offload)
     model = build_model(
         source.model, source.router, mesh, compute_dtype=torch.float32, seed=None, storage=storage, layers=layers
     )
@@ -84,6 +88,16 @@ def run(rank: int, world: int, directories: dict[int, Path]):
     }
 
 
+def planned(name: str) -> Plan:
+    experts, layout, offload = LAYOUTS[name]
+    config = replace(MODEL, num_experts=experts)
+    axes = {axis: getattr(layout, axis) for axis in (*AXES, "expert")}
+    stage_layers = (1, 2) if name == "pipeline" else None
+    parallel = ParallelConfig(**axes, offload=offload, stage_layers=stage_layers)
+    workload = Workload(config, RouterConfig(), 4, 2, 12, itemsize=4, quantize=QUANTIZE)
+    return plan(layout, parallel, workload)
+
+
 def test_two_ranks_have_the_bytes_and_the_numbers_of_one(directories):
     [single] = run_ranks(run, 1, directories)
     by_rank = run_ranks(run, 2, directories)
@@ -104,6 +118,8 @@ def test_two_ranks_have_the_bytes_and_the_numbers_of_one(directories):
                 for key, (tensor, shape, region) in gradients_of_rank.items():
                     summed[key][region.slices(Region.whole(shape))] += tensor
         assert all(times.min() > 0 for times in found.values()), name
+        fullest = max(sum(shard.local.nbytes for shard in results[name][0].values()) for results in by_rank)
+        assert planned(name).fullest.weights == fullest, name
         for key, gradient in summed.items() if name != "pipeline" else ():
             torch.testing.assert_close(
                 gradient, gradients[key].local, rtol=1e-3, atol=1e-3 * gradient.abs().max().item()
