@@ -26,6 +26,10 @@ FreeText = Annotated[str, FREE_TEXT]
 """A string such as a prompt, in which a command line gives no character a meaning. `${` is not an interpolation."""
 
 
+DERIVED = {"derived": True}
+"""The metadata of a field that is no key of the configuration. A program fills it from other sections."""
+
+
 class _WrongTypeError(Exception):
     """Internal: the value fits no branch of the annotation."""
 
@@ -50,7 +54,7 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
     if hasattr(cls, "class_for"):
         cls = cls.class_for(raw)  # type: ignore[attr-defined]
         keys = [*keys, *leaf_keys(cls, path)]
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in key_fields(cls)}
     for name, value in raw.items():
         if name not in fields:
             raise unknown_key(_join(path, str(name)), value, keys)
@@ -74,7 +78,12 @@ def from_dict(cls: type[T], raw: Any, path: str = "", keys: list[str] | None = N
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return the dataclass as plain dicts, lists and scalars. `from_dict` builds an equal dataclass from them."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return {field.name: _plain(getattr(config, field.name)) for field in key_fields(type(config))}
+
+
+def key_fields(cls: type) -> list["dataclasses.Field[Any]"]:
+    """Return the fields of the dataclass `cls` that are keys of the configuration: all but `DERIVED` ones."""
+    return [field for field in dataclasses.fields(cls) if not field.metadata.get("derived")]
 
 
 def unknown_key(key: str, value: Any, keys: Iterable[str]) -> ConfigError:
@@ -119,7 +128,7 @@ def leaf_hints(cls: type, path: str = "", *, subclasses: bool = False) -> Iterat
         subclasses: also yield the values that subclasses add, such as those of plugins.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
-    for name in (field.name for field in dataclasses.fields(cls)):
+    for name in (field.name for field in key_fields(cls)):
         inner = [branch for branch in _branches(hints[name]) if dataclasses.is_dataclass(branch)]
         if inner:
             yield from leaf_hints(typing.cast(type, inner[0]), _join(path, name), subclasses=subclasses)

@@ -1,18 +1,22 @@
-"""The configuration sections `model` and `router`: frozen dataclasses that check their values. `conf/model` and
-`conf/router` have the same names.
+"""The configuration sections `model`, `router` and `adapter`: frozen dataclasses that check their values. `conf/model`,
+`conf/router` and `conf/adapter` have the same names.
 
 The message of a `ValueError` raised here starts with `<field>=<value>: expected ...`. The code that reads the
 configuration puts the section's name before it. This module does not import torch, so that a mistake on the command
 line is reported at once.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from common.errors import expect
 from common.registry import Registry
+from common.strict import DERIVED
 from common.text import show_value
 
 
@@ -328,6 +332,87 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters, which train in place of the weights that they are added to (LoRA, arXiv 2106.09685).
+
+    A matrix W [out, in] becomes W + s B A, with A [rank, in], B [out, rank] and the factor s (`scale`).
+    """
+
+    kind: Literal["lora"] | None = None
+    """`lora`, or `null`: no adapters."""
+    rank: int = 16
+    """Rows of A and columns of B."""
+    alpha: float = 32.0
+    """The numerator of the factor s."""
+    dropout: float = 0.0
+    """Probability with which an element of the input of A is 0 in training. The other elements grow accordingly."""
+    targets: tuple[str, ...] = ("attention",)
+    """The weights that get adapters, by parts of their names: `attention`, `router`, `shared`, `experts`,
+    `attention.wq`, `experts.w_up`, `layers.0`, or a glob over whole names, such as `layers.*.attention.w[qv]`."""
+    scaling: Literal["standard", "rslora"] = "standard"
+    """The factor s. `standard`: alpha / rank; `rslora`: alpha / sqrt(rank) (arXiv 2312.03732)."""
+    dora: bool = False
+    """Whether the length of each row of W + s B A is a trainable parameter (DoRA, arXiv 2402.09353)."""
+
+    def __post_init__(self) -> None:
+        expect(self.rank >= 1, "rank", self.rank, "an integer >= 1")
+        expect(self.alpha > 0, "alpha", self.alpha, "a number > 0")
+        expect(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
+        shown = f"[{','.join(self.targets)}]"
+        expect(bool(self.targets) and all(self.targets), "targets", shown, "names of weights, or globs")
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the product B A."""
+        return self.alpha / (self.rank if self.scaling == "standard" else math.sqrt(self.rank))
+
+    def chooses(self, weight: str) -> bool:
+        """Return whether one of `targets` matches a weight.
+
+        Args:
+            weight: its name in `Transformer` without a final `.weight`, as in `layers.0.attention.wq`.
+        """
+        return any(matches_part(pattern, weight) for pattern in self.targets)
+
+
+_OF_ADAPTER = re.compile(r"(?P<module>.+)\.(adapter|adapters\.(?P<weight>\w+))\.(?P<part>a|b|magnitude)")
+
+
+def split_adapter_name(name: str) -> tuple[str, str | None]:
+    """Return the weight that a parameter of an adapter belongs to, and which of the adapter's parameters it is.
+
+    For every other parameter, return its name and None.
+
+    >>> split_adapter_name("layers.0.attention.wq.adapter.a")
+    ('layers.0.attention.wq.weight', 'a')
+    >>> split_adapter_name("layers.0.ffn.experts.adapters.w_up.b")
+    ('layers.0.ffn.experts.w_up', 'b')
+    """
+    match = _OF_ADAPTER.fullmatch(name)
+    return (name, None) if match is None else (f"{match['module']}.{match['weight'] or 'weight'}", match["part"])
+
+
+def adapter_shapes(shape: Sequence[int], adapter: AdapterConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the parameters of the adapter of one weight.
+
+    Args:
+        shape: of the weight, [O, I], or of stacked weights, [e, O, I].
+    """
+    *stack, outputs, inputs = shape
+    shapes = {"a": (*stack, adapter.rank, inputs), "b": (*stack, outputs, adapter.rank)}
+    return shapes | ({"magnitude": (*stack, outputs)} if adapter.dora else {})
+
+
+def matches_part(pattern: str, name: str) -> bool:
+    """Return whether a glob matches `name`, or some consecutive parts of it between dots.
+
+    >>> [matches_part(pattern, "layers.0.attention.wq") for pattern in ("attention", "attention.w?", "0.*.wq", "att")]
+    [True, True, True, False]
+    """
+    return any(fnmatchcase(name, glob) for glob in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with RMSNorm and rotary embedding. It has MoE layers unless `num_experts` is null."""
 
@@ -392,6 +477,8 @@ class ModelConfig:
     expert_kernel: Literal["auto", "grouped", "loop"] = "auto"
     """`grouped`: torch's grouped matmul; `loop`: the readable reference; `auto`: the faster of the two on
     this device."""
+    adapter: AdapterConfig | None = dataclasses.field(default=None, metadata=DERIVED)
+    """The adapters of the model, which are the section `adapter`; None: it has none."""
 
     def __post_init__(self) -> None:
         for field in ("ffn", "expert_ffn"):
@@ -546,6 +633,15 @@ class ModelConfig:
         if self.kv_lora_rank is None:
             return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
         return ((1, self.kv_lora_rank + self.rotary_width),)
+
+    @property
+    def adapts_experts(self) -> bool:
+        """Whether a weight of routed experts has an adapter."""
+        adapter, layers = self.adapter, filter(self.is_moe_layer, range(self.num_layers))
+        names = ("w_up", "w_down", *(("w_gate",) if self.is_moe and is_gated(self.expert_kind) else ()))
+        return adapter is not None and any(
+            adapter.chooses(f"layers.{layer}.ffn.experts.{name}") for layer in layers for name in names
+        )
 
     def window(self, layer: int) -> int | None:
         """Return the number of keys that a query of layer `layer` attends to; None: all earlier ones."""

@@ -115,10 +115,11 @@ class Experts(nn.Module):
     Attributes:
         first_expert: index in the layer of the first expert on this rank.
         kernel: seam: how the experts' matmuls are computed, one of `KERNELS`.
-        fused: whether a function may read several weights at once, such as `swiglu_loop`. False: every product goes
-            through `multiply`.
         packings: parameter -> how its matrices are stored, for those that are quantised
             (`moe.model.Transformer.quantize`).
+        fused: seam: whether a function may read several weights at once, such as `swiglu_loop`. False: every product
+            goes through `multiply`.
+        adapters: seam: parameter -> what adds to products with it (`moe.adapter.install_adapters`). None: nothing does.
     """
 
     RECOMPUTE: ClassVar[dict[str, str]] = {"selective": "apply_to"}
@@ -132,6 +133,7 @@ class Experts(nn.Module):
         self.activation, self.gated = ACTIVATIONS[kind], is_gated(kind)
         self.fused = self.activation is F.silu and self.gated
         self.packings: dict[str, Packing] = {}
+        self.adapters: nn.ModuleDict | None = None
         if self.gated:
             self.w_gate = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
@@ -168,14 +170,16 @@ class Experts(nn.Module):
             weight_eGD = join.join(self.w_gate, self.w_up, rows_RD.dtype)
             hidden_RF = swiglu_joined(self.kernel(rows_RD, weight_eGD, counts_e))
         elif self.gated:
-            gate_RF, up_RF = self.multiply(rows_RD, "w_gate", counts_e), self.multiply(rows_RD, "w_up", counts_e)
+            gate_RF, up_RF = self._map(rows_RD, "w_gate", counts_e), self._map(rows_RD, "w_up", counts_e)
             hidden_RF = gated(self.activation, gate_RF, up_RF)
         else:
-            hidden_RF = self.activation(self.multiply(rows_RD, "w_up", counts_e))
-        return self.multiply(hidden_RF, "w_down", counts_e)
+            hidden_RF = self.activation(self._map(rows_RD, "w_up", counts_e))
+        return self._map(hidden_RF, "w_down", counts_e)
 
     def multiply(self, rows_RI: Tensor, name: str, counts_e: Tensor) -> Tensor:
         """Return the product of each row and the transposed weight of its expert, [R, O], in the dtype of the rows.
+
+        This is the product with the stored weight alone, without adapters.
 
         Args:
             rows_RI: rows grouped by expert.
@@ -186,6 +190,16 @@ class Experts(nn.Module):
         if name in self.packings:
             return multiply_packed_experts(rows_RI, weight, counts_e, self.packings[name])
         return self.kernel(rows_RI, weight.to(rows_RI.dtype), counts_e)
+
+    def _map(self, rows_RI: Tensor, name: str, counts_e: Tensor) -> Tensor:
+        """Return `multiply`, and what the adapter of the parameter adds to it."""
+        y_RO = self.multiply(rows_RI, name, counts_e)
+        if self.adapters is None or name not in self.adapters:
+            return y_RO
+        adapted_RO: Tensor = self.adapters[name](
+            rows_RI, y_RO, getattr(self, name), lambda x_RI, weight_eOI: self.kernel(x_RI, weight_eOI, counts_e)
+        )
+        return adapted_RO
 
     @property
     def num_local(self) -> int:

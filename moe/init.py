@@ -14,17 +14,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe.config import ModelConfig
+from moe.adapter import init_adapter
+from moe.config import ModelConfig, split_adapter_name
 from moe.model import Transformer
 from moe.noise import fill_part, row_blocks
-from moe.region import Region
+from moe.region import LocalShard, Region
 
 
 def init_parameters(model: Transformer, seed: int) -> None:
     """Fill the shard of every parameter that this rank stores (`Transformer.local_shard`), in place.
 
     Matrices are normal with the standard deviation `initial_std`. Norms are 1, and buffers are 0. A module with a
-    method `init_parameter` (a router) fills its own parameters, which every rank must store as a whole.
+    method `init_parameter` (a router) fills its own parameters, which every rank must store as a whole. Adapters are
+    initialised last, by `init_adapters`.
     """
     config = model.config
     tasks: list[Callable[[], None]] = []
@@ -32,6 +34,8 @@ def init_parameters(model: Transformer, seed: int) -> None:
         for buffer in model.buffers():
             buffer.zero_()
         for name, parameter in model.named_parameters():
+            if split_adapter_name(name)[1] is not None:
+                continue
             local, shape, region = model.local_shard(name, parameter)
             owner, _, leaf = name.rpartition(".")
             init_parameter = getattr(model.get_submodule(owner), "init_parameter", None)
@@ -42,6 +46,20 @@ def init_parameters(model: Transformer, seed: int) -> None:
             else:
                 tasks += _tasks(local.detach(), region, shape[-1], f"{seed}/{name}", initial_std(name, config))
     _run(tasks)
+    init_adapters(model, seed)
+
+
+@torch.no_grad()
+def init_adapters(model: Transformer, seed: int) -> None:
+    """Fill the shards of the adapters' parameters that this rank stores. The other weights must have their values."""
+    parameters = dict(model.named_parameters())
+    shards: dict[str, dict[str, LocalShard]] = {}
+    for name, parameter in parameters.items():
+        weight, part = split_adapter_name(name)
+        if part is not None:
+            shards.setdefault(weight, {})[part] = model.local_shard(name, parameter)
+    for weight, parts in shards.items():
+        init_adapter(parts, model.local_shard(weight, parameters[weight]).local, f"{seed}/{weight}")
 
 
 def initial_std(name: str, config: ModelConfig) -> float:

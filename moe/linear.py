@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moe.kernels import use_kernels
+from moe.low_rank import LowRank
 from moe.packed import multiply_packed
 from moe.quantization import Packing
 
@@ -45,18 +46,21 @@ class Linear(nn.Linear):
 
     Attributes:
         packings: how `weight` is stored if it is quantised (`moe.model.Transformer.quantize`); else empty.
+        adapter: seam: adds to the product (`moe.adapter.install_adapters`). None: nothing does.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
         self.packings: dict[str, Packing] = {}
+        self.adapter: LowRank | None = None
 
     def reset_parameters(self) -> None:
         """Do nothing: `moe.init.init_parameters` initialises all weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
-        return self.multiply(x)
+        y = self.multiply(x)
+        return y if self.adapter is None else self.adapter(x, y, self.weight)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return x W^T, the product with the stored weight alone. No other method reads the weight for a product."""

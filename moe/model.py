@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moe.adapter import install_adapters
 from moe.attention.cache import Cache
 from moe.attention.varlen import Segments
 from moe.config import ModelConfig, RouterConfig
@@ -78,6 +79,7 @@ class Transformer(nn.Module):
 
         Raises:
             ValueError: `config.vocab_size` is not set.
+            ConfigError: a pattern of `config.adapter` matches no weight.
         """
         super().__init__()
         if config.vocab_size is None:
@@ -95,6 +97,8 @@ class Transformer(nn.Module):
         self.lookup: nn.Module = Lookup(compute_dtype)
         self.gather: nn.Module = nn.Identity()
         self.slice_local: nn.Module = nn.Identity()
+        if config.adapter is not None:
+            install_adapters(self, config.adapter)
 
     def forward(
         self,

@@ -9,12 +9,12 @@ Shapes: B batch, S sequence, D channels.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from moe.region import Region
+from moe.region import LocalShard, Region
 
 ROW_BLOCK = 256
 """Rows of a weight that are drawn from one generator."""
@@ -101,10 +101,40 @@ def fill_part(weight: Tensor, region: Region, columns: int, identity: str, std: 
         identity: what the numbers depend on, e.g. the seed and the parameter's name.
         std: standard deviation.
     """
+    for drawn, part in _blocks(weight, region, columns, identity, torch.randn):
+        part.copy_(drawn * std)
+
+
+def fill_uniform(shard: LocalShard, identity: str, bound: float) -> None:
+    """Fill this rank's region of a matrix, or of stacked matrices, with uniform numbers from -bound to bound.
+
+    As with `fill_part`, the numbers do not depend on the region.
+
+    Args:
+        identity: what the numbers depend on, e.g. the seed and the parameter's name.
+    """
+    region, columns = shard.region, shard.shape[-1]
+    if len(region.shape) == 3:
+        matrix = Region(region.offset[1:], region.shape[1:])
+        for index, local in enumerate(shard.local):
+            fill_uniform(LocalShard(local, shard.shape[1:], matrix), f"{identity}/{region.offset[0] + index}", bound)
+        return
+    for drawn, part in _blocks(shard.local, region, columns, identity, torch.rand):
+        part.copy_((2 * drawn - 1) * bound)
+
+
+def _blocks(
+    weight: Tensor, region: Region, columns: int, identity: str, draw: Callable[..., Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the numbers of each block of rows that are in `region`, and the part of `weight` to fill with them.
+
+    Args:
+        draw: returns random numbers for a shape and a generator.
+    """
     (first_row, first_column), (rows, width) = region
     for block, low, high in row_blocks(first_row, rows):
         digest = hashlib.sha256(f"{identity}/{block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         # Whole blocks are drawn, because torch draws other numbers for a tensor of another size.
-        drawn = torch.randn(ROW_BLOCK, columns, generator=generator)[:, first_column : first_column + width]
-        weight[low - first_row : high - first_row] = drawn[low - block * ROW_BLOCK : high - block * ROW_BLOCK] * std
+        drawn = draw(ROW_BLOCK, columns, generator=generator)[:, first_column : first_column + width]
+        yield drawn[low - block * ROW_BLOCK : high - block * ROW_BLOCK], weight[low - first_row : high - first_row]

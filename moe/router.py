@@ -22,6 +22,7 @@ from moe.config import ROUTER_CONFIGS, RouterConfig
 from moe.figures import METRICS, TOKEN_FIGURES
 from moe.kernels import eager_kernels
 from moe.linear import wide_linear
+from moe.low_rank import LowRank
 from moe.noise import fill_rows, uniform
 from moe.selection import (
     count,
@@ -131,6 +132,7 @@ class Router(nn.Module):
 
     Attributes:
         rows: seam: access to whole sequences (context and tensor parallelism install another).
+        adapter: seam: adds to the logits (`moe.adapter.install_adapters`). None: nothing does.
         generating: True while text is generated (and while `training.probe` routes its tokens). Capacity is then
             ignored: it depends on the length of the sequence so far, and a token must not be dropped because others
             follow.
@@ -157,6 +159,7 @@ class Router(nn.Module):
         self.top_k = top_k
         self.normalize = config.normalizes(top_k)
         self.rows: Rows = LocalRows()
+        self.adapter: LowRank | None = None
         self.generating = False
         for name, shape in config.weight_shapes(dim, num_experts).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
@@ -244,11 +247,25 @@ class Router(nn.Module):
             draws_BSD = uniform(noise_keys_BS, self.layer, x_BSD.shape[-1], wide)
             x_BSD = x_BSD * (1 - jitter + 2 * jitter * draws_BSD)
         logits_BSE = wide_linear(x_BSD, self.weight)
-        first_E = first_equal_rows(self.weight.detach())
+        if self.adapter is not None:
+            logits_BSE = self.adapter(x_BSD, logits_BSE, self.weight)
+        first_E = self.first_equal_experts()
         if first_E is None:
             return logits_BSE
         # The values are those of the first of equal rows. The gradient stays that of each row.
         return logits_BSE.detach().index_select(-1, first_E) + (logits_BSE - logits_BSE.detach())
+
+    def first_equal_experts(self) -> Tensor | None:
+        """Return for each expert the first one that has the same logits for every token, [E]; None: all differ.
+
+        Such experts have equal rows of the weight, and of what an adapter adds to it.
+        """
+        adapter = self.adapter
+        if adapter is None:
+            return first_equal_rows(self.weight.detach())
+        rows: list[Tensor] = [self.weight, adapter.b]
+        rows += [] if adapter.magnitude is None else [adapter.magnitude.unsqueeze(-1)]
+        return first_equal_rows(torch.cat(rows, dim=1).detach())
 
     def compute_scores(self, logits_BSE: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scores [B, S, E] and the probabilities [B, S, E].

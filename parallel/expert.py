@@ -231,4 +231,6 @@ def shard_experts(model: Transformer, mesh: Mesh) -> None:
         experts = layer.experts
         experts.first_expert = mesh.expert.rank() * (experts.num_local // mesh.expert.size())
         for name, parameter in list(experts.named_parameters()):
-            setattr(experts, name, nn.Parameter(local_slice(f"{prefix}.experts.{name}", parameter, mesh)))
+            owner, _, leaf = name.rpartition(".")
+            shard = nn.Parameter(local_slice(f"{prefix}.experts.{name}", parameter, mesh))
+            setattr(experts.get_submodule(owner), leaf, shard)

@@ -17,7 +17,7 @@ from typing import Literal
 
 from common.errors import ModelError, expect
 from common.text import show_value
-from moe.config import ModelConfig, RouterConfig, is_gated
+from moe.config import ModelConfig, RouterConfig, adapter_shapes, is_gated, split_adapter_name
 from moe.quantization import Packing, QuantizeConfig, Target, target_of
 from parallel.layout import Layout
 
@@ -30,6 +30,10 @@ Kind = Literal["router", "replicated", "tensor", "kv_heads", "experts"]
 - `kv_heads`: as `tensor`, but `Layout.kv_copies` neighbouring tensor-parallel ranks store the same part.
 - `experts`: expert parallelism along dim 0, `parallel.expert_tensor` along the dim in `EXPERT_TENSOR_DIMS`, and FSDP
   over the ranks that store the same experts (`Layout.expert_shard`).
+
+An adapter (`moe.low_rank`) follows its weight. The factor A has the columns of the weight, B and the magnitudes have
+its rows. If the weight is sharded along a dim that a parameter of its adapter has, that one is sharded in the same way,
+and else it is `replicated`. Adapters of experts are `experts`.
 
 Tensor parallelism divides a dim as `part_of` does: the last parts can be smaller, or empty.
 """
@@ -72,6 +76,9 @@ def kind(name: str) -> Kind:
     """
     if ".router." in name:
         return "router"
+    weight, part = split_adapter_name(name)
+    if part is not None:
+        return "experts" if kind(weight) == "experts" else "replicated" if tensor_dim(name) is None else kind(weight)
     if ".experts." in name:
         if _leaf(re.sub(r"\.\d+$", "", name)) in EXPERT_TENSOR_DIMS:
             return "experts"
@@ -89,6 +96,11 @@ def kind(name: str) -> Kind:
 
 def tensor_dim(name: str) -> int | None:
     """Return the dim that tensor parallelism shards (for experts: `parallel.expert_tensor`), or None without one."""
+    weight, part = split_adapter_name(name)
+    if part is not None:
+        dim, stacked = tensor_dim(weight), kind(weight) == "experts"
+        # A has the last dim of the weight, and the other parameters have the one before it.
+        return dim if dim is not None and (part == "a") == (dim == 1 + stacked) else None
     of = kind(name)
     dims = {"experts": EXPERT_TENSOR_DIMS, "tensor": TENSOR_DIMS, "kv_heads": TENSOR_DIMS}.get(of, {})
     return dims.get(_leaf(name))
@@ -193,6 +205,7 @@ def named_weights(model: ModelConfig, router: RouterConfig) -> dict[str, WeightS
     for layer in range(model.num_layers):
         block = block_weights(model, router, model.is_moe_layer(layer))
         named |= {f"layers.{layer}.{name}": weight for name, weight in block}
+        named |= adapter_weights(model, router, layer)
     return named
 
 
@@ -203,7 +216,26 @@ def count_weights(model: ModelConfig, router: RouterConfig, layers: Sequence[int
     for is_moe, number in Counter(map(model.is_moe_layer, layers)).items():
         for _, weight in block_weights(model, router, is_moe):
             counted[weight] += number
+    for layer in layers if model.adapter is not None else ():
+        counted.update(adapter_weights(model, router, layer).values())
     return counted
+
+
+def adapter_weights(model: ModelConfig, router: RouterConfig, layer: int) -> dict[str, WeightSpec]:
+    """Return the parameters of the adapters in a block under their names in `Transformer`."""
+    if model.adapter is None:
+        return {}
+    found = {}
+    for name, weight in block_weights(model, router, model.is_moe_layer(layer)):
+        target = f"layers.{layer}.{name}".removesuffix(".weight")
+        if len(weight.shape) == 1 or (weight.kind == "router" and target == f"layers.{layer}.{name}"):
+            continue  # norms, and parameters that a kind of router adds
+        if model.adapter.chooses(target):
+            prefix, _, last = target.rpartition(".")
+            owner = f"{prefix}.adapters.{last}" if weight.kind == "experts" else f"{target}.adapter"
+            for part, shape in adapter_shapes(weight.shape, model.adapter).items():
+                found[f"{owner}.{part}"] = WeightSpec.named(f"{owner}.{part}", *shape)
+    return found
 
 
 def check_weights(parameters: Mapping[str, Sequence[int]], model: ModelConfig, router: RouterConfig) -> None:

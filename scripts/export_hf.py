@@ -39,10 +39,11 @@ class ExportConfig:
 def export_hf(config: ExportConfig) -> None:
     """Write the directory `config.out`, and print its size."""
     from training.formats.export import export_model, parse_size
+    from training.formats.merge import without_adapters
     from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)
-    source = open_model_for_key("checkpoint", config.checkpoint)
+    source = without_adapters(open_model_for_key("checkpoint", config.checkpoint))
     size = export_model(
         source,
         Path(config.out),

@@ -43,11 +43,12 @@ def upcycle(config: UpcycleConfig) -> None:
     from moe.accounting.flops import count_parameters, meta_model
     from moe.upcycle import Upcycling, router_config
     from training.formats.export import parse_size, upcycle_model
+    from training.formats.merge import without_adapters
     from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)
     plan = Upcycling(**{field.name: getattr(config, field.name) for field in fields(Upcycling)})
-    source = open_model_for_key("source", config.source)
+    source = without_adapters(open_model_for_key("source", config.source))
     require(
         not source.model.is_moe,
         ModelError,

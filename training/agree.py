@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from common.errors import CheckpointError, DataError, RunError, require
+from common.errors import CheckpointError, DataError, ModelError, RunError, require
 from common.plugins import changed_plugins, loaded_plugins
 from common.strict import to_dict
 from data.tokens.store import Store, prepare
@@ -28,7 +28,7 @@ from training.checkpoint.remote import RemoteCheckpoints
 from training.compilation import choose_compilation
 from training.config import Config, with_vocabulary
 from training.device import Process, memory_of_a_rank
-from training.formats.reader import open_model
+from training.formats.reader import BASE, describe_base, expect_same_base, open_model
 from training.host import check_memory
 from training.layout import build_workload, resolve_layout
 from training.owner import DirectoryLock, RunOwner, join_run, run_token
@@ -42,7 +42,7 @@ from training.resume import (
     schedule_lines,
 )
 from training.run import finished_result
-from training.trainable import choose_trainable, trained_elements
+from training.trainable import choose_trainable, describe_choice, trained_elements
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ class AgreedRun:
     counts: ParameterCounts
     """Numbers of parameters of the whole model."""
     trained_parameters: int
-    """Number of parameters that `optim.train` chooses."""
+    """Number of parameters that `optim.train` and the adapters choose."""
+    trained: list[str]
+    """Lines about them, and about the others; empty if all train."""
     costs: MatmulCosts
     """What a token, an assignment to an expert and a query-key pair cost."""
     plan: Plan
@@ -78,7 +80,10 @@ class AgreedRun:
     remote: RemoteCheckpoints | None
     """The copies of the run's checkpoints in a store (`checkpoint.remote`)."""
     initial_directory: str | None
-    """The model directory whose weights the run starts from; None for random weights or a checkpoint."""
+    """The model directory whose weights the run starts from; None for random weights or a checkpoint. With adapters,
+    the directory of the weights that they are added to, also for a run that continues."""
+    base: dict[str, str] | None
+    """How the checkpoints of a run with adapters name this directory (`training.formats.reader.describe_base`)."""
     finished_result: dict[str, Any] | None
     """The content of `result.json` if the run has reached `train.steps` already."""
 
@@ -115,7 +120,8 @@ def agree_on_run(
     model = with_vocabulary(config.model, tokens.tokenizer.vocab_size)
     whole = meta_model(model, config.router)
     counts = count_parameters(whole)
-    trained_parameters = trained_elements(whole, choose_trainable(whole, config.optim.train))
+    choice = choose_trainable(whole, config.optim.train)
+    trained_parameters = trained_elements(whole, choice)
     memory = from_rank_0("memory", lambda: memory_of_a_rank(process.device, world.local_world_size))
     workload = build_workload(config, model, itemsize=process.dtype.itemsize, trained=trained_parameters / counts.total)
     resolved, plan, warning = resolve_layout(config, workload, world, memory)
@@ -141,7 +147,13 @@ def agree_on_run(
         for plugin in changed_plugins(state.get("plugins", {})):
             notes.append(f"warning: plugin {plugin} has changed since the checkpoint {checkpoint} was written")
     notes += schedule_lines(resolved.optim, config.train.steps, saved, done)
-    init_from = config.run.init_from if checkpoint is None else None
+    init_from = config.run.init_from if checkpoint is None or model.adapter is not None else None
+    initial = from_rank_0("initial", lambda: find_initial(init_from, warn=show_line))
+    base = from_rank_0(
+        "base", lambda: None if model.adapter is None else describe_base(open_model(initial, check=False))
+    )
+    if base is not None and checkpoint is not None and state is not None:
+        check_base(base, state, checkpoint, init_from)
     return AgreedRun(
         config=resolved,
         name=name,
@@ -151,6 +163,7 @@ def agree_on_run(
         model=model,
         counts=counts,
         trained_parameters=trained_parameters,
+        trained=[] if trained_parameters == counts.total else describe_choice(whole, choice),
         costs=matmul_costs(whole),
         plan=plan,
         recorded=recorded,
@@ -158,9 +171,29 @@ def agree_on_run(
         checkpoint=checkpoint,
         state=state,
         remote=remote,
-        initial_directory=from_rank_0("initial", lambda: find_initial(init_from, warn=show_line)),
+        initial_directory=initial,
+        base=base,
         finished_result=from_rank_0("finished", lambda: finished_result(directory, config.train.steps)),
     )
+
+
+def find_base(initial: str) -> dict[str, str]:
+    """Return how checkpoints name the model directory `initial`, which adapters are added to."""
+    return describe_base(open_model(initial, check=False))
+
+
+def check_base(base: dict[str, str], state: dict[str, Any], checkpoint: str, init_from: str | None) -> None:
+    """Check that a run with adapters continues on the weights that its checkpoint was trained with.
+
+    Raises:
+        CheckpointError: the weights are others.
+    """
+    try:
+        expect_same_base(base, state[BASE], f"run.init_from={init_from}", checkpoint)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint}: expected the state of a run with adapters ('{BASE}')") from error
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def check_shared(from_rank_0: Callable[[str, Callable[[], Any]], Any], directory: Path, tokens: str) -> None:

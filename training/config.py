@@ -9,7 +9,7 @@ from typing import Literal
 from common.errors import ConfigError, expect, expect_fields, located, require
 from common.strict import FreeText
 from data.config import DataConfig
-from moe.config import ModelConfig, RouterConfig
+from moe.config import AdapterConfig, ModelConfig, RouterConfig
 from moe.quantization import FULL_PRECISION, QuantizeConfig
 from parallel.config import ParallelConfig
 from training.checkpoint.remote_files import check_url
@@ -110,7 +110,8 @@ class OptimConfig:
     """`adamw` (arXiv 1711.05101), or an optimizer that a plugin registers."""
     train: str | tuple[str, ...] = "all"
     """The parameters that train: `all`, `router`, `experts`, `expert:3` (expert 3 of every MoE layer), a glob over
-    parameter names, or a list of these. All others keep their weights, bit for bit, and have no optimizer state."""
+    parameter names, or a list of these. All others keep their weights, bit for bit, and have no optimizer state. With
+    adapters, these train too, and `all` stands for them alone."""
     beta1: float = 0.9
     """Decay of AdamW's mean of the gradients."""
     beta2: float = 0.95
@@ -333,6 +334,7 @@ class EngineConfig:
 NATIVE = EngineConfig()
 HEALTHY = HealthConfig()
 TELEMETRY = TelemetryConfig()
+NO_ADAPTER = AdapterConfig()
 
 
 @dataclass(frozen=True)
@@ -374,11 +376,15 @@ class Config:
     health: HealthConfig = HEALTHY
     telemetry: TelemetryConfig = TELEMETRY
     quantize: QuantizeConfig = FULL_PRECISION
+    adapter: AdapterConfig = NO_ADAPTER
     plugins: tuple[str, ...] = ()
     """Python modules to import before anything else: paths of `.py` files, entry points of `mixwright.plugins`, or
     module names. They register routers, corpora, optimizers and so on (docs/extending.md)."""
 
     def __post_init__(self) -> None:
+        # The model has the adapters of the section `adapter`, wherever its configuration comes from.
+        adapter = None if self.adapter.kind is None else self.adapter
+        object.__setattr__(self, "model", replace(self.model, adapter=adapter))
         try:
             self.router.check(self.model.num_experts, self.model.top_k)
         except ValueError as error:

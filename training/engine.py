@@ -26,7 +26,7 @@ from parallel.weight_shards import replica_group
 from training.config import OptimConfig
 from training.norms import SquareSums
 from training.optimizer import OPTIMIZERS, build_optimizer
-from training.trainable import Trainable, persistent_buffers
+from training.trainable import Trainable, persistent_buffers, saved_parameters
 
 
 class Engine(Protocol):
@@ -177,7 +177,8 @@ class NativeEngine:
         return self.gradients.local_norms
 
     def tensors(self) -> dict[str, Tensor | LocalShard]:
-        """The shards of all weights and persistent buffers, and the optimizer state of the trainable weights.
+        """The shards of the weights that are saved (`saved_parameters`) and of persistent buffers, and the optimizer
+        state of the trainable weights.
 
         If a single expert of a stacked weight trains, its state is named `exp_avg.<weight>.<expert>`, and only the
         ranks that have the expert name it.
@@ -185,7 +186,7 @@ class NativeEngine:
         found: dict[str, Tensor | LocalShard] = {}
         for model in self.parts:
             found |= {
-                f"model.{name}": model.local_shard(name, parameter) for name, parameter in model.named_parameters()
+                f"model.{name}": model.local_shard(name, parameter) for name, parameter in saved_parameters(model)
             }
             found |= {f"model.{name}": buffer for name, buffer in persistent_buffers(model).items()}
         for name, weight in self.trainable.weights.items():
@@ -195,7 +196,12 @@ class NativeEngine:
 
     def replicas(self) -> dict[str, tuple[Tensor, dist.ProcessGroup]]:
         found = {}
-        for key, tensor in self.tensors().items():
+        weights = {
+            f"model.{name}": model.local_shard(name, parameter)
+            for model in self.parts
+            for name, parameter in model.named_parameters()
+        }
+        for key, tensor in (weights | self.tensors()).items():
             name, local = key.partition(".")[2], tensor.local if isinstance(tensor, LocalShard) else tensor
             found[key] = (local, replica_group(name, self.mesh))
             if name in self.gradients.tied:

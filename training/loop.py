@@ -28,6 +28,7 @@ from moe.accounting.flops import MatmulCosts, count_parameters, meta_model
 from moe.figures import TOKEN_FIGURES
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
+from moe.init import init_adapters
 from parallel.apply import build_whole_model
 from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group, set_timeout
 from parallel.startup.rendezvous import open_store, wait_for_all
@@ -44,7 +45,7 @@ from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up
 from training.due import Due
 from training.engine import Engine, NativeEngine
 from training.forecast import Forecast
-from training.formats.reader import open_model
+from training.formats.reader import BASE, open_model
 from training.hang_reports import find_ranks
 from training.hangs import hangs_explained
 from training.health import Health
@@ -138,11 +139,12 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
             source = open_model(run.initial_directory, check=False)
             for part in parts:
                 source.fill(part)
+                init_adapters(part, config.run.seed)
     summary = RunSummary(run, process.dtype, gather_rank_summaries(parts, mesh))
     router_health = None
     if run.model.is_moe:
         unreached = unreached_routers(parts, run.config.router, mesh)
-        trained = run.config.optim.train == "all"
+        trained = run.config.optim.train == "all" and run.model.adapter is None
         router_health = RouterHealth(run.config.health, run.model, run.config.router, unreached, trained)
     with memory_explained(run, process):
         engine = build_engine(run.config, parts, mesh)
@@ -333,7 +335,7 @@ def checkpoint_state(
         "router": to_dict(run.config.router),
         "config": run.recorded,
         "plugins": loaded_plugins(),
-    }
+    } | ({} if run.base is None else {BASE: run.base})
 
 
 def step_profiler(summary: RunSummary, engine: Engine, first_step: int, peak: float | None) -> StepProfiler:

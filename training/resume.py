@@ -53,6 +53,7 @@ RULES: dict[str, dict[str, str]] = {
         LISTED: "jitter capacity_factor drop_policy allow_noncausal balance_coef balance_scope z_coef layer_reduction "
         "bias_update_rate",
     },
+    "adapter": {FIXED: "kind rank alpha targets scaling dora", LISTED: "dropout"},
     "data": {
         CONTENT: "kind vocab_size tokenizer heldout_fraction heldout_max_bytes code_bytes prose_bytes "
         "arithmetic_bytes paths format on_error text_key domain_key hub_path hub_name hub_split hub_revision "
@@ -250,6 +251,8 @@ def changed_keys(
     for key, value in sorted(values.items(), key=lambda item: rules[item[0]] != CONTENT):
         rule = rules[key]
         before = saved.get(key, value)
+        if key == "run.init_from" and recorded["adapter"]["kind"] is not None:
+            continue  # The weights decide, which can have been moved (training/agree.py:check_base).
         if rule == FREE or before == "auto" or _same(key, value, before) or (rule == CONTENT and same_tokens):
             continue
         if rule == LISTED:

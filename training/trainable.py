@@ -1,5 +1,7 @@
 """Which weights train: `optim.train` as a choice of parameters, and of single experts of the stacked parameters.
 
+With adapters (`adapter.kind`), these train, and besides them only what `optim.train` names.
+
 Shapes: E experts, e experts of this rank, D model, F expert hidden.
 
 The choice is made on parameter names, so that every rank makes the same choice. If one expert of a stacked parameter
@@ -8,7 +10,7 @@ the same graph on all ranks, and so does the all-to-all in it.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -19,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from common.errors import ConfigError, ModelError
 from common.text import nearest_name
 from moe.accounting.flops import meta_model
+from moe.config import split_adapter_name
 from moe.model import Transformer
 from moe.region import LocalShard, Region
 from moe.router import Router
@@ -26,6 +29,7 @@ from parallel.weight_shards import local_of
 from parallel.weight_specs import kind
 
 EVERYTHING = "all"
+_LAYER, _PART = re.compile(r"^layers\.\d+\."), re.compile(r"\.(a|b|magnitude)$")
 SINGLE_EXPERT = re.compile(r"expert:(\d+)")
 
 
@@ -127,23 +131,45 @@ class Trainable:
             source.grad = None
 
 
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter."""
+    return split_adapter_name(name)[1] is not None
+
+
+def saved_parameters(model: Transformer) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that a checkpoint contains: all, or those that train if the model has adapters.
+
+    The weights that adapters are added to are read from `run.init_from` whenever a run starts or continues.
+    """
+    for name, parameter in model.named_parameters():
+        if model.config.adapter is None or parameter.requires_grad:
+            yield name, parameter
+
+
 def choose_trainable(model: Transformer, train: str | tuple[str, ...]) -> Choice:
     """The choice that `train` means for `model`, which has all layers and is not sharded (e.g. on the meta device).
+
+    The parameters of adapters always train. Patterns are compared with the names of the other parameters. With
+    adapters, `all` adds nothing.
 
     Raises:
         ConfigError: a pattern matches no parameter; the message names the nearest pattern that does.
     """
     num_experts = model.config.num_experts or 0
-    stacked = [name for name, _ in model.named_parameters() if kind(name) == "experts"]
+    adapters = {name for name, _ in model.named_parameters() if is_of_adapter(name)}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name not in adapters}
+    stacked = [name for name in parameters if kind(name) == "experts"]
     routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
     keywords = {
-        EVERYTHING: {name for name, _ in model.named_parameters()},
-        "router": {name for name, parameter in model.named_parameters() if id(parameter) in routers},
+        EVERYTHING: set(parameters),
+        "router": {name for name, parameter in parameters.items() if id(parameter) in routers},
         "experts": set(stacked),
     }
-    whole: set[str] = set()
+    whole: set[str] = set(adapters)
     experts: dict[str, set[int]] = {name: set() for name in stacked}
     for pattern in patterns(train):
+        if adapters and pattern == EVERYTHING:
+            continue  # The default. What the adapters are added to stays as it is.
         single_expert = SINGLE_EXPERT.fullmatch(pattern)
         glob = f"*.{int(single_expert[1])}" if single_expert else pattern
         names = keywords.get(pattern) or {name for name in keywords[EVERYTHING] if fnmatchcase(name, pattern)}
@@ -175,6 +201,31 @@ def trained_elements(model: Transformer, choice: Choice) -> int:
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
     in_part = sum(len(some) * torch.Size(sizes[name][1:]).numel() for name, some in choice.experts.items())
     return in_part + sum(sizes[name].numel() for name in choice.whole)
+
+
+def describe_choice(model: Transformer, choice: Choice) -> list[str]:
+    """Return two lines about `model`, which is not sharded: what trains, and what stays as it is.
+
+    The parameters of all layers with the same name are one group. An adapter is one group, too.
+    """
+    trained: dict[str, int] = {}
+    frozen: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        group = _LAYER.sub("", name).removesuffix(".weight")
+        group = _PART.sub("", group) if is_of_adapter(name) else group
+        some = len(choice.experts.get(name, ())) * parameter[:1].numel()
+        number = parameter.numel() if name in choice.whole else some
+        if number:
+            trained[group] = trained.get(group, 0) + number
+        if number < parameter.numel():
+            frozen[group] = frozen.get(group, 0) + parameter.numel() - number
+    total = sum(trained.values()) + sum(frozen.values())
+
+    def listed(groups: dict[str, int]) -> str:
+        return ", ".join(f"{group} {number:,}" for group, number in groups.items())
+
+    share = f"{sum(trained.values()):,} of {total:,} parameters ({sum(trained.values()) / total:.2%})"
+    return [f"trains: {listed(trained)}: {share}", f"frozen: {listed(frozen)}"]
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

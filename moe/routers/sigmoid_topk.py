@@ -8,7 +8,6 @@ from torch import Tensor
 
 from moe.config import RouterConfig
 from moe.router import ROUTERS, Router, positive
-from moe.selection import first_equal_rows
 
 
 @ROUTERS.register("sigmoid_topk")
@@ -38,14 +37,14 @@ class SigmoidTopKRouter(Router):
         Kernels compute the sigmoid of the last numbers of a tensor in another way than that of the others, and can
         round equal logits differently.
         """
-        first_E = first_equal_rows(self.weight.detach())
+        first_E = self.first_equal_experts()
         return (scores_BSE if first_E is None else scores_BSE.index_select(-1, first_E)) + self.bias
 
     @torch.no_grad()
     def update_after_step(self, counts_E: Tensor) -> None:
         """Update the bias: `b_e += rate * sign(mean n - n_e)`, unless the router is frozen."""
         rate = self.config.bias_update_rate
-        if rate and self.weight.requires_grad:
+        if rate and any(parameter.requires_grad for parameter in self.parameters()):
             # n̄ - n_e is multiplied by E: without a division, an expert at the mean keeps its bias exactly.
             missing_E = counts_E.sum() - counts_E * counts_E.numel()
             self.bias += rate * missing_E.sign().to(self.bias)

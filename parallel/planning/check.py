@@ -45,6 +45,18 @@ def _check_widths(layout: Layout, workload: Workload) -> None:
     for axis, parts in (("tensor", tensor), ("expert_tensor", layout.expert_tensor)):
         kind = workload.quantize.kind
         expect(parts == 1 or kind is None, axis, parts, f"1 with quantize={kind} (a matrix is quantised as a whole)")
+    expect(
+        layout.expert_tensor == 1 or not model.adapts_experts,
+        "expert_tensor",
+        layout.expert_tensor,
+        "1 with adapters of the experts (adapter.targets)",
+    )
+    expect(
+        tensor == 1 or model.adapter is None or not model.adapter.dora,
+        "tensor",
+        tensor,
+        "1 with adapter.dora=true (the length of a row needs the whole row)",
+    )
     for axis, parts in (("context", layout.context), ("tensor", layout.sequence)):
         also = f" (times parallel.context={layout.context})" if axis == "tensor" and layout.context > 1 else ""
         expected = f"a divisor of train.seq_len={workload.seq_len}{also}"

@@ -87,7 +87,14 @@ def check_before_start(config: Config, world: World) -> None:
     Raises:
         ConfigError: the layout is not possible, or this host has too little memory.
     """
-    trained = 1.0 if config.optim.train == "all" else 0.0
+    adapter = config.model.adapter
+    expect(
+        adapter is None or config.run.init_from is not None,
+        "run.init_from",
+        None,
+        f"the model directory that the adapters are added to (adapter.kind={config.adapter.kind})",
+    )
+    trained = 1.0 if config.optim.train == "all" and adapter is None else 0.0
     workload = build_workload(config, config.model, trained=trained)
     device = config.train.device
     if device == "cuda" or (device == "auto" and GPU_DRIVER.exists()) or config.engine.kind != "native":

@@ -36,7 +36,13 @@ from training.config import OptimConfig
 from training.deepspeed.settings import check_choice, prints_diagnostics
 from training.engine import run_whole
 from training.norms import SquareSums
-from training.trainable import Trainable, choose_trainable, format_patterns, persistent_buffers
+from training.trainable import (
+    Trainable,
+    choose_trainable,
+    format_patterns,
+    persistent_buffers,
+    saved_parameters,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EXPERT_MARKER = "deepspeed_marker"
@@ -162,7 +168,7 @@ class DeepSpeedEngine:
         it to `finish_loading`.
         """
         result: dict[str, Tensor | LocalShard] = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in saved_parameters(self.model):
             result[f"model.{name}"] = LocalShard(self._weight(parameter), *self.shard_places[name])
         result |= {f"model.{name}": buffer for name, buffer in persistent_buffers(self.model).items()}
         for name, parameter in self.trained.items():
@@ -250,7 +256,7 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         self.zero.checkpoint_event_prologue()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in saved_parameters(self.model):
             weight = _partition(values[f"model.{name}"], parameter)
             parameter.ds_tensor.copy_(weight)  # type: ignore[attr-defined]
             if name in self.trained:

@@ -9,6 +9,8 @@ cannot be opened. Filling reads the tensors slice by slice. Each rank reads only
 other ranks.
 """
 
+import dataclasses
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +28,7 @@ from common.plugins import missing_plugins, plugin_name
 from common.strict import from_dict
 from common.text import MAX_YAML, one_line, parse_yaml, printable, shorten, show_value
 from data.tokens.files import TokenizerFiles, find_tokenizer
-from moe.config import ROUTER_CONFIGS, ModelConfig, RouterConfig
+from moe.config import ROUTER_CONFIGS, AdapterConfig, ModelConfig, RouterConfig, split_adapter_name
 from moe.model import Transformer
 from moe.packed import QUANTISED_DTYPES, pack
 from moe.quantization import Packing
@@ -43,6 +45,7 @@ from training.checkpoint.manifest import (
 from training.checkpoint.shards import DTYPES, SliceRead, find_slices, read_shard
 from training.formats import huggingface as hf
 from training.formats import mistral
+from training.formats.fingerprint import fingerprint
 from training.formats.foreign_tensors import (
     Format,
     Piece,
@@ -60,6 +63,8 @@ from training.run import CONFIG_FILE
 
 PREFIX = "model."
 """A checkpoint's name of a weight is this prefix and the weight's name. Optimizer state has other prefixes."""
+BASE = "base"
+"""Key of a checkpoint's state: the model that its adapters are added to (`describe_base`)."""
 COMPARED_ROWS = 4096
 """Rows of the output head and the embedding that are compared at a time."""
 
@@ -127,11 +132,15 @@ class ModelReader(ABC):
         """Fill every parameter and buffer of `model`, or the shards of them that this rank stores.
 
         Weights that `model` has in few bits are quantised as they are read, one matrix at a time.
+        If the model has adapters and the directory has none, their parameters are not filled
+        (`moe.init.init_adapters`).
 
         Raises:
             ModelError: `model` has other tensors than the directory, or a file cannot be read.
         """
         state = model.state_dict()
+        if self.model.adapter is None:
+            state = {name: tensor for name, tensor in state.items() if split_adapter_name(name)[1] is None}
         expect_no_tensors(self.path, "missing", state.keys() - self.shapes.keys(), ModelError)
         if all(layer is not None for layer in model.layers):  # A pipeline stage lacks the tensors of other stages.
             expect_no_tensors(
@@ -187,8 +196,12 @@ def split_experts(region: Region) -> list[Region]:
     return [Region((offset[0] + i, *offset[1:]), (1, *shape[1:])) for i in range(shape[0])]
 
 
-def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], None] | None = None) -> ModelReader:
+def open_model(
+    path: str | Path, *, check: bool = True, warn: Callable[[str], None] | None = None, base: str | None = None
+) -> ModelReader:
     """Open the model directory `path`.
+
+    If it is a run with adapters, the model that they are added to is opened too, and read with it.
 
     Args:
         check: for a run or a checkpoint: verify the hashes of all files of the checkpoint, and not only the manifest's.
@@ -196,6 +209,7 @@ def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], No
             does this.
         warn: called with one line for each damaged checkpoint of a run that is skipped, and with one for files of
             weights that are not read. By default the line is printed to stderr.
+        base: the directory of the model that adapters are added to. None: the one that the checkpoint names.
 
     Raises:
         ModelError: `path` is not a model directory, or the directory is damaged, of an unknown kind, or has other
@@ -209,10 +223,10 @@ def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], No
     )
     warn = warn or _print_to_stderr
     if (path / MANIFEST).exists():
-        return RunReader(path.parent.parent, path, check)
+        return RunReader(path.parent.parent, path, check, base)
     if (path / CONFIG_FILE).exists():
         _expect_no_other_weights(path, CHECKPOINTS, weight_files(path))
-        return RunReader(path, _newest_checkpoint(path / CHECKPOINTS, check, warn), check=False)
+        return RunReader(path, _newest_checkpoint(path / CHECKPOINTS, check, warn), check=False, base=base)
     adapters = sorted(file.name for file in path.glob("adapter_[cm]o*"))  # adapter_config.json, adapter_model.*
     require(
         not adapters,
@@ -235,14 +249,16 @@ def open_model(path: str | Path, *, check: bool = True, warn: Callable[[str], No
     )
 
 
-def open_model_for_key(key: str, path: str, *, check: bool = True) -> ModelReader:
+def open_model_for_key(key: str, path: str, *, check: bool = True, base: str | None = None) -> ModelReader:
     """Open the model directory that the user gave as `key=path`. Error messages start with `key=path`.
+
+    The arguments are those of `open_model`.
 
     Raises:
         ModelError: as in `open_model`.
     """
     try:
-        reader = open_model(path, check=check)
+        reader = open_model(path, check=check, base=base)
         reader.shown = f"{key}={path}"
         return reader
     except ModelError as error:
@@ -256,25 +272,35 @@ class RunReader(ModelReader):
         root: the run's directory, with `config.yaml`.
         checkpoint: the checkpoint's directory.
         check: verify the hashes of all files of the checkpoint.
+        base: as in `open_model`.
+
+    Attributes:
+        base: the model that the adapters are added to, from which all weights are read that the checkpoint lacks. None:
+            the model has no adapters.
     """
 
-    def __init__(self, root: Path, checkpoint: Path, check: bool) -> None:
+    def __init__(self, root: Path, checkpoint: Path, check: bool, base: str | None = None) -> None:
         self.kind, self.path, self.directory = "run", checkpoint, root
         self.model, self.router = read_run_config(root / CONFIG_FILE)
         with _raise_model_errors():
             if check:
                 verify(checkpoint)
-            records = read_manifest(checkpoint)["tensors"]
+            manifest = read_manifest(checkpoint)
+        records = manifest["tensors"]
         # Shards that the manifest does not name can remain after the same step was saved again.
         others = [name for name in weight_files(checkpoint) if not SHARD_FILE.fullmatch(name)]
         _expect_no_other_weights(checkpoint, MANIFEST, others)
         self._records = {name.removeprefix(PREFIX): r for name, r in records.items() if name.startswith(PREFIX)}
-        _check_layer_count(self.model, len(self._records), root / CONFIG_FILE)
+        self.base = None if self.model.adapter is None else _open_base(manifest["state"], checkpoint, base)
+        shapes = {} if self.base is None else dict(self.base.shapes)
+        shapes |= {name: tuple(record["shape"]) for name, record in self._records.items()}
+        _check_layer_count(self.model, len(shapes), root / CONFIG_FILE)
         self.shapes = _shapes_of(self.model, self.router, root / CONFIG_FILE)
-        shapes = {name: tuple(record["shape"]) for name, record in self._records.items()}
         check_shapes(checkpoint, shapes, self.shapes)
 
     def dtype(self, name: str) -> torch.dtype:
+        if self.base is not None and name not in self._records:
+            return self.base.dtype(name)
         code = self._records[name]["dtype"]
         dtype = next((dtype for dtype, its_code in DTYPES.items() if its_code == code), None)
         if dtype is None or not dtype.is_floating_point:
@@ -283,12 +309,66 @@ class RunReader(ModelReader):
 
     def copy(self, requests: Iterable[ReadRequest]) -> None:
         slices_by_file: dict[str, list[SliceRead]] = {}
+        of_base: list[ReadRequest] = []
         with _raise_model_errors():
             for name, region, target in requests:
+                if self.base is not None and name not in self._records:
+                    of_base.append(ReadRequest(name, region, target))
+                    continue
                 for file, read in find_slices(PREFIX + name, self._records[name], target, region):
                     slices_by_file.setdefault(file, []).append(read)
             for file, slices in slices_by_file.items():
                 read_shard(self.path / file, slices)
+        if self.base is not None:
+            self.base.copy(of_base)
+
+
+def describe_base(reader: ModelReader) -> dict[str, str]:
+    """Return how a checkpoint names the model that its adapters are added to: its path, and its fingerprint.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    return {"path": os.path.abspath(reader.path), "fingerprint": fingerprint(reader.shapes, reader.read)}
+
+
+def _open_base(state: dict[str, Any], checkpoint: Path, given: str | None) -> ModelReader:
+    """Open the model that the adapters of a checkpoint are added to.
+
+    Args:
+        state: the checkpoint's state.
+        given: the directory that the user gives; None: the one that the checkpoint names.
+
+    Raises:
+        ModelError: the model cannot be opened, is another one, or the checkpoint names none.
+    """
+    recorded = state.get(BASE)
+    if not isinstance(recorded, dict) or not all(isinstance(recorded.get(key), str) for key in ("path", "fingerprint")):
+        raise ModelError(f"{checkpoint}: expected the state of a run with adapters ('{BASE}')")
+    path = given or recorded["path"]
+    try:
+        base = open_model(path, check=False)
+    except ModelError as error:
+        moved = "" if given else f", the base of the adapters in {checkpoint}"
+        raise ModelError(f"base={path}{moved}: {str(error).removeprefix(f'{path}: ')}") from error
+    expect_same_base(describe_base(base), recorded, f"base={path}", checkpoint)
+    return base
+
+
+def expect_same_base(found: dict[str, str], recorded: dict[str, str], shown: str, checkpoint: Path | str) -> None:
+    """Raise ModelError if a model is not the one that the adapters of a checkpoint are added to.
+
+    Args:
+        found: what `describe_base` returned for the model.
+        recorded: what the checkpoint's state has.
+        shown: the key and the directory, for the message.
+    """
+    require(
+        found["fingerprint"] == recorded["fingerprint"],
+        ModelError,
+        f"{shown}: expected the weights that the adapters in {checkpoint} were trained with (those of "
+        f"{recorded['path']}, fingerprint {recorded['fingerprint'][:12]}); found {found['fingerprint'][:12]}",
+    )
 
 
 class ForeignReader(ModelReader):
@@ -410,7 +490,7 @@ def _list_files(names: Iterable[str]) -> str:
 
 
 def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
-    """Return the sections `model` and `router` of a run's `config.yaml`.
+    """Return the sections `model` and `router` of a run's `config.yaml`, the model with its adapters.
 
     A plugin that the file names is never loaded: only the user decides which code runs. If the file needs a plugin that
     this process has not loaded, the error asks for it.
@@ -435,7 +515,10 @@ def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
             ConfigError,
             f"router.kind={shorten(printable(show_value(kind)), 80)}: an unknown kind",
         )
-        return from_dict(ModelConfig, raw["model"], "model"), from_dict(RouterConfig, router, "router")
+        model = from_dict(ModelConfig, raw["model"], "model")
+        adapter = from_dict(AdapterConfig, raw.get("adapter", {}), "adapter")
+        model = model if adapter.kind is None else dataclasses.replace(model, adapter=adapter)
+        return model, from_dict(RouterConfig, router, "router")
     except ConfigError as error:
         raise ModelError(f"{file}: {error}{_request_plugins(raw.get('plugins'))}") from error
 

@@ -16,9 +16,10 @@ from typing import Literal, get_args
 
 from common.errors import expect
 from data.config import DataConfig
-from moe.config import ModelConfig, RopeScaling, RouterConfig
+from moe.config import AdapterConfig, ModelConfig, RopeScaling, RouterConfig
 from parallel.config import ParallelConfig
 from training.config import (
+    NO_ADAPTER,
     CheckpointConfig,
     Config,
     EngineConfig,
@@ -102,9 +103,21 @@ CASES: Mapping[str, Case] = {
         RouterConfig(balance_coef=0.05),
     ),
     "partly_frozen": replace(MIXTRAL, train=("router", "expert:3")),
+    "adapters": Case(
+        replace(MODEL, num_shared_experts=1, first_k_dense=1, expert_kernel="auto",
+                adapter=AdapterConfig(kind="lora", rank=3, targets=("*",), scaling="rslora")),
+        RouterConfig(balance_coef=0.05),
+        train="*norm.weight",
+    ),
+    "dora": Case(
+        replace(MODEL, num_kv_heads=2, hidden_dim=13, expert_hidden_dim=7, num_shared_experts=1,
+                adapter=AdapterConfig(kind="lora", rank=3, targets=("attention", "router", "shared"), dora=True)),
+        RouterConfig(balance_coef=0.05),
+    ),
 }  # fmt: skip
 """The built-in models by name. Tensor parallelism does not divide the vocabulary of `uneven` and `multi_query`, nor the
-hidden widths of `uneven`. In `partly_frozen`, most ranks store no expert that trains if the experts are spread."""
+hidden widths of `uneven` and `dora`. In `partly_frozen`, most ranks store no expert that trains if the experts are
+spread."""
 
 
 def rows_for(world_size: int) -> int:
@@ -144,6 +157,7 @@ def configuration(
         checkpoint=CheckpointConfig(),
         tracking=TrackingConfig(wandb="disabled"),
         launch=LaunchConfig(),
+        adapter=case.model.adapter or NO_ADAPTER,
     )
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import IGNORE, Batch
+from moe.accounting.flops import count_parameters, meta_model
 from moe.model import Transformer
 from moe.region import LocalShard, Region
 from moe.router import Router
@@ -80,6 +81,11 @@ class Trial:
         parts = build_parts(config, case.model, mesh, compute_dtype(config.train.precision, mesh.device), SEED)
         if case.last_expert_idle:
             make_last_expert_idle(parts)
+        shards = (part.local_shard(name, weight) for part in parts for name, weight in part.named_parameters())
+        stored = all_gather_json(sum(shard.region.numel for shard in shards), mesh.world)
+        whole = count_parameters(meta_model(parts[0].config, parts[0].router_config)).total
+        self.share = max(stored) / whole
+        """The largest part of the model's weights that one rank stores, before DeepSpeed partitions them."""
         self.engine: Engine = build_engine(config, parts, mesh)
 
     def train(self, first: int, end: int) -> list[StepResult]:
@@ -170,7 +176,7 @@ class Result(NamedTuple):
     final: dict[str, Tensor]
     """Weights, buffers and moments after the last step."""
     share: float
-    """The largest part of the model's weights that one rank stores."""
+    """`Trial.share`."""
 
 
 def run_case(case: Case, config: Config, mesh: Mesh) -> Result:
@@ -189,10 +195,4 @@ def run_case(case: Case, config: Config, mesh: Mesh) -> Result:
     history += trial.train(1, steps)
     shards_by_rank = trial.gather_shards()
     trial.engine.close()
-    final = assemble(shards_by_rank)
-    rank_sizes = [
-        sum(shard.local.numel() for name, shard in shards.items() if name.startswith("model."))
-        for shards in shards_by_rank
-    ]
-    whole_size = sum(weight.numel() for name, weight in final.items() if name.startswith("model."))
-    return Result(history, initial, gradients, final, max(rank_sizes) / whole_size if rank_sizes else 0.0)
+    return Result(history, initial, gradients, assemble(shards_by_rank), trial.share)

@@ -90,6 +90,8 @@ def show_start(summary: RunSummary) -> None:
     if run.trained_parameters < run.counts.total:
         patterns = format_patterns(run.config.optim.train)
         show_line(f"optim.train={patterns}: {run.trained_parameters:,} of {run.counts.total:,} parameters train")
+        for line in run.trained:
+            show_line(line)
 
 
 def show_restart(world: World, run: AgreedRun, furthest: int) -> None:
