@@ -230,7 +230,6 @@ def shard_experts(model: Transformer, mesh: Mesh) -> None:
         layer.dispatcher = AllToAllDispatcher(mesh.expert, mesh.expert_tensor, mesh.layout.overlap)
         experts = layer.experts
         experts.first_expert = mesh.expert.rank() * (experts.num_local // mesh.expert.size())
-        for name, parameter in list(experts.named_parameters()):
-            owner, _, leaf = name.rpartition(".")
-            shard = nn.Parameter(local_slice(f"{prefix}.experts.{name}", parameter, mesh))
-            setattr(experts.get_submodule(owner), leaf, shard)
+        for owner, module in experts.named_modules(prefix=f"{prefix}.experts"):
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, leaf, nn.Parameter(local_slice(f"{owner}.{leaf}", parameter, mesh)))

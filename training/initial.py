@@ -37,13 +37,9 @@ def start_from(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     from training.formats.reader import open_model_for_key
 
     source = open_model_for_key("run.init_from", directory, check=False)
-<<<<<<< HEAD
+    expect_no_adapters(source, f"run.init_from={directory}")
     paths = [override.partition("=")[0].lstrip("+~").split(".") for override in overrides]
     typed = {".".join(path[:2]) for path in paths}
-=======
-    expect_no_adapters(source, f"run.init_from={directory}")
-    typed = {override.partition("=")[0].lstrip("+~") for override in overrides}
->>>>>>> 5562423 (Low-rank adapters: configuration, layers, layouts, checkpoints without the base, merging)
     model, router = to_dict(source.model), to_dict(source.router)
     inherited = {"model": {key: value for key, value in model.items() if key not in FREE_MODEL_KEYS}}
     if source.model.is_moe:

@@ -5,6 +5,7 @@ Shapes: E experts, F expert hidden, D model.
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -13,15 +14,16 @@ import torch
 from common.errors import ConfigError
 from data.batch import Batch
 from moe.accounting.flops import count_parameters, meta_model
-from moe.config import ModelConfig, RouterConfig
+from moe.config import AdapterConfig, ModelConfig, RouterConfig, split_adapter_name
 from parallel.apply import build_model
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from tests.distributed.harness import run_ranks
+from training.checkpoint import checkpoint
 from training.config import OptimConfig
 from training.engine import NativeEngine
 from training.step import train_step
-from training.trainable import choose_trainable, trained_elements
+from training.trainable import choose_trainable, describe_choice, trained_elements
 
 MODEL = ModelConfig(
     dim=8, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=12, num_experts=4, top_k=2, vocab_size=20,
@@ -191,3 +193,94 @@ def test_only_what_was_chosen_changes_and_only_that_has_moments():
         assert outcome.norm == pytest.approx(outcome.norm_by_hand, rel=1e-12) and outcome.norm > OPTIM.max_grad_norm
         torch.testing.assert_close(outcome.norms_2LF, outcome.norms_2LF_by_hand, rtol=1e-12, atol=0)
         assert outcome.gradients_left == 0
+
+
+ADAPTERS = {
+    "attention and norms": (("attention.w[qv]",), ("norm.weight",), {"norm.weight"}),
+    "router": (("router",), "all", set()),
+    "shared": (("shared", "ffn.w_*"), "all", set()),
+    "experts": (("experts",), "all", set()),
+    "all and an expert": (("*",), ("expert:3",), OF_EXPERT_3),
+}  # fmt: skip
+"""Case -> `adapter.targets`, `optim.train`, and what trains besides the adapters."""
+
+
+def train_adapters(rank: int, world: int, root: Path) -> dict[str, tuple]:
+    """Train, save, and load into another model with the same base, which must then have the same weights."""
+    mesh = build_mesh(torch.device("cpu"), Layout(replicate=1, expert=1))
+    found = {}
+    for number, (case, (targets, train, _)) in enumerate(ADAPTERS.items()):
+        adapter = AdapterConfig(kind="lora", rank=2, targets=targets)
+
+        def engine_of(
+            adapter: AdapterConfig = adapter, train: str | tuple[str, ...] = train, seed: int = 1
+        ) -> NativeEngine:
+            config = replace(MODEL, adapter=adapter)
+            model = build_model(config, ROUTER, mesh, compute_dtype=torch.float64, seed=seed)
+            return NativeEngine([model], replace(OPTIM, lr=0.1, train=train, weight_decay=0.5), mesh)
+
+        engine = engine_of()
+        initial = {name: tensor.clone() for name, tensor in engine.parts[0].state_dict().items()}
+        train_step(engine, [batch(0)], ROUTER, 0.1)
+        collect, with_gradient = engine.trainable.collect_gradients, set()
+
+        def caught(collect=collect, with_gradient=with_gradient, engine=engine) -> None:
+            with_gradient |= {name for name, p in engine.parts[0].named_parameters() if p.grad is not None}
+            collect()
+
+        engine.trainable.collect_gradients = caught
+        train_step(engine, [batch(1)], ROUTER, 0.1)
+        final = {name: tensor.clone() for name, tensor in engine.parts[0].state_dict().items()}
+        saved = engine.tensors()
+        path = checkpoint.save(root / str(number), 2, saved, {}, keep=1)
+        resumed = engine_of()
+        tensors = resumed.tensors()
+        checkpoint.load(path, tensors)
+        loaded = {name: tensor.clone() for name, tensor in resumed.parts[0].state_dict().items()}
+        found[case] = initial, final, set(saved), with_gradient, loaded
+    return found
+
+
+def test_adapters_train_and_what_they_are_added_to_does_not(tmp_path):
+    """Every trained weight moves; every other one stays, bitwise, has no gradient, and is in no checkpoint."""
+    [outcomes] = run_ranks(train_adapters, 1, tmp_path)
+    for case, (initial, final, saved, with_gradient, loaded) in outcomes.items():
+        adapters = {name for name in initial if split_adapter_name(name)[1] is not None}
+        named = ADAPTERS[case][2]
+        stacked = {name.removesuffix(".3") for name in named if name.endswith(".3")}
+        trained = adapters | stacked | (named - OF_EXPERT_3)
+        buffers = {name for name in initial if name.endswith("router.bias")}
+        assert adapters and with_gradient == trained, case
+        assert {name.removeprefix("model.") for name in saved if name.startswith("model.")} == trained | buffers, case
+        moments = {name.removeprefix("exp_avg.") for name in saved if name.startswith("exp_avg.")}
+        assert moments == adapters | named, case
+        for name, before in initial.items():
+            moved = not torch.equal(before, final[name])
+            if name in buffers:
+                assert moved == any("router.adapter" in adapter for adapter in adapters), (case, name)
+            elif name in stacked:
+                same = [torch.equal(a, b) for a, b in zip(before, final[name], strict=True)]
+                assert same == [True, True, True, False], (case, name)
+            else:
+                assert moved == (name in trained), (case, name)
+            assert torch.equal(final[name], loaded[name]), (case, name)
+
+
+def test_the_start_says_what_trains_and_what_does_not():
+    adapter = AdapterConfig(kind="lora", rank=2, targets=("attention.wq", "experts.w_up"))
+    model = meta_model(replace(MODEL, adapter=adapter), ROUTER)
+    trains, frozen = describe_choice(model, choose_trainable(model, ("norm.weight", "expert:1")))
+    experts, others = 2 * 6 * 8, 3 * 2 * 6 * 8
+    assert trains == (
+        f"trains: attention.wq.adapter {3 * 2 * 16}, ffn.experts.w_gate {experts}, ffn.experts.w_up {experts}, "
+        f"ffn.experts.w_down {experts}, ffn.experts.adapters.w_up {2 * 4 * 2 * 14}, norm 8: 616 of "
+        f"{count_parameters(model).total:,} parameters (20.10%)"
+    )
+    assert f"attention.wq {3 * 64}, " in frozen and f"ffn.experts.w_up {others}" in frozen
+    assert "adapter" not in frozen and ", norm" not in frozen
+
+
+def test_a_pattern_does_not_choose_parameters_of_adapters():
+    model = meta_model(replace(MODEL, adapter=AdapterConfig(kind="lora", targets=("attention",))), ROUTER)
+    with pytest.raises(ConfigError, match=r"^optim.train=\*.adapter.a: expected "):
+        choose_trainable(model, ("*.adapter.a",))
