@@ -13,12 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from common.errors import CheckpointError, DataError, ModelError, RunError, require
+from common.errors import CheckpointError, DataError, ModelError, RunError, expect, require
 from common.plugins import changed_plugins, loaded_plugins
 from common.strict import to_dict
 from data.tokens.store import Store, prepare
 from moe.accounting.flops import MatmulCosts, ParameterCounts, count_parameters, matmul_costs, meta_model
 from moe.config import ModelConfig
+from moe.model import Transformer
 from parallel.planning.plan import Plan
 from parallel.startup.preflight import check_ranks_agree, collect_properties, flatten
 from parallel.startup.rendezvous import choose_on_rank0, exposure
@@ -42,7 +43,7 @@ from training.resume import (
     schedule_lines,
 )
 from training.run import finished_result
-from training.trainable import choose_trainable, describe_choice, trained_elements
+from training.trainable import Choice, choose_trainable, describe_choice, format_patterns, trained_elements
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def agree_on_run(
     whole = meta_model(model, config.router)
     counts = count_parameters(whole)
     choice = choose_trainable(whole, config.optim.train)
+    expect_full_precision(whole, choice, config)
     trained_parameters = trained_elements(whole, choice)
     memory = from_rank_0("memory", lambda: memory_of_a_rank(process.device, world.local_world_size))
     workload = build_workload(config, model, itemsize=process.dtype.itemsize, trained=trained_parameters / counts.total)
@@ -175,6 +177,18 @@ def agree_on_run(
         base=base,
         finished_result=from_rank_0("finished", lambda: finished_result(directory, config.train.steps)),
     )
+
+
+def expect_full_precision(whole: Transformer, choice: Choice, config: Config) -> None:
+    """Raise ConfigError if a weight that is stored in few bits is to train."""
+    for name, weight in whole.named_parameters():
+        if name in choice.whole or name in choice.experts:
+            expect(
+                config.quantize.packing(name, weight.shape) is None,
+                "optim.train",
+                format_patterns(config.optim.train),
+                f"weights in full precision (quantize.kind={config.quantize.kind} has {name} in few bits)",
+            )
 
 
 def find_base(initial: str) -> dict[str, str]:

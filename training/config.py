@@ -402,6 +402,12 @@ class Config:
             "null without run.init_from (quantised weights do not train)",
         )
         expect(
+            self.quantize.kind is None or not self.adapter.dora,
+            "adapter.dora",
+            True,
+            f"false with quantize.kind={self.quantize.kind} (the length of a row needs the row in full precision)",
+        )
+        expect(
             self.engine.kind == "native" or self.optim.kind == "adamw",
             "optim.kind",
             self.optim.kind,

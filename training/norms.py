@@ -41,10 +41,13 @@ class SquareSums:
     def add(self, of: Literal["weight", "gradient"], name: str, shard: LocalShard) -> None:
         """Add this rank's shard of a parameter or of its gradient. Those that `take` does not name are left out.
 
+        Weights that are stored in few bits are left out, too. The parameters of adapters count as the weights of their
+        router or expert.
+
         Args:
             name: the parameter's name; `<stacked parameter>.<expert>` for a single expert (`training.trainable`).
         """
-        if not self.take(name):
+        if not self.take(name) or not shard.local.is_floating_point():
             return
         sums_F = self.sums_2LF[("weight", "gradient").index(of), self.places[int(name.split(".")[1])]]
         first, tensors = 0, shard.local.unsqueeze(0)

@@ -64,7 +64,12 @@ def execute(
     check_before_start(config, world)
     check_tracking(config.tracking)
     expect_library(config.quantize)
-    expect(config.quantize.kind is None, "quantize.kind", config.quantize.kind, "null (there is nothing to train)")
+    expect(
+        config.quantize.kind is None or config.adapter.kind is not None,
+        "quantize.kind",
+        config.quantize.kind,
+        "null, or adapters, which train beside quantised weights (adapter=lora)",
+    )
     owner = owner or RunOwner()
     try:
         with owner, disk_errors(Path(config.run.root)):
