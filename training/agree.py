@@ -20,6 +20,7 @@ from data.tokens.store import Store, prepare
 from moe.accounting.flops import MatmulCosts, ParameterCounts, count_parameters, matmul_costs, meta_model
 from moe.config import ModelConfig
 from moe.model import Transformer
+from moe.quantization import target_of
 from parallel.planning.plan import Plan
 from parallel.startup.preflight import check_ranks_agree, collect_properties, flatten
 from parallel.startup.rendezvous import choose_on_rank0, exposure
@@ -184,7 +185,7 @@ def expect_full_precision(whole: Transformer, choice: Choice, config: Config) ->
     for name, weight in whole.named_parameters():
         if name in choice.whole or name in choice.experts:
             expect(
-                config.quantize.packing(name, weight.shape) is None,
+                config.quantize.packing(target_of(name), weight.shape) is None,
                 "optim.train",
                 format_patterns(config.optim.train),
                 f"weights in full precision (quantize.kind={config.quantize.kind} has {name} in few bits)",
