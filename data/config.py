@@ -36,7 +36,8 @@ class DataConfig:
     cross_documents: bool = False
     """Let attention and positions cross the boundaries of the documents that are packed into a row."""
     heldout_fraction: float = 0.02
-    """Fraction of the documents, chosen by their hash, that is never trained on."""
+    """Fraction of the documents, chosen by their hash, that is never trained on. 1 leaves nothing to train on: only
+    `scripts/evaluate.py` uses it."""
     heldout_max_bytes: int = 200_000
     """Maximum bytes of held-out text per domain. Further documents are trained on."""
 
@@ -81,7 +82,7 @@ class DataConfig:
         CORPUS_CONFIGS.check(self.kind)
         expect(bool(self.cache), "cache", repr(self.cache), "a directory")
         expect(self.vocab_size >= 300, "vocab_size", self.vocab_size, "an integer >= 300 (256 bytes and some pieces)")
-        expect(0 < self.heldout_fraction < 1, "heldout_fraction", self.heldout_fraction, "a number between 0 and 1")
+        expect(0 < self.heldout_fraction <= 1, "heldout_fraction", self.heldout_fraction, "a number above 0, at most 1")
         expect(self.heldout_max_bytes >= 1, "heldout_max_bytes", self.heldout_max_bytes, "an integer >= 1")
         for field in ("code_bytes", "prose_bytes", "arithmetic_bytes"):
             expect(getattr(self, field) >= 0, field, getattr(self, field), "an integer >= 0 (0: leave that domain out)")

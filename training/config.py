@@ -390,6 +390,12 @@ class Config:
         except ValueError as error:
             raise located(error, "router") from error
         expect(
+            self.data.heldout_fraction < 1,
+            "data.heldout_fraction",
+            self.data.heldout_fraction,
+            "a number below 1 (there must be text to train on)",
+        )
+        expect(
             not (self.model.expert_kernel == "grouped" and self.train.precision == "fp64"),
             "model.expert_kernel",
             "grouped",

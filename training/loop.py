@@ -21,7 +21,7 @@ from common.errors import DataError
 from common.plugins import loaded_plugins
 from common.strict import to_dict
 from data.corpora.messages import Message
-from data.loader import Loader, evaluation_batches
+from data.loader import Loader
 from data.tokens.conversation import encode_conversation, end_token_ids
 from data.tokens.tokenizer import TextTokenizer
 from moe.accounting.flops import MatmulCosts, count_parameters, meta_model
@@ -44,6 +44,7 @@ from training.config import Config
 from training.device import DTYPE_NAMES, Process, free_bytes, peak_flops, set_up_process
 from training.due import Due
 from training.engine import Engine, NativeEngine
+from training.evaluation.evaluator import Evaluator
 from training.forecast import Forecast
 from training.formats.reader import BASE, open_model
 from training.hang_reports import find_ranks
@@ -71,7 +72,7 @@ from training.report.run_report import (
 from training.rewind import Rewind
 from training.router_health import RouterHealth
 from training.run import INTERRUPTED, save_config
-from training.step import Evaluation, StepInputs, StepResult, evaluate
+from training.step import Evaluation, StepInputs, StepResult
 from training.steps import Steps
 
 TEMPERATURE = 0.8
@@ -169,7 +170,7 @@ def train(config: Config, owner: RunOwner | None = None) -> dict[str, Any]:
 
     # 6. The loop over optimizer steps, which `Steps` runs.
     first_step, due = run.state["step"] if run.state else 0, Due(config)
-    evaluator, throughput, peak = Evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
+    evaluator, throughput, peak = held_out_evaluator(run, engine), Throughput(), peak_of_all_ranks(run, process)
     compilation = CompilationReport(engine.parts)
     evaluation, health = None, Health(config.health, mesh, ranks.heads, config.parallel.timeout_s, router_health)
     health.load_state_dict((run.state or {}).get("health", {}))
@@ -440,29 +441,16 @@ class Throughput:
         return self.tokens / self.seconds if self.seconds else None
 
 
-class Evaluator:
-    """Evaluates the engine's model on the held-out tokens."""
-
-    def __init__(self, run: AgreedRun, engine: Engine) -> None:
-        self.run, self.engine = run, engine
-        tokenizer = run.tokens.tokenizer
-        self.token_bytes_V = torch.from_numpy(tokenizer.token_bytes()).to(engine.mesh.device)
-        self.prefix_bytes_V = torch.zeros_like(self.token_bytes_V)
-        if tokenizer.bos_id is not None:
-            self.prefix_bytes_V[tokenizer.bos_id] = len(tokenizer.prefix)
-
-    def evaluate(self) -> Evaluation:
-        """Evaluate on every held-out row once. Collective."""
-        config, mesh, layout = self.run.config, self.engine.mesh, self.run.plan.layout
-        batches = evaluation_batches(
-            self.run.tokens.heldout,
-            seq_len=config.train.seq_len,
-            batch_rows=max(1, config.train.global_batch // config.train.accumulation // layout.data),
-            rank=layout.data_rank(mesh.rank),
-            world_size=layout.data,
-            cross_documents=config.data.cross_documents,
-        )
-        return evaluate(self.engine, batches, self.run.tokens.domains, self.token_bytes_V, self.prefix_bytes_V)
+def held_out_evaluator(run: AgreedRun, engine: Engine) -> Evaluator:
+    """Return what evaluates the engine's model on the run's held-out text, in batches as large as those of training."""
+    train, data_ranks = run.config.train, run.plan.layout.data
+    return Evaluator(
+        engine,
+        run.tokens,
+        seq_len=train.seq_len,
+        batch_rows=max(1, train.global_batch // train.accumulation // data_ranks),
+        cross_documents=run.config.data.cross_documents,
+    )
 
 
 def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, directory: Path, peers: Peers) -> str | None:

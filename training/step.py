@@ -15,7 +15,7 @@ F = 1 + E columns of a router and its experts.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,9 @@ from moe.attention.varlen import segments_of
 from moe.config import ModelConfig, RouterConfig
 from moe.device import on_gpu
 from moe.figures import LAYER_FIGURES
+from moe.linear import Predict, linear
 from moe.losses import Reductions, auxiliary_losses, linear_cross_entropy
-from moe.model import ModelInputs
+from moe.model import ModelInputs, Output, Transformer
 from moe.noise import noise_keys
 from moe.router import ROUTERS, RouterStats, update_routers
 from parallel.mesh import Mesh
@@ -334,21 +335,58 @@ def _count(
     return labels, tokens, pairs, flag_sums
 
 
+class Evaluated(Protocol):
+    """What `evaluate` needs of a model. Every engine has it."""
+
+    parts: list[Transformer]
+    mesh: Mesh
+
+    def forward(self, inputs: ModelInputs, predict: Predict = linear) -> list[tuple[Transformer, Output]]:
+        """As `training.engine.Engine.forward`."""
+
+
+class TextSums(NamedTuple):
+    """Sums over the labels of a text."""
+
+    nats: float
+    """The cross-entropy."""
+    labels: int
+    bytes: int
+    """The UTF-8 bytes that the labels stand for. The end of a document stands for none."""
+
+    @property
+    def loss(self) -> float | None:
+        """Nats per label; None without labels."""
+        return self.nats / self.labels if self.labels else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per byte of the text; None without bytes. The end of a document costs bits, too."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else None
+
+
 class Evaluation(NamedTuple):
     """The result of one evaluation, the same on every rank."""
 
-    loss: float | None
-    """Nats per label token; None if the held-out text has no label."""
-    bits_per_byte: dict[str, float]
-    """Domain -> nats of its tokens / ln 2 / the UTF-8 bytes that they stand for. The end of a document costs bits, but
-    stands for no bytes. A domain whose held-out text has no labels is left out."""
+    sums: dict[str, TextSums]
+    """By domain."""
     load_GLE: Tensor | None
     """Assignments per domain, layer and expert; None in a dense model."""
+
+    @property
+    def loss(self) -> float | None:
+        """Nats per label token of all domains; None if the text has no label."""
+        return TextSums(*(sum(column) for column in zip(*self.sums.values(), strict=True))).loss
+
+    @property
+    def bits_per_byte(self) -> dict[str, float]:
+        """Domain -> bits per byte. A domain whose text has no labels is left out."""
+        return {name: sums.bits_per_byte for name, sums in self.sums.items() if sums.bits_per_byte is not None}
 
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine,
+    evaluated: Evaluated,
     batches: Iterable[Batch],
     domains: tuple[str, ...],
     token_bytes_V: Tensor,
@@ -363,8 +401,8 @@ def evaluate(
         prefix_bytes_V: bytes of the token after this id that are no part of the text: the space that some tokenizers
             put after <s>.
     """
-    mesh, config = engine.mesh, engine.parts[0].config
-    for model in engine.parts:
+    mesh, config = evaluated.mesh, evaluated.parts[0].config
+    for model in evaluated.parts:
         model.eval()
     nats, labels, size = (torch.zeros(len(domains), dtype=torch.float64, device=mesh.device) for _ in range(3))
     shape = (len(domains), config.num_moe_layers, config.num_experts or 0)
@@ -376,7 +414,7 @@ def evaluate(
         def predict(x_BSD: Tensor, weight_VD: Tensor, labels_BS: Tensor = batch.labels_BS) -> Tensor:
             return linear_cross_entropy(x_BSD, weight_VD, labels_BS, vocabulary=vocabulary).nats_BS
 
-        for model, output in engine.forward(inputs, predict):
+        for model, output in evaluated.forward(inputs, predict):
             # Ranks of `mesh.tensor` have the same tokens: one of them counts them.
             if model.is_last:
                 nats_BS = output.result
@@ -392,17 +430,13 @@ def evaluate(
                 load_GLE[:, model.moe_layers] += _load_by_domain(
                     output.stats.experts_BSK, domains_BS, valid_BS, *shape[::2]
                 )
-    for model in engine.parts:
+    for model in evaluated.parts:
         model.train()
     for total in (nats, labels, size, load_GLE):
         dist.all_reduce(total, group=mesh.world)
-    bits = {
-        name: value / math.log(2) / length
-        for name, value, length in zip(domains, nats.tolist(), size.tolist(), strict=True)
-        if length
-    }
-    loss = (nats.sum() / labels.sum()).item() if labels.any() else None
-    return Evaluation(loss, bits, load_GLE.cpu() if config.is_moe else None)
+    columns = nats.tolist(), map(round, labels.tolist()), map(round, size.tolist())
+    sums = {name: TextSums(*values) for name, *values in zip(domains, *columns, strict=True)}
+    return Evaluation(sums, load_GLE.cpu() if config.is_moe else None)
 
 
 def _load_by_domain(

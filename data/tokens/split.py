@@ -46,7 +46,9 @@ class TokenSplit:
         self.num_tokens: int = entry["tokens"]
         self.keep_last_row = keep_last_row
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
-        self._shards = [np.memmap(directory / shard, dtype=dtype, mode="r") for shard in entry["shards"]]
+        # An empty file cannot be mapped. A text that is only evaluated has nothing to train on.
+        shards = entry["shards"] if self.num_tokens else []
+        self._shards = [np.memmap(directory / shard, dtype=dtype, mode="r") for shard in shards]
         self._shard_starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
         self._starts = np.load(directory / f"{name}-starts.npy", mmap_mode="r", allow_pickle=False)
         self._domain_ids = np.load(directory / f"{name}-domains.npy", mmap_mode="r", allow_pickle=False)

@@ -94,7 +94,7 @@ class CorpusSpool:
                 f"{source}: expected at least two different documents, one of them to hold out, found {found}"
             )
         self.train_bytes = sum(document.size for document in self.train())
-        if not self.train_bytes:
+        if not self.train_bytes and config.heldout_fraction < 1:
             raise DataError(
                 f"data.heldout_fraction={config.heldout_fraction}: expected a fraction that leaves documents to train "
                 f"on, found none left of all {num_documents}"

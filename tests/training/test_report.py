@@ -29,7 +29,7 @@ from training.report.tables import (
     show_sample,
 )
 from training.report.terminal import Progress, human_bytes, human_count, human_time, printable
-from training.step import Evaluation
+from training.step import Evaluation, TextSums
 
 Capture = pytest.CaptureFixture[str]
 
@@ -214,8 +214,11 @@ def test_evaluation(capsys: Capture) -> None:
 
 
 def test_figures_that_do_not_exist_are_absent(capsys: Capture, tmp_path: Path) -> None:
-    assert evaluation_row(Evaluation(1.5, {"a": 2.0}, None)) == {"eval/loss": 1.5, "eval/bits_per_byte/a": 2.0}
-    assert evaluation_row(Evaluation(None, {}, None)) == {}
+    assert evaluation_row(Evaluation({"a": TextSums(3.0, 2, 4)}, None)) == {
+        "eval/loss": 1.5,
+        "eval/bits_per_byte/a": 3.0 / math.log(2) / 4,
+    }
+    assert evaluation_row(Evaluation({"a": TextSums(0.0, 0, 0)}, None)) == {}
     show_evaluation({}, None, {})
     show_finished(tmp_path, {"step": 3, "eval/loss": None})
     text = plain(capsys)

@@ -158,3 +158,19 @@ def open_tokenizer(reader: ModelReader) -> TextTokenizer | None:
         f"found {tokenizer.vocab_size}",
     )
     return tokenizer
+
+
+def open_given_tokenizer(source: ModelReader) -> TextTokenizer:
+    """Open the tokenizer of a model directory.
+
+    Raises:
+        ModelError: there is no tokenizer, or it has more token ids than the model's vocabulary.
+        DataError: the tokenizer cannot be used.
+    """
+    tokenizer = open_tokenizer(source)
+    if tokenizer is None:
+        raise ModelError(
+            f"{source.shown or source.directory}: expected a tokenizer.model or a tokenizer.json in it; runs of older "
+            "versions left it in their token store below data.cache: copy it from there"
+        )
+    return tokenizer

@@ -4,14 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import ConfigError, DataError, ModelError, require
+from common.errors import ConfigError, DataError, require
 from common.files import read_file
 from common.text import MAX_JSON, expect_characters, one_line, parse_json
 from data.corpora.messages import Message, read_conversation, read_messages
 from data.tokens.conversation import encode_conversation, end_token_ids
-from data.tokens.tokenizer import TextTokenizer
-from training.formats.model_directory import open_tokenizer
-from training.formats.reader import ModelReader, open_model_for_key
+from training.formats.model_directory import open_given_tokenizer
+from training.formats.reader import open_model_for_key
 from training.generation.config import STDIN, GenerateConfig
 
 
@@ -84,19 +83,3 @@ def _read_lines() -> list[str]:
     except ValueError as error:
         raise ConfigError(f"prompt={STDIN}: expected UTF-8 text on stdin ({one_line(str(error))})") from error
     return lines
-
-
-def open_given_tokenizer(source: ModelReader) -> TextTokenizer:
-    """Open the tokenizer of a model directory.
-
-    Raises:
-        ModelError: there is no tokenizer, or it has more token ids than the model's vocabulary.
-        DataError: the tokenizer cannot be used.
-    """
-    tokenizer = open_tokenizer(source)
-    if tokenizer is None:
-        raise ModelError(
-            f"{source.shown or source.directory}: expected a tokenizer.model or a tokenizer.json in it; runs of older "
-            "versions left it in their token store below data.cache: copy it from there"
-        )
-    return tokenizer

@@ -13,9 +13,10 @@ from parallel.mesh import broadcast_from_first, build_mesh, close_process_group,
 from parallel.startup.launch import world_from_env
 from parallel.startup.rendezvous import choose_on_rank0, open_store
 from training.device import compute_dtype, pick_device
+from training.formats.model_directory import open_given_tokenizer
 from training.formats.reader import open_model
 from training.generation.config import GenerateConfig
-from training.generation.request import Request, open_given_tokenizer, read_request
+from training.generation.request import Request, read_request
 
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not a whole character, or not yet."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from common.text import finite
-from data.tokens.store import Store
 from moe.model import Transformer
 from parallel.collectives import all_gather_json
 from parallel.mesh import Mesh
@@ -34,6 +33,7 @@ from training.report.page.write import write_report_or_say_why
 from training.report.plots import plot_curves, plot_load, plot_overview
 from training.report.tables import (
     RankSummary,
+    baselines_of,
     show_corpus,
     show_end,
     show_evaluation,
@@ -137,7 +137,7 @@ def finish_run(
         disk_errors: what is written -> a context manager for writing it (`Recorder.disk_errors`).
     """
     run = summary.run
-    baselines = _baselines(run.tokens)
+    baselines = baselines_of(run.tokens.summary())
     show_evaluation(evaluation.bits_per_byte, evaluation.loss, baselines)
     if evaluation.load_GLE is not None:
         load_LE = evaluation.load_GLE.sum(dim=0).tolist()
@@ -268,15 +268,6 @@ def show_finished(directory: Path, result: dict[str, Any]) -> None:
         f"run {directory} is finished at step {result['step']} (held-out loss {shown}); "
         "raise train.steps to continue it, or choose another run.name"
     )
-
-
-def _baselines(tokens: Store) -> dict[str, tuple[float, float]]:
-    """Domain -> bits per byte of its held-out text by gzip -9 and by a byte unigram, for domains with such text."""
-    return {
-        row["domain"]: (row["gzip_bits_per_byte"], row["unigram_bits_per_byte"])
-        for row in tokens.summary()
-        if row["heldout_bytes"]
-    }
 
 
 def _tool(name: str) -> str:

@@ -206,15 +206,32 @@ def _show_span(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def show_evaluation(
-    bits_per_byte: Mapping[str, float], loss: float | None, baselines: Mapping[str, tuple[float, float]]
-) -> None:
-    """Print the bits per byte of the held-out text in each domain, beside two baselines that need no training.
+def baselines_of(summary: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Return domain -> bits per byte of its held-out text by `gzip -9` and by a byte unigram.
 
     Args:
-        bits_per_byte: the model's bits per byte by domain, without the domains that have no held-out text.
-        loss: the cross-entropy of all held-out text, in nats per token. None: that text has no label.
+        summary: `data.tokens.store.Store.summary`. Domains without held-out text are left out.
+    """
+    return {
+        row["domain"]: (row["gzip_bits_per_byte"], row["unigram_bits_per_byte"])
+        for row in summary
+        if row["heldout_bytes"]
+    }
+
+
+def show_evaluation(
+    bits_per_byte: Mapping[str, float],
+    loss: float | None,
+    baselines: Mapping[str, tuple[float, float]],
+    text: str = "held-out text",
+) -> None:
+    """Print the bits per byte of a text in each domain, beside two baselines that need no training.
+
+    Args:
+        bits_per_byte: the model's bits per byte by domain, without the domains that have none of the text.
+        loss: the cross-entropy of all the text, in nats per token. None: that text has no label.
         baselines: by domain, the bits per byte of `gzip -9` and of a byte unigram on the same text.
+        text: what the text is.
     """
     compared = {
         domain: [f"{gzip:.3f}", f"{unigram:.3f}", "yes" if bits_per_byte[domain] < gzip else "no"]
@@ -223,13 +240,13 @@ def show_evaluation(
     }
     rows = [[domain, f"{bits:.3f}", *compared.get(domain, ["-", "-", "-"])] for domain, bits in bits_per_byte.items()]
     show_table(
-        f"Held-out text: loss {'-' if loss is None else f'{loss:.4f}'} nats per token; bits per byte by domain",
+        f"{text.capitalize()}: loss {'-' if loss is None else f'{loss:.4f}'} nats per token; bits per byte by domain",
         ["domain", "model", "gzip -9", "byte unigram", "below gzip -9"],
         rows,
     )
     if baselines:
         show_line(
-            "gzip -9 and the byte unigram use only the held-out text itself; the model was trained on the training text"
+            f"gzip -9 and the byte unigram use only the {text} itself; the model was trained on the training text"
         )
 
 

@@ -1,0 +1,45 @@
+"""Evaluate a trained model on a text: the command line of `training/evaluation`.
+
+    python scripts/evaluate.py checkpoint=runs/quickstart-1 'data.paths=[notes.txt]'
+
+`--help` prints more examples and all keys; they are in training/evaluation/config.py and conf/evaluate.yaml.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # This checkout's modules come first, whatever copy is installed and whatever the current directory is.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from parallel.startup.launch import begin_process
+
+if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
+    begin_process()
+
+from parallel.startup.launch import is_launched
+from scripts.cli.command_line import run_tool
+from scripts.cli.workers import in_processes, prepare_launched
+from training.evaluation.config import EvaluateConfig
+
+
+def evaluate_text(config: EvaluateConfig) -> None:
+    """Evaluate in this process, or in worker processes if `config.launch` asks for them and no launcher did."""
+    from training.evaluation.worker import evaluate_on_rank, read_text
+    from training.report.terminal import show_line
+
+    if is_launched():
+        prepare_launched(config.launch)
+        evaluate_on_rank(config)
+    else:
+        report = show_line if config.format == "text" else None
+        in_processes(config.launch, evaluate_on_rank, config, read_text(config, report))
+
+
+def main() -> None:
+    """Run this tool with the command line's arguments. `conf/evaluate.yaml` has its keys."""
+    run_tool("evaluate", EvaluateConfig, evaluate_text)
+
+
+if __name__ == "__main__":
+    main()
