@@ -17,6 +17,7 @@ from parallel.startup.launch import begin_process
 if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
     begin_process()
 
+from moe.quantization import expect_library
 from parallel.startup.launch import is_launched
 from scripts.cli.command_line import run_tool
 from scripts.cli.workers import in_processes, prepare_launched
@@ -28,6 +29,7 @@ def evaluate_text(config: EvaluateConfig) -> None:
     from training.evaluation.worker import evaluate_on_rank, read_text
     from training.report.terminal import show_line
 
+    expect_library(config.quantize)
     if is_launched():
         prepare_launched(config.launch)
         evaluate_on_rank(config)

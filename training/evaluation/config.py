@@ -12,6 +12,7 @@ from typing import Literal
 
 from common.errors import expect_fields
 from data.config import DataConfig
+from moe.quantization import FULL_PRECISION, QuantizeConfig
 from training.config import LaunchConfig
 
 
@@ -27,6 +28,7 @@ class EvaluateConfig:
     format: Literal["text", "json"] = "text"
     precision: Literal["auto", "fp64", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantize: QuantizeConfig = FULL_PRECISION
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:

@@ -11,14 +11,13 @@ from data.config import DataConfig
 from data.tokens.store import Store, prepare
 from moe.linear import Predict, linear
 from moe.model import ModelInputs, Output, Transformer
-from parallel.apply import build_model
-from parallel.config import ParallelConfig
-from parallel.mesh import Mesh, build_mesh, close_process_group, init_process_group
+from parallel.mesh import Mesh, close_process_group, init_process_group
 from parallel.startup.launch import world_from_env
 from parallel.startup.rendezvous import choose_on_rank0, open_store
 from training.device import compute_dtype, pick_device
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.evaluator import Evaluator
+from training.formats.loading import load_model
 from training.formats.model_directory import open_given_tokenizer
 from training.formats.reader import ModelReader, open_model, open_model_for_key
 from training.report.tables import baselines_of, show_evaluation
@@ -85,10 +84,7 @@ def evaluate_on_rank(config: EvaluateConfig, path: str | None = None) -> None:
     source = open_model(path, check=False)
     store = prepare(text_to_evaluate(config, source), verify=world.rank == 0)
     init_process_group(rendezvous, world.rank, world.world_size, device, START_TIMEOUT_S)
-    mesh = build_mesh(device, ParallelConfig().layout(world.world_size, source.model))
-    dtype = compute_dtype(config.precision, device)
-    model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, inference_weights=True)
-    source.fill(model)
+    model, mesh = load_model(source, device, compute_dtype(config.precision, device), config.quantize)
     evaluator = Evaluator(
         WholeModel(model, mesh),
         store,

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from common.text import to_json
 from data.tokens.tokenizer import TextTokenizer
 from moe.generation.generate import generate
-from parallel.apply import Storage, build_model
-from parallel.config import ParallelConfig
-from parallel.mesh import broadcast_from_first, build_mesh, close_process_group, init_process_group
+from parallel.mesh import broadcast_from_first, close_process_group, init_process_group
 from parallel.startup.launch import world_from_env
 from parallel.startup.rendezvous import choose_on_rank0, open_store
 from training.device import compute_dtype, pick_device
+from training.formats.loading import load_model
 from training.formats.model_directory import open_given_tokenizer
 from training.formats.reader import open_model
 from training.generation.config import GenerateConfig
@@ -225,10 +224,7 @@ def generate_on_rank(config: GenerateConfig, request: Request | None = None) -> 
     source = open_model(request.path, check=False)
     tokenizer = open_given_tokenizer(source)
     init_process_group(store, world.rank, world.world_size, device, START_TIMEOUT_S)
-    mesh = build_mesh(device, ParallelConfig().layout(world.world_size, source.model))
-    storage = Storage(inference=True, quantize=config.quantize)
-    model = build_model(source.model, source.router, mesh, compute_dtype=dtype, seed=None, storage=storage)
-    source.fill(model)
+    model, mesh = load_model(source, device, dtype, config.quantize)
 
     note = source.router.generation_note(source.model.top_k) if source.model.top_k is not None else None
     if world.rank == 0 and note is not None:
