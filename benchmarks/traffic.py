@@ -60,6 +60,7 @@ CASES: Mapping[str, Case] = {
     "capacity": Case(replace(MODEL, top_k=2), RouterConfig(capacity_factor=1.25)),
     "full attention": Case(replace(MODEL, sliding_window=None), RouterConfig()),
     "dense, shared": Case(replace(MODEL, first_k_dense=1, num_shared_experts=1, tie_embeddings=True), RouterConfig()),
+    "norm of all heads": Case(replace(MODEL, qk_norm="width", attention_bias="all"), RouterConfig()),
     "multi-query": Case(replace(MODEL, num_kv_heads=1, vocab_size=257), RouterConfig()),
 }
 
@@ -90,6 +91,7 @@ JOBS: Mapping[int, list[Job]] = {  # by world size
         Job("even load", "tensor=2"),
         Job("dense, shared", "tensor=2"),
         Job("multi-query", "tensor=2"),
+        Job("norm of all heads", "tensor=2+recompute=full"),
         Job("dense, shared", "tensor=2+recompute=full"),
         Job("even load", "context=2"),
         Job("full attention", "context=2", zigzag=False),

@@ -61,6 +61,8 @@ _WORDS = {
     "model.head_dim": "kv_channels d_head head_size",
     "model.hidden_dim": "intermediate_size ffn_hidden_size ffn_dim d_ff mlp_dim",
     "model.ffn": "hidden_act activation act_fn activation_function hidden_activation",
+    "model.qk_norm": "qk_layernorm use_qk_norm use_qk_layernorm",
+    "model.attention_bias": "qkv_bias add_qkv_bias use_qkv_bias",
     "model.num_experts": "n_experts num_local_experts n_routed_experts num_moe_experts moe_num_experts experts",
     "model.top_k": "num_experts_per_tok num_experts_per_token experts_per_token moe_router_topk router_topk "
     "moe_top_k moe_topk topk k",

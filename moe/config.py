@@ -431,6 +431,12 @@ class ModelConfig:
     ffn: str = "swiglu"
     """Feed-forward network of the dense layers. `swiglu`, `geglu`: three matrices (arXiv 2002.05202); `relu`, `gelu`:
     two; or a kind that a plugin registers."""
+    qk_norm: Literal["head", "width"] | None = None
+    """RMSNorm of queries and keys before the rotary embedding. `head`: of each head, with one weight [C] for all heads
+    (Qwen3); `width`: of all heads together (OLMoE, arXiv 2409.02060). `null`: none."""
+    attention_bias: Literal["qkv", "all"] | None = None
+    """Biases of the projections to queries, keys and values (`qkv`: Qwen2), and of the one back (`all`). `null`:
+    none."""
     num_experts: int | None = None
     """Number of routed experts of a MoE layer. `null`: a dense model."""
     top_k: int | None = None
@@ -531,6 +537,8 @@ class ModelConfig:
         for field in ("kv_lora_rank", *parts):
             value = getattr(self, field)
             expect(value is not None and value >= 1, field, value, "an integer >= 1 with latent attention")
+        for field in ("qk_norm", "attention_bias"):
+            expect(getattr(self, field) is None, field, getattr(self, field), "null with latent attention")
         rank = self.q_lora_rank
         expect(rank is None or rank >= 1, "q_lora_rank", rank, "an integer >= 1, or null")
         width = (self.qk_nope_head_dim or 0) + self.rotary_width

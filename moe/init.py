@@ -24,8 +24,8 @@ from moe.region import LocalShard, Region
 def init_parameters(model: Transformer, seed: int) -> None:
     """Fill the shard of every parameter that this rank stores (`Transformer.local_shard`), in place.
 
-    Matrices are normal with the standard deviation `initial_std`. Norms are 1, and buffers are 0. A module with a
-    method `init_parameter` (a router) fills its own parameters, which every rank must store as a whole. Adapters are
+    Matrices are normal with the standard deviation `initial_std`. Norms are 1, biases and buffers are 0. A module with
+    a method `init_parameter` (a router) fills its own parameters, which every rank must store as a whole. Adapters are
     initialised last, by `init_adapters`.
     """
     config = model.config
@@ -42,7 +42,7 @@ def init_parameters(model: Transformer, seed: int) -> None:
             if init_parameter is not None:
                 init_parameter(leaf, local, f"{seed}/{name}", config.init_std)
             elif len(shape) == 1:
-                local.fill_(1.0)
+                local.fill_(0.0 if leaf == "bias" else 1.0)
             else:
                 tasks += _tasks(local.detach(), region, shape[-1], f"{seed}/{name}", initial_std(name, config))
     _run(tasks)

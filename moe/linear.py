@@ -1,4 +1,4 @@
-"""The elementary modules: a linear map without bias, the head, the embedding's lookup, and RMSNorm.
+"""The elementary modules: a linear map, the head, the embedding's lookup, and RMSNorm.
 
 Matmuls and norms compute in the dtype of the activations, the linear maps of routers (`wide_linear`) in at least fp32.
 An fp32 weight is cast where it is used, so its gradient is fp32 too. autocast is not used: the precision of a line of
@@ -42,15 +42,15 @@ def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T in the dtype of `x`, with a weight [out_features, in_features].
+    """y = x W^T + b in the dtype of `x`, with a weight [out_features, in_features] and an optional bias.
 
     Attributes:
         packings: how `weight` is stored if it is quantised (`moe.model.Transformer.quantize`); else empty.
         adapter: seam: adds to the product (`moe.adapter.install_adapters`). None: nothing does.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias)
         self.packings: dict[str, Packing] = {}
         self.adapter: LowRank | None = None
 
@@ -59,8 +59,16 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
+        return self.add_bias(self.adapted(x))
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """Return x W^T, with what the adapter adds to it."""
         y = self.multiply(x)
         return y if self.adapter is None else self.adapter(x, y, self.weight)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """Return y + b."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return x W^T, the product with the stored weight alone. No other method reads the weight for a product."""
@@ -71,6 +79,18 @@ class Linear(nn.Linear):
         """Return what `repr` shows in the parentheses: the widths, and the kind of a quantised weight."""
         kinds = "".join(f", {packing.kind}" for packing in self.packings.values())
         return f"{super().extra_repr()}{kinds}"
+
+
+class OutputLinear(Linear):
+    """A linear map whose input can be divided among ranks (tensor parallelism)."""
+
+    def forward(self, x: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        """Map [..., in_features] to [..., out_features].
+
+        Args:
+            join: sums the products of all ranks. The bias is added to the sum, and so once.
+        """
+        return self.add_bias(join(self.adapted(x)))
 
 
 class Head(Linear):

@@ -184,6 +184,21 @@ def scatter_dim(whole: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
     return _WithGradient.apply(whole, reduce_scatter_dim, all_gather_dim, dim, group)
 
 
+def _all_reduce(part: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of `part` over all ranks; `dim` is not used. No gradient."""
+    total = part.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def sum_over_ranks(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Return the sum of `part` over all ranks, for ranks that use it for different parts of the loss.
+
+    The gradient is therefore summed, too.
+    """
+    return _WithGradient.apply(part, _all_reduce, _all_reduce, 0, group)
+
+
 class GatherSequence(nn.Module):
     """All-gathers the sequence: [B, s, ...] of each rank -> [B, S, ...] on all ranks. The gradient is reduce-scattered.
 

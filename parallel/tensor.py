@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe.attention.attention import Attention
+from moe.attention.attention import Attention, GroupedQueryAttention
 from moe.feedforward import FeedForward
-from moe.linear import Lookup
+from moe.linear import Lookup, RMSNorm
 from moe.losses import Vocabulary
 from moe.model import Transformer
-from parallel.collectives import GatherSequence, ScatterSequence, SliceSequence
+from parallel.collectives import GatherSequence, ScatterSequence, SliceSequence, sum_over_ranks
 from parallel.mesh import Mesh
 from parallel.weight_shards import local_slice
 from parallel.weight_specs import kind, part_of
@@ -50,6 +50,31 @@ class ShardedLookup(nn.Module):
         return self.scatter(x_BSD.masked_fill(on_other_ranks_BS1, 0))
 
 
+class ShardedNorm(RMSNorm):
+    """RMSNorm of queries or keys of all heads, of which each rank has an equal part [B, S, H·C/P].
+
+    Every rank stores the whole weight. It is small, and its gradient is summed over all ranks as that of other norms.
+
+    Args:
+        inner: the norm of all heads.
+        parts: number of different parts. Neighbouring ranks have the same part if there are fewer parts than ranks.
+            All parts then have the same number of copies, so that the mean over the ranks is that over the heads.
+    """
+
+    def __init__(self, inner: RMSNorm, group: dist.ProcessGroup, parts: int) -> None:
+        super().__init__(inner.weight.shape[0], inner.eps)
+        self.weight = inner.weight
+        self.group = group
+        self.first, self.length = part_of(inner.weight.shape[0], parts, group.rank() * parts // group.size())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise this rank's part `x` [B, S, H·C/P] by the root mean square of all parts."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares_BS1 = sum_over_ranks(wide.square().mean(dim=-1, keepdim=True), self.group)
+        normed = wide * torch.rsqrt(squares_BS1 / self.group.size() + self.eps)
+        return normed.to(x.dtype) * self.weight.narrow(0, self.first, self.length).to(x.dtype)
+
+
 def shard_tensors(model: Transformer, mesh: Mesh) -> None:
     """Replace the weights that `parallel.weight_specs` marks as tensor-parallel by this rank's shards, and install the
     modules that gather and scatter the sequence around them."""
@@ -61,6 +86,10 @@ def shard_tensors(model: Transformer, mesh: Mesh) -> None:
                 setattr(module, leaf, nn.Parameter(local_slice(name, parameter, mesh)))
         if isinstance(module, Attention | FeedForward):
             module.gather, module.scatter = GatherSequence(group), ScatterSequence(group)
+        if isinstance(module, GroupedQueryAttention) and model.config.qk_norm == "width":
+            assert isinstance(module.q_norm, RMSNorm) and isinstance(module.k_norm, RMSNorm)
+            module.q_norm = ShardedNorm(module.q_norm, group, group.size())
+            module.k_norm = ShardedNorm(module.k_norm, group, group.size() // mesh.layout.kv_copies)
     assert isinstance(model.lookup, Lookup) and model.config.vocab_size is not None
     model.lookup = ShardedLookup(model.lookup, group, model.config.vocab_size)
     model.gather, model.slice_local = GatherSequence(group), SliceSequence(group)

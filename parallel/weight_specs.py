@@ -38,7 +38,7 @@ and else it is `replicated`. Adapters of experts are `experts`.
 Tensor parallelism divides a dim as `part_of` does: the last parts can be smaller, or empty.
 """
 REPLICATED = (
-    *("norm", "attention_norm", "ffn_norm"),
+    *("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm", "wo.bias"),
     *("wq_down", "wq_down_norm", "wkv_down", "wkv_down_norm"),
 )
 """Parameters of the kind `replicated`. The latents of latent attention belong to all heads: every tensor-parallel rank
@@ -52,13 +52,16 @@ TENSOR_DIMS = {
     "wq_up": 0,
     "wkv_up": 0,
     "wo": 1,
+    "wq.bias": 0,
+    "wk.bias": 0,
+    "wv.bias": 0,
     "w_gate": 0,
     "w_up": 0,
     "w_down": 1,
 }
-"""Parameters [out, in] of the kinds `tensor` and `kv_heads` -> the dim that is sharded: heads, hidden units or the
-vocabulary."""
-KV_HEADS = ("wk", "wv")
+"""Parameters [out, in] and biases [out] of the kinds `tensor` and `kv_heads` -> the dim that is sharded: heads, hidden
+units or the vocabulary."""
+KV_HEADS = ("wk", "wv", "wk.bias", "wv.bias")
 """Parameters of the kind `kv_heads`."""
 EXPERT_TENSOR_DIMS = {"w_gate": 1, "w_up": 1, "w_down": 2}
 """Parameters of the kind `experts`, stacked over the experts -> the dim of the hidden units."""
@@ -282,7 +285,7 @@ def _block_weights(
     """Compute `block_weights` from the shapes of the router's parameters; None for a dense block."""
     dim = model.dim
     shapes: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,), "ffn_norm.weight": (dim,)}
-    shapes |= {f"attention.{name}.weight": shape for name, shape in _attention_shapes(model).items()}
+    shapes |= {f"attention.{name}": shape for name, shape in _attention_shapes(model).items()}
     if router_shapes is None:
         shapes |= _feed_forward_shapes("ffn", model.ffn, model.hidden_dim, dim)
     else:
@@ -315,16 +318,27 @@ def _weights_outside_blocks(model: ModelConfig, first: bool, last: bool) -> Iter
 def _attention_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return name -> shape for an attention module."""
     dim, heads, rank = model.dim, model.num_heads * model.head_dim, model.q_lora_rank
-    output: dict[str, tuple[int, ...]] = {"wo": (dim, model.num_heads * model.value_dim)}
+    matrices: dict[str, tuple[int, ...]] = {"wq": (heads, dim)}
+    vectors: dict[str, tuple[int, ...]] = {}
     if model.kv_lora_rank is None:
         kv_heads = model.num_kv_heads * model.head_dim
-        return {"wq": (heads, dim), "wk": (kv_heads, dim), "wv": (kv_heads, dim)} | output
-    up = model.num_heads * (model.head_dim - model.rotary_width + model.value_dim)
-    shapes: dict[str, tuple[int, ...]] = {"wq": (heads, dim)}
-    if rank is not None:
-        shapes = {"wq_down": (rank, dim), "wq_down_norm": (rank,), "wq_up": (heads, rank)}
-    shapes["wkv_down"] = (model.kv_lora_rank + model.rotary_width, dim)
-    return shapes | {"wkv_down_norm": (model.kv_lora_rank,), "wkv_up": (up, model.kv_lora_rank)} | output
+        matrices |= {"wk": (kv_heads, dim), "wv": (kv_heads, dim)}
+        if model.qk_norm is not None:
+            each = model.qk_norm == "head"
+            vectors = {
+                "q_norm.weight": (model.head_dim if each else heads,),
+                "k_norm.weight": (model.head_dim if each else kv_heads,),
+            }
+    else:
+        if rank is not None:
+            matrices = {"wq_down": (rank, dim), "wq_down_norm": (rank,), "wq_up": (heads, rank)}
+        up = model.num_heads * (model.head_dim - model.rotary_width + model.value_dim)
+        matrices["wkv_down"] = (model.kv_lora_rank + model.rotary_width, dim)
+        matrices |= {"wkv_down_norm": (model.kv_lora_rank,), "wkv_up": (up, model.kv_lora_rank)}
+    matrices["wo"] = (dim, model.num_heads * model.value_dim)
+    biased = {None: (), "qkv": ("wq", "wk", "wv"), "all": ("wq", "wk", "wv", "wo")}[model.attention_bias]
+    vectors |= {f"{name}.bias": matrices[name][:1] for name in biased}
+    return {f"{name}.weight": shape for name, shape in matrices.items()} | vectors
 
 
 def _feed_forward_shapes(prefix: str, kind: str, hidden: int, dim: int) -> dict[str, tuple[int, ...]]:
@@ -339,5 +353,7 @@ def _input_matrices(kind: str) -> tuple[str, ...]:
 
 
 def _leaf(name: str) -> str:
-    """Return the last part of a parameter's name, without a final `.weight`."""
-    return name.removesuffix(".weight").rpartition(".")[2]
+    """Return the last part of a parameter's name, without a final `.weight`; with the part before a final `.bias`."""
+    name = name.removesuffix(".weight")
+    parts = 2 if name.endswith(".bias") else 1
+    return ".".join(name.split(".")[-parts:])

@@ -19,7 +19,7 @@ from moe.attention.varlen import takes, varlen
 from moe.attention.window import windowed_attention
 from moe.config import ModelConfig
 from moe.device import on_gpu
-from moe.linear import Linear
+from moe.linear import Linear, OutputLinear, RMSNorm
 from moe.token_context import TokenContext, apply_rotary
 
 Kernel = Literal["sdpa", "varlen", "flex", "blocks", "masked"]
@@ -122,6 +122,23 @@ def _causal(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, scale: float | None)
     return F.scaled_dot_product_attention(q_BHSC, k_BHSC, v_BHSC, is_causal=True, scale=scale)
 
 
+class HeadNorm(RMSNorm):
+    """RMSNorm of each head [C], with one weight for all heads (Qwen3, arXiv 2505.09388)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the heads of `x` [B, S, H·C]."""
+        return super().forward(torch.unflatten(x, -1, (-1, self.weight.shape[0]))).flatten(-2)
+
+
+def build_norm(config: ModelConfig, heads: int) -> nn.Module:
+    """Return the norm of projected queries or keys [B, S, H·C], or an identity without one."""
+    if config.qk_norm is None:
+        return nn.Identity()
+    if config.qk_norm == "head":
+        return HeadNorm(config.head_dim, config.norm_eps)
+    return RMSNorm(heads * config.head_dim, config.norm_eps)
+
+
 class Attention(nn.Module):
     """What all kinds of attention share. A kind is a subclass with projections and the method `mix`.
 
@@ -131,7 +148,7 @@ class Attention(nn.Module):
         gather, scatter: seams: join and split the sequence around the projections (tensor parallelism).
     """
 
-    wo: Linear
+    wo: OutputLinear
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -148,7 +165,7 @@ class Attention(nn.Module):
                 tokens.
         """
         mixed_BHSC = self.mix(self.gather(x_BSD), context, cache)
-        y_BSD: Tensor = self.scatter(self.wo(mixed_BHSC.transpose(1, 2).flatten(2)))
+        y_BSD: Tensor = self.wo(mixed_BHSC.transpose(1, 2).flatten(2), self.scatter)
         return y_BSD
 
     def mix(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None) -> Tensor:
@@ -161,20 +178,27 @@ class Attention(nn.Module):
 
 
 class GroupedQueryAttention(Attention):
-    """Several query heads share a key/value head (arXiv 2305.13245)."""
+    """Several query heads share a key/value head (arXiv 2305.13245).
+
+    Attributes:
+        q_norm, k_norm: seams: the norms of queries and keys (tensor parallelism divides the heads).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.wq = Linear(config.dim, config.num_heads * config.head_dim)
-        self.wk = Linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.wv = Linear(config.dim, config.num_kv_heads * config.head_dim)
-        self.wo = Linear(config.num_heads * config.head_dim, config.dim)
+        bias = config.attention_bias is not None
+        self.wq = Linear(config.dim, config.num_heads * config.head_dim, bias)
+        self.wk = Linear(config.dim, config.num_kv_heads * config.head_dim, bias)
+        self.wv = Linear(config.dim, config.num_kv_heads * config.head_dim, bias)
+        self.wo = OutputLinear(config.num_heads * config.head_dim, config.dim, config.attention_bias == "all")
+        self.q_norm: nn.Module = build_norm(config, config.num_heads)
+        self.k_norm: nn.Module = build_norm(config, config.num_kv_heads)
 
     def mix(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None) -> Tensor:
         """Return the mixed values of this rank's heads [B, H, S, C]."""
         assert context.rotary is not None
-        q_BHSC = apply_rotary(self.split_heads(self.wq(x_BSD)), context.rotary)
-        k_BGSC = apply_rotary(self.split_heads(self.wk(x_BSD)), context.rotary)
+        q_BHSC = apply_rotary(self.split_heads(self.q_norm(self.wq(x_BSD))), context.rotary)
+        k_BGSC = apply_rotary(self.split_heads(self.k_norm(self.wk(x_BSD))), context.rotary)
         v_BGSC = self.split_heads(self.wv(x_BSD))
         if cache is not None:
             return cache.attend(masked_attention, q_BHSC, k_BGSC, v_BGSC)

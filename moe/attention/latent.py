@@ -16,7 +16,7 @@ from moe.attention.attention import Attention, pad_width
 from moe.attention.cache import LayerCache
 from moe.attention.masked import masked_attention
 from moe.config import ModelConfig
-from moe.linear import Linear, RMSNorm
+from moe.linear import Linear, OutputLinear, RMSNorm
 from moe.token_context import TokenContext, apply_rotary
 
 
@@ -39,7 +39,7 @@ class LatentAttention(Attention):
         self.wkv_down = Linear(config.dim, self.rank + self.rope)
         self.wkv_down_norm = RMSNorm(self.rank, config.norm_eps)
         self.wkv_up = Linear(self.rank, config.num_heads * (self.nope + self.value_dim))
-        self.wo = Linear(config.num_heads * self.value_dim, config.dim)
+        self.wo = OutputLinear(config.num_heads * self.value_dim, config.dim)
 
     def mix(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None) -> Tensor:
         """Return the mixed values of this rank's heads [B, H, S, c]."""

@@ -220,6 +220,10 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
     for (is_moe, window), number in Counter(map(_layer_kinds(model).__getitem__, layers)).items():
         # The inputs and outputs of two norms; queries, mixed values, keys and values, and the fetched ones.
         block = 4.0 * tokens * dim + 2 * gathered_tokens * model.head_dim * (heads + kv_heads) / layout.tensor
+        if model.qk_norm is not None:
+            # The projected queries and keys; with a mean over ranks, also in at least fp32, and normalised.
+            copies = 2 + wide if model.qk_norm == "width" and layout.tensor > 1 else 1
+            block += copies * gathered_tokens * model.head_dim * (heads + kv_heads) / layout.tensor
         block += gathered_tokens * _latent_width(model)
         length = workload.seq_len // layout.context
         positions = fetched_positions(window, length, layout.context) * workload.rows(layout)

@@ -206,7 +206,7 @@ def _starts(layout: Layout, workload: Workload) -> dict[Axis, int]:
     """Return how many collectives of a micro-batch must be waited for, without those that every layout has."""
     layers, moe = workload.model.num_layers, workload.model.num_moe_layers
     starts: dict[Axis, int] = {
-        "tensor": 8 * layers,
+        "tensor": (12 if workload.model.qk_norm == "width" else 8) * layers,
         "context": 2 * layers,
         "shard": 3 * (layers + moe),
         "pipeline": 4 * layout.pipeline,

@@ -71,6 +71,14 @@ def tensor_bytes(tokens: int, dim: int, ranks: int, itemsize: int, transfers: in
     return transfers * all_gather_bytes(ranks, tokens * dim * itemsize)
 
 
+def norm_bytes(tokens: int, ranks: int, itemsize: int, passes: int = 2) -> float:
+    """Return the bytes of the norms of queries and keys over the heads of all ranks, in one layer.
+
+    A pass all-reduces one number per norm for n·T tokens.
+    """
+    return 2 * passes * all_reduce_bytes(ranks, ranks * tokens * max(4, itemsize))
+
+
 def prediction_bytes(tokens: int, ranks: int, itemsize: int) -> float:
     """Return the bytes of the cross-entropy over a sharded vocabulary.
 
@@ -189,6 +197,8 @@ def traffic(workload: Workload, layout: Layout, parallel: ParallelConfig) -> dic
     transfers = 2 * passes * (model.num_layers + moe * bool(model.num_shared_experts)) + (passes + 2) * dense
     transfers += 2 + 2  # after the embedding, and before the head
     micro["tensor"] = tensor_bytes(tokens, dim, layout.tensor, size, transfers)
+    if model.qk_norm == "width":
+        micro["tensor"] += model.num_layers * norm_bytes(tokens, layout.tensor, size, passes)
     micro["tensor"] += prediction_bytes(tokens, layout.tensor, size)
     micro["context"] = 0.0
     numbers = model.num_kv_heads * layout.kv_copies * (model.head_dim + model.value_dim) // layout.tensor

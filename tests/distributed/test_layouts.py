@@ -46,13 +46,17 @@ QUICK = (
     ("latent", "tensor=2"),
     ("switch", "shard=2+expert=2+offload=true"),
     ("mixtral", "expert=2+overlap=true"),
+    ("width_norm", "tensor=2+expert=2"),
 )
 """The model and the layout of each comparison in the quick suite."""
 CHOSEN = {
     # Under expert parallelism most ranks store no expert that trains.
     2: (("partly_frozen", "expert=2"), ("uneven", "tensor=2"), ("multi_query", "tensor=2"),
-        ("deepseek", "tensor=2+recompute=selective")),
+        ("deepseek", "tensor=2+recompute=selective"),
+        *((model, layout) for model in ("head_norm", "width_norm")
+          for layout in ("tensor=2", "context=2", "pipeline=2", "shard=2", "expert=2"))),
     4: (("latent", "tensor=2+context=2"), ("latent", "pipeline=2+shard=2"),
+        ("width_norm", "tensor=4"), ("head_norm", "tensor=2+context=2"),
         ("uneven", "tensor=4"), ("uneven", "shard=2+tensor=2"), ("uneven", "expert=2+expert_tensor=2"),
         ("multi_query", "tensor=4"), ("multi_query", "tensor=2+context=2"), ("multi_query", "shard=2+tensor=2"),
         ("multi_query", "pipeline=2+tensor=2"),

@@ -62,6 +62,8 @@ def test_logits_of_every_step_equal_the_uncached(window, chunk):
 
 
 PARTS = {
+    "norm of each head, biases": {"qk_norm": "head", "attention_bias": "all"},
+    "norm of all heads": {"qk_norm": "width", "attention_bias": "qkv"},
     "yarn": {"rotary_dim": 2, "rope_scaling": RopeScaling("yarn", 4.0, 8)},
 }
 """Parts of a model that attention or the rotary embedding computes in another way."""

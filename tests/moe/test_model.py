@@ -59,6 +59,8 @@ def test_initial_weights_have_the_documented_scale_and_depend_on_identity_only()
     assert layer.ffn.experts.w_up.std().item() == pytest.approx(0.02, rel=0.05)
     assert layer.ffn.experts.w_down.std().item() == pytest.approx(0.02 / 2, rel=0.05)
     assert layer.attention_norm.weight.eq(1).all()
+    attention = build(dataclasses.replace(config, qk_norm="head", attention_bias="all")).layers[1].attention
+    assert attention.q_norm.weight.eq(1).all() and attention.wk.bias.eq(0).all() and attention.wo.bias.eq(0).all()
     distinct = {tuple(w[0, :4].tolist()) for w in layer.ffn.experts.w_up} | {
         tuple(layer.ffn.experts.w_gate[0, 0, :4].tolist())
     }

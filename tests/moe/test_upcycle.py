@@ -60,7 +60,7 @@ def forward(model: Transformer):
         (Upcycling(8, 2), {}),
         (Upcycling(5, 3), {"ffn": "relu", "sliding_window": None}),
         (Upcycling(4, 4, router="sigmoid_topk"), {"ffn": "gelu"}),
-        (Upcycling(8, 4, granularity=2, first_k_dense=1), {"ffn": "geglu"}),
+        (Upcycling(8, 4, granularity=2, first_k_dense=1), {"ffn": "geglu", "qk_norm": "head", "attention_bias": "all"}),
         (Upcycling(12, 6, granularity=3, router="sigmoid_topk"), {"tie_embeddings": True}),
         (Upcycling(24, 16, granularity=8, moe_every=2), {"ffn": "relu"}),
         (Upcycling(4, 2, granularity=2), {}),

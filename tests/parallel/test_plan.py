@@ -67,6 +67,8 @@ MODEL = ModelConfig(
 )  # fmt: skip
 UNEVEN = replace(MODEL, num_kv_heads=1, hidden_dim=23, expert_hidden_dim=13, vocab_size=41)
 """Tensor parallelism divides none of its dims but the query heads."""
+PARTS = replace(MODEL, qk_norm="width", attention_bias="all")
+"""Has the parameters that only some families have."""
 DENSE = replace(MODEL, num_experts=None, top_k=None, expert_hidden_dim=None, num_shared_experts=0, first_k_dense=0)
 ODD = replace(MODEL, dim=18, num_experts=6, expert_hidden_dim=10, num_shared_experts=0, tie_embeddings=True)
 """FSDP shards its norms, embedding and experts into shards of unequal size."""
@@ -93,7 +95,7 @@ def test_specs_are_those_of_the_built_model(name: str) -> None:
     assert built == {key: weight.shape for key, weight in listed.items()}
     check_weights(built, config.model, config.router)
     for key, weight in listed.items():
-        leaf = key.removesuffix(".weight").rpartition(".")[2]
+        leaf = re.findall(r"\w+(?:\.bias)?$", key.removesuffix(".weight"))[0]
         dims = {"tensor": TENSOR_DIMS, "kv_heads": TENSOR_DIMS, "experts": EXPERT_TENSOR_DIMS}.get(weight.kind, {})
         assert (weight.kind, weight.tensor_dim) == (kind(key), dims.get(leaf)), key
 
@@ -139,6 +141,10 @@ def test_a_plan_includes_the_parameters_of_a_plugins_router() -> None:
         ("layers.0.ffn.shared.w_down.weight", "tensor", 1),
         ("layers.0.attention.wq.weight", "tensor", 0),
         ("layers.0.attention.wv.weight", "kv_heads", 0),
+        ("layers.0.attention.wq.bias", "tensor", 0),
+        ("layers.0.attention.wk.bias", "kv_heads", 0),
+        ("layers.0.attention.wo.bias", "replicated", None),
+        ("layers.0.attention.q_norm.weight", "replicated", None),
         ("layers.0.ffn.router.low_rank.weight", "router", None),
         ("layers.0.ffn.router.wq.weight", "router", None),
         ("layers.0.ffn.router.experts.w_up", "router", None),
@@ -156,8 +162,8 @@ def test_kinds(name: str, expected: str, dim: int | None) -> None:
         "layers.0.ffn.adapter.weight",
         "layers.0.ffn.experts.w_down.bias",
         "layers.0.ffn.w_down.13",
-        "layers.0.attention.wq.bias",
-        "layers.0.attention.q_norm.weight",
+        "layers.0.ffn.w_up.bias",
+        "layers.0.attention.v_norm.weight",
         "layers.1.ffn.experts.b_up",
         "layers.1.ffn.experts.wq",
         "scale",
@@ -217,6 +223,8 @@ BUILT = [
     )),
     (UNEVEN, ParallelConfig(tensor=4, expert=2, expert_tensor=2)),
     (UNEVEN, ParallelConfig(shard=4, tensor=2, expert=2)),
+    (PARTS, ParallelConfig(pipeline=2, tensor=4, expert=2)),
+    (PARTS, ParallelConfig(shard=4, tensor=2, expert=2)),
 ]  # fmt: skip
 
 
@@ -225,7 +233,7 @@ BUILT = [
     BUILT,
     ids=[
         " ".join(f"{key}={value}" for key, value in vars(parallel).items() if value != getattr(ParallelConfig(), key))
-        + {MODEL: "", ODD: " odd", UNEVEN: " uneven"}[model]
+        + {MODEL: "", ODD: " odd", UNEVEN: " uneven", PARTS: " parts"}[model]
         for model, parallel in BUILT
     ],
 )
@@ -333,7 +341,9 @@ def test_recompute_and_offload_need_less_memory() -> None:
 
 
 @pytest.mark.parametrize("mode", ["none", "selective"])
-@pytest.mark.parametrize("model", [replace(MODEL, num_shared_experts=0), MODEL], ids=["mixtral", "deepseek"])
+@pytest.mark.parametrize(
+    "model", [replace(MODEL, num_shared_experts=0), MODEL, PARTS], ids=["mixtral", "deepseek", "parts"]
+)
 def test_activations_are_about_what_autograd_stores(model: ModelConfig, mode: Recompute) -> None:
     model = replace(model, dim=64, head_dim=16, hidden_dim=160, expert_hidden_dim=80)
     built = Transformer(model, RouterConfig(), torch.float32)

@@ -102,6 +102,15 @@ CASES: Mapping[str, Case] = {
         replace(MODEL, num_kv_heads=1, vocab_size=VOCABULARY + 3, tie_embeddings=True, sliding_window=None),
         RouterConfig(balance_coef=0.05),
     ),
+    "head_norm": Case(
+        replace(MODEL, qk_norm="head", attention_bias="all", rotary_dim=2, num_kv_heads=1),
+        RouterConfig(balance_coef=0.05, layer_reduction="sum"),
+    ),
+    "width_norm": Case(
+        replace(MODEL, qk_norm="width", attention_bias="qkv", num_kv_heads=2, sliding_window=None,
+                rope_scaling=RopeScaling("yarn", 4.0, original_positions=8)),
+        RouterConfig(balance_coef=0.05, normalize=False),
+    ),
     "partly_frozen": replace(MIXTRAL, train=("router", "expert:3")),
     "adapters": Case(
         replace(MODEL, num_shared_experts=1, first_k_dense=1, expert_kernel="auto",

@@ -117,7 +117,7 @@ def show_model(
             f"{human_count(active_params)} active per token ({active_params:,})",
             "layers": f"{model.num_layers} of dim {model.dim:,}",
             "feed-forward": _feed_forward(model),
-            "attention": f"{_heads(model)}; {_windows(model)}",
+            "attention": f"{_attention(model)}; {_windows(model)}",
             "tokenizer": f"{tokenizer}, {vocab_size:,} ids",
             "precision": f"{precision} on {device}",
         },
@@ -143,6 +143,20 @@ def _heads(model: ModelConfig) -> str:
     queries = "" if model.q_lora_rank is None else f", of queries {model.q_lora_rank:,}"
     heads = f"{model.num_heads} heads of {model.head_dim} ({parts}), values of {model.value_dim}"
     return f"latent, {heads}; latent of keys and values {model.kv_lora_rank:,}{queries}"
+
+
+def _attention(model: ModelConfig) -> str:
+    norms = {"head": "RMSNorm of each query and key head", "width": "RMSNorm of queries and keys"}
+    biases = {"qkv": "biases of queries, keys and values", "all": "biases"}
+    scaling = model.rope_scaling
+    words = (
+        _heads(model),
+        "" if model.qk_norm is None else norms[model.qk_norm],
+        "" if model.attention_bias is None else biases[model.attention_bias],
+        "" if model.rotary_dim is None else f"{model.rotary_dim} numbers of each rotated",
+        "" if scaling is None else f"rotary frequencies scaled by {scaling.factor:g} ({scaling.kind})",
+    )
+    return ", ".join(filter(None, words))
 
 
 def _windows(model: ModelConfig) -> str:
@@ -325,7 +339,7 @@ def _shape(model: ModelConfig, router: RouterConfig, vocabulary_is_assumed: bool
     assumed = " (the tokenizer's; vocab_size=... to assume another)" if vocabulary_is_assumed else ""
     shape = {
         "layers": f"{model.num_layers} of width {model.dim:,}",
-        "attention": _heads(model),
+        "attention": _attention(model),
         "window": ", ".join("none" if window is None else f"{window:,}" for window in windows),
         "vocabulary": f"{model.vocab_size:,}{', tied to the head' if model.tie_embeddings else ''}{assumed}",
     }
