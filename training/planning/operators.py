@@ -65,8 +65,8 @@ class Operator(NamedTuple):
             return "attention core"
         if self.name in ("_grouped_mm", "loop_matmul", "loop_matmul_weight"):
             return "grouped matmul"
-        if self.name in ("mm", "addmm", "add_bf16_product", "bmm"):
-            if self.place.startswith("moe/expert_loop.py"):
+        if self.name in ("mm", "addmm", "add_bf16_product", "bmm", "multiply_packed"):
+            if self.place.startswith(("moe/expert_loop.py", "moe/experts.py")):
                 return "grouped matmul"
             return "router" if self.place.startswith("moe/router") else "dense matmul"
         if self.name.startswith("wide_linear"):

@@ -12,7 +12,7 @@ import gc
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -27,10 +27,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import moe.packed
 from data.batch import IGNORE, Batch
 from moe.device import planned_for_gpu
 from moe.dispatch import group_by_expert
 from moe.model import Transformer
+from moe.quantization import Packing
 from moe.router import Router, RouterStats, Routing
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
@@ -185,7 +187,7 @@ class Tracer(TorchDispatchMode):
         self._integer = integer
         self._gloo = gloo
         self._mesh = mesh
-        self._places = Places(__file__)
+        self._places = Places(__file__, moe.packed.__file__)
         self._live: dict[int, int] = {}
         """Address of a storage -> its number."""
         self._allocations: list[Allocation] = []
@@ -245,8 +247,23 @@ class Tracer(TorchDispatchMode):
         place = self._place().line
         for tensor in outputs:
             self._track(tensor.untyped_storage(), name, place)
-        self.count(name, place, inputs, outputs)
+        if name == "multiply_packed":
+            self._multiply_packed(place, args, inputs, outputs)
+        else:
+            self.count(name, place, inputs, outputs)
         return result
+
+    def _multiply_packed(self, place: str, args: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Record a product with quantised weights, and the memory of the matrix that it dequantises."""
+        packing, x, packed_eP = Packing(*args[4:]), args[0], args[1]
+        matrices = min(len(packed_eP), x.shape[0])
+        nbytes = 2 * x.element_size() * packing.numel * matrices + moved_bytes("multiply_packed", inputs, outputs)
+        flops = 2 * x.numel() * outputs[0].shape[1]
+        self.operators.append(Operator("multiply_packed", self._phase(), place, nbytes, flops, x.dtype))
+        number, count = len(self._allocations), len(self.operators)
+        workspace = packing.workspace_bytes(x.element_size())
+        self._allocations.append(Allocation(workspace, "dequantised weights", self._phase()))
+        self._changes += [Change(count, number, workspace), Change(count, number, 0)]
 
     def _run(self, function: Any, name: str, args: Any, kwargs: Any, inputs: Sequence[Tensor]) -> Any:
         """Call an operator on tensors without values if it has or makes floating-point numbers, else on real ones."""
@@ -266,6 +283,9 @@ class Tracer(TorchDispatchMode):
             values, (mask, *_) = args[:2]
             return values if name == "index_put_" else values.new_empty(0, *values.shape[mask.dim() :])
         to_cpu = torch.device(kwargs.get("device") or "cpu").type == "cpu"
+        if name.startswith(("empty", "new_empty")) and to_cpu and _dtype_of(kwargs, inputs) == torch.uint8:
+            with self._fake:  # The bytes of quantised weights, or of several weights that FSDP gathers at once.
+                return function(*args, **kwargs)
         floats = [tensor for tensor in inputs if tensor.is_floating_point() and tensor.dim()]
         if floats and not faked and all(map(_is_of_integers, floats)):
             return function(*args, **kwargs)
@@ -444,6 +464,11 @@ PARTS = {
 def _is_of_integers(numbers: Tensor) -> bool:
     """Return whether real numbers were computed from integers. Sizes can depend on these (`moe.expert_loop`)."""
     return numbers.dtype == torch.float64 and numbers.numel() <= MOST_NUMBERS
+
+
+def _dtype_of(kwargs: Mapping[str, Any], inputs: Sequence[Tensor]) -> torch.dtype | None:
+    """Return the dtype of the tensor that an operator makes without values."""
+    return kwargs.get("dtype") or (inputs[0].dtype if inputs else None)
 
 
 def _is_mask(index: Tensor | None) -> bool:
