@@ -28,7 +28,7 @@ from moe.attention.attention import AttentionCore
 from moe.attention.varlen import segments_of
 from moe.config import ModelConfig, RouterConfig
 from moe.dispatch import LocalDispatcher
-from moe.experts import KERNELS, Experts
+from moe.experts import KERNELS, Experts, loop_kernel
 from moe.feedforward import FeedForward
 from moe.generation.generate import generate
 from moe.generation.sampling import Sampling
@@ -37,6 +37,8 @@ from moe.linear import Linear, RMSNorm, linear, wide_linear
 from moe.losses import auxiliary_losses, linear_cross_entropy, softmax_statistics, write_logit_gradient
 from moe.model import Transformer
 from moe.noise import noise_keys
+from moe.packed import multiply_packed_experts, pack, unpack
+from moe.quantization import Packing
 from moe.router import Routing
 from moe.routers import build_router
 from moe.token_context import TokenContext, apply_rotary, rotary_table
@@ -88,6 +90,7 @@ def main(stage: Stage) -> None:
         checks: list[tuple[str, Callable[[], Any]]] = [
             ("dispatch", partial(check_dispatch, stage, low)),
             ("experts", partial(check_experts, stage, low)),
+            ("quantised weights", partial(check_quantised, stage, low)),
             ("losses", partial(check_losses, stage, low)),
             ("routers", partial(check_routers, stage)),
             ("router logits bf16", partial(check_wide_linear, stage)),
@@ -184,6 +187,36 @@ def _experts(
     names = ("rows", *(name for name, _ in reference.named_parameters()))
     yield "output", output, expected
     yield from zip(names, found, wanted, strict=True)
+
+
+def check_quantised(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
+    """Bytes of matrices, products and gradients. The package bitsandbytes is needed."""
+    comparison = Comparison(stage, "quantised weights: kinds x shapes")
+    shapes, scales = ((256, 320), (130, 77)), (True, False)
+    for dtype, kind, shape, double in itertools.product(dtypes, ("nf4", "int8"), shapes, scales):
+        packing = Packing(kind, *shape, 64, double)
+        pairs = partial(_quantised, stage.device, dtype, packing)
+        comparison.case(f"{NAMES[dtype]} {kind} {shape} {double}", BOUND[dtype], pairs)
+    comparison.finish()
+
+
+def _quantised(device: torch.device, dtype: torch.dtype, packing: Packing) -> Iterator[Any]:
+    counts_e = torch.tensor([5, 0, 40])
+    stacked, rows = random_tensors(1, dtype, (3, packing.rows, packing.columns), (45, packing.columns))
+    packed = torch.stack([pack(weight, packing) for weight in stacked])
+    wide = torch.stack([unpack(row, packing, torch.float64) for row in packed])
+    for weight, reference in zip(stacked, wide, strict=True):  # A GPU can round a scale in another way.
+        on_device = pack(weight.to(device), packing)
+        yield "quantised there", unpack(on_device, packing, torch.float32).double(), reference
+    for row, reference in zip(packed.to(device), wide, strict=True):
+        yield "dequantised there", unpack(row, packing, dtype), reference
+    x = rows.to(device).requires_grad_()
+    y = multiply_packed_experts(x, packed.to(device), counts_e.to(device), packing)
+    wide_x = rows.double().requires_grad_()
+    expected = loop_kernel(wide_x, wide, counts_e)
+    (grad,) = random_tensors(2, dtype, tuple(expected.shape))
+    yield "output", y, expected
+    yield "rows", *torch.autograd.grad(y, x, grad.to(y)), *torch.autograd.grad(expected, wide_x, grad.double())
 
 
 def check_dispatch(stage: Stage, dtypes: Sequence[torch.dtype]) -> None:
