@@ -17,16 +17,18 @@ from torch import Tensor
 from moe.adapter import init_adapter
 from moe.config import ModelConfig, split_adapter_name
 from moe.model import Transformer
-from moe.noise import fill_part, row_blocks
+from moe.noise import fill_part, fill_rows, row_blocks
+from moe.packed import matrices_in, pack
+from moe.quantization import Packing
 from moe.region import LocalShard, Region
 
 
 def init_parameters(model: Transformer, seed: int) -> None:
     """Fill the shard of every parameter that this rank stores (`Transformer.local_shard`), in place.
 
-    Matrices are normal with the standard deviation `initial_std`. Norms are 1, biases and buffers are 0. A module with
-    a method `init_parameter` (a router) fills its own parameters, which every rank must store as a whole. Adapters are
-    initialised last, by `init_adapters`.
+    Matrices are normal with the standard deviation `initial_std`, and some are quantised then. Norms are 1, biases and
+    buffers are 0. A module with a method `init_parameter` (a router) fills its own parameters, which every rank must
+    store as a whole. Adapters are initialised last, by `init_adapters`.
     """
     config = model.config
     tasks: list[Callable[[], None]] = []
@@ -41,6 +43,8 @@ def init_parameters(model: Transformer, seed: int) -> None:
             init_parameter = getattr(model.get_submodule(owner), "init_parameter", None)
             if init_parameter is not None:
                 init_parameter(leaf, local, f"{seed}/{name}", config.init_std)
+            elif name in model.packings:
+                tasks += _packed_tasks(local, region, model.packings[name], f"{seed}/{name}", initial_std(name, config))
             elif len(shape) == 1:
                 local.fill_(0.0 if leaf == "bias" else 1.0)
             else:
@@ -87,6 +91,24 @@ def _tasks(local: Tensor, region: Region, columns: int, identity: str, std: floa
     for _, low, high in row_blocks(first, rows):
         part = Region((low, column), (high - low, width))
         yield partial(fill_part, local[low - first : high - first], part, columns, identity, std)
+
+
+def _packed_tasks(
+    local: Tensor, region: Region, packing: Packing, identity: str, std: float
+) -> Iterator[Callable[[], None]]:
+    """Yield functions that fill the bytes of quantised matrices, one function for each.
+
+    Args:
+        local, region: as in `moe.packed.matrices_in`.
+    """
+
+    def fill(bytes_P: Tensor, part: slice, identity: str) -> None:
+        weight_OI = torch.empty(packing.rows, packing.columns)
+        fill_rows(weight_OI, identity, std)
+        bytes_P.copy_(pack(weight_OI.to(local.device), packing)[part])
+
+    for index, bytes_P, part in matrices_in(local, region):
+        yield partial(fill, bytes_P, part, identity if index is None else f"{identity}/{index}")
 
 
 def _run(tasks: list[Callable[[], None]]) -> None:

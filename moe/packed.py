@@ -8,6 +8,7 @@ Shapes: N rows of the input, O output and I input width, P bytes of a matrix, e 
 
 import logging
 import sys
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from moe.expert_loop import rows_of_experts
 from moe.quantization import SCALES_PER_BLOCK, Packing
+from moe.region import Region
 
 QUANTISED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes that bitsandbytes reads and writes."""
@@ -103,6 +105,23 @@ def unpack(packed_P: Tensor, packing: Packing, dtype: torch.dtype) -> Tensor:
         state.offset, state.state2, state.nested = outer[0], inner, True
     flat: Tensor = functional.dequantize_4bit(parts["codes"].unsqueeze(1), state)
     return flat.flatten()[: packing.numel].view(packing.rows, packing.columns).to(dtype)
+
+
+def matrices_in(local: Tensor, region: Region) -> Iterator[tuple[int | None, Tensor, slice]]:
+    """Yield every matrix of which a shard has bytes.
+
+    Args:
+        local: bytes of a matrix, or of stacked matrices.
+        region: where they are in the bytes [P] or [E, P] of the whole parameter.
+
+    Yields:
+        (its index in the stack, or None without one; its bytes in `local`; where they are in all its bytes).
+    """
+    part = slice(region.offset[-1], region.offset[-1] + region.shape[-1])
+    if len(region.shape) == 1:
+        yield None, local, part
+    else:
+        yield from ((region.offset[0] + row, bytes_P, part) for row, bytes_P in enumerate(local))
 
 
 @cache

@@ -26,8 +26,6 @@ NEEDED = {
     ("data", "hub"): ["data.hub_path=x"],
     ("router", "expert_choice"): ["router.allow_noncausal=true"],
     ("router", "deepseek_v3"): ["model=deepseek_v3_tiny"],
-    ("quantize", "nf4"): ["run.init_from=x"],
-    ("quantize", "int8"): ["run.init_from=x"],
     ("router", "deepseek_v3_short"): ["model=deepseek_v3_tiny"],
 }
 """The overrides that a preset needs: values that only the user knows, or another preset."""

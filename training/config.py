@@ -402,10 +402,10 @@ class Config:
             "auto or loop with train.precision=fp64 (torch's grouped matmul has no fp64)",
         )
         expect(
-            self.quantize.kind is None or self.run.init_from is not None,
-            "quantize.kind",
-            self.quantize.kind,
-            "null without run.init_from (quantised weights do not train)",
+            self.quantize.kind is None or self.engine.kind == "native",
+            "engine.kind",
+            self.engine.kind,
+            f"native with quantize.kind={self.quantize.kind}",
         )
         expect(
             self.quantize.kind is None or not self.adapter.dora,

@@ -30,7 +30,7 @@ from common.text import MAX_YAML, one_line, parse_yaml, printable, shorten, show
 from data.tokens.files import TokenizerFiles, find_tokenizer
 from moe.config import ROUTER_CONFIGS, AdapterConfig, ModelConfig, RouterConfig, split_adapter_name
 from moe.model import Transformer
-from moe.packed import QUANTISED_DTYPES, pack
+from moe.packed import QUANTISED_DTYPES, matrices_in, pack
 from moe.quantization import Packing
 from moe.region import Region
 from training.checkpoint.manifest import (
@@ -177,12 +177,11 @@ class ModelReader(ABC):
         """
         dtype = self.dtype(name)
         dtype = dtype if dtype in QUANTISED_DTYPES else torch.float32
-        stacked, first, count = len(region.shape) > 1, region.offset[-1], region.shape[-1]
-        for index, bytes_P in enumerate(local if stacked else [local]):
-            shape = packing.rows, packing.columns
-            matrix = Region((region.offset[0] + index, 0, 0), (1, *shape)) if stacked else Region.whole(shape)
+        shape = packing.rows, packing.columns
+        for index, bytes_P, part in matrices_in(local, region):
+            matrix = Region.whole(shape) if index is None else Region((index, 0, 0), (1, *shape))
             weight_OI = self.read(name, matrix, dtype).view(shape).to(local.device)
-            bytes_P.copy_(pack(weight_OI, packing)[first : first + count])
+            bytes_P.copy_(pack(weight_OI, packing)[part])
 
 
 def split_experts(region: Region) -> list[Region]:

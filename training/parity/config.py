@@ -17,6 +17,7 @@ from typing import Literal, get_args
 from common.errors import expect
 from data.config import DataConfig
 from moe.config import AdapterConfig, ModelConfig, RopeScaling, RouterConfig
+from moe.quantization import FULL_PRECISION, QuantizeConfig
 from parallel.config import ParallelConfig
 from training.config import (
     NO_ADAPTER,
@@ -57,6 +58,8 @@ class Case:
     router: RouterConfig
     train: str | tuple[str, ...] = "all"
     """What trains, as `optim.train` says it."""
+    quantize: QuantizeConfig = FULL_PRECISION
+    """The weights that are stored in few bits."""
     last_expert_idle: bool = False
     """Whether the routers are initialised so that the last expert gets no token before the first update."""
 
@@ -118,6 +121,13 @@ CASES: Mapping[str, Case] = {
         RouterConfig(balance_coef=0.05),
         train="*norm.weight",
     ),
+    "quantised": Case(
+        replace(MODEL, num_shared_experts=1, first_k_dense=1, expert_hidden_dim=7,
+                adapter=AdapterConfig(kind="lora", rank=2, targets=("attention", "router", "experts"))),
+        RouterConfig(balance_coef=0.05),
+        train="layers.*norm.weight",
+        quantize=QuantizeConfig("nf4", block_size=32),
+    ),
     "dora": Case(
         replace(MODEL, num_kv_heads=2, hidden_dim=13, expert_hidden_dim=7, num_shared_experts=1,
                 adapter=AdapterConfig(kind="lora", rank=3, targets=("attention", "router", "shared"), dora=True)),
@@ -166,6 +176,7 @@ def configuration(
         checkpoint=CheckpointConfig(),
         tracking=TrackingConfig(wandb="disabled"),
         launch=LaunchConfig(),
+        quantize=case.quantize,
         adapter=case.model.adapter or NO_ADAPTER,
     )
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 from common.errors import ConfigError, require
 from common.strict import from_dict
 from moe.accounting.flops import meta_model
+from moe.quantization import expect_library
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.startup.launch import World
@@ -225,6 +226,7 @@ def configure(
     Raises:
         ConfigError: the job cannot run, for example because an axis does not divide the model.
     """
+    expect_library(case.quantize)
     config = configuration(
         case, job.parallel, rows=rows_for(world_size), steps=steps, precision=precision, engine=job.engine
     )

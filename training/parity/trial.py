@@ -5,6 +5,7 @@ The data are packed rows, rows with uneven padding, and rows of padding only.
 Shapes: B rows, S sequence, E experts, D model.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import IGNORE, Batch
-from moe.accounting.flops import count_parameters, meta_model
+from moe.accounting.flops import meta_model
 from moe.model import Transformer
 from moe.region import LocalShard, Region
 from moe.router import Router
@@ -81,10 +82,11 @@ class Trial:
         parts = build_parts(config, case.model, mesh, compute_dtype(config.train.precision, mesh.device), SEED)
         if case.last_expert_idle:
             make_last_expert_idle(parts)
-        shards = (part.local_shard(name, weight) for part in parts for name, weight in part.named_parameters())
-        stored = all_gather_json(sum(shard.region.numel for shard in shards), mesh.world)
-        whole = count_parameters(meta_model(parts[0].config, parts[0].router_config)).total
-        self.share = max(stored) / whole
+        whole = meta_model(parts[0].config, parts[0].router_config)
+        shards = {name: part.local_shard(name, weight) for part in parts for name, weight in part.named_parameters()}
+        numbers = {name: weight.numel() for name, weight in whole.named_parameters()}
+        stored = sum(numbers[name] * shard.region.numel / math.prod(shard.shape) for name, shard in shards.items())
+        self.share = max(all_gather_json(stored, mesh.world)) / sum(numbers.values())
         """The largest part of the model's weights that one rank stores, before DeepSpeed partitions them."""
         self.engine: Engine = build_engine(config, parts, mesh)
 
