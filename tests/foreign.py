@@ -1,17 +1,31 @@
 """Tiny Hugging Face models with random weights, on which imports and exports are tested."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.nn import functional as F
 
 from moe.config import RouterConfig
 from moe.model import ModelInputs, Transformer
+from training.formats.families import FAMILIES
 from training.formats.foreign_tensors import Format, list_pieces, tensor_shapes
 from training.formats.reader import ModelReader, open_model
 
 VOCAB = 53
+DENSE = ("Llama", "Mistral", "Qwen2", "Qwen3")
+"""Prefixes of transformers' classes of dense models."""
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 50.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 8.0,
+    "beta_slow": 0.5,
+}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("Llama", {"num_key_value_heads": 6}),
@@ -31,19 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
-    "mixtral-yarn": (
-        "Mixtral",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 50.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 8,
-                "beta_fast": 8.0,
-                "beta_slow": 0.5,
-            },
-        },
-    ),
+    "mixtral-yarn": ("Mixtral", {"rope_parameters": YARN}),
     "mistral-window": ("Mistral", {"sliding_window": 5}),
     "mistral-mqa-odd": (
         "Mistral",
@@ -51,10 +53,40 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("Mixtral", {"sliding_window": None}),
     "mixtral-window": ("Mixtral", {"sliding_window": 4, "num_local_experts": 5, "num_experts_per_tok": 3}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-yarn-tied": ("Qwen2", {"tie_word_embeddings": True, "num_key_value_heads": 3, "rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 6}),
+    "qwen3-bias": ("Qwen3", {"attention_bias": True, "num_key_value_heads": 1}),
+    "llama-bias": ("Llama", {"attention_bias": True, "num_key_value_heads": 3}),
+    "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 3}),
+    "olmoe-normalised": ("Olmoe", {"norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 6}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "head_dim": 6,
+            "moe_intermediate_size": 11,
+        },
+    ),
+    "qwen3-moe-dense-layers": (
+        "Qwen3Moe",
+        {"num_hidden_layers": 4, "mlp_only_layers": [0, 2], "moe_intermediate_size": 9, "tie_word_embeddings": True},
+    ),
     "mixtral-tied": ("Mixtral", {"tie_word_embeddings": True, "num_key_value_heads": 3}),
 }
 """Case -> (prefix of transformers' classes, differences from the common sizes). Theta and epsilon are each family's
 defaults."""
+_SLOW = "llama-linear mixtral-yarn llama-bias qwen2-yarn-tied qwen3-bias olmoe-normalised qwen3-moe-dense-layers"
+SLOW_CASES = frozenset(_SLOW.split())
+"""Cases that the quick tests leave out. Another case has the same family, or another family the same part."""
+
+
+def cases(names: Iterable[str] = CASES) -> list[Any]:
+    """Return the names of cases as parameters of a test, the slow ones with their mark."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_CASES else name for name in names]
+
 
 _NOT_IN_MISTRALS_FORMAT = {"rope_parameters", "attention_bias", "hidden_act"}
 MISTRAL_CASES = [
@@ -74,8 +106,11 @@ def reference_model(case: str, vocab: int = VOCAB) -> Any:
         "vocab_size": vocab, "hidden_size": 24, "intermediate_size": 19, "num_hidden_layers": 2, "head_dim": 4,
         "num_attention_heads": 6, "num_key_value_heads": 2, "attn_implementation": "eager",
     }  # fmt: skip
-    if family == "Mixtral":
-        common |= {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    if family not in DENSE:
+        experts = "num_local_experts" if family == "Mixtral" else "num_experts"
+        common |= {experts: 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    if family == "Olmoe":
+        del common["head_dim"]
     config = getattr(transformers, f"{family}Config")(**common | changes)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +134,7 @@ def load_reference(directory: Path) -> Any:
 
     # transformers' grouped experts need rows of a multiple of 16 bytes. The odd widths do not have such rows.
     config = transformers.AutoConfig.from_pretrained(directory)
-    eager = {"experts_implementation": "eager"} if config.model_type == "mixtral" else {}
+    eager = {"experts_implementation": "eager"} if FAMILIES[config.model_type].moe else {}
     return transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", **eager)
 
 

@@ -18,9 +18,12 @@ from data.tokens.files import find_tokenizer
 from data.tokens.tokenizer import Tokenizer, train_tokenizer
 from scripts import export_hf, import_hf
 from scripts.cli.command_line import CONF
+from tests.deepseek import write_released
 from tests.foreign import load_model, save_reference
 from tests.test_train import TINY, numbers
 from tests.tokenizers import sentencepiece_like, sentencepiece_model, write_tokenizer
+from training.formats.export import export_model
+from training.formats.reader import open_model
 
 VOCAB = 503
 """The vocabulary of the models in these tests. The tokenizer has 500 ids."""
@@ -152,7 +155,7 @@ def rename_architecture(directory):
     ("change", "message"),
     [
         (cut, "a header of"),
-        (rename_architecture, "model_type=gpt2: expected one of LlamaForCausalLM, MistralForCausalLM, Mixtral"),
+        (rename_architecture, "model_type=gpt2: expected one of llama, mistral"),
         (lambda d: (d / "config.json").write_text("{"), "config.json: damaged: not JSON"),
         (lambda d: (d / "tokenizer.model").write_bytes(b"x"), "expected a sentencepiece model that can be read"),
         (lambda d: shutil.rmtree(d), "expected a model directory; none found"),
@@ -168,6 +171,70 @@ def test_bad_input_is_one_line_and_nothing_is_written(tool, change, message, mod
     assert error.startswith(f"error: {key}={tmp_path}/bad: ") or "tokenizer.model" in error
     assert message in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir() if path.name != "bad"] == []
+
+
+def remove_a_shard(directory):
+    (directory / "model-00002-of-00003.safetensors").unlink()
+
+
+def add_a_file_of_weights(directory):
+    shutil.copy(directory / "model-00001-of-00003.safetensors", directory / "model.safetensors")
+
+
+def leave_only_pickles(directory):
+    for file in directory.glob("*.safetensors*"):
+        file.unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+
+
+def add_keys(**keys):
+    def change(directory):
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | keys))
+
+    return change
+
+
+BAD = (
+    (remove_a_shard, "model-00002-of-00003.safetensors: cannot be read: No such file"),
+    (add_a_file_of_weights, "found model.safetensors and model.safetensors.index.json: expected one of them"),
+    (leave_only_pickles, "found pytorch_model.bin: pickle, which runs code when it is loaded"),
+    (
+        add_keys(quantization_config={"quant_method": "unknown"}),
+        "quantization_config={quant_method:unknown}: expected null",
+    ),
+    (
+        add_keys(model_type="other", architectures=["OtherForCausalLM"], auto_map={"AutoModel": "x.Y"}),
+        "model_type=other: expected one of llama",
+    ),
+    (add_keys(auto_map={"AutoModel": "x.Y"}, unknown_key=2), "unknown_key=2: expected a known key"),
+)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3-moe", "deepseek"])
+def test_a_bad_directory_of_every_family_is_refused_in_one_line(family, tmp_path, monkeypatch, capsys):
+    good = tmp_path / "good"
+    if family == "deepseek":
+        write_released(good, {}, parts=3)
+    else:
+        save_reference(family, tmp_path / "single")
+        size = (tmp_path / "single" / "model.safetensors").stat().st_size
+        export_model(
+            open_model(tmp_path / "single"), good, form="hf", dtype="fp32", shard_bytes=int(size * 0.45), positions=64
+        )
+    capsys.readouterr()
+    for tool, key in ((import_hf, "source"), (export_hf, "checkpoint")):
+        assert call(tool, monkeypatch, f"{key}={good}", f"out={tmp_path}/out") == 0
+        shutil.rmtree(tmp_path / "out")
+        capsys.readouterr()
+        for change, message in BAD:
+            bad = shutil.copytree(good, tmp_path / "bad")
+            change(bad)
+            assert call(tool, monkeypatch, f"{key}={bad}", f"out={tmp_path}/out") == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"error: {key}={bad}: ") and message in error and error.count("\n") == 1, error
+            shutil.rmtree(bad)
+            assert {path.name for path in tmp_path.iterdir()} <= {"good", "single"}
 
 
 def test_other_refusals(model, tmp_path, monkeypatch, capsys):

@@ -17,8 +17,19 @@ from moe.model import Transformer
 from tests.foreign import load_model, logits_of, random_tokens, reference_model
 from training.formats import huggingface as hf
 from training.formats import mistral
+from training.formats.families import FAMILIES
 
-CASES = {"llama": "llama-gqa-tied", "mistral": "mistral-window", "mixtral": "mixtral"}
+CASES = {
+    "llama": "llama-gqa-tied",
+    "mistral": "mistral-window",
+    "mixtral": "mixtral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "olmoe": "olmoe",
+    "qwen3_moe": "qwen3-moe",
+}
+QUICK = ("llama", "mistral", "mixtral", "qwen3_moe")
+"""Families of the quick tests. The slow tests take all."""
 VALUES = (True, False, None, 0, 1, 2, -1, 0.5, "x", "", [], {}, ["x"], {"a": 1})
 ROPE = (
     {"rope_type": "linear", "factor": 4.0},
@@ -57,6 +68,12 @@ MORE_VALUES = {
     "num_key_value_heads": (6, 3),
     "num_local_experts": (4, 8),
     "num_experts": (4, 8),
+    "use_sliding_window": (True, False, None),
+    "max_window_layers": (0, 1, 2),
+    "mlp_only_layers": ([0], [1], [0, 1], [-1], [7], [0.5]),
+    "decoder_sparse_step": (1, 2, 3),
+    "norm_topk_prob": (True, False),
+    "clip_qkv": (None, 8.0),
     "layer_types": (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]),
     "per_layer_config": ({"0": {"rms_norm_eps": 0.1}}, {"1": {"sliding_window": 3}}),
     "quantization_config": ({"quant_method": "fp8"},),
@@ -68,7 +85,9 @@ mlp_layer_types use_sliding_window max_window_layers attention_bias mlp_bias qua
 add_cross_attention tie_encoder_decoder pruned_heads use_bfloat16 torchscript output_attentions cache_implementation
 attention_chunk_size per_layer_config text_config transformers_weights fusion_config num_labels tie_last_hidden_states
 logit_scale final_logit_softcapping attn_logit_softcapping residual_multiplier qk_norm clip_qkv norm_topk_prob
-num_shared_experts first_k_dense_replace scoring_func rope_interleaved hidden_activation temperature
+num_shared_experts first_k_dense_replace scoring_func mlp_only_layers decoder_sparse_step max_window_layers qkv_bias
+moe_intermediate_size shared_expert_intermediate_size routed_scaling_factor n_group
+rope_interleaved hidden_activation temperature
 original_max_position_embeddings max_length sliding_window output_router_logits router_jitter_noise pretraining_tp
 """
 OTHER_KEYS = _OTHER_KEYS.split()
@@ -120,7 +139,7 @@ class Fuzz:
 
         try:
             config = transformers.AutoConfig.for_model(**raw)
-            eager = {"experts_implementation": "eager"} if self.family == "mixtral" else {}
+            eager = {"experts_implementation": "eager"} if FAMILIES[self.family].moe else {}
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation="eager", **eager
             )
@@ -149,7 +168,7 @@ def run_fuzz(family, directory, number):
     return Counter(fuzz.outcome(change) for change in chosen)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", QUICK)
 def test_some_changed_configurations_are_computed_as_in_transformers_or_refused(family, tmp_path):
     counts = run_fuzz(family, tmp_path, 60)
     assert min(counts["equal"], counts["refused"]) > 10, counts

@@ -9,12 +9,12 @@ import torch
 
 from common.errors import ModelError
 from moe.config import ModelConfig, RopeScaling, RouterConfig
+from moe.generation.generate import generate
 from tests.foreign import (
-    CASES,
     assert_trains_as,
+    cases,
     load_model,
     load_reference,
-    logits_of,
     random_tokens,
     save_reference,
 )
@@ -32,13 +32,13 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 SPARSE = DENSE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_logits_gradients_and_ten_steps_equal_transformers(case, tmp_path):
     reference = save_reference(case, tmp_path)
     assert_trains_as(reference, load_model(tmp_path), FAMILIES[reference.config.model_type].fused)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_an_exported_model_is_the_same_model_in_transformers(case, tmp_path):
     reference = save_reference(case, tmp_path / "reference")
     reader = open_model(tmp_path / "reference")
@@ -52,20 +52,16 @@ def test_an_exported_model_is_the_same_model_in_transformers(case, tmp_path):
     torch.testing.assert_close(exported(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-6)
 
 
-def test_transformers_generates_the_same_tokens(tmp_path):
-    for case in ("mixtral-window", "llama-gqa-tied"):
-        save_reference(case, tmp_path / case)
-        export_model(
-            open_model(tmp_path / case), tmp_path / f"{case}-out", form="hf", dtype="fp32", shard_bytes=10**9,
-            positions=64,
-        )  # fmt: skip
-        reference = load_reference(tmp_path / f"{case}-out")
-        model, tokens = load_model(tmp_path / f"{case}-out"), random_tokens(7, rows=1)
-        generated = reference.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-        for _ in range(20):
-            next_token = logits_of(model, tokens)[:, -1].argmax(dim=-1, keepdim=True)
-            tokens = torch.cat((tokens, next_token), dim=1)
-        assert generated.tolist() == tokens.tolist()
+@pytest.mark.parametrize("case", ["llama-gqa-tied", "llama-3.1", "mixtral-window", "qwen2", "olmoe", "qwen3-moe"])
+def test_transformers_generates_the_same_tokens(case, tmp_path):
+    save_reference(case, tmp_path / "reference")
+    reader = open_model(tmp_path / "reference")
+    export_model(reader, tmp_path / "out", form="hf", dtype="fp32", shard_bytes=10**9, positions=64)
+    tokens = random_tokens(7, rows=1)
+    reference = load_reference(tmp_path / "out")
+    expected = reference.generate(tokens, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    generated = generate(load_model(tmp_path / "out"), tokens.tolist(), max_tokens=20)
+    assert [*tokens[0].tolist(), *generated[0]] == expected[0].tolist()
 
 
 IN_TRANSFORMERS = [family for family in FAMILIES if family != "deepseek"]
@@ -88,7 +84,7 @@ def test_missing_keys_have_the_defaults_of_transformers(family):
     raw = SPARSE if FAMILIES[family].moe else DENSE | {"num_key_value_heads": 2}
     model, _ = hf.read_config(raw | {"model_type": family}, "config.json")
     assert (model.rope_theta, model.norm_eps, model.sliding_window) == expected
-    assert (model.tie_embeddings, model.head_dim) == (config.tie_word_embeddings, 4)
+    assert (model.tie_embeddings, model.head_dim) == (config.tie_word_embeddings, defaults.get("head_dim", 4))
 
 
 @pytest.mark.parametrize("family", IN_TRANSFORMERS)
@@ -122,8 +118,11 @@ def test_old_and_new_spellings_of_a_configuration_are_equal():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "qwen2"}, "c: model_type=qwen2: expected one of LlamaForCausalLM"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "c: architectures="),
+        ({"model_type": "gpt2"}, "c: model_type=gpt2: expected one of llama"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "c: architectures=[LlamaForSequenceClassification]: expected [LlamaForCausalLM]",
+        ),
         ({"model_type": ["llama"]}, "c: model_type="),
         ({"hidden_act": "relu"}, "c: hidden_act=relu: expected one of silu"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "c: rope_scaling={type:dynamic,"),
@@ -151,7 +150,8 @@ def test_old_and_new_spellings_of_a_configuration_are_equal():
         (SPARSE | {"sliding_window": 4, "use_sliding_window": False}, "c: use_sliding_window=false: expected true"),
         (SPARSE | {"num_experts": 5}, "c: num_experts=5: expected 4, as num_local_experts"),
         ({"rms_norm_eps": None}, "c: rms_norm_eps=null: expected a number > 0"),
-        ({"attention_bias": True}, "c: attention_bias=true: expected false"),
+        (SPARSE | {"attention_bias": True}, "c: attention_bias=true: expected false"),
+        ({"attention_bias": 1}, "c: attention_bias=1: expected true or false"),
         ({"quantization_config": {"bits": 4}}, "c: quantization_config="),
         ({"qk_norm": True}, "c: qk_norm=true: expected a known key; this one can change what the model computes"),
         ({"hidden_size": "8"}, "c: hidden_size=8: expected an integer >= 1"),
@@ -174,6 +174,71 @@ def test_an_unsupported_configuration_is_an_error_of_one_line(changes, message):
     assert "\n" not in str(caught.value)
 
 
+OLMOE = DENSE | {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2}
+QWEN3_MOE = DENSE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2,
+                     "moe_intermediate_size": 5, "head_dim": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (OLMOE | {"clip_qkv": 8.0}, "clip_qkv=8.0: expected null"),
+        (OLMOE | {"head_dim": 8}, "head_dim=8: expected 4, or no such key"),
+        (OLMOE | {"num_local_experts": 5}, "num_local_experts=5: expected 4, as num_experts"),
+        (OLMOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1: expected at least 2"),
+        (OLMOE | {"sliding_window": 4}, "sliding_window=4: expected null in a OlmoeForCausalLM"),
+        (OLMOE | {"moe_intermediate_size": 4}, "moe_intermediate_size=4: expected a known key"),
+        (QWEN3_MOE | {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window=true: expected false"),
+        (
+            QWEN3_MOE | {"layer_types": ["sliding_attention"]},
+            "layer_types=[sliding_attention]: expected full_attention",
+        ),
+        (QWEN3_MOE | {"layer_types": ["full_attention"] * 2}, "layer_types=[full_attention,full_attention]: expected"),
+        (
+            QWEN3_MOE | {"mlp_only_layers": [0]},
+            "mlp_only_layers=[0]: expected that, after some dense layers, every n-th",
+        ),
+        (
+            QWEN3_MOE | {"mlp_only_layers": [1, 2], "num_hidden_layers": 5},
+            "mlp_only_layers=[1,2]: expected that, after",
+        ),
+        (QWEN3_MOE | {"mlp_only_layers": 3}, "mlp_only_layers=3: expected a list of layers"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step=2: expected that, after some dense layers"),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step=0: expected an integer >= 1"),
+        (QWEN3_MOE | {"num_hidden_layers": 2**40}, "num_hidden_layers=1099511627776: expected at most 10000"),
+        (QWEN3_MOE | {"norm_topk_prob": None}, "norm_topk_prob=null: expected true or false"),
+        (QWEN3_MOE | {"mlp_bias": True}, "mlp_bias=true: expected false"),
+        (QWEN3_MOE | {"scoring_func": "sigmoid"}, "scoring_func=sigmoid: expected a known key"),
+        (
+            QWEN3_MOE | {"quantization_config": {"quant_method": "fp8"}},
+            "quantization_config={quant_method:fp8}: expected",
+        ),
+        (
+            DENSE | {"model_type": "qwen2", "num_key_value_heads": 2, "qkv_bias": False},
+            "qkv_bias=false: expected a known key",
+        ),
+    ],
+)
+def test_a_key_of_a_family_that_changes_what_is_computed_is_an_error_that_names_it(raw, message):
+    with pytest.raises(ModelError) as caught:
+        hf.read_config(raw, "c")
+    assert str(caught.value).startswith(f"c: {message}") and "\n" not in str(caught.value)
+
+
+def test_layers_that_are_listed_as_dense_survive_a_round_trip():
+    for layers, only, step, expected in (
+        (4, [0], 1, [1, 2, 3]),
+        (4, [], 2, [1, 3]),
+        (5, [0, 1, 3], 1, [2, 4]),
+        (6, [1], 2, [3, 5]),
+        (3, [0, 2, 9], 1, [1]),
+    ):
+        raw = QWEN3_MOE | {"num_hidden_layers": layers, "mlp_only_layers": only, "decoder_sparse_step": step}
+        model, router = hf.read_config(raw, "c")
+        assert [layer for layer in range(layers) if model.is_moe_layer(layer)] == expected
+        assert hf.read_config(hf.write_config(model, router, "float32", 64), "c") == (model, router)
+
+
 MIXTRAL = ModelConfig(
     dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=12, num_experts=4, top_k=2, vocab_size=9
 )
@@ -185,6 +250,7 @@ NO_FAMILY = [
     ({"num_experts": None, "top_k": None, "ffn": "gelu"}, {}, "model.ffn=gelu: expected swiglu or geglu"),
     ({"sliding_window": (4, None)}, {}, "model.sliding_window=[4,null]: expected one window for all layers"),
     ({"rotary_dim": 2}, {}, "model.rotary_dim=2: expected 4"),
+    ({"qk_norm": "width", "attention_bias": "qkv"}, {}, "model.qk_norm=width: expected null"),
     ({}, {"kind": "sigmoid_topk"}, "router.kind=sigmoid_topk: expected softmax_topk"),
     ({}, {"scale": 2.5}, "router.scale=2.5: expected 1.0"),
     ({}, {"num_groups": 2, "topk_groups": 1}, "router.num_groups=2: expected null"),
@@ -203,7 +269,7 @@ NOT_MIXTRAL = [
 
 @pytest.mark.parametrize(("model", "router", "message"), NO_FAMILY)
 def test_exporting_a_model_that_no_family_computes_is_an_error_that_names_the_key(model, router, message):
-    with pytest.raises(ModelError, match=f"^{re.escape(message)}.*, as in (Llama|Mixtral)ForCausalLM$"):
+    with pytest.raises(ModelError, match=f"^{re.escape(message)}.*, as in (Llama|Mixtral|Qwen3Moe)ForCausalLM$"):
         hf.write_config(dataclasses.replace(MIXTRAL, **model), RouterConfig(**router), "bfloat16", 64)
 
 
@@ -215,11 +281,29 @@ def test_exporting_in_mistrals_format_what_it_cannot_describe_is_an_error_that_n
     assert str(caught.value).startswith(start) and str(caught.value).endswith(", as in format=mistral")
 
 
-@pytest.mark.parametrize(("model", "router", "message"), NOT_MIXTRAL)
-def test_export_takes_a_family_that_computes_the_model(model, router, message):
+DENSE_MODEL = {"num_experts": None, "top_k": None}
+
+
+@pytest.mark.parametrize(
+    ("model", "router", "family"),
+    [
+        *((model, router, "deepseek") for model, router, _ in NOT_MIXTRAL),
+        ({}, {}, "mixtral"),
+        ({"attention_bias": "all"}, {}, "deepseek"),
+        ({"qk_norm": "head", "first_k_dense": 1}, {}, "qwen3_moe"),
+        ({"qk_norm": "width"}, {"normalize": False}, "olmoe"),
+        (DENSE_MODEL, {}, "llama"),
+        (DENSE_MODEL | {"attention_bias": "all"}, {}, "llama"),
+        (DENSE_MODEL | {"num_heads": 3}, {}, "mistral"),
+        (DENSE_MODEL | {"sliding_window": 5}, {}, "mistral"),
+        (DENSE_MODEL | {"attention_bias": "qkv"}, {}, "qwen2"),
+        (DENSE_MODEL | {"qk_norm": "head"}, {}, "qwen3"),
+    ],
+)
+def test_export_takes_a_family_that_computes_the_model(model, router, family):
     config, router = dataclasses.replace(MIXTRAL, **model), RouterConfig(**router)
     raw = hf.write_config(config, router, "bfloat16", 64)
-    assert raw["model_type"] == "deepseek"
+    assert raw["model_type"] == family
     read = hf.read_config(json.loads(json.dumps(raw)), "c")
     assert meaning(*read) == meaning(config, router)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -16,7 +17,7 @@ from moe.init import init_parameters
 from moe.model import Transformer
 from moe.region import LocalShard, Region, whole_shard
 from tests.distributed.harness import run_ranks
-from tests.foreign import CASES, MISTRAL_CASES, load_model, logits_of, random_tokens, save_reference
+from tests.foreign import MISTRAL_CASES, cases, load_model, logits_of, random_tokens, save_reference
 from training.checkpoint import checkpoint, manifest
 from training.formats.export import export_model, import_model, parse_size
 from training.formats.foreign_tensors import TensorDirectory
@@ -251,17 +252,22 @@ def write_model_directory(layout, root):
 
 def fuse(directory, out):
     """Write the model in `directory` to `out`, with the tensor names of transformers 5's modules."""
-    tensors = load_file(directory / "model.safetensors")
-    config = json.loads((directory / "config.json").read_text())
-    fused = {name.replace("block_sparse_moe", "mlp"): x for name, x in tensors.items() if ".experts." not in name}
-    for n in range(config["num_hidden_layers"]):
-        old = f"model.layers.{n}.block_sparse_moe.experts"
-        experts = range(config["num_local_experts"])
-        both = [torch.cat([tensors[f"{old}.{e}.{w}.weight"] for w in ("w1", "w3")]) for e in experts]
-        fused[f"model.layers.{n}.mlp.experts.gate_up_proj"] = torch.stack(both)
-        fused[f"model.layers.{n}.mlp.experts.down_proj"] = torch.stack(
-            [tensors[f"{old}.{e}.w2.weight"] for e in experts]
+    mixtral = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    fused, parts = {}, {}
+    for name, tensor in load_all(directory).items():
+        match = re.fullmatch(r"(.*)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight", name)
+        if match:
+            parts[match[1], int(match[2]), mixtral.get(match[3], match[3])] = tensor
+        else:
+            fused[name.replace("block_sparse_moe", "mlp")] = tensor
+    layers = {layer for layer, _, _ in parts}
+    for layer in layers:
+        experts = range(len(parts) // len(layers) // 3)
+        gate, up, down = (
+            torch.stack([parts[layer, e, part] for e in experts]) for part in ("gate_proj", "up_proj", "down_proj")
         )
+        fused[f"{layer}.mlp.experts.gate_up_proj"] = torch.cat((gate, up), dim=1)
+        fused[f"{layer}.mlp.experts.down_proj"] = down
     out.mkdir()
     save_file(fused, out / "model.safetensors")
     shutil.copy(directory / "config.json", out)
@@ -288,7 +294,7 @@ def test_expert_parallel_ranks_have_the_logits_of_the_whole_model(tmp_path):
         torch.testing.assert_close(logits, reference(random_tokens(12, seed=rank)).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_round_trips_are_bit_exact(case, tmp_path):
     save_reference(case, tmp_path / "reference")
     first = open_model(tmp_path / "reference")
@@ -303,6 +309,12 @@ def test_round_trips_are_bit_exact(case, tmp_path):
     again = open_model(tmp_path / "exported")
     assert (again.model, again.router) == (first.model, first.router)
     assert equal_weights(load_model(again), load_model(imported))
+    if first.model.is_moe:
+        model = first.model
+        names = [name for name in exported if ".experts." in name]
+        assert len(names) == 3 * model.num_experts * model.num_moe_layers and len(set(names)) == len(names)
+        fuse(tmp_path / "exported", tmp_path / "fused")
+        assert equal_weights(load_model(tmp_path / "fused"), load_model(imported))
     if case in MISTRAL_CASES:
         official = open_model(export(imported, tmp_path / "official", "mistral"))
         assert official.kind == "mistral" and (official.model, official.router) == (first.model, first.router)

@@ -30,14 +30,13 @@ def family_of(raw: Mapping[str, Any], file: Path) -> Family:
     Raises:
         ModelError: the architecture is unknown.
     """
-    model_type = raw.get("model_type")
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    remote = "; the code that auto_map names is never run" if raw.get("auto_map") else ""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    architectures = raw.get("architectures")
-    if family is None or architectures not in (None, [], [family.architecture]):
-        wrong = f"model_type={shown(model_type)}" if family is None else f"architectures={shown(architectures)}"
-        known = ", ".join(family.architecture for family in FAMILIES.values())
-        remote = "; the code that auto_map names is never run" if raw.get("auto_map") else ""
-        raise ModelError(f"{file}: {wrong}: expected one of {known}{remote}")
+    if family is None:
+        raise ModelError(f"{file}: model_type={shown(model_type)}: expected one of {', '.join(FAMILIES)}{remote}")
+    if architectures not in (None, [], [family.architecture]):
+        raise ModelError(f"{file}: architectures={shown(architectures)}: expected [{family.architecture}]{remote}")
     return family
 
 

@@ -28,7 +28,7 @@ def meaning(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     values = {key: value for key, value in values.items() if key.removeprefix("model.") not in WITHOUT_MEANING}
     windows = [model.window(layer) for layer in range(model.num_layers)]
     values["model.sliding_window"] = windows[0] if len(set(windows)) == 1 else windows
-    values["model.rotary_dim"] = model.rotary_width
+    values |= {"model.rotary_dim": model.rotary_width, "model.v_head_dim": model.value_dim}
     if model.top_k is None:
         return values
     layers = list(filter(model.is_moe_layer, range(model.num_layers)))

@@ -6,12 +6,17 @@ In reading order:
 - `rotary`: the keys of the rotary embedding, in the old and the new spelling.
 - `experts`: the keys of MoE layers.
 - `llama`: Llama, Mistral and Mixtral.
+- `qwen`: Qwen2 and Qwen3, dense and with MoE layers.
+- `olmoe`: OLMoE.
 - `deepseek`: DeepSeekMoE.
 """
 
 from training.formats.families.deepseek import Deepseek
 from training.formats.families.family import Family
 from training.formats.families.llama import Llama, Mistral, Mixtral
+from training.formats.families.olmoe import Olmoe
+from training.formats.families.qwen import Qwen2, Qwen3, Qwen3Moe
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llama(), Mistral(), Mixtral(), Deepseek())}
+_ALL = (Llama(), Mistral(), Qwen2(), Qwen3(), Mixtral(), Olmoe(), Qwen3Moe(), Deepseek())
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 """`model_type` -> family. Export takes the first one that computes the model."""

@@ -30,8 +30,10 @@ class Deepseek(Family):
         "first_k_dense_replace": 0,
         "moe_layer_freq": 1,
         "scoring_func": "softmax",
+        "attention_bias": False,
     }
     IGNORED: ClassVar[frozenset[str]] = Family.IGNORED | {"aux_loss_alpha", "seq_aux"}
+    BIASES: ClassVar[dict[str, str]] = {"attention_bias": "all"}
     SCALINGS: ClassVar[tuple[str, ...]] = ("linear",)
     NAMES: ClassVar[dict[str, str]] = BLOCK | PER_EXPERT | shared_names("shared_experts")
 

@@ -34,6 +34,14 @@ def shared_names(module: str) -> dict[str, str]:
     }
 
 
+def read_experts(fields: Fields, *keys: str) -> int:
+    """Return the number of experts, at the first of `keys` or at another one, which is its alias in transformers."""
+    given = [(key, fields.integer(key)) for key in keys if key in fields.raw] or [(keys[0], fields.integer(keys[0]))]
+    for key, number in given:
+        fields.expect(number == given[0][1], key, number, f"{given[0][1]}, as {given[0][0]}")
+    return given[0][1]
+
+
 def read_top_k(fields: Fields, normalize: bool) -> int:
     """Return the number of experts per token.
 

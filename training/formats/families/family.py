@@ -51,8 +51,6 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False, None),
     "add_cross_attention": (False, None),
 }
-"""Keys that can change what is computed -> the values with which they do not. A family that reads such a key has it in
-its `DEFAULTS`."""
 ACTIVATIONS: dict[str, str] = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 """Hugging Face's activation of the gate -> Mixwright's kind of feed-forward network."""
 
@@ -65,6 +63,12 @@ BLOCK = {
     "layers.N.attention.wk.weight": "model.layers.{n}.self_attn.k_proj.weight",
     "layers.N.attention.wv.weight": "model.layers.{n}.self_attn.v_proj.weight",
     "layers.N.attention.wo.weight": "model.layers.{n}.self_attn.o_proj.weight",
+    "layers.N.attention.wq.bias": "model.layers.{n}.self_attn.q_proj.bias",
+    "layers.N.attention.wk.bias": "model.layers.{n}.self_attn.k_proj.bias",
+    "layers.N.attention.wv.bias": "model.layers.{n}.self_attn.v_proj.bias",
+    "layers.N.attention.wo.bias": "model.layers.{n}.self_attn.o_proj.bias",
+    "layers.N.attention.q_norm.weight": "model.layers.{n}.self_attn.q_norm.weight",
+    "layers.N.attention.k_norm.weight": "model.layers.{n}.self_attn.k_norm.weight",
     "layers.N.ffn_norm.weight": "model.layers.{n}.post_attention_layernorm.weight",
     "layers.N.ffn.w_gate.weight": "model.layers.{n}.mlp.gate_proj.weight",
     "layers.N.ffn.w_up.weight": "model.layers.{n}.mlp.up_proj.weight",
@@ -88,8 +92,14 @@ class Family:
     """Whether the key `sliding_window` has the window of every layer. Without it, the window must be null."""
     DEFAULTS: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 1e4}
     """Key -> the value of a missing key, as in transformers 5, for the keys that have one."""
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_VALUES
+    """Keys that can change what is computed -> the values with which they do not. A key in `DEFAULTS` is read."""
     IGNORED: ClassVar[frozenset[str]] = frozenset(_IGNORED.split())
     """Keys that do not change what a forward pass without dropout computes."""
+    qk_norm: ClassVar[str | None] = None
+    """As `ModelConfig.qk_norm`."""
+    BIASES: ClassVar[dict[str, str]] = {}
+    """Key that turns biases on -> the value of `ModelConfig.attention_bias`."""
     SCALINGS: ClassVar[tuple[str, ...]] = rotary.KINDS
     """Kinds of scaling of the rotary embedding that the architecture has."""
     NAMES: ClassVar[dict[str, str]] = BLOCK
@@ -124,15 +134,23 @@ class Family:
         raw = fields.raw
         read = READ_KEYS | self.DEFAULTS.keys()
         for key, value in raw.items():
-            neutral = (value,) if key in read else NEUTRAL_VALUES.get(key, (value,))
+            neutral = (value,) if key in read else self.NEUTRAL.get(key, (value,))
             fields.expect(value in neutral, key, value, show_value(neutral[0]))
             # False and empty values can turn off what is on by default. Only null says that a key is not given.
-            known = value is None or key in read | self.IGNORED | NEUTRAL_VALUES.keys() | {"use_sliding_window"}
+            known = value is None or key in read | self.IGNORED | self.NEUTRAL.keys() | {"use_sliding_window"}
             fields.expect(known, key, value, "a known key; this one can change what the model computes")
+        self.check_window(fields)
+
+    def check_window(self, fields: Fields) -> None:
+        """Check the keys about windows.
+
+        Raises:
+            ModelError: the window is not one that `read_model` reads.
+        """
         window = fields.get("sliding_window")
         fields.expect(self.windowed or window is None, "sliding_window", window, f"null in a {self.architecture}")
         # transformers ignores this key in Llama, Mistral and Mixtral, and vLLM does not.
-        used = raw.get("use_sliding_window")
+        used = fields.get("use_sliding_window")
         fields.expect(used in (None, True) or (used is False and window is None), "use_sliding_window", used, "true")
 
     def read_model(self, fields: Fields) -> dict[str, Any]:
@@ -152,9 +170,16 @@ class Family:
             "ffn": ACTIVATIONS[activation],
             "vocab_size": fields.integer("vocab_size"),
             "sliding_window": fields.integer_or_null("sliding_window"),
+            "qk_norm": self.qk_norm,
+            "attention_bias": self.read_bias(fields),
             "norm_eps": fields.number("rms_norm_eps"),
             "tie_embeddings": fields.flag("tie_word_embeddings"),
         } | rotary.read_rotary(fields, self.SCALINGS)
+
+    def read_bias(self, fields: Fields) -> str | None:
+        """Return the `attention_bias` of the model."""
+        given = (kind for key, kind in self.BIASES.items() if fields.get(key) is not None and fields.flag(key))
+        return next(given, None)
 
     def read_router(self, fields: Fields) -> RouterConfig:
         """Return the router's configuration."""
@@ -190,6 +215,7 @@ class Family:
             "use_cache": True,
         }
         raw |= rotary.write_rotary(model)
+        raw |= {key: model.attention_bias == kind for key, kind in self.BIASES.items()}
         if self.windowed:
             windows = {model.window(layer) for layer in range(model.num_layers)}
             one = "one window for all layers"

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from moe.config import ModelConfig, RouterConfig
+from training.formats.families.experts import read_experts, read_top_k
 from training.formats.families.family import BLOCK, Family
 from training.formats.fields import Fields
 from training.formats.meaning import expect_key
@@ -13,13 +14,14 @@ class Llama(Family):
 
     model_type = "llama"
     architecture = "LlamaForCausalLM"
-    DEFAULTS: ClassVar[dict[str, Any]] = Family.DEFAULTS | {"rms_norm_eps": 1e-6}
+    BIASES: ClassVar[dict[str, str]] = {"attention_bias": "all"}
+    DEFAULTS: ClassVar[dict[str, Any]] = Family.DEFAULTS | {"rms_norm_eps": 1e-6, "attention_bias": False}
 
     def write(self, model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         # transformers refuses others. A Mistral without a window is the same network.
         divides = model.dim % model.num_heads == 0
         expect_key(divides, "model.num_heads", model.num_heads, f"a divisor of dim={model.dim}", self.architecture)
-        return super().write(model, router) | {"attention_bias": False, "mlp_bias": False}
+        return super().write(model, router) | {"mlp_bias": False}
 
 
 class Mistral(Family):
@@ -58,14 +60,8 @@ class Mixtral(Family):
     }
 
     def read_model(self, fields: Fields) -> dict[str, Any]:
-        # transformers takes `num_experts` in place of `num_local_experts`.
-        experts = fields.integer("num_local_experts")
-        alias = fields.integer("num_experts") if "num_experts" in fields.raw else experts
-        same = alias == experts or "num_local_experts" not in fields.raw
-        fields.expect(same, "num_experts", alias, f"{experts}, as num_local_experts")
-        top_k = fields.integer("num_experts_per_tok")
-        fields.expect(top_k > 1, "num_experts_per_tok", top_k, "at least 2 (weights are renormalised to sum 1)")
-        return super().read_model(fields) | {"num_experts": alias, "top_k": top_k}
+        experts = read_experts(fields, "num_local_experts", "num_experts")
+        return super().read_model(fields) | {"num_experts": experts, "top_k": read_top_k(fields, normalize=True)}
 
     def read_router(self, fields: Fields) -> RouterConfig:
         return RouterConfig(normalize=True)

@@ -1,0 +1,129 @@
+"""Qwen2 and Qwen3, dense and with MoE layers."""
+
+from typing import Any, ClassVar
+
+from moe.config import ModelConfig, RouterConfig
+from training.formats.families.experts import (
+    PER_EXPERT,
+    moe_layers,
+    read_experts,
+    read_moe_layers,
+    read_top_k,
+)
+from training.formats.families.family import BLOCK, Family
+from training.formats.fields import Fields
+
+
+class Qwen(Family):
+    """What the families have in common: windows of some of the layers are described, and never used in releases."""
+
+    DEFAULTS: ClassVar[dict[str, Any]] = Family.DEFAULTS | {
+        "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+        "layer_types": None,
+    }
+
+    def check_window(self, fields: Fields) -> None:
+        used, types = fields.get("use_sliding_window"), fields.get("layer_types")
+        fields.expect(used in (False, None), "use_sliding_window", used, "false")
+        full = isinstance(types, list) and set(types) == {"full_attention"}
+        same = full and len(types) == fields.integer("num_hidden_layers")
+        fields.expect(types is None or same, "layer_types", types, "full_attention for each layer")
+
+    def read_model(self, fields: Fields) -> dict[str, Any]:
+        # Without `use_sliding_window`, the keys `sliding_window` and `max_window_layers` have no meaning.
+        return super().read_model(fields) | {"sliding_window": None}
+
+    def write(self, model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
+        return super().write(model, router) | {"use_sliding_window": False, "sliding_window": None}
+
+
+class Qwen2(Qwen):
+    """Llama with biases of queries, keys and values (arXiv 2407.10671)."""
+
+    model_type = "qwen2"
+    architecture = "Qwen2ForCausalLM"
+    DEFAULTS: ClassVar[dict[str, Any]] = Qwen.DEFAULTS | {"num_key_value_heads": 32}
+
+    def read_model(self, fields: Fields) -> dict[str, Any]:
+        return super().read_model(fields) | {"attention_bias": "qkv"}
+
+
+class Qwen3(Qwen):
+    """Llama with RMSNorm of each head's query and key (arXiv 2505.09388)."""
+
+    model_type = "qwen3"
+    architecture = "Qwen3ForCausalLM"
+    qk_norm = "head"
+    BIASES: ClassVar[dict[str, str]] = {"attention_bias": "all"}
+    DEFAULTS: ClassVar[dict[str, Any]] = Qwen.DEFAULTS | {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "attention_bias": False,
+    }
+
+
+class QwenMoe(Qwen):
+    """The MoE layers of both versions."""
+
+    moe = True
+    EXPERTS: ClassVar[tuple[str, ...]] = ("num_experts",)
+    """Names of the key with the number of experts."""
+    DEFAULTS: ClassVar[dict[str, Any]] = Qwen.DEFAULTS | {
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    }
+    NAMES: ClassVar[dict[str, str]] = BLOCK | PER_EXPERT
+
+    def read_model(self, fields: Fields) -> dict[str, Any]:
+        step, dense = fields.integer("decoder_sparse_step"), fields.get("mlp_only_layers")
+        listed = dense is None or (isinstance(dense, list) and all(type(layer) is int for layer in dense))
+        fields.expect(listed, "mlp_only_layers", dense, "a list of layers")
+        only = frozenset(dense or ())
+        key = "mlp_only_layers" if only else "decoder_sparse_step"
+        layers = read_moe_layers(fields, key, lambda layer: layer not in only and (layer + 1) % step == 0)
+        return (
+            super().read_model(fields)
+            | layers
+            | {
+                "num_experts": read_experts(fields, *self.EXPERTS),
+                "top_k": read_top_k(fields, fields.flag("norm_topk_prob")),
+                "expert_hidden_dim": fields.integer("moe_intermediate_size"),
+            }
+        )
+
+    def read_router(self, fields: Fields) -> RouterConfig:
+        return RouterConfig(normalize=fields.flag("norm_topk_prob"))
+
+    def write(self, model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
+        assert model.top_k is not None
+        first, every = moe_layers(model)
+        dense = [layer for layer in range(model.num_layers) if not model.is_moe_layer(layer)]
+        return super().write(model, router) | {
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.top_k,
+            "moe_intermediate_size": model.expert_width,
+            "norm_topk_prob": router.normalizes(model.top_k),
+            "decoder_sparse_step": 1 if first else every,
+            "mlp_only_layers": dense if first else [],
+            "output_router_logits": False,
+        }
+
+
+class Qwen3Moe(QwenMoe):
+    """Qwen3 with MoE layers, whose weights are renormalised in releases (arXiv 2505.09388)."""
+
+    model_type = "qwen3_moe"
+    architecture = "Qwen3MoeForCausalLM"
+    qk_norm = "head"
+    EXPERTS: ClassVar[tuple[str, ...]] = ("num_experts", "num_local_experts")
+    BIASES: ClassVar[dict[str, str]] = {"attention_bias": "all"}
+    DEFAULTS: ClassVar[dict[str, Any]] = QwenMoe.DEFAULTS | {
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_local_experts": None,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "attention_bias": False,
+    }
