@@ -250,12 +250,13 @@ NO_FAMILY = [
     ({"num_experts": None, "top_k": None, "ffn": "gelu"}, {}, "model.ffn=gelu: expected swiglu or geglu"),
     ({"sliding_window": (4, None)}, {}, "model.sliding_window=[4,null]: expected one window for all layers"),
     ({"rotary_dim": 2}, {}, "model.rotary_dim=2: expected 4"),
-    ({"qk_norm": "width", "attention_bias": "qkv"}, {}, "model.qk_norm=width: expected null"),
     ({}, {"kind": "sigmoid_topk"}, "router.kind=sigmoid_topk: expected softmax_topk"),
     ({}, {"scale": 2.5}, "router.scale=2.5: expected 1.0"),
     ({}, {"num_groups": 2, "topk_groups": 1}, "router.num_groups=2: expected null"),
 ]
+BIASES = ({"qk_norm": "head", "attention_bias": "qkv"}, {}, "model.attention_bias=qkv: expected null")
 NOT_MISTRALS = [
+    ({"qk_norm": "head", "attention_bias": "qkv"}, {}, "model.qk_norm=head: expected null"),
     ({"rope_scaling": RopeScaling("linear", 2.0)}, {}, "model.rope_scaling={kind:linear,"),
 ]
 NOT_MIXTRAL = [
@@ -267,7 +268,7 @@ NOT_MIXTRAL = [
 ]
 
 
-@pytest.mark.parametrize(("model", "router", "message"), NO_FAMILY)
+@pytest.mark.parametrize(("model", "router", "message"), [*NO_FAMILY, BIASES])
 def test_exporting_a_model_that_no_family_computes_is_an_error_that_names_the_key(model, router, message):
     with pytest.raises(ModelError, match=f"^{re.escape(message)}.*, as in (Llama|Mixtral|Qwen3Moe)ForCausalLM$"):
         hf.write_config(dataclasses.replace(MIXTRAL, **model), RouterConfig(**router), "bfloat16", 64)
