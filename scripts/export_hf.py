@@ -2,9 +2,11 @@
 
     python scripts/export_hf.py checkpoint=runs/quickstart-1 out=exported
     python scripts/export_hf.py checkpoint=runs/quickstart-1 out=exported format=mistral dtype=fp32
+    python scripts/export_hf.py checkpoint=runs/tuned-1 out=adapter format=peft
 
 Tensors are copied one at a time, so a model can be larger than the memory. If none of the three architectures can
-compute the model, the error names the configuration key that prevents it.
+compute the model, the error names the configuration key that prevents it. The adapters of a run are merged into the
+weights, or with `format=peft` written alone, for the library peft.
 """
 
 import sys
@@ -26,7 +28,7 @@ class ExportConfig:
 
     checkpoint: str
     out: str
-    format: Literal["hf", "mistral"] = "hf"
+    format: Literal["hf", "mistral", "peft"] = "hf"
     dtype: Literal["bf16", "fp32"] = "bf16"
     shard_size: str = "5GB"
     max_positions: int = 32768
@@ -38,12 +40,24 @@ class ExportConfig:
 
 def export_hf(config: ExportConfig) -> None:
     """Write the directory `config.out`, and print its size."""
+    from common.errors import ModelError, require
     from training.formats.export import export_model, parse_size
     from training.formats.merge import without_adapters
+    from training.formats.peft import export_adapter
     from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)
-    source = without_adapters(open_model_for_key("checkpoint", config.checkpoint))
+    source = open_model_for_key("checkpoint", config.checkpoint)
+    if config.format == "peft":
+        require(
+            source.model.adapter is not None,
+            ModelError,
+            f"checkpoint={config.checkpoint}: expected a run with adapters with format=peft; found a model without any",
+        )
+        size = export_adapter(source, Path(config.out))
+        print(f"{config.out}: the adapters of {source.path}, {size / 1e9:.4f} GB in fp32")
+        return
+    source = without_adapters(source)
     size = export_model(
         source,
         Path(config.out),

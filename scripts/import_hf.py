@@ -1,9 +1,11 @@
-"""Import a Hugging Face model (Llama, Mistral, Mixtral), or one in Mistral's format, as a Mixwright model directory.
+"""Import a Hugging Face model, or one in Mistral's format, as a Mixwright model directory.
 
     python scripts/import_hf.py source=models/Mixtral-8x7B-v0.1 out=runs/mixtral
+    python scripts/import_hf.py source=adapters/chat base=runs/mixtral out=runs/chat
 
 Tensors are copied one at a time, so a model can be larger than the memory. If the source lacks a tensor that the model
-needs, or has one that the model does not use, the error lists these tensors and nothing is written.
+needs, or has one that the model does not use, the error lists these tensors and nothing is written. With `base`, the
+source is an adapter of that model in the format of the library peft.
 """
 
 import sys
@@ -24,6 +26,7 @@ class ImportConfig:
 
     source: str
     out: str
+    base: str | None = None
     dtype: Literal["fp32", "keep"] = "fp32"
     shard_size: str = "5GB"
 
@@ -32,9 +35,20 @@ def import_hf(config: ImportConfig) -> None:
     """Write the model directory `config.out`, and print its size."""
     from common.errors import ModelError, require
     from training.formats.export import import_model, parse_size
+    from training.formats.merge import expect_no_adapters
+    from training.formats.peft import CONFIG, import_adapter
     from training.formats.reader import open_model_for_key
 
     shard_bytes = parse_size(config.shard_size)
+    if config.base is not None:
+        directory = Path(config.source)
+        found = (directory / CONFIG).is_file()
+        require(found, ModelError, f"source={config.source}: expected an adapter with a {CONFIG} beside base=...")
+        base = open_model_for_key("base", config.base)
+        expect_no_adapters(base, f"base={config.base}")
+        size = import_adapter(directory, base, Path(config.out))
+        print(f"{config.out}: an adapter of {base.path}, {size / 1e9:.4f} GB")
+        return
     source = open_model_for_key("source", config.source)
     require(
         source.kind != "run",

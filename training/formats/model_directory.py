@@ -27,7 +27,7 @@ from moe.config import ModelConfig, RouterConfig
 from moe.region import Region
 from training.checkpoint.manifest import CHECKPOINTS, FORMAT, write_manifest
 from training.checkpoint.shards import DTYPES, LazyTensor, write_lazy_shard
-from training.formats.reader import PREFIX, ModelReader
+from training.formats.reader import BASE, PREFIX, ModelReader
 from training.run import save_config
 
 T = TypeVar("T")
@@ -59,11 +59,13 @@ def write_model(
     tokenizer: TokenizerFiles | None,
     *,
     shard_bytes: int = 5 * 10**9,
+    base: dict[str, str] | None = None,
 ) -> int:
     """Write the model directory `out`. After an error, `out` does not exist.
 
     Args:
-        blocks: all tensors of the model.
+        blocks: all tensors of the model, or those of its adapters.
+        base: the model that the adapters are added to (`training.formats.reader.describe_base`).
         tokenizer: the files of the tokenizer, to copy.
         shard_bytes: a file has at most this many bytes of weights, unless a single block is larger.
 
@@ -76,6 +78,7 @@ def write_model(
     with new_directory(out) as directory:
         plugins = loaded_plugins()
         sections = {"model": to_dict(model), "router": to_dict(router)}
+        sections |= {} if model.adapter is None else {"adapter": to_dict(model.adapter)}
         save_config(directory, sections | ({"plugins": list(plugins)} if plugins else {}))
         if tokenizer is not None:
             tokenizer.copy_to(directory)
@@ -92,6 +95,7 @@ def write_model(
                 chunk = {"file": file, "offset": block.region.offset, "shape": block.region.shape}
                 tensors.setdefault(PREFIX + block.name, record)["chunks"].append(chunk)
         state = {"step": 0, "updates": 0} | sections | ({"plugins": plugins} if plugins else {})
+        state |= {} if base is None else {BASE: base}
         body = {"format": FORMAT, "torch": torch.__version__, "state": state, "files": files, "tensors": tensors}
         write_manifest(checkpoint, body)
         fsync(checkpoint.parent)

@@ -230,7 +230,8 @@ def open_model(
     require(
         not adapters,
         ModelError,
-        f"{path}: found {', '.join(adapters)}: expected weights that an adapter is merged into",
+        f"{path}: found {', '.join(adapters)}: expected the weights of a model; python scripts/import_hf.py "
+        f"source={path} base=DIR out=DIR reads an adapter",
     )
     kinds: tuple[tuple[Literal["hf", "mistral"], Any], ...] = (("hf", hf), ("mistral", mistral))
     for kind, module in kinds:
@@ -296,6 +297,11 @@ class RunReader(ModelReader):
         _check_layer_count(self.model, len(shapes), root / CONFIG_FILE)
         self.shapes = _shapes_of(self.model, self.router, root / CONFIG_FILE)
         check_shapes(checkpoint, shapes, self.shapes)
+
+    @property
+    def stored(self) -> list[str]:
+        """The names of the tensors in the checkpoint. The others are those of the base."""
+        return list(self._records)
 
     def dtype(self, name: str) -> torch.dtype:
         if self.base is not None and name not in self._records:
