@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from moe.config import RouterConfig
 from moe.model import ModelInputs, Transformer
 from training.formats.families import FAMILIES
-from training.formats.foreign_tensors import Format, list_pieces, tensor_shapes
+from training.formats.foreign_tensors import Format, list_pieces, split_halves, tensor_shapes
 from training.formats.reader import ModelReader, open_model
 
 VOCAB = 53
@@ -170,7 +170,8 @@ def gradients_by_our_names(reference: Any, model: Transformer, form: Format) -> 
         ours = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
         shape = piece.shape[len(piece.shape) - len(piece.foreign_shape) :]
         theirs = tuple(slice(o, o + n) for o, n in zip(piece.foreign_offset, shape, strict=True))
-        result[piece.name][ours] = gradients[piece.foreign_name][theirs].reshape(piece.shape)
+        gradient = gradients[piece.foreign_name][theirs].reshape(piece.shape)
+        result[piece.name][ours] = gradient if piece.pairs is None else split_halves(gradient, piece.pairs)
     return result
 
 

@@ -95,4 +95,4 @@ class LatentAttention(Attention):
         the module is not called (ZeRO-3).
         """
         up = self.wkv_up
-        return not up.packings and getattr(up, "adapter", None) is None and up.weight.shape[-1] == self.rank
+        return not up.packings and up.adapter is None and up.weight.shape[-1] == self.rank

@@ -21,7 +21,7 @@ from tests.foreign import (
 from training.formats import huggingface as hf
 from training.formats import mistral
 from training.formats.export import export_model
-from training.formats.foreign_tensors import interleave, list_pieces, split_halves, tensor_shapes
+from training.formats.foreign_tensors import PairedRows, interleave, list_pieces, split_halves, tensor_shapes
 from training.formats.huggingface import FAMILIES
 from training.formats.meaning import differences, meaning
 from training.formats.reader import open_model
@@ -64,8 +64,8 @@ def test_transformers_generates_the_same_tokens(case, tmp_path):
     assert [*tokens[0].tolist(), *generated[0]] == expected[0].tolist()
 
 
-IN_TRANSFORMERS = [family for family in FAMILIES if family != "deepseek"]
-"""Families that transformers has without remote code."""
+IN_TRANSFORMERS = [name for name, family in FAMILIES.items() if name != "deepseek" and not family.latent]
+"""Families that transformers has without remote code. (`test_latent_formats.py` has those with latent attention.)"""
 
 
 @pytest.mark.parametrize("family", IN_TRANSFORMERS)
@@ -210,8 +210,8 @@ QWEN3_MOE = DENSE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_p
         (QWEN3_MOE | {"mlp_bias": True}, "mlp_bias=true: expected false"),
         (QWEN3_MOE | {"scoring_func": "sigmoid"}, "scoring_func=sigmoid: expected a known key"),
         (
-            QWEN3_MOE | {"quantization_config": {"quant_method": "fp8"}},
-            "quantization_config={quant_method:fp8}: expected",
+            QWEN3_MOE | {"quantization_config": {"quant_method": "gptq"}},
+            "quantization_config={quant_method:gptq}: expected null, or quant_method fp8",
         ),
         (
             DENSE | {"model_type": "qwen2", "num_key_value_heads": 2, "qkv_bias": False},
@@ -372,8 +372,11 @@ def test_an_unsupported_params_json_is_an_error(changes, message):
 
 def test_interleaving_rotary_rows_by_hand():
     rows = torch.arange(8).unsqueeze(1)  # Two heads of four rows, with the halves (0,1 | 2,3) and (4,5 | 6,7).
-    assert interleave(rows, 4).squeeze(1).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert torch.equal(split_halves(interleave(rows, 4), 4), rows)
+    assert interleave(rows, PairedRows(4, 4)).squeeze(1).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    more = torch.arange(10).unsqueeze(1)  # Of each head of five rows, the last four.
+    assert interleave(more, PairedRows(5, 4)).squeeze(1).tolist() == [0, 1, 3, 2, 4, 5, 6, 8, 7, 9]
+    for x, pairs in ((rows, PairedRows(4, 4)), (more, PairedRows(5, 4))):
+        assert torch.equal(split_halves(interleave(x, pairs), pairs), x)
 
 
 def test_every_element_is_in_exactly_one_piece():

@@ -121,10 +121,10 @@ def export_model(
     pieces_by_tensor: dict[str, list[Piece]] = {}
     for piece in list_pieces(reader.shapes, names, reader.model.head_dim):
         pieces_by_tensor.setdefault(piece.foreign_name, []).append(piece)
-    tensors = [
-        LazyTensor(name, stored, pieces[0].foreign_shape, partial(_assemble, reader, pieces, stored))
-        for name, pieces in pieces_by_tensor.items()
-    ]
+    tensors = []
+    for name, pieces in pieces_by_tensor.items():
+        its = torch.float32 if pieces[0].fp32 else stored
+        tensors.append(LazyTensor(name, its, pieces[0].foreign_shape, partial(_assemble, reader, pieces, its)))
     groups = group_by_size(tensors, lambda tensor: tensor.nbytes, shard_bytes)
     stem = single.removesuffix(".safetensors")
     numbered = [f"{stem}-{number:05}-of-{len(groups):05}.safetensors" for number in range(1, len(groups) + 1)]
@@ -155,8 +155,8 @@ def _assemble(reader: ModelReader, pieces: list[Piece], dtype: torch.dtype) -> T
     foreign = torch.empty(pieces[0].foreign_shape, dtype=dtype)
     for piece in pieces:
         block = reader.read(piece.name, Region(piece.offset, piece.shape), dtype)
-        if piece.head_dim is not None:
-            block = interleave(block, piece.head_dim)
+        if piece.pairs is not None:
+            block = interleave(block, piece.pairs)
         block = block.reshape(piece.shape[len(piece.shape) - foreign.dim() :])
         foreign[tuple(slice(o, o + n) for o, n in zip(piece.foreign_offset, block.shape, strict=True))] = block
     return foreign

@@ -1,6 +1,6 @@
 """The tensors of another format: the files that have them, and where they are in Mixwright's tensors.
 
-Shapes: E experts, F expert hidden, D model, C head dim.
+Shapes: E experts, F expert hidden, D model, H heads, C head dim, R rotated rows of a head.
 
 The files are safetensors files from any source. Every byte is checked as untrusted input. Headers are read and checked
 first. Tensors are read later, slice by slice, so that memory has no more than a caller asks for at once. Pickle files
@@ -12,7 +12,7 @@ reads only the pieces that intersect its shards. One list serves all three.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,16 @@ from common.text import MAX_JSON, parse_json_object, printable, shorten
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FP8 = "F8_E4M3"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    FP8: torch.float8_e4m3fn,
+}
+SCALE_SUFFIX = "_scale_inv"
+"""A tensor in FP8 has its scales in the tensor of its name and this suffix."""
 MAX_HEADER = 32 << 20
 """The most bytes that a header can have. More than 200,000 tensors fit into it."""
 MAX_DIMS = 64
@@ -48,25 +57,33 @@ class StoredTensor(NamedTuple):
 
     file: Path
     dtype: torch.dtype
+    """The dtype that the tensor is read as."""
     shape: tuple[int, ...]
+    scales: "StoredTensor | None" = None
+    """The scales of a tensor in FP8, one for each block of its last two dims."""
 
 
 class TensorDirectory:
     """The names, dtypes and shapes of all tensors in a directory, and slices of the tensors.
 
+    Weights in FP8 are read as bf16, the dtype that their publishers convert them to. Their scales are no tensors of
+    their own.
+
     Args:
         index: name of the index file, whose `weight_map` gives the file of each tensor.
         single: name of the only safetensors file, for a directory without an index file.
+        fp8_block: rows and columns of a block of a weight in FP8 that has one scale; None: no weight may be in FP8.
 
     Raises:
-        ModelError: a header or the index file is damaged, they do not agree, a tensor is in two files, or the directory
-            has both the index file and the single file, with different tensors.
+        ModelError: a header or the index file is damaged, they do not agree, a tensor is in two files, the directory
+            has both the index file and the single file, with different tensors, or a weight in FP8 has no scales.
 
     Attributes:
         files: names of the files with the tensors, and of the index file if there is one.
     """
 
-    def __init__(self, directory: Path, index: str, single: str) -> None:
+    def __init__(self, directory: Path, index: str, single: str, fp8_block: tuple[int, int] | None = None) -> None:
+        self.fp8_block = fp8_block
         self.tensors: dict[str, StoredTensor] = {}
         self._mapped: tuple[Path, Any] | None = None
         self._bytes_read = 0
@@ -97,14 +114,51 @@ class TensorDirectory:
                 self.tensors.keys() - file_of.keys(),
                 ModelError,
             )
+        for name, stored in list(self.tensors.items()):
+            if stored.dtype == torch.float8_e4m3fn:
+                self._add_scales(name, stored)
+
+    def _add_scales(self, name: str, stored: StoredTensor) -> None:
+        """Check the scales of a weight in FP8, and store them with it."""
+        where = f"{stored.file}: {_shown(name)}"
+        block = self.fp8_block
+        if block is None:
+            raise ModelError(f"{where}: found dtype {FP8}, expected a quantization_config with quant_method=fp8")
+        scales = self.tensors.pop(name + SCALE_SUFFIX, None)
+        if scales is None:
+            raise ModelError(f"{where}: found dtype {FP8}, expected its scales in {_shown(name + SCALE_SUFFIX)}")
+        blocks = tuple(-(-size // part) for size, part in zip(stored.shape[-2:], block, strict=False))
+        expected = (*stored.shape[:-2], *blocks)
+        fits = len(blocks) == 2 and scales.shape == expected and scales.dtype != torch.float8_e4m3fn
+        require(fits, ModelError, f"{where}{SCALE_SUFFIX}: found shape {list(scales.shape)}, expected {list(expected)}")
+        self.tensors[name] = stored._replace(dtype=torch.bfloat16, scales=scales)
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """Return the block of `shape` at `offset` of the tensor `name`, in the file's dtype.
+        """Return the block of `shape` at `offset` of the tensor `name`, in the file's dtype, or in fp32 if that is FP8.
 
         Raises:
             ModelError: the file no longer exists or no longer has the tensor.
         """
         stored = self.tensors[name]
+        values = self._read(name, stored, offset, shape)
+        if stored.scales is None or not values.numel():
+            return values
+        assert self.fp8_block is not None
+        block = (*[1] * (len(shape) - 2), *self.fp8_block)
+        first = tuple(o // size for o, size in zip(offset, block, strict=True))
+        count = tuple(-(-(o + n) // size) - f for o, n, size, f in zip(offset, shape, block, first, strict=True))
+        scales = self._read(name + SCALE_SUFFIX, stored.scales, first, count).float()
+        rows, columns = self.fp8_block
+        skipped = offset[-1] - first[-1] * columns
+        scales = scales.repeat_interleave(columns, dim=-1)[..., skipped : skipped + shape[-1]]
+        wide = values.float()
+        for number in range(count[-2]):
+            start = (first[-2] + number) * rows - offset[-2]
+            wide[..., max(start, 0) : start + rows, :] *= scales[..., number : number + 1, :]
+        return wide
+
+    def _read(self, name: str, stored: StoredTensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """Return a block of a tensor as it is stored."""
         try:
             file = self._open(stored.file, prod(shape) * stored.dtype.itemsize)
             if shape == stored.shape:
@@ -244,9 +298,20 @@ class Piece(NamedTuple):
     """First element of the block in the foreign tensor."""
     foreign_shape: Shape
     """Shape of the whole foreign tensor."""
-    head_dim: int | None = None
-    """Number of rows per head, if the foreign rows are interleaved rotary pairs. Mixwright's rows are half-split. None
-    if the rows have the same order in both."""
+    pairs: "PairedRows | None" = None
+    """The rows that are interleaved rotary pairs in the foreign tensor. Mixwright's are half-split. None if the rows
+    have the same order in both."""
+    fp32: bool = False
+    """Whether export writes the foreign tensor in fp32, whatever dtype is asked for."""
+
+
+class PairedRows(NamedTuple):
+    """Which rows of a tensor are rotary pairs."""
+
+    head: int
+    """Rows of a head."""
+    rotated: int
+    """How many of them are rotated: the last ones, or all."""
 
 
 class Format(NamedTuple):
@@ -260,8 +325,12 @@ class Format(NamedTuple):
     dim."""
     interleaved: frozenset[str] = frozenset()
     """Mixwright's names of the tensors whose foreign rows are interleaved rotary pairs."""
+    fp32: frozenset[str] = frozenset()
+    """Mixwright's names of the tensors that export writes in fp32, whatever dtype is asked for."""
     ignored: str = r"(?!)"
     """Pattern of foreign names that are not weights."""
+    note: str = ""
+    """One line for the user about tensors that match `ignored`; empty if there is nothing to say."""
     tied_head: str = ""
     """The foreign name of the output head. A file can contain it even if the model ties it to the embedding."""
 
@@ -294,9 +363,24 @@ def list_pieces(shapes: Mapping[str, Shape], form: Format, head_dim: int) -> lis
         part, parts = form.parts.get(key, (0, 1))
         foreign_shape = (*shape[:-2], shape[-2] * parts, shape[-1]) if parts > 1 else shape
         offset = (*zeros[:-2], shape[-2] * part, 0) if parts > 1 else zeros
-        rows = head_dim if key in form.interleaved else None
-        pieces.append(Piece(name, zeros, shape, foreign.format(n=layer), offset, foreign_shape, rows))
+        pairs = _paired_rows(name, shapes, head_dim) if key in form.interleaved else None
+        fp32 = key in form.fp32
+        pieces.append(Piece(name, zeros, shape, foreign.format(n=layer), offset, foreign_shape, pairs, fp32))
     return pieces
+
+
+def _paired_rows(name: str, shapes: Mapping[str, Shape], head_dim: int) -> PairedRows:
+    """Return which rows of the tensor `name` are rotary pairs.
+
+    With latent attention these are the last ones of each head of the queries, and of the map to the latent, which has
+    one head.
+    """
+    module, _, leaf = name.removesuffix(".weight").rpartition(".")
+    down = shapes.get(f"{module}.wkv_down.weight")
+    if down is None:
+        return PairedRows(head_dim, head_dim)
+    rotated = down[0] - shapes[f"{module}.wkv_down_norm.weight"][0]
+    return PairedRows(down[0] if leaf == "wkv_down" else head_dim, rotated)
 
 
 def check_shapes(where: Path, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
@@ -327,18 +411,25 @@ def check_tensors(where: Path, stored: Mapping[str, StoredTensor], pieces: list[
     check_shapes(where, found, expected)
 
 
-def interleave(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows from Mixwright's half-split layout to interleaved rotary pairs.
+def interleave(weight: Tensor, pairs: PairedRows) -> Tensor:
+    """Reorder rows from Mixwright's order to interleaved rotary pairs.
 
-    In each head of C rows, the rows i and i + C/2 become the rows 2i and 2i + 1.
+    In Mixwright's order, the rows i and i + R/2 of the R rotated rows of a head are a pair. Interleaved, the rows 2i
+    and 2i + 1 are.
 
     Args:
-        weight: [heads·C, D].
-        head_dim: C.
+        weight: [heads · rows of a head, D].
     """
-    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    return _reorder(weight, pairs, lambda rows_HRD: rows_HRD.unflatten(1, (2, -1)).transpose(1, 2))
 
 
-def split_halves(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows from interleaved rotary pairs to Mixwright's half-split layout: the inverse of `interleave`."""
-    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+def split_halves(weight: Tensor, pairs: PairedRows) -> Tensor:
+    """Reorder rows from interleaved rotary pairs to Mixwright's order. This is the inverse of `interleave`."""
+    return _reorder(weight, pairs, lambda rows_HRD: rows_HRD.unflatten(1, (-1, 2)).transpose(1, 2))
+
+
+def _reorder(weight: Tensor, pairs: PairedRows, reorder: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `weight` with other rotated rows: `reorder` maps these [H, R, D] to [H, ., ., D]."""
+    rows_HCD = weight.unflatten(0, (-1, pairs.head))
+    others_HCD, rotated_HRD = rows_HCD.split((pairs.head - pairs.rotated, pairs.rotated), dim=1)
+    return torch.cat((others_HCD, reorder(rotated_HRD).flatten(1, 2)), dim=1).flatten(0, 1)

@@ -65,9 +65,9 @@ def write_config(model: ModelConfig, router: RouterConfig, dtype: str, positions
             with the fewest such keys.
     """
     refusals: list[list[str]] = []
-    for family in FAMILIES.values():
-        if family.moe != model.is_moe:
-            continue
+    families = [family for family in FAMILIES.values() if family.moe == model.is_moe]
+    is_latent = model.kv_lora_rank is not None
+    for family in [family for family in families if family.latent == is_latent] or families:
         try:
             raw = family.write(model, router)
         except ModelError as error:

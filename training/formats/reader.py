@@ -45,6 +45,8 @@ from training.checkpoint.manifest import (
 from training.checkpoint.shards import DTYPES, SliceRead, find_slices, read_shard
 from training.formats import huggingface as hf
 from training.formats import mistral
+from training.formats.families.fp8 import read_block
+from training.formats.fields import Fields
 from training.formats.fingerprint import fingerprint
 from training.formats.foreign_tensors import (
     Format,
@@ -392,9 +394,10 @@ class ForeignReader(ModelReader):
         raw = read_json(config)
         read_config = hf.read_config if kind == "hf" else mistral.read_params
         self.model, self.router = read_config(raw, config)
-        self.files = TensorDirectory(path, module.INDEX, module.SINGLE)
+        fp8_block = read_block(Fields(raw, config)) if kind == "hf" else None
+        self.files = TensorDirectory(path, module.INDEX, module.SINGLE, fp8_block)
         stored = self.files.tensors
-        self.format: Format = hf.family_of(raw, config).format_of(stored) if kind == "hf" else mistral.FORMAT
+        self.format: Format = hf.family_of(raw, config).format_of(stored, raw) if kind == "hf" else mistral.FORMAT
         per_expert = any("{e}" in name for name in self.format.names.values())
         _check_layer_count(self.model, len(stored), config, per_expert)
         self.shapes = _shapes_of(self.model, self.router, config)
@@ -406,6 +409,8 @@ class ForeignReader(ModelReader):
         if self.model.tie_embeddings and self.format.tied_head in stored:
             self._check_tied_head()
         self._check_other_files(warn)
+        if self.format.note and warn is not None:
+            warn(f"{path}: {self.format.note}")
 
     def dtype(self, name: str) -> torch.dtype:
         dtypes = {self.files.tensors[piece.foreign_name].dtype for piece in self.pieces[name]}
@@ -420,10 +425,10 @@ class ForeignReader(ModelReader):
 
     def _read_part(self, piece: Piece, part: Region) -> Tensor:
         """Read the region `part` of Mixwright's tensor. It must be within `piece`."""
-        if piece.head_dim is not None:
+        if piece.pairs is not None:
             # The rows are in another order, so the whole foreign tensor is read.
             foreign = self.files.read(piece.foreign_name, piece.foreign_offset, piece.foreign_shape)
-            return split_halves(foreign, piece.head_dim)[part.slices(Region(piece.offset, piece.shape))]
+            return split_halves(foreign, piece.pairs)[part.slices(Region(piece.offset, piece.shape))]
         skipped = len(piece.shape) - len(piece.foreign_shape)
         inside = tuple(a - b for a, b in zip(part.offset, piece.offset, strict=True))[skipped:]
         offset = tuple(a + b for a, b in zip(piece.foreign_offset, inside, strict=True))

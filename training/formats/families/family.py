@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from common.errors import ModelError
 from common.text import show_value
 from moe.config import ModelConfig, RouterConfig
-from training.formats.families import rotary
+from training.formats.families import fp8, rotary
 from training.formats.families.experts import FUSED, FUSED_PARTS
 from training.formats.fields import Fields
 from training.formats.foreign_tensors import Format
@@ -21,7 +21,7 @@ _READ = """
 vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
 hidden_act rms_norm_eps tie_word_embeddings sliding_window
 """
-READ_KEYS = frozenset(_READ.split()) | frozenset(rotary.KEYS)
+READ_KEYS = frozenset(_READ.split()) | frozenset(rotary.KEYS) | {fp8.KEY}
 """Keys that every family reads. A family also reads those in its `DEFAULTS`."""
 _IGNORED = """
 architectures model_type transformers_version torch_dtype dtype _name_or_path name_or_path _commit_hash
@@ -43,7 +43,6 @@ target_lookbehind tf_legacy_loss _experts_implementation experts_implementation
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
     "layer_types": (None,),
     "is_causal": (True,),
@@ -88,6 +87,8 @@ class Family:
     architecture: ClassVar[str]
     """The class in transformers, or in the model's remote code."""
     moe: ClassVar[bool] = False
+    latent: ClassVar[bool] = False
+    """Whether attention is multi-head latent attention."""
     windowed: ClassVar[bool] = False
     """Whether the key `sliding_window` has the window of every layer. Without it, the window must be null."""
     DEFAULTS: ClassVar[dict[str, Any]] = {"hidden_act": "silu", "tie_word_embeddings": False, "rope_theta": 1e4}
@@ -118,6 +119,7 @@ class Family:
         """
         fields = Fields(raw, file, self.DEFAULTS)
         self.check_keys(fields)
+        fp8.read_block(fields)
         keys = self.read_model(fields)
         try:
             model = ModelConfig(**keys)
@@ -233,7 +235,11 @@ class Family:
         """The tensor names of files with stacked experts."""
         return self.per_expert._replace(names=self.NAMES | FUSED, parts=FUSED_PARTS)
 
-    def format_of(self, names: Iterable[str]) -> Format:
-        """Return the format that a file with these tensor names has."""
+    def format_of(self, names: Iterable[str], raw: Mapping[str, Any]) -> Format:
+        """Return the format that a file with these tensor names has.
+
+        Args:
+            raw: the parsed `config.json`, which `read` accepts.
+        """
         is_fused = self.moe and any(name.endswith(".mlp.experts.gate_up_proj") for name in names)
         return self.fused if is_fused else self.per_expert
