@@ -67,7 +67,9 @@ _WORDS = {
     "model.top_k": "num_experts_per_tok num_experts_per_token experts_per_token moe_router_topk router_topk "
     "moe_top_k moe_topk topk k",
     "model.expert_hidden_dim": "moe_intermediate_size moe_ffn_hidden_size moe_hidden_dim expert_dim",
-    "model.num_shared_experts": "n_shared_experts shared_experts moe_shared_expert_intermediate_size",
+    "model.num_shared_experts": "n_shared_experts shared_experts",
+    "model.shared_hidden_dim": "shared_expert_intermediate_size moe_shared_expert_intermediate_size",
+    "model.shared_gate": "moe_shared_expert_gate shared_expert_gate",
     "model.first_k_dense": "first_k_dense_replace n_dense_layers",
     "model.moe_every": "moe_layer_freq moe_layer_frequency decoder_sparse_step",
     "model.sliding_window": "window_size attention_window window",

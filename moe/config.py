@@ -447,6 +447,11 @@ class ModelConfig:
     """Feed-forward network of the experts. `null`: the kind that `ffn` names."""
     num_shared_experts: int = 0
     """Number of additional experts, of the same width, that process every token (DeepSeekMoE)."""
+    shared_hidden_dim: int | None = None
+    """Hidden width of the network of the shared experts, if it is not that of `num_shared_experts` experts, which is
+    then 1 (Qwen2-MoE). `null`: `num_shared_experts` times the width of an expert."""
+    shared_gate: bool = False
+    """Multiply the output of the shared experts by sigmoid(w x), with one number per token (Qwen2-MoE)."""
     first_k_dense: int = 0
     """The first k layers are dense."""
     moe_every: int = 1
@@ -561,12 +566,13 @@ class ModelConfig:
 
     def _check_experts(self) -> None:
         if self.num_experts is None:
-            for field in ("top_k", "expert_hidden_dim", "expert_ffn"):
+            for field in ("top_k", "expert_hidden_dim", "expert_ffn", "shared_hidden_dim"):
                 value = getattr(self, field)
                 expect(value is None, field, value, "null in a dense model (num_experts is null)")
-            for field, default in (("num_shared_experts", 0), ("first_k_dense", 0), ("moe_every", 1)):
+            defaults = {"num_shared_experts": 0, "shared_gate": False, "first_k_dense": 0, "moe_every": 1}
+            for field, default in defaults.items():
                 value = getattr(self, field)
-                expect(value == default, field, value, f"{default} in a dense model (num_experts is null)")
+                expect(value == default, field, value, f"{show_value(default)} in a dense model (num_experts is null)")
             return
         expect(
             self.top_k is not None and self.top_k <= self.num_experts,
@@ -574,7 +580,12 @@ class ModelConfig:
             self.top_k,
             f"an integer from 1 to num_experts={self.num_experts}",
         )
-        expect(self.num_shared_experts >= 0, "num_shared_experts", self.num_shared_experts, "an integer >= 0")
+        shared = self.num_shared_experts
+        expect(shared >= 0, "num_shared_experts", shared, "an integer >= 0")
+        if self.shared_hidden_dim is not None:
+            expect(self.shared_hidden_dim >= 1, "shared_hidden_dim", self.shared_hidden_dim, "an integer >= 1, or null")
+            expect(shared == 1, "num_shared_experts", shared, "1 with shared_hidden_dim, the width of the one network")
+        expect(shared >= 1 or not self.shared_gate, "shared_gate", True, "false with num_shared_experts=0")
         expect(
             0 <= self.first_k_dense < self.num_layers,
             "first_k_dense",
@@ -610,6 +621,11 @@ class ModelConfig:
     def expert_width(self) -> int:
         """Hidden width of one expert."""
         return self.hidden_dim if self.expert_hidden_dim is None else self.expert_hidden_dim
+
+    @property
+    def shared_width(self) -> int:
+        """Hidden width of the network of the shared experts; 0 without one."""
+        return self.num_shared_experts * self.expert_width if self.shared_hidden_dim is None else self.shared_hidden_dim
 
     @property
     def expert_kind(self) -> str:

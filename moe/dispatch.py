@@ -44,16 +44,19 @@ class LocalPlan(NamedTuple):
 ApplyExperts = Callable[[Tensor, Tensor], Tensor]
 """Computes (rows [R, D] grouped by expert, number of rows of each expert [e]) -> the experts' outputs [R, D]."""
 
+Apply = Callable[[Tensor], Tensor]
+"""Computes [B, S, D] -> [B, S, D]."""
+
 
 class Dispatcher(Protocol):
     """The interface between the router and the experts (expert parallelism installs another implementation)."""
 
-    def run(self, x_BSD: Tensor, routing: Routing, apply_experts: ApplyExperts, shared: nn.Module | None) -> Tensor:
+    def run(self, x_BSD: Tensor, routing: Routing, apply_experts: ApplyExperts, shared: Apply | None) -> Tensor:
         """Send each token to its experts, apply them, and return the weighted sum of their outputs, [T, D].
 
         Args:
             apply_experts: applies the experts of this rank. It can be called more than once, with a part of the rows.
-            shared: the shared experts, whose output is added; None if there are none.
+            shared: applies the shared experts, whose output is added; None if there are none.
         """
 
 
@@ -63,7 +66,7 @@ class LocalDispatcher(nn.Module):
     The rows of an expert keep the order of their tokens.
     """
 
-    def run(self, x_BSD: Tensor, routing: Routing, apply_experts: ApplyExperts, shared: nn.Module | None) -> Tensor:
+    def run(self, x_BSD: Tensor, routing: Routing, apply_experts: ApplyExperts, shared: Apply | None) -> Tensor:
         """Dispatch, apply the experts, and combine. See `Dispatcher.run`."""
         rows_RD, counts_E, plan = self.dispatch(x_BSD.flatten(0, 1), routing, align=needs_alignment(x_BSD))
         shared_BSD = None if shared is None else shared(x_BSD)

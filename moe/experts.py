@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from moe.config import is_gated
 from moe.device import cuda_capability, on_gpu
-from moe.dispatch import Dispatcher
+from moe.dispatch import Apply, Dispatcher
 from moe.expert_loop import swiglu_loop
 from moe.feedforward import ACTIVATIONS, gated
 from moe.kernels import use_kernels
@@ -139,7 +139,7 @@ class Experts(nn.Module):
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
         self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
 
-    def forward(self, x_BSD: Tensor, routing: Routing, dispatcher: Dispatcher, shared: nn.Module | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, routing: Routing, dispatcher: Dispatcher, shared: Apply | None) -> Tensor:
         """Return what `dispatcher.run` returns for these experts, [B·S, D].
 
         The weights are used inside of the module's forward pass only, because FSDP and ZeRO gather them for that time.

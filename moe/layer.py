@@ -14,7 +14,7 @@ from moe.config import ModelConfig, RouterConfig
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts
 from moe.feedforward import FeedForward
-from moe.linear import RMSNorm
+from moe.linear import Linear, RMSNorm
 from moe.router import RouterStats
 from moe.routers import build_router
 from moe.token_context import TokenContext
@@ -35,13 +35,20 @@ class MoELayer(nn.Module):
         self.experts = Experts(config.num_experts, config.dim, width, kind, config.expert_kernel)
         self.dispatcher: Dispatcher = LocalDispatcher()
         # The sum of n networks of width F is one network of width n·F, because the output is a sum over hidden units.
-        shared = config.num_shared_experts
-        self.shared = FeedForward(config.dim, shared * width, kind) if shared else None
+        self.shared = FeedForward(config.dim, config.shared_width, kind) if config.num_shared_experts else None
+        self.shared_gate = Linear(config.dim, 1) if config.shared_gate else None
 
     def forward(self, x_BSD: Tensor, context: TokenContext) -> tuple[Tensor, RouterStats]:
         """Return the output [B, S, D] for the normalised input `x_BSD`, and the router's statistics."""
         routing, stats = self.router(x_BSD, context.valid_BS, context.noise_keys_BS)
-        return self.experts(x_BSD, routing, self.dispatcher, self.shared).view_as(x_BSD), stats
+        shared = None if self.shared is None else self.apply_shared
+        return self.experts(x_BSD, routing, self.dispatcher, shared).view_as(x_BSD), stats
+
+    def apply_shared(self, x_BSD: Tensor) -> Tensor:
+        """Return the output of the shared experts [B, S, D], multiplied by their gate if they have one."""
+        assert self.shared is not None
+        y_BSD: Tensor = self.shared(x_BSD)
+        return y_BSD if self.shared_gate is None else y_BSD * self.shared_gate(x_BSD).sigmoid()
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.dispatch import ApplyExperts, LocalDispatcher, aligned_places
+from moe.dispatch import Apply, ApplyExperts, LocalDispatcher, aligned_places
 from moe.expert_loop import needs_alignment
 from moe.layer import MoELayer
 from moe.model import Transformer
@@ -73,7 +73,7 @@ class AllToAllDispatcher(nn.Module):
         self.parts = 2 if overlap else 1
         self.local = LocalDispatcher()
 
-    def run(self, x_BSD: Tensor, routing: Routing, apply_experts: ApplyExperts, shared: nn.Module | None) -> Tensor:
+    def run(self, x_BSD: Tensor, routing: Routing, apply_experts: ApplyExperts, shared: Apply | None) -> Tensor:
         """Exchange the rows, and compute while they are exchanged. See `moe.dispatch.Dispatcher`.
 
         Autograd runs the later of two independent operations first: the backward pass goes through this method from the

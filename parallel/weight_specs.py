@@ -38,7 +38,7 @@ and else it is `replicated`. Adapters of experts are `experts`.
 Tensor parallelism divides a dim as `part_of` does: the last parts can be smaller, or empty.
 """
 REPLICATED = (
-    *("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm", "wo.bias"),
+    *("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm", "wo.bias", "shared_gate"),
     *("wq_down", "wq_down_norm", "wkv_down", "wkv_down_norm"),
 )
 """Parameters of the kind `replicated`. The latents of latent attention belong to all heads: every tensor-parallel rank
@@ -295,8 +295,9 @@ def _block_weights(
             shapes[f"ffn.experts.{name}"] = (experts, width, dim)
         shapes["ffn.experts.w_down"] = (experts, dim, width)
         if model.num_shared_experts:
-            hidden = model.num_shared_experts * width
-            shapes |= _feed_forward_shapes("ffn.shared", model.expert_kind, hidden, dim)
+            shapes |= _feed_forward_shapes("ffn.shared", model.expert_kind, model.shared_width, dim)
+        if model.shared_gate:
+            shapes["ffn.shared_gate.weight"] = (1, dim)
     return tuple((name, WeightSpec.named(name, *shape)) for name, shape in shapes.items())
 
 

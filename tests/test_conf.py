@@ -114,6 +114,9 @@ def test_composing_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 PUBLISHED = {
     "llama2_7b": (6.738e9, 6.738e9),  # arXiv 2307.09288: "7B"; the released checkpoint
     "llama3_405b": (405.9e9, 405.9e9),  # arXiv 2407.21783: "405B"; the released checkpoint
+    "olmoe_1b_7b": (6.919e9, 1.282e9),  # arXiv 2409.02060: 6.9 B, 1.3 B; the released checkpoint
+    "qwen2_moe_a2_7b": (14.316e9, 2.689e9),  # its announcement: 14.3 B, 2.7 B; the released checkpoint
+    "qwen3_moe_30b": (30.53e9, 3.353e9),  # arXiv 2505.09388: 30.5 B, 3.3 B; the released checkpoint
     "qwen2_57b_a14b": (57.41e9, 14.25e9),  # arXiv 2407.10671: "57B", "14B"; the released checkpoint
     "gpt_oss_120b": (116.83e9, None),  # arXiv 2508.10925, table 1; active without the embedding: 5.13 B
     "mistral_7b": (7.242e9, 7.242e9),  # arXiv 2310.06825: "7B"; the released checkpoint
@@ -137,6 +140,37 @@ def test_every_model_is_built_and_has_the_published_size(model: str) -> None:
     total, active = PUBLISHED.get(model, (None, None))
     assert total is None or counts.total == pytest.approx(total, rel=CLOSE)
     assert active is None or counts.active == pytest.approx(active, rel=CLOSE)
+
+
+RELEASED = {
+    "olmoe_1b_7b": ("Olmoe", {"intermediate_size": 1024}),
+    "qwen2_moe_a2_7b": ("Qwen2Moe", {}),
+    "qwen2_57b_a14b": (
+        "Qwen2Moe",
+        {
+            "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 2560,
+            "shared_expert_intermediate_size": 20480,
+        },
+    ),
+    "qwen3_moe_30b": ("Qwen3Moe", {"num_hidden_layers": 48, "head_dim": 128}),
+}  # fmt: skip
+"""Preset -> the prefix of transformers' classes, and where the released model differs from their defaults."""
+
+
+@pytest.mark.parametrize("model", RELEASED)
+def test_a_released_model_has_the_size_of_transformers_model(model: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    prefix, changes = RELEASED[model]
+    with torch.device("meta"):
+        reference = getattr(transformers, f"{prefix}ForCausalLM")(getattr(transformers, f"{prefix}Config")(**changes))
+    config = composed([f"model={model}"])
+    counts = count_parameters(meta_model(config.model, config.router))
+    assert counts.total == sum(parameter.numel() for parameter in reference.parameters())
+    rope = reference.config.rope_parameters["rope_theta"]
+    assert config.model.rope_theta == (1e6 if prefix.startswith("Qwen") else rope)
+    assert config.model.norm_eps == reference.config.rms_norm_eps
+    assert config.model.top_k == reference.config.num_experts_per_tok
 
 
 @pytest.mark.parametrize("num_experts", [8, 128])

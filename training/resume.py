@@ -44,9 +44,9 @@ RULES: dict[str, dict[str, str]] = {
     },
     "model": {
         FIXED: "dim num_layers num_heads num_kv_heads head_dim hidden_dim ffn qk_norm attention_bias num_experts top_k "
-        "expert_hidden_dim expert_ffn num_shared_experts first_k_dense moe_every vocab_size kv_lora_rank q_lora_rank "
-        "qk_nope_head_dim qk_rope_head_dim v_head_dim sliding_window rope_theta rotary_dim rope_scaling norm_eps "
-        "tie_embeddings",
+        "expert_hidden_dim expert_ffn num_shared_experts shared_hidden_dim shared_gate first_k_dense moe_every "
+        "vocab_size kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim sliding_window "
+        "rope_theta rotary_dim rope_scaling norm_eps tie_embeddings",
         FREE: " ".join(FREE_MODEL_KEYS),
     },
     "router": {

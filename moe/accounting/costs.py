@@ -227,7 +227,8 @@ def _modules_by_part(model: Transformer) -> list[tuple[str, nn.Module]]:
         modules += [("norms", block.attention_norm), ("norms", block.ffn_norm), ("attention", block.attention)]
         if isinstance(block.ffn, MoELayer):
             modules += [("router", block.ffn.router), ("routed_experts", block.ffn.experts)]
-            modules += [] if block.ffn.shared is None else [("shared_experts", block.ffn.shared)]
+            shared = (block.ffn.shared, block.ffn.shared_gate)
+            modules += [("shared_experts", module) for module in shared if module is not None]
         else:
             modules.append(("dense_ffn", block.ffn))
     return modules

@@ -237,7 +237,8 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
             # The rows at the experts, and their results on the rank of the token; scores and probabilities.
             block += rows * dim * (1 + 1 / layout.expert_tensor) + 3 * wide * tokens * (model.num_experts or 0)
             hidden += rows * _hidden_tensors(model.expert_kind) * model.expert_width / layout.expert_tensor
-            networks = [(model.num_shared_experts * model.expert_width, model.expert_kind)]
+            networks = [(model.shared_width, model.expert_kind)]
+            block += tokens * dim * model.shared_gate  # the output of the shared experts, which the gate multiplies
         for width, kind in networks:
             hidden += gathered_tokens * _hidden_tensors(kind) * width / layout.tensor
         if layout.tensor > 1:

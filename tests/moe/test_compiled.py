@@ -79,7 +79,10 @@ def losses_and_gradients(model: Transformer, *batches: ModelInputs) -> list[Tens
 
 
 ROUTERS = {
-    "jitter": (RouterConfig(jitter=0.1), {"qk_norm": "head", "attention_bias": "all", "rotary_dim": 2}),
+    "jitter": (
+        RouterConfig(jitter=0.1),
+        {"qk_norm": "head", "attention_bias": "all", "rotary_dim": 2, "shared_gate": True},
+    ),
     "bias_and_window": (RouterConfig(kind="sigmoid_topk", capacity_factor=1.0), {"sliding_window": 6}),
     "prob": (RouterConfig(capacity_factor=1.0, drop_policy="prob", allow_noncausal=True), {"ffn": "relu"}),
     "choice": (RouterConfig(kind="expert_choice", allow_noncausal=True, balance_coef=0.0), {}),

@@ -1,9 +1,13 @@
 """The parts of a model that released families use, against transformers' models with the same random weights."""
 
+import re
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from common.errors import ConfigError
+from common.strict import from_dict, to_dict
 from moe.config import ModelConfig, RopeScaling, RouterConfig
 from moe.model import ModelInputs, Transformer
 
@@ -20,6 +24,8 @@ NAMES = {
     "v_proj": "wv",
     "o_proj": "wo",
     "mlp.gate.": "ffn.router.",
+    "shared_expert.": "shared.",
+    "shared_expert_gate": "shared_gate",
     "mlp.": "ffn.",
     "model.layers": "layers",
     "down_proj": "w_down",
@@ -58,6 +64,20 @@ FAMILIES = {
             rope_scaling=RopeScaling("yarn", 4.0, original_positions=16, beta_fast=4.0),
         ),
         RouterConfig(normalize=True),
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "hidden_size": 24, "intermediate_size": 19, "moe_intermediate_size": 7, "num_attention_heads": 6,
+            "num_key_value_heads": 3, "num_experts": 6, "num_experts_per_tok": 3, "shared_expert_intermediate_size": 17,
+            "mlp_only_layers": [0],
+        },
+        ModelConfig(
+            dim=24, num_layers=2, num_heads=6, num_kv_heads=3, head_dim=4, hidden_dim=19, expert_hidden_dim=7,
+            num_experts=6, top_k=3, first_k_dense=1, num_shared_experts=1, shared_hidden_dim=17, shared_gate=True,
+            vocab_size=VOCAB, rope_theta=1e4, norm_eps=1e-6, attention_bias="qkv",
+        ),
+        RouterConfig(normalize=False),
     ),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -125,3 +145,24 @@ def test_logits_and_gradients_equal_those_of_transformers(family):
         error = (parameter.grad - gradients.pop(name)).abs().max() / parameter.grad.abs().max()
         assert parameter.grad.abs().max() > 0 and error < 1e-4, (name, error)
     assert not gradients
+
+
+DENSE = ModelConfig(dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, hidden_dim=12)
+MOE = to_dict(DENSE) | {"num_experts": 4, "top_k": 2, "num_shared_experts": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_norm": "heads"}, "qk_norm=heads: expected one of head, width or null"),
+        ({"attention_bias": "k"}, "attention_bias=k: expected one of qkv, all or null"),
+        ({"shared_gate": True}, "shared_gate=true: expected false in a dense model"),
+        ({"shared_hidden_dim": 8}, "shared_hidden_dim=8: expected null in a dense model"),
+        (MOE | {"shared_hidden_dim": 0}, "shared_hidden_dim=0: expected an integer >= 1, or null"),
+        (MOE | {"shared_hidden_dim": 8, "num_shared_experts": 2}, "num_shared_experts=2: expected 1 with shared_"),
+        (MOE | {"shared_gate": True, "num_shared_experts": 0}, "shared_gate=true: expected false with num_shared"),
+    ],
+)
+def test_what_the_configuration_refuses(changes, message):
+    with pytest.raises(ConfigError, match=f"^model.{re.escape(message)}"):
+        from_dict(ModelConfig, to_dict(DENSE) | changes, "model")

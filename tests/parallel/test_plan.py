@@ -67,7 +67,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 UNEVEN = replace(MODEL, num_kv_heads=1, hidden_dim=23, expert_hidden_dim=13, vocab_size=41)
 """Tensor parallelism divides none of its dims but the query heads."""
-PARTS = replace(MODEL, qk_norm="width", attention_bias="all")
+PARTS = replace(MODEL, qk_norm="width", attention_bias="all", shared_hidden_dim=15, shared_gate=True)
 """Has the parameters that only some families have."""
 DENSE = replace(MODEL, num_experts=None, top_k=None, expert_hidden_dim=None, num_shared_experts=0, first_k_dense=0)
 ODD = replace(MODEL, dim=18, num_experts=6, expert_hidden_dim=10, num_shared_experts=0, tie_embeddings=True)
@@ -141,6 +141,7 @@ def test_a_plan_includes_the_parameters_of_a_plugins_router() -> None:
         ("layers.0.ffn.shared.w_down.weight", "tensor", 1),
         ("layers.0.attention.wq.weight", "tensor", 0),
         ("layers.0.attention.wv.weight", "kv_heads", 0),
+        ("layers.0.ffn.shared_gate.weight", "replicated", None),
         ("layers.0.attention.wq.bias", "tensor", 0),
         ("layers.0.attention.wk.bias", "kv_heads", 0),
         ("layers.0.attention.wo.bias", "replicated", None),

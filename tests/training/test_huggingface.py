@@ -250,6 +250,8 @@ NO_FAMILY = [
     ({"num_experts": None, "top_k": None, "ffn": "gelu"}, {}, "model.ffn=gelu: expected swiglu or geglu"),
     ({"sliding_window": (4, None)}, {}, "model.sliding_window=[4,null]: expected one window for all layers"),
     ({"rotary_dim": 2}, {}, "model.rotary_dim=2: expected 4"),
+    ({"qk_norm": "head"}, {}, "model.qk_norm=head: expected null"),
+    ({"attention_bias": "qkv"}, {}, "model.attention_bias=qkv: expected null"),
     ({}, {"kind": "sigmoid_topk"}, "router.kind=sigmoid_topk: expected softmax_topk"),
     ({}, {"scale": 2.5}, "router.scale=2.5: expected 1.0"),
     ({}, {"num_groups": 2, "topk_groups": 1}, "router.num_groups=2: expected null"),
@@ -258,6 +260,8 @@ BIASES = ({"qk_norm": "head", "attention_bias": "qkv"}, {}, "model.attention_bia
 NOT_MISTRALS = [
     ({"qk_norm": "head", "attention_bias": "qkv"}, {}, "model.qk_norm=head: expected null"),
     ({"rope_scaling": RopeScaling("linear", 2.0)}, {}, "model.rope_scaling={kind:linear,"),
+    ({"num_shared_experts": 1, "shared_gate": True}, {}, "model.num_shared_experts=1: expected 0"),
+    ({"num_shared_experts": 1, "shared_hidden_dim": 5}, {}, "model.num_shared_experts=1: expected 0"),
 ]
 NOT_MIXTRAL = [
     ({"num_shared_experts": 1}, {}, "model.num_shared_experts=1: expected 0"),

@@ -16,6 +16,8 @@ WITHOUT_MEANING = frozenset({"expert_kernel", "init_std"})
 """Keys of `ModelConfig` that do not change what trained weights compute."""
 LAYER_KEYS = ("model.first_k_dense", "model.moe_every")
 """Keys that say together which layers are MoE layers."""
+SHARED_KEYS = ("model.num_shared_experts", "model.shared_hidden_dim")
+"""Keys that say together how wide the network of the shared experts is."""
 
 
 def meaning(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def meaning(model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
     if model.top_k is None:
         return values
     layers = list(filter(model.is_moe_layer, range(model.num_layers)))
-    values |= dict.fromkeys(LAYER_KEYS, layers)
+    values |= dict.fromkeys(LAYER_KEYS, layers) | dict.fromkeys(SHARED_KEYS, model.shared_width)
     values |= {"model.expert_hidden_dim": model.expert_width, "model.expert_ffn": model.expert_kind}
     if len(layers) == model.num_layers:  # No layer is dense.
         del values["model.hidden_dim"], values["model.ffn"]
@@ -59,7 +61,7 @@ def differences(
         section, _, field = key.partition(".")
         found = getattr(model if section == "model" else router, field)
         expected = theirs[key]
-        if key in LAYER_KEYS:
+        if key in LAYER_KEYS + SHARED_KEYS:
             expected = getattr(read[0], field)
             if found == expected:  # The other of the two keys is different.
                 continue

@@ -111,6 +111,7 @@ CASES: Mapping[str, Case] = {
     ),
     "width_norm": Case(
         replace(MODEL, qk_norm="width", attention_bias="qkv", num_kv_heads=2, sliding_window=None,
+                num_shared_experts=1, shared_hidden_dim=11, shared_gate=True,
                 rope_scaling=RopeScaling("yarn", 4.0, original_positions=8)),
         RouterConfig(balance_coef=0.05, normalize=False),
     ),

@@ -129,10 +129,16 @@ def _feed_forward(model: ModelConfig) -> str:
     if model.num_experts is None:
         return dense
     experts = f"{model.num_experts} {FEED_FORWARDS[model.expert_kind].label} experts, hidden {model.expert_width:,}"
-    shared = f", {model.num_shared_experts} shared" if model.num_shared_experts else ""
     moe_layers = model.num_moe_layers
     others = "" if moe_layers == model.num_layers else f" in {moe_layers} layers, the others {dense}"
-    return f"{experts}; top-{model.top_k} per token{shared}{others}"
+    return f"{experts}; top-{model.top_k} per token{_shared(model)}{others}"
+
+
+def _shared(model: ModelConfig) -> str:
+    if not model.num_shared_experts:
+        return ""
+    width = "" if model.shared_hidden_dim is None else f" of width {model.shared_hidden_dim:,}"
+    return f", {model.num_shared_experts} shared{width}{' with a gate' if model.shared_gate else ''}"
 
 
 def _heads(model: ModelConfig) -> str:
@@ -346,10 +352,8 @@ def _shape(model: ModelConfig, router: RouterConfig, vocabulary_is_assumed: bool
     if model.num_moe_layers < model.num_layers:
         shape["dense layers"] = f"{model.num_layers - model.num_moe_layers}, {model.ffn} of width {model.hidden_dim:,}"
     if model.is_moe:
-        experts = f"{model.num_experts:,} routed, top-{model.top_k}"
-        shared = f", {model.num_shared_experts} shared" if model.num_shared_experts else ""
         shape["MoE layers"] = f"{model.num_moe_layers}, {model.expert_kind} of width {model.expert_width:,}"
-        shape["experts"] = f"{experts}{shared}"
+        shape["experts"] = f"{model.num_experts:,} routed, top-{model.top_k}{_shared(model)}"
         shape["router"] = _router(model, router)
     return shape
 
