@@ -43,12 +43,14 @@ H100_PEAK = 989.5
 FOLDING = "https://arxiv.org/abs/2504.14960"
 MEGATRON = "https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/transformer/moe/README.md"
 BRIDGE = "https://docs.nvidia.com/nemo/megatron-bridge/latest/performance-summary-archive.html"
+DEEPSEEK = "https://arxiv.org/abs/2412.19437"
 LLAMA3 = "https://arxiv.org/abs/2407.21783"
 SWITCH = "https://arxiv.org/abs/2101.03961"
 OWN = "benchmarks/RESULTS.md, one H100"
 
 DROPS = "capacity factor 1, so that every expert has the same load; ZeRO-1; stages per rank not published"
 BALANCED = "balanced routing is forced; ZeRO-1"
+FP8 = "matmuls in FP8, predicted in bf16"
 G8T8 = ("mixtral_8x22b", "num_experts=64", "top_k=8", "expert_hidden_dim=2048")
 MODEL_A = (
     "mixtral_8x7b", "dim=2048", "num_layers=16", "num_heads=16", "num_kv_heads=4", "hidden_dim=3584",
@@ -243,11 +245,31 @@ RUNS: tuple[PublishedRun, ...] = (
         tokens_per_s=8047.0, gpu="b200", micro_batch=4,
     ),
     PublishedRun(
+        "DeepSeek-V3, its authors", ("deepseek_v3",), 2048, 4096, 15360,
+        {"expert": 64, "pipeline": 16, "schedule": "zero_bubble"}, DEEPSEEK,
+        "180 K GPU hours for 1e12 tokens, section 1; layout in 3.2, batch in 4.2",
+        f"{FP8}; with multi-token prediction; DualPipe hides the exchange of tokens; ZeRO-1",
+        tokens_per_s=1e12 / (180e3 * 3600), gpu="h800",
+    ),
+    PublishedRun(
+        "DeepSeek-V3, H100", ("deepseek_v3",), 1024, 4096, 8192, {"tensor": 2, "expert": 64, "pipeline": 8, **INTERLEAVED},
+        BRIDGE, "25.09, dropless", f"{FP8}; {BALANCED}; 4 stages per rank", tokens_per_s=1297.0,
+    ),
+    *(
+        PublishedRun(
+            f"Qwen3-30B-A3B, H100, {how}", ("qwen3_moe_30b",), 16, 4096, rows, {"expert": 8, "pipeline": 2, **INTERLEAVED},
+            BRIDGE, release, f"{FP8}; {BALANCED}; {stages} stages per rank", tokens_per_s=speed, micro_batch=micro_batch,
+        )
+        for how, rows, micro_batch, release, stages, speed in (
+            ("dropless", 1024, 1, "26.02", 12, 5113.0), ("with drops", 512, 2, "25.09", 24, 10494.0),
+        )
+    ),
+    PublishedRun(
         "model A, one H100", MODEL_A, 1, 4096, 4, {}, OWN, "one optimizer step, whole rows, run 1",
         "measured with this project", step_ms=275.7, micro_batch=4,
     ),
 )  # fmt: skip
-"""Runs in bf16 with complete settings. Sources with FP8 are left out."""
+"""Runs with complete settings, in bf16 but for those of DeepSeek-V3 and Qwen3, of which only figures in FP8 were found."""
 
 
 class PublishedCost(NamedTuple):
