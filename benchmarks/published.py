@@ -246,19 +246,21 @@ RUNS: tuple[PublishedRun, ...] = (
     ),
     PublishedRun(
         "DeepSeek-V3, its authors", ("deepseek_v3",), 2048, 4096, 15360,
-        {"expert": 64, "pipeline": 16, "schedule": "zero_bubble"}, DEEPSEEK,
+        {"expert": 64, "pipeline": 16}, DEEPSEEK,
         "180 K GPU hours for 1e12 tokens, section 1; layout in 3.2, batch in 4.2",
         f"{FP8}; with multi-token prediction; DualPipe hides the exchange of tokens; ZeRO-1",
         tokens_per_s=1e12 / (180e3 * 3600), gpu="h800",
     ),
     PublishedRun(
-        "DeepSeek-V3, H100", ("deepseek_v3",), 1024, 4096, 8192, {"tensor": 2, "expert": 64, "pipeline": 8, **INTERLEAVED},
-        BRIDGE, "25.09, dropless", f"{FP8}; {BALANCED}; 4 stages per rank", tokens_per_s=1297.0,
+        "DeepSeek-V3, H100", ("deepseek_v3",), 1024, 4096, 8192,
+        {"tensor": 2, "expert": 64, "pipeline": 8, **INTERLEAVED}, BRIDGE, "25.09, dropless",
+        f"{FP8}; {BALANCED}; 4 stages per rank", tokens_per_s=1297.0,
     ),
     *(
         PublishedRun(
-            f"Qwen3-30B-A3B, H100, {how}", ("qwen3_moe_30b",), 16, 4096, rows, {"expert": 8, "pipeline": 2, **INTERLEAVED},
-            BRIDGE, release, f"{FP8}; {BALANCED}; {stages} stages per rank", tokens_per_s=speed, micro_batch=micro_batch,
+            f"Qwen3-30B-A3B, H100, {how}", ("qwen3_moe_30b",), 16, 4096, rows,
+            {"expert": 8, "pipeline": 2, **INTERLEAVED}, BRIDGE, release,
+            f"{FP8}; {BALANCED}; {stages} stages per rank", tokens_per_s=speed, micro_batch=micro_batch,
         )
         for how, rows, micro_batch, release, stages, speed in (
             ("dropless", 1024, 1, "26.02", 12, 5113.0), ("with drops", 512, 2, "25.09", 24, 10494.0),
@@ -269,7 +271,7 @@ RUNS: tuple[PublishedRun, ...] = (
         "measured with this project", step_ms=275.7, micro_batch=4,
     ),
 )  # fmt: skip
-"""Runs with complete settings, in bf16 but for those of DeepSeek-V3 and Qwen3, of which only figures in FP8 were found."""
+"""Runs with complete settings. All are in bf16 but those of DeepSeek-V3 and Qwen3, for which only FP8 was found."""
 
 
 class PublishedCost(NamedTuple):

@@ -15,8 +15,8 @@ from training.device import PEAK_TFLOPS
 
 FILES = sorted((CONF / "gpu").glob("*.yaml"))
 PRESETS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES}
-MEMORY_GB = {"a100-40": 40, "a100-80": 80, "h100": 80, "h200": 141, "b200": 180, "l40s": 48, "a6000": 48, "rtx4090": 24,
-             "rtx3090": 24, "v100-32": 32, "mi300x": 192, "cpu": 12}  # fmt: skip
+MEMORY_GB = {"a100-40": 40, "a100-80": 80, "h100": 80, "h800": 80, "h200": 141, "b200": 180, "l40s": 48, "a6000": 48,
+             "rtx4090": 24, "rtx3090": 24, "v100-32": 32, "mi300x": 192, "cpu": 12}  # fmt: skip
 """Preset -> the gigabytes in the name of the product, in thousands or in powers of 2."""
 RATES = {
     "matmul": 7e14, "grouped_matmul_forward": 6e14, "grouped_matmul_backward": 5e14, "attention_forward": 5e14,
