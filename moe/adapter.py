@@ -27,8 +27,9 @@ def adaptable_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         if isinstance(module, Router) or (isinstance(module, Linear) and not isinstance(module, Head)):
             yield name, module, "weight"
         elif isinstance(module, Experts):
-            for weight, _ in module.named_parameters(recurse=False):
-                yield f"{name}.{weight}", module, weight
+            for weight, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3:
+                    yield f"{name}.{weight}", module, weight
 
 
 def install_adapters(model: nn.Module, config: AdapterConfig) -> None:

@@ -156,11 +156,14 @@ class WeightSpec:
     """Whether it is outside of the blocks (embedding, last norm, head). FSDP gathers these as one unit, the root."""
     target: Target | None = None
     """What `quantize.targets` calls it; None: it is never quantised."""
+    adapter: bool = False
+    """Whether it belongs to an adapter."""
 
     @classmethod
     def named(cls, name: str, *shape: int, root: bool = False) -> "WeightSpec":
         """Return the spec of the parameter `name`. The name can be relative to the block."""
-        return cls(shape, kind(name), tensor_dim(name), root, target_of(name))
+        adapter = split_adapter_name(name)[1] is not None
+        return cls(shape, kind(name), tensor_dim(name), root, target_of(name), adapter)
 
     @property
     def numel(self) -> int:
@@ -231,9 +234,11 @@ def adapter_weights(model: ModelConfig, router: RouterConfig, layer: int) -> dic
     found = {}
     for name, weight in block_weights(model, router, model.is_moe_layer(layer)):
         target = f"layers.{layer}.{name}".removesuffix(".weight")
-        if len(weight.shape) == 1 or (weight.kind == "router" and target == f"layers.{layer}.{name}"):
-            continue  # norms, and parameters that a kind of router adds
-        if model.adapter.chooses(target):
+        if weight.kind in ("router", "experts"):  # which can have further parameters
+            is_matrix = name == "ffn.router.weight" or len(weight.shape) == 3
+        else:
+            is_matrix = name.endswith(".weight") and len(weight.shape) == 2
+        if is_matrix and model.adapter.chooses(target):
             prefix, _, last = target.rpartition(".")
             owner = f"{prefix}.adapters.{last}" if weight.kind == "experts" else f"{target}.adapter"
             for part, shape in adapter_shapes(weight.shape, model.adapter).items():

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from common.errors import expect, located
 from common.text import to_json
-from moe.config import ModelConfig, RouterConfig
+from moe.config import AdapterConfig, ModelConfig, RouterConfig
 from scripts.cli.command_line import run_tool
 
 
@@ -28,6 +28,7 @@ class DescribeConfig:
 
     model: ModelConfig
     router: RouterConfig
+    adapter: AdapterConfig
     format: Literal["table", "json"] = "table"
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     batch: int = 1
@@ -45,8 +46,9 @@ class DescribeConfig:
 
     @property
     def whole_model(self) -> ModelConfig:
-        """`model`, with `vocab_size` where the preset leaves the vocabulary to the tokenizer."""
-        return self.model if self.model.vocab_size is not None else replace(self.model, vocab_size=self.vocab_size)
+        """`model`, with its adapters, and with `vocab_size` where the preset leaves the vocabulary to the tokenizer."""
+        adapter = None if self.adapter.kind is None else self.adapter
+        return replace(self.model, vocab_size=self.model.vocab_size or self.vocab_size, adapter=adapter)
 
 
 def figures(config: DescribeConfig) -> dict[str, Any]:

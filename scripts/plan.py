@@ -20,12 +20,13 @@ if __name__ == "__main__":
 from common.errors import ConfigError, expect, expect_fields, located
 from common.strict import from_dict
 from common.text import to_json
-from moe.config import ModelConfig, RouterConfig
+from moe.config import AdapterConfig, ModelConfig, RouterConfig
 from moe.quantization import FULL_PRECISION, QuantizeConfig
 from parallel.config import ParallelConfig
 from parallel.planning.hardware import Hardware, with_rates
 from scripts.cli.command_line import compose_config, run_tool
 
+NO_ADAPTER = AdapterConfig()
 ITEMSIZES = {"bf16": 2, "fp32": 4}
 
 
@@ -56,6 +57,7 @@ class PlanConfig:
     gpu: Hardware
     train: PlanTrain
     quantize: QuantizeConfig = FULL_PRECISION
+    adapter: AdapterConfig = NO_ADAPTER
     gpus: int = 8
     task: Literal["train", "generate"] = "train"
     recompute: Literal["auto", "none", "selective", "full"] = "auto"
@@ -95,8 +97,9 @@ class PlanConfig:
 
     @property
     def whole_model(self) -> ModelConfig:
-        """`model`, with `vocab_size` where the preset leaves the vocabulary to the tokenizer."""
-        return self.model if self.model.vocab_size is not None else replace(self.model, vocab_size=self.vocab_size)
+        """`model`, with its adapters, and with `vocab_size` where the preset leaves the vocabulary to the tokenizer."""
+        adapter = None if self.adapter.kind is None else self.adapter
+        return replace(self.model, vocab_size=self.model.vocab_size or self.vocab_size, adapter=adapter)
 
     @property
     def hardware(self) -> Hardware:
@@ -131,6 +134,12 @@ def find_layouts(config: PlanConfig) -> dict[str, Any]:
     from training.planning.skew import read_skew
 
     model, train, hardware = config.whole_model, config.train, config.hardware
+    expect(
+        config.quantize.kind is None or model.adapter is not None,
+        "quantize.kind",
+        config.quantize.kind,
+        "null, or adapters, which train beside quantised weights (adapter=lora)",
+    )
     precision = hardware.precision if train.precision == "auto" else train.precision
     if config.recompute == "auto" and config.parallel.recompute == "none":
         modes = RECOMPUTE
@@ -150,10 +159,13 @@ def find_layouts(config: PlanConfig) -> dict[str, Any]:
         moments=2,
         margin=config.margin,
         loads=read_skew(config.skew, model.num_moe_layers, model.num_experts or 0),
+        quantize=config.quantize,
     )
     base = from_dict(Config, compose_config("config", []))
     sizes = replace(base.train, seq_len=train.seq_len, global_batch=train.global_batch, accumulation=1)
-    base = replace(base, model=model, router=config.router, train=sizes)
+    base = replace(base, model=model, router=config.router, train=sizes, adapter=config.adapter)
+    if config.quantize.kind is not None:
+        base = replace(base, quantize=config.quantize, run=replace(base.run, init_from="base"))
     try:
         found = answer(
             question,

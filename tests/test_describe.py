@@ -57,6 +57,19 @@ def test_mixtral_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert figures["attention"][0]["saved"] == 0.875
 
 
+def test_adapters_train_and_the_rest_has_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("model=mixtral_8x7b", "adapter=lora", "adapter.targets=[attention.wq,experts.w_up]", "format=json")
+    assert called(monkeypatch, *given) == 0
+    figures = json.loads(capsys.readouterr().out)
+    trained = 32 * 16 * (2 * 4096 + 8 * (4096 + 14336))
+    assert (figures["trained_params"], figures["total_params"]) == (trained, 46_702_792_704 + trained)
+    assert figures["training_bytes"]["gradients"] == 2 * trained
+    assert figures["training_bytes"]["optimizer"] == (4 + 8) * trained
+    assert figures["training_bytes"]["weights"] == 2 * figures["total_params"]
+
+
 def test_a_sliding_window() -> None:
     figures = tool.figures(configured("model=mixtral_8x7b", "model.sliding_window=4096", "batch=3"))
     assert figures["receptive_field"] == 131_072

@@ -43,6 +43,24 @@ def test_the_best_layout_is_traced(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert [row["step_s"] for row in others] == sorted(row["step_s"] for row in others)
 
 
+def test_adapters_have_no_gradients_and_moments_of_the_base(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("top=1", "format=json", "adapter=lora", "adapter.rank=4", "gpus=1", "train.precision=fp32")
+    assert called(monkeypatch, *SMALL, *given) == 0
+    (best,) = json.loads(capsys.readouterr().out)["layouts"]
+    (stage,) = best["stages"]
+    adapters = 4 * (2 * (64 + 64) + 2 * (64 + 32))
+    assert (stage["gradients"], stage["moments"]) == (4 * adapters, 8 * adapters)
+    parts = best["traced"][0]["parts"]
+    assert best["verified"] and parts["moments"] == pytest.approx(8 * adapters, abs=200), parts
+
+
+def test_quantised_weights_need_adapters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(monkeypatch, *SMALL, "quantize=nf4") == 2
+    assert "quantize.kind=nf4: expected null, or adapters" in capsys.readouterr().err
+
+
 def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(monkeypatch, "model=mixtral_8x7b", "gpus=64", "verify=0", "train.accumulation=8", "top=2") == 0
     printed = capsys.readouterr().out

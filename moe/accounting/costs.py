@@ -145,24 +145,28 @@ def active_parts(parts: Parts, config: ModelConfig, router: RouterConfig) -> Par
     return replace(parts, routed_experts=active_expert_parameters(parts.routed_experts, config, router))
 
 
-def training_bytes(parameters: int, dtype: DType | None = None) -> TrainingBytes:
+def training_bytes(parameters: int, dtype: DType | None = None, trained: int | None = None) -> TrainingBytes:
     """Return the memory of training with AdamW.
 
     Args:
+        parameters: elements of all weights.
         dtype: of weights and gradients. A 16-bit type needs an fp32 master copy of the weights besides the moments
             (arXiv 1710.03740). None: the sizes in Mixwright, which stores weights, gradients and both moments in fp32
             and casts weights to the compute dtype where they are used.
+        trained: elements of those that train; None: all. The others have no gradient, master copy and moments.
     """
-    weights = parameters * (4 if dtype is None else BYTES[dtype])
-    master = 0 if weights == 4 * parameters else 4 * parameters
-    moments = 8 * parameters
+    trained = parameters if trained is None else trained
+    itemsize = 4 if dtype is None else BYTES[dtype]
+    weights, gradients = parameters * itemsize, trained * itemsize
+    master = 0 if itemsize == 4 else 4 * trained
+    moments = 8 * trained
     return TrainingBytes(
         weights=weights,
-        gradients=weights,
+        gradients=gradients,
         master=master,
         moments=moments,
         optimizer=master + moments,
-        total=2 * weights + master + moments,
+        total=weights + gradients + master + moments,
     )
 
 

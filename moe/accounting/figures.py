@@ -20,7 +20,7 @@ from moe.accounting.costs import (
     window_saving,
 )
 from moe.accounting.flops import forward_flops_per_token, meta_model, training_flops_per_token
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ModelConfig, RouterConfig, split_adapter_name
 from moe.quantization import Kind, QuantizeConfig
 
 
@@ -49,10 +49,13 @@ def model_figures(
         quantised.quantize(QuantizeConfig(kind))
         weights[kind] = stored_bytes(quantised, dtype).total
     active = active_parts(parts, model, router)
+    of_adapters = sum(weight.numel() for name, weight in built.named_parameters() if split_adapter_name(name)[1])
+    trained = parts.total if model.adapter is None else of_adapters
     windows = sorted({size for layer in range(model.num_layers) if (size := model.window(layer)) is not None})
     return {
         "total_params": parts.total,
         "active_params": active.total,
+        "trained_params": trained,
         "params": asdict(parts),
         "active": asdict(active),
         "context": context,
@@ -61,8 +64,8 @@ def model_figures(
         "forward_flops_per_token": forward_flops_per_token(built, context),
         "training_flops_per_token": training_flops_per_token(built, context),
         "weights_bytes": weights,
-        "training_bytes": asdict(training_bytes(parts.total, dtype)),
-        "training_bytes_here": asdict(training_bytes(parts.total)),
+        "training_bytes": asdict(training_bytes(parts.total, dtype, trained)),
+        "training_bytes_here": asdict(training_bytes(parts.total, trained=trained)),
         "kv_cache_bytes": asdict(cache_bytes(model, batch, context, dtype)),
         "receptive_field": receptive_field(model),
         "farthest_token": farthest_token(model),

@@ -131,7 +131,9 @@ def estimate_memory(layout: Layout, parallel: ParallelConfig, workload: Workload
         layers = [layer for stage in stages_of_rank for layer in stage]
         weights: Counter[WeightSpec] = sum((count_weights(model, router, stage) for stage in stages_of_rank), Counter())
         elements = sum(largest[weight] * number for weight, number in weights.items())
-        trained = round(elements * workload.trained)
+        trained = round(
+            sum(largest[weight] * number * workload.trained_share(weight) for weight, number in weights.items())
+        )
         micro_batch = activation_bytes(layout, parallel, workload, layers)
         in_flight = micro_batches_in_flight(rank, layout.pipeline, workload.accumulation, parallel.schedule)
         estimates.append(
@@ -198,7 +200,13 @@ def _cast_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload, la
         return round((stored + of_block + head) * workload.itemsize) + workload.workspace
     of_root = sum(sizes) * workload.itemsize + workload.workspace
     if layout.pipeline > 1:  # Their gradients are added up before they are scattered.
-        gradients = (total + sum(sizes)) * workload.trained * workload.weight_itemsize
+        counted = count_weights(model, router, layers)
+        trained = sum(
+            math.prod(weight.local_shape(layout)) * number * workload.trained_share(weight)
+            for weight, number in counted.items()
+            if weight.kind != "router"
+        )
+        gradients = trained * workload.weight_itemsize
         return round(gathered + of_root + gradients)
     return round(gathered * min(2, len(layers)) / len(layers) + of_root)
 

@@ -99,7 +99,8 @@ def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload,
         parallel: the configuration of `layout`, without `auto`.
     """
     model, tokens = workload.model, workload.global_batch * workload.seq_len
-    passes = 3 + recomputed_share(parallel, workload)
+    # The forward pass, the gradients of activations, and those of the weights that train.
+    passes = 2 + workload.trained + recomputed_share(parallel, workload)
     matmul = 2 * passes * active_parameters(workload) * tokens / layout.world / hardware.matmul
     pairs = sum(attended_pairs(model.window(layer), workload.seq_len) for layer in range(model.num_layers))
     # The kernels pad values that are narrower than keys.
@@ -111,9 +112,10 @@ def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload,
     memory_bound *= workload.accumulation
     shard_ranks = ranks_per_shard_group(layout)
     elements = sum(
-        weight.mean_elements(layout) * number / shard_ranks[weight.kind] for weight, number in workload.weights.items()
+        weight.mean_elements(layout) * number / shard_ranks[weight.kind] * workload.trained_share(weight)
+        for weight, number in workload.weights.items()
     )
-    update = elements / layout.pipeline * workload.weight_itemsize * workload.trained * ADAM_BYTES / hardware.bandwidth
+    update = elements / layout.pipeline * workload.weight_itemsize * ADAM_BYTES / hardware.bandwidth
     computation = matmul + attention + memory_bound
     exposed = _exposed(layout, parallel, workload, hardware, computation)
     idle = bubble(layout.pipeline, workload.accumulation, parallel.schedule)

@@ -127,7 +127,7 @@ def shard_bytes(weights: Mapping[WeightSpec, int], layout: Layout, workload: Wor
         ranks = shard_ranks[weight.kind]
         gathers = 1 if weight.root or layout.pipeline > 1 else 2
         part = gathers * workload.shard_bytes(weight, layout, workload.itemsize)
-        part += weight.largest_shard(layout, ranks) * workload.trained * workload.weight_itemsize
+        part += weight.largest_shard(layout, ranks) * workload.trained_share(weight) * workload.weight_itemsize
         total += all_gather_bytes(ranks, part * number)
     return total * (1 if layout.pipeline > 1 else workload.accumulation)
 
@@ -144,8 +144,8 @@ def gradient_bytes(weights: Mapping[WeightSpec, int], layout: Layout, workload: 
     total = 0.0
     shard_ranks = ranks_per_shard_group(layout)
     for weight, number in weights.items():
-        elements = weight.mean_elements(layout) / shard_ranks[weight.kind] * number
-        total += all_reduce_bytes(replicas[weight.kind], elements * workload.weight_itemsize * workload.trained)
+        elements = weight.mean_elements(layout) / shard_ranks[weight.kind] * number * workload.trained_share(weight)
+        total += all_reduce_bytes(replicas[weight.kind], elements * workload.weight_itemsize)
     return total
 
 
@@ -217,7 +217,8 @@ def traffic(workload: Workload, layout: Layout, parallel: ParallelConfig) -> dic
     sent["gradients"] = gradient_bytes(weights, layout, workload) / layout.pipeline
     if at_both_ends:  # The two stages sum the gradients of the embedding.
         embedding = model.dim * (model.vocab_size or 0) / (layout.tensor * layout.shard)
-        elements = embedding * workload.weight_itemsize * workload.trained
+        (spec,) = (weight for weight in workload.weights if weight.root and len(weight.shape) > 1)
+        elements = embedding * workload.weight_itemsize * workload.trained_share(spec)
         sent["gradients"] += 2 * all_reduce_bytes(2, elements) / layout.pipeline
     sent["bookkeeping"] = bookkeeping_bytes(workload, layout, parallel)
     return sent

@@ -35,6 +35,25 @@ class Workload:
     quantize: QuantizeConfig = FULL_PRECISION
     """The weights that are stored in few bits."""
 
+    def trained_share(self, weight: WeightSpec) -> float:
+        """Return the share of a parameter's elements that train, which have gradients and moments.
+
+        Adapters train in full. What else trains is spread evenly over the other parameters.
+        """
+        return 1.0 if weight.adapter else self._trained_share_of_base
+
+    @cached_property
+    def adapter_share(self) -> float:
+        """The share of the parameters that belongs to adapters."""
+        elements = {True: 0, False: 0}
+        for weight, number in self.weights.items():
+            elements[weight.adapter] += weight.numel * number
+        return elements[True] / sum(elements.values())
+
+    @cached_property
+    def _trained_share_of_base(self) -> float:
+        return max(0.0, self.trained - self.adapter_share) / (1 - self.adapter_share)
+
     def rows(self, layout: Layout) -> int:
         """Return b, the rows of a micro-batch on one data-parallel rank."""
         return self.global_batch // self.accumulation // layout.data

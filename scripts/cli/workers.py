@@ -99,8 +99,9 @@ def check_before_start(config: Config, world: World) -> None:
         None,
         f"the model directory that the adapters are added to (adapter.kind={config.adapter.kind})",
     )
-    trained = 1.0 if config.optim.train == "all" and adapter is None else 0.0
-    workload = build_workload(config, config.model, trained=trained)
+    workload = build_workload(config, config.model)
+    least = workload.adapter_share if adapter is not None else 1.0 if config.optim.train == "all" else 0.0
+    workload = replace(workload, trained=least)
     device = config.train.device
     if device == "cuda" or (device == "auto" and GPU_DRIVER.exists()) or config.engine.kind != "native":
         resolve_layout(config, workload, world)

@@ -144,6 +144,7 @@ def test_training_bytes() -> None:
     assert dataclasses.astuple(training_bytes(10)) == (40, 40, 0, 80, 80, 160)
     assert training_bytes(10, "fp32") == training_bytes(10)
     assert dataclasses.astuple(training_bytes(10, "bf16")) == (20, 20, 40, 80, 120, 160)
+    assert dataclasses.astuple(training_bytes(10, "bf16", trained=3)) == (20, 6, 12, 24, 36, 62)
 
 
 def test_receptive_field_is_none_with_any_full_layer() -> None:

@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from common.errors import ModelError
 from moe.accounting.flops import meta_model
-from moe.config import ModelConfig, RouterConfig
+from moe.config import AdapterConfig, ModelConfig, RouterConfig, split_adapter_name
 from moe.init import init_parameters
 from moe.losses import CHUNK_ELEMENTS
 from moe.model import ModelInputs, Transformer
@@ -151,6 +151,17 @@ def test_a_plan_includes_the_parameters_of_a_plugins_router() -> None:
         ("layers.0.ffn.router.experts.w_up", "router", None),
         ("layers.0.ffn.experts.w_down", "experts", 2),
         ("layers.0.ffn.experts.w_down.13", "experts", None),
+        ("layers.0.attention.wq.adapter.a", "replicated", None),
+        ("layers.0.attention.wq.adapter.b", "tensor", 0),
+        ("layers.0.attention.wq.adapter.magnitude", "tensor", 0),
+        ("layers.0.attention.wk.adapter.b", "kv_heads", 0),
+        ("layers.0.attention.wo.adapter.a", "tensor", 1),
+        ("layers.0.attention.wo.adapter.b", "replicated", None),
+        ("layers.0.ffn.experts.adapters.w_up.a", "experts", None),
+        ("layers.0.ffn.experts.adapters.w_up.b", "experts", 1),
+        ("layers.0.ffn.experts.adapters.w_down.a", "experts", 2),
+        ("layers.0.ffn.experts.adapters.w_down.b", "experts", None),
+        ("layers.0.ffn.router.adapter.a", "router", None),
     ],
 )
 def test_kinds(name: str, expected: str, dim: int | None) -> None:
@@ -269,6 +280,41 @@ def test_a_plan_has_the_memory_of_what_is_built(model: ModelConfig, parallel: Pa
         # half of it trains
         assert (stage.gradients, stage.moments) == pytest.approx((stage.weights / 2, stage.weights), rel=1e-3)
         assert stage.state == stage.weights + stage.gradients + stage.moments and stage.host == 0
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(shard=4, tensor=2, expert=2),
+        ParallelConfig(pipeline=2, tensor=4, expert=2),
+        ParallelConfig(pipeline=2, shard=4, expert=4),
+    ],
+    ids=["fsdp", "tensor", "fsdp and pipeline"],
+)
+def test_a_plan_with_adapters_has_the_gradients_and_moments_of_these_alone(parallel: ParallelConfig) -> None:
+    """Every kind of weight has an adapter. The largest numbers of their elements are those of the built parts."""
+    model = replace(PARTS, adapter=AdapterConfig(kind="lora", rank=3, targets=("*",)))
+    layout = parallel.layout(8, model)
+    largest = [(0, 0)] * layout.pipeline
+    for rank in range(8):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+        try:
+            mesh = build_mesh(torch.device("cpu"), layout)
+            position = mesh.pipeline.rank()
+            layers = None
+            if layout.pipeline > 1:
+                layers = stage_layers(model, ROUTER, layout.pipeline, None)[position]
+            part = build_model(model, ROUTER, mesh, compute_dtype=torch.float32, seed=None, layers=layers)
+            elements = {name: part.local_shard(name, p).local.numel() for name, p in part.named_parameters()}
+            adapters = sum(number for name, number in elements.items() if split_adapter_name(name)[1] is not None)
+            found = sum(elements.values()), adapters
+            largest[position] = (max(largest[position][0], found[0]), max(largest[position][1], found[1]))
+        finally:
+            dist.destroy_process_group()
+    question = workload(layout, model)
+    stages = plan(layout, parallel, replace(question, trained=question.adapter_share)).stages
+    assert [(stage.parameters, stage.gradients // 4) for stage in stages] == largest
+    assert all(stage.moments == 2 * stage.gradients and 0 < stage.gradients < stage.weights for stage in stages)
 
 
 def test_optimizer_state_is_as_many_tensors_as_the_workload_says() -> None:

@@ -92,6 +92,7 @@ def answer(
         return {"fits": False, "smallest": min(options, key=lambda option: option.peak)}
     verified.sort(key=lambda each: each.times.total)
     flops = training_flops_per_token(meta_model(question.model, question.router), question.seq_len)
+    flops *= (2 + question.workload(1).trained) / 3  # A third of them are the gradients of the weights that train.
     rows = [_row(question, each.option, each, flops, budget) for each in verified]
     # The times of the other layouts are corrected by what the formulas are wrong by for the best one.
     scale = verified[0].times.total / verified[0].option.times.total if verified else 1.0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from common.errors import ConfigError
 from moe.config import ModelConfig, RouterConfig
+from moe.quantization import FULL_PRECISION, QuantizeConfig
 from moe.recompute import Recompute
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
@@ -49,6 +50,8 @@ class Question:
     """Share of the memory that must stay free, for fragmentation."""
     loads: Loads | None
     """The shares of the experts; None: balanced."""
+    quantize: QuantizeConfig = FULL_PRECISION
+    """The weights that are stored in few bits."""
 
     @property
     def limit(self) -> float:
@@ -57,9 +60,17 @@ class Question:
 
     def workload(self, accumulation: int) -> Workload:
         """Return what a step computes."""
-        return Workload(
-            self.model, self.router, self.global_batch, accumulation, self.seq_len, self.itemsize, moments=self.moments
+        workload = Workload(
+            self.model,
+            self.router,
+            self.global_batch,
+            accumulation,
+            self.seq_len,
+            self.itemsize,
+            moments=self.moments,
+            quantize=self.quantize,
         )
+        return replace(workload, trained=workload.adapter_share) if self.model.adapter is not None else workload
 
 
 @dataclass(frozen=True)

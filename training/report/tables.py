@@ -380,6 +380,9 @@ def _show_parameters(figures: Mapping[str, Any]) -> None:
     ]
     rows.append(("total", f"{total:,}", f"{figures['active_params']:,}", "100.0%"))
     rows.append(("", human_count(total), human_count(figures["active_params"]), ""))
+    if figures["trained_params"] < total:
+        trained = figures["trained_params"]
+        rows.append(("of adapters, which train", f"{trained:,}", "", f"{trained / total:.2%}"))
     show_table("parameters", ("part", "all", "active per token", "share"), rows)
     show_fields(
         f"FLOPs per token, context {figures['context']:,}",
