@@ -10,6 +10,8 @@ Fine-grained experts (virtual groups, arXiv 2410.07524): the output of the dense
 units. Groups of F/G units are therefore G networks y_0 .. y_{G-1} that sum to y. Expert c·G + i is slice i of copy c.
 The G router rows of a copy are equal, so their logits tie and top-K selects whole copies. Each slice then has 1/G of
 its copy's weight, and `w_down` is multiplied by G to compensate.
+
+Shared experts are new. Their `w_down` is zero, so that they add nothing until training has changed it.
 """
 
 import re
@@ -43,6 +45,10 @@ class Upcycling:
     the elements of the dense matrix (of G times that matrix for `w_down`)."""
     first_k_dense: int = 0
     moe_every: int = 1
+    num_shared_experts: int = 0
+    shared_hidden_dim: int | None = None
+    shared_gate: bool = False
+    """These three are as in `ModelConfig`."""
     router: Literal["softmax_topk", "sigmoid_topk"] = "softmax_topk"
     seed: int = 0
 
@@ -80,6 +86,9 @@ def moe_config(dense: ModelConfig, plan: Upcycling) -> ModelConfig:
         expert_hidden_dim=width // slices,
         first_k_dense=plan.first_k_dense,
         moe_every=plan.moe_every,
+        num_shared_experts=plan.num_shared_experts,
+        shared_hidden_dim=plan.shared_hidden_dim,
+        shared_gate=plan.shared_gate,
     )
 
 
@@ -96,9 +105,9 @@ def router_config(plan: Upcycling) -> RouterConfig:
 def dense_name(name: str) -> str | None:
     """Return the name of the dense model's tensor that the MoE model's tensor `name` is made from.
 
-    Returns None for the tensors of a router, which the dense model does not have.
+    Returns None for the tensors of a router and of shared experts, which the dense model does not have.
     """
-    if ".ffn.router." in name:
+    if re.search(r"\.ffn\.(router|shared|shared_gate)\.", name):
         return None
     return re.sub(r"\.ffn\.experts\.(\w+)$", r".ffn.\1.weight", name)
 
@@ -126,6 +135,16 @@ def expert_matrix(dense: Tensor, name: str, expert: int, plan: Upcycling) -> Ten
     noise = torch.empty(matrix.shape)
     fill_rows(noise, f"{plan.seed}/upcycle/{name}/{expert}", plan.noise * scale * float(dense.std(correction=0)))
     return matrix + noise
+
+
+def new_tensor(name: str, shape: tuple[int, ...], init_std: float, plan: Upcycling) -> Tensor:
+    """Return a tensor that the dense model does not have, in fp32: of a router, or of shared experts."""
+    if ".ffn.router." in name and len(shape) == 2:
+        return router_matrix(name, shape[1], init_std, plan)
+    tensor = torch.zeros(shape)
+    if len(shape) == 2 and not name.endswith(".shared.w_down.weight"):
+        fill_rows(tensor, f"{plan.seed}/{name}", init_std)
+    return tensor
 
 
 def router_matrix(name: str, dim: int, init_std: float, plan: Upcycling) -> Tensor:

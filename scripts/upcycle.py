@@ -2,6 +2,8 @@
 
     python scripts/upcycle.py source=runs/dense-1 num_experts=8 top_k=2 out=runs/upcycled
     python scripts/upcycle.py source=models/Mistral-7B-v0.1 num_experts=64 top_k=8 granularity=8 out=runs/fine
+    python scripts/upcycle.py source=models/Qwen2-0.5B family=qwen2_moe num_shared_experts=1 shared_hidden_dim=4864 \\
+        shared_gate=true out=runs/qwen2-moe
     python train.py run.init_from=runs/upcycled ...
 
 docs/finetuning.md explains which numbers stay equal, and why.
@@ -31,7 +33,11 @@ class UpcycleConfig:
     noise: float = 0.0
     first_k_dense: int = 0
     moe_every: int = 1
+    num_shared_experts: int = 0
+    shared_hidden_dim: int | None = None
+    shared_gate: bool = False
     router: Literal["softmax_topk", "sigmoid_topk"] = "softmax_topk"
+    family: str | None = None
     seed: int = 0
     dtype: Literal["fp32", "keep"] = "fp32"
     shard_size: str = "5GB"
@@ -54,7 +60,9 @@ def upcycle(config: UpcycleConfig) -> None:
         ModelError,
         f"source={config.source}: expected a dense model; found {source.model.num_experts} experts",
     )
-    model, size = upcycle_model(source, Path(config.out), plan, dtype=config.dtype, shard_bytes=shard_bytes)
+    model, size = upcycle_model(
+        source, Path(config.out), plan, dtype=config.dtype, shard_bytes=shard_bytes, family=config.family
+    )
     dense = count_parameters(meta_model(source.model, source.router)).total
     counts = count_parameters(meta_model(model, router_config(plan)))
     print(

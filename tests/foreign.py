@@ -60,6 +60,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-bias": ("Llama", {"attention_bias": True, "num_key_value_heads": 3}),
     "olmoe": ("Olmoe", {"num_experts": 5, "num_experts_per_tok": 3}),
     "olmoe-normalised": ("Olmoe", {"norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": 6}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 11,
+            "shared_expert_intermediate_size": 7,
+        },
+    ),
+    "qwen2-moe-dense-layer": (
+        "Qwen2Moe",
+        {"mlp_only_layers": [0], "norm_topk_prob": True, "qkv_bias": False, "moe_intermediate_size": 9},
+    ),
     "qwen3-moe": (
         "Qwen3Moe",
         {
@@ -78,7 +91,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Case -> (prefix of transformers' classes, differences from the common sizes). Theta and epsilon are each family's
 defaults."""
-_SLOW = "llama-linear mixtral-yarn llama-bias qwen2-yarn-tied qwen3-bias olmoe-normalised qwen3-moe-dense-layers"
+_SLOW = """
+llama-linear mixtral-yarn llama-bias qwen2-yarn-tied qwen3-bias olmoe-normalised qwen2-moe-dense-layer
+qwen3-moe-dense-layers
+"""
 SLOW_CASES = frozenset(_SLOW.split())
 """Cases that the quick tests leave out. Another case has the same family, or another family the same part."""
 

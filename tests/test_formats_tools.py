@@ -211,7 +211,7 @@ BAD = (
 )
 
 
-@pytest.mark.parametrize("family", ["olmoe", "qwen3-moe", "deepseek"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2-moe", "qwen3-moe", "deepseek"])
 def test_a_bad_directory_of_every_family_is_refused_in_one_line(family, tmp_path, monkeypatch, capsys):
     good = tmp_path / "good"
     if family == "deepseek":

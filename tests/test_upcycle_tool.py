@@ -1,5 +1,7 @@
 """`scripts/upcycle.py` as a user runs it."""
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moe.config import ModelConfig, RouterConfig
 from moe.init import init_parameters
@@ -14,6 +17,9 @@ from moe.model import ModelInputs, Transformer
 from moe.region import Region
 from scripts import upcycle
 from scripts.cli.command_line import CONF
+from tests.deepseek import loop_logits
+from tests.foreign import load_reference, logits_of, random_tokens, save_reference
+from training.formats.export import export_model
 from training.formats.model_directory import Block, write_model
 from training.formats.reader import open_model
 from training.report.metrics import read_metrics
@@ -85,6 +91,58 @@ def test_the_upcycled_model_computes_what_the_dense_model_does(dense, tmp_path, 
     torch.testing.assert_close(logits(model), logits(load(dense, torch.float64)), atol=1e-12, rtol=1e-12)
 
 
+NORMED = dataclasses.replace(DENSE, sliding_window=None, qk_norm="width", num_kv_heads=4)
+SHARED = ["num_shared_experts=1", "shared_hidden_dim=5", "shared_gate=true"]
+
+
+@pytest.mark.parametrize(
+    ("source", "family", "extra"),
+    [
+        ("llama-gqa-tied", "mixtral", ["num_experts=4"]),
+        ("qwen2", "qwen2_moe", ["num_experts=4", *SHARED, "first_k_dense=1"]),
+        ("llama-gqa-tied", "qwen2_moe", ["num_experts=6", "top_k=3", *SHARED]),
+        ("qwen3", "qwen3_moe", ["num_experts=5", "top_k=4"]),
+        ("normed", "olmoe", ["num_experts=8", "top_k=4", "granularity=2"]),
+    ],
+)
+def test_an_upcycled_model_of_a_family_computes_the_same_in_transformers(
+    source, family, extra, tmp_path, monkeypatch, capsys
+):
+    if source == "normed":
+        write(tmp_path / "dense", NORMED)
+    else:
+        save_reference(source, tmp_path / "dense")
+    capsys.readouterr()
+    arguments = [f"source={tmp_path / 'dense'}", f"out={tmp_path / 'moe'}", f"family={family}", *extra]
+    assert run(monkeypatch, capsys, *arguments)[::2] == (0, "")
+    export_model(
+        open_model(tmp_path / "moe"), tmp_path / "out", form="hf", dtype="fp32", shard_bytes=10**9, positions=64
+    )
+    reference = load_reference(tmp_path / "out")
+    assert reference.config.model_type == family
+    tokens_BS = random_tokens(13)
+    expected_BSV = logits_of(load(tmp_path / "dense"), tokens_BS)
+    torch.testing.assert_close(reference(tokens_BS).logits, expected_BSV, rtol=0, atol=2e-5)
+
+
+def test_an_upcycled_deepseek_model_computes_the_same_in_its_loop(tmp_path, monkeypatch, capsys):
+    save_reference("llama-mha", tmp_path / "dense")
+    extra = ["family=deepseek", "num_experts=6", "num_shared_experts=2", "first_k_dense=1"]
+    capsys.readouterr()
+    assert run(monkeypatch, capsys, f"source={tmp_path / 'dense'}", f"out={tmp_path / 'moe'}", *extra)[0] == 0
+    export_model(
+        open_model(tmp_path / "moe"), tmp_path / "out", form="hf", dtype="fp32", shard_bytes=10**9, positions=64
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["n_shared_experts"]) == ("deepseek", 2)
+    weights = {name: tensor.double() for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()}
+    assert not weights["model.layers.1.mlp.shared_experts.down_proj.weight"].any()
+    assert weights["model.layers.1.mlp.shared_experts.up_proj.weight"].std() == pytest.approx(0.02, rel=0.2)
+    tokens_BS = random_tokens(6)
+    expected_BSV = logits_of(load(tmp_path / "dense", torch.float64), tokens_BS)
+    torch.testing.assert_close(loop_logits(config, weights, tokens_BS), expected_BSV, rtol=0, atol=1e-9)
+
+
 def test_dtype_keep_keeps_the_stored_dtype(tmp_path, monkeypatch, capsys):
     small = write(tmp_path / "bf16", DENSE, torch.bfloat16)
     for dtype in ("keep", "fp32"):
@@ -115,6 +173,10 @@ def test_noise_depends_on_the_seed(dense, tmp_path, monkeypatch, capsys):
     ("arguments", "line"),
     [
         (["num_experts=0"], "num_experts=0: expected an integer >= 2"),
+        (["family=olmoe"], "family=olmoe: model.qk_norm=null: expected width, as in OlmoeForCausalLM"),
+        (["family=gpt2"], "family=gpt2: expected one of llama, mistral"),
+        (["shared_gate=true"], "shared_gate=true: expected false with num_shared_experts=0"),
+        (["shared_hidden_dim=4"], "num_shared_experts=0: expected 1 with shared_hidden_dim"),
         (["top_k=9"], "top_k=9: expected an integer from 2 to num_experts=8"),
         (["granularity=3"], "granularity=3: expected a divisor of num_experts=8 and of top_k=2"),
         (["num_experts=10", "top_k=5", "granularity=5"], "granularity=5: expected a divisor of hidden_dim=48, "),

@@ -26,6 +26,7 @@ CASES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "olmoe": "olmoe",
+    "qwen2_moe": "qwen2-moe",
     "qwen3_moe": "qwen3-moe",
 }
 QUICK = ("llama", "mistral", "mixtral", "qwen3_moe")
@@ -73,6 +74,8 @@ MORE_VALUES = {
     "mlp_only_layers": ([0], [1], [0, 1], [-1], [7], [0.5]),
     "decoder_sparse_step": (1, 2, 3),
     "norm_topk_prob": (True, False),
+    "shared_expert_intermediate_size": (7, 8),
+    "qkv_bias": (True, False),
     "clip_qkv": (None, 8.0),
     "layer_types": (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]),
     "per_layer_config": ({"0": {"rms_norm_eps": 0.1}}, {"1": {"sliding_window": 3}}),

@@ -93,8 +93,8 @@ def test_the_layers_of_moe_layer_freq():
     assert [layer for layer in range(7) if model.is_moe_layer(layer)] == [2, 4, 6]
     raw = hf.write_config(model, router, "float32", 64)
     assert hf.read_config(raw, "c") == (model, router)
-    with pytest.raises(ModelError, match=r"^model.moe_every=2: expected 1, or a divisor of 3, the number of the first"):
-        hf.write_config(dataclasses.replace(model, first_k_dense=2), router, "float32", 64)
+    with pytest.raises(ModelError, match=r"^family=deepseek: model.moe_every=2: expected 1, or a divisor of 3, the"):
+        hf.check_family("deepseek", dataclasses.replace(model, first_k_dense=2), router)
 
 
 def test_remote_code_is_refused_if_the_family_is_not_known():

@@ -52,7 +52,9 @@ def test_an_exported_model_is_the_same_model_in_transformers(case, tmp_path):
     torch.testing.assert_close(exported(tokens).logits, reference(tokens).logits, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["llama-gqa-tied", "llama-3.1", "mixtral-window", "qwen2", "olmoe", "qwen3-moe"])
+@pytest.mark.parametrize(
+    "case", ["llama-gqa-tied", "llama-3.1", "mixtral-window", "qwen2", "olmoe", "qwen2-moe", "qwen3-moe"]
+)
 def test_transformers_generates_the_same_tokens(case, tmp_path):
     save_reference(case, tmp_path / "reference")
     reader = open_model(tmp_path / "reference")
@@ -73,7 +75,11 @@ def test_missing_keys_have_the_defaults_of_transformers(family):
     import transformers
 
     config = transformers.AutoConfig.for_model(family)
-    expected = (config.rope_parameters["rope_theta"], config.rms_norm_eps, getattr(config, "sliding_window", None))
+    expected = (
+        config.rope_parameters["rope_theta"],
+        config.rms_norm_eps,
+        getattr(config, "sliding_window", None) or None,
+    )
     defaults = dict(FAMILIES[family].DEFAULTS)
     assert defaults.pop("rope_theta") == expected[0]
     assert (defaults.pop("num_key_value_heads", None) or config.num_attention_heads) == config.num_key_value_heads
@@ -81,7 +87,7 @@ def test_missing_keys_have_the_defaults_of_transformers(family):
     assert defaults == {key: getattr(config, key) for key in defaults if defaults[key] is not None} | {
         key: None for key in defaults if defaults[key] is None
     }
-    raw = SPARSE if FAMILIES[family].moe else DENSE | {"num_key_value_heads": 2}
+    raw = DENSE | {"num_key_value_heads": 2}
     model, _ = hf.read_config(raw | {"model_type": family}, "config.json")
     assert (model.rope_theta, model.norm_eps, model.sliding_window) == expected
     assert (model.tie_embeddings, model.head_dim) == (config.tie_word_embeddings, defaults.get("head_dim", 4))
@@ -89,7 +95,7 @@ def test_missing_keys_have_the_defaults_of_transformers(family):
 
 @pytest.mark.parametrize("family", IN_TRANSFORMERS)
 def test_a_null_number_of_key_value_heads_is_that_of_the_query_heads(family):
-    raw = (SPARSE if FAMILIES[family].moe else DENSE) | {"model_type": family, "num_attention_heads": 4}
+    raw = DENSE | {"model_type": family, "num_attention_heads": 4}
     assert hf.read_config(raw | {"num_key_value_heads": None}, "c")[0].num_kv_heads == 4
     assert hf.read_config(raw | {"num_key_value_heads": 2}, "c")[0].num_kv_heads == 2
 
@@ -178,6 +184,8 @@ OLMOE = DENSE | {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok":
 QWEN3_MOE = DENSE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2,
                      "moe_intermediate_size": 5, "head_dim": 4}  # fmt: skip
 
+QWEN2_MOE = QWEN3_MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 7}
+
 
 @pytest.mark.parametrize(
     ("raw", "message"),
@@ -207,6 +215,10 @@ QWEN3_MOE = DENSE | {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_p
         (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step=0: expected an integer >= 1"),
         (QWEN3_MOE | {"num_hidden_layers": 2**40}, "num_hidden_layers=1099511627776: expected at most 10000"),
         (QWEN3_MOE | {"norm_topk_prob": None}, "norm_topk_prob=null: expected true or false"),
+        (QWEN2_MOE | {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size=0: expected an integer"),
+        (QWEN2_MOE | {"qkv_bias": 1}, "qkv_bias=1: expected true or false"),
+        (QWEN2_MOE | {"attention_bias": True}, "attention_bias=true: expected false"),
+        (QWEN2_MOE | {"n_shared_experts": 2}, "n_shared_experts=2: expected a known key"),
         (QWEN3_MOE | {"mlp_bias": True}, "mlp_bias=true: expected false"),
         (QWEN3_MOE | {"scoring_func": "sigmoid"}, "scoring_func=sigmoid: expected a known key"),
         (
@@ -295,6 +307,8 @@ DENSE_MODEL = {"num_experts": None, "top_k": None}
         ({"attention_bias": "all"}, {}, "deepseek"),
         ({"qk_norm": "head", "first_k_dense": 1}, {}, "qwen3_moe"),
         ({"qk_norm": "width"}, {"normalize": False}, "olmoe"),
+        ({"num_shared_experts": 2, "shared_gate": True, "attention_bias": "qkv"}, {}, "qwen2_moe"),
+        ({"num_shared_experts": 1, "shared_gate": True, "shared_hidden_dim": 5, "moe_every": 2}, {}, "qwen2_moe"),
         (DENSE_MODEL, {}, "llama"),
         (DENSE_MODEL | {"attention_bias": "all"}, {}, "llama"),
         (DENSE_MODEL | {"num_heads": 3}, {}, "mistral"),

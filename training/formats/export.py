@@ -21,7 +21,7 @@ from data.tokens.marks import GENERATION, TEMPLATE
 from data.tokens.tokenizer import TextTokenizer, Tokenizer
 from moe.config import ModelConfig
 from moe.region import Region
-from moe.upcycle import Upcycling, dense_name, expert_matrix, moe_config, router_config, router_matrix
+from moe.upcycle import Upcycling, dense_name, expert_matrix, moe_config, new_tensor, router_config
 from training.checkpoint.shards import LazyTensor, write_safetensors
 from training.formats import huggingface as hf
 from training.formats import mistral
@@ -228,24 +228,33 @@ def _write_mistral_tokenizer(directory: Path, files: TokenizerFiles) -> None:
 
 
 def upcycle_model(
-    reader: ModelReader, out: Path, plan: Upcycling, *, dtype: Literal["fp32", "keep"], shard_bytes: int
+    reader: ModelReader,
+    out: Path,
+    plan: Upcycling,
+    *,
+    dtype: Literal["fp32", "keep"],
+    shard_bytes: int,
+    family: str | None = None,
 ) -> tuple[ModelConfig, int]:
     """Write the MoE model that `plan` makes from the reader's model, which must be dense.
 
     Args:
         out: the directory to write. After an error, it does not exist.
         dtype: `fp32`, the dtype that training uses for weights, or `keep` for the stored dtype of the dense tensors.
-            New routers are fp32.
+            New routers and shared experts are fp32.
         shard_bytes: the most bytes of weights in one file.
+        family: the `model_type` of the family that must compute the MoE model, for its export. None: any or none.
 
     Returns:
         The configuration of the MoE model, and the size of the weights' files in bytes.
 
     Raises:
-        ModelError: a tensor cannot be read, or `out` exists or cannot be written.
+        ModelError: a tensor cannot be read, `out` exists or cannot be written, or `family` does not compute the model.
         ValueError: the plan does not fit the model. The message starts with `<field>=<value>`.
     """
     model = moe_config(reader.model, plan)
+    if family is not None:
+        hf.check_family(family, model, router_config(plan))
     open_tokenizer(reader)
     return model, write_model(
         out,
@@ -267,8 +276,7 @@ def _list_blocks(
         origin = dense_name(name)
         stored = torch.float32 if dtype == "fp32" or origin is None else reader.dtype(origin)
         if origin is None:
-            weight = partial(router_matrix, name, model.dim, model.init_std, plan)
-            yield Block(name, shape, whole, stored, weight if len(shape) == 2 else partial(torch.zeros, shape))
+            yield Block(name, shape, whole, stored, partial(new_tensor, name, shape, model.init_std, plan))
         elif origin == name:
             yield Block(name, shape, whole, stored, partial(_copy, read, name, stored))
         else:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import ModelError
+from common.errors import ModelError, require
 from moe.config import ModelConfig, RouterConfig
 from training.formats.families import FAMILIES, Family
 from training.formats.fields import shown
@@ -68,12 +68,28 @@ def write_config(model: ModelConfig, router: RouterConfig, dtype: str, positions
     families = [family for family in FAMILIES.values() if family.moe == model.is_moe]
     is_latent = model.kv_lora_rank is not None
     for family in [family for family in families if family.latent == is_latent] or families:
-        try:
-            raw = family.write(model, router)
-        except ModelError as error:
-            refusals.append([str(error)])
-            continue
-        refusals.append(differences(model, router, family.read(raw, Path(CONFIG)), family.architecture))
-        if not refusals[-1]:
+        raw, refused = _write(family, model, router)
+        if not refused:
             return raw | {"max_position_embeddings": positions, "torch_dtype": dtype, "dtype": dtype}
+        refusals.append(refused)
     raise ModelError(min(refusals, key=len)[0])
+
+
+def check_family(name: str, model: ModelConfig, router: RouterConfig) -> None:
+    """Check that the family with the `model_type` `name` computes what the model computes.
+
+    Raises:
+        ModelError: it does not, or there is no such family. The message starts with `family=`.
+    """
+    require(name in FAMILIES, ModelError, f"family={shown(name)}: expected one of {', '.join(FAMILIES)}")
+    for message in _write(FAMILIES[name], model, router)[1]:
+        raise ModelError(f"family={name}: {message}")
+
+
+def _write(family: Family, model: ModelConfig, router: RouterConfig) -> tuple[dict[str, Any], list[str]]:
+    """Return the keys of the family, and one message for each key in which they do not describe the model."""
+    try:
+        raw = family.write(model, router)
+    except ModelError as error:
+        return {}, [str(error)]
+    return raw, differences(model, router, family.read(raw, Path(CONFIG)), family.architecture)

@@ -18,11 +18,11 @@ from training.formats.families.family import Family
 from training.formats.families.latent import DeepseekV2, DeepseekV3
 from training.formats.families.llama import Llama, Mistral, Mixtral
 from training.formats.families.olmoe import Olmoe
-from training.formats.families.qwen import Qwen2, Qwen3, Qwen3Moe
+from training.formats.families.qwen import Qwen2, Qwen2Moe, Qwen3, Qwen3Moe
 
 _ALL = (
     *(Llama(), Mistral(), Qwen2(), Qwen3()),
-    *(Mixtral(), Olmoe(), Qwen3Moe(), Deepseek(), DeepseekV2(), DeepseekV3()),
+    *(Mixtral(), Olmoe(), Qwen2Moe(), Qwen3Moe(), Deepseek(), DeepseekV2(), DeepseekV3()),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 """`model_type` -> family. Export takes the first one that computes the model."""

@@ -147,7 +147,7 @@ class Family:
         """Check the keys about windows.
 
         Raises:
-            ModelError: the window is not one that `read_model` reads.
+            ModelError: the window is not one that `read_window` reads.
         """
         window = fields.get("sliding_window")
         fields.expect(self.windowed or window is None, "sliding_window", window, f"null in a {self.architecture}")
@@ -171,12 +171,16 @@ class Family:
             "hidden_dim": fields.integer("intermediate_size"),
             "ffn": ACTIVATIONS[activation],
             "vocab_size": fields.integer("vocab_size"),
-            "sliding_window": fields.integer_or_null("sliding_window"),
+            "sliding_window": self.read_window(fields),
             "qk_norm": self.qk_norm,
             "attention_bias": self.read_bias(fields),
             "norm_eps": fields.number("rms_norm_eps"),
             "tie_embeddings": fields.flag("tie_word_embeddings"),
         } | rotary.read_rotary(fields, self.SCALINGS)
+
+    def read_window(self, fields: Fields) -> int | None:
+        """Return the window of every layer, or None."""
+        return fields.integer_or_null("sliding_window")
 
     def read_bias(self, fields: Fields) -> str | None:
         """Return the `attention_bias` of the model."""

@@ -9,6 +9,7 @@ from training.formats.families.experts import (
     read_experts,
     read_moe_layers,
     read_top_k,
+    shared_names,
 )
 from training.formats.families.family import BLOCK, Family
 from training.formats.fields import Fields
@@ -30,9 +31,9 @@ class Qwen(Family):
         same = full and len(types) == fields.integer("num_hidden_layers")
         fields.expect(types is None or same, "layer_types", types, "full_attention for each layer")
 
-    def read_model(self, fields: Fields) -> dict[str, Any]:
-        # Without `use_sliding_window`, the keys `sliding_window` and `max_window_layers` have no meaning.
-        return super().read_model(fields) | {"sliding_window": None}
+    def read_window(self, fields: Fields) -> int | None:
+        # Without `use_sliding_window`, `sliding_window` has no meaning. transformers writes 0 for Qwen2-MoE.
+        return None
 
     def write(self, model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         return super().write(model, router) | {"use_sliding_window": False, "sliding_window": None}
@@ -109,6 +110,37 @@ class QwenMoe(Qwen):
             "mlp_only_layers": dense if first else [],
             "output_router_logits": False,
         }
+
+
+class Qwen2Moe(QwenMoe):
+    """Qwen2 with MoE layers, and a shared expert whose output is multiplied by a sigmoid gate (Qwen1.5-MoE)."""
+
+    model_type = "qwen2_moe"
+    architecture = "Qwen2MoeForCausalLM"
+    BIASES: ClassVar[dict[str, str]] = {"qkv_bias": "qkv"}
+    DEFAULTS: ClassVar[dict[str, Any]] = QwenMoe.DEFAULTS | {
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "qkv_bias": True,
+    }
+    NAMES: ClassVar[dict[str, str]] = (
+        QwenMoe.NAMES
+        | shared_names("shared_expert")
+        | {"layers.N.ffn.shared_gate.weight": "model.layers.{n}.mlp.shared_expert_gate.weight"}
+    )
+
+    def read_model(self, fields: Fields) -> dict[str, Any]:
+        width = fields.integer("shared_expert_intermediate_size")
+        shared = {"num_shared_experts": 1, "shared_hidden_dim": width, "shared_gate": True}
+        return super().read_model(fields) | shared
+
+    def write(self, model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
+        # Without shared experts, the width has no meaning: the model is not computed by this family.
+        width = model.shared_width or model.expert_width
+        return super().write(model, router) | {"shared_expert_intermediate_size": width}
 
 
 class Qwen3Moe(QwenMoe):
