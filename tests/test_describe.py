@@ -100,6 +100,23 @@ def test_every_preset_is_described_with_its_own_router(model: str, capsys: pytes
     assert not any(line.endswith(" ") for line in shown.splitlines())
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("olmoe_1b_7b", ["128, RMSNorm of queries and keys\n"]),
+        ("qwen2_moe_a2_7b", ["biases of queries, keys and values\n", "top-4, 1 shared of width 5,632 with a gate\n"]),
+        ("qwen3_moe_30b", ["128, RMSNorm of each query and key head\n"]),
+        ("gpt_oss_120b", ["64, biases, rotary frequencies scaled by 32 (yarn)\n"]),
+    ],
+)
+def test_parts_that_only_some_families_have_are_named(
+    model: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool.describe(configured(f"model={model}"))
+    shown = capsys.readouterr().out
+    assert [text for text in words if text not in shown] == []
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_training_bytes_are_those_of_a_real_step(precision: torch.dtype) -> None:
     config = dataclasses.replace(composed(["model=deepseek_moe_tiny"]).model, vocab_size=64)

@@ -64,14 +64,15 @@ def test_logits_of_every_step_equal_the_uncached(window, chunk):
 PARTS = {
     "norm of each head, biases": {"qk_norm": "head", "attention_bias": "all"},
     "norm of all heads": {"qk_norm": "width", "attention_bias": "qkv"},
+    "gate of the shared experts": {"num_shared_experts": 1, "shared_hidden_dim": 7, "shared_gate": True},
     "yarn": {"rotary_dim": 2, "rope_scaling": RopeScaling("yarn", 4.0, 8)},
 }
-"""Parts of a model that attention or the rotary embedding computes in another way."""
+"""Parts that only some families have."""
 
 
 @pytest.mark.parametrize("part", PARTS)
 @torch.no_grad()
-def test_every_part_of_attention_works_with_the_cache(part):
+def test_every_part_works_with_the_cache(part):
     model = build((5, None, 5), **PARTS[part])
     tokens = torch.randint(0, 40, (2, LENGTH))
     expected = whole(model, tokens)

@@ -106,12 +106,12 @@ CASES: Mapping[str, Case] = {
         RouterConfig(balance_coef=0.05),
     ),
     "head_norm": Case(
-        replace(MODEL, qk_norm="head", attention_bias="all", rotary_dim=2, num_kv_heads=1),
+        replace(MODEL, qk_norm="head", attention_bias="qkv", num_kv_heads=1),
         RouterConfig(balance_coef=0.05, layer_reduction="sum"),
     ),
     "width_norm": Case(
-        replace(MODEL, qk_norm="width", attention_bias="qkv", num_kv_heads=2, sliding_window=None,
-                num_shared_experts=1, shared_hidden_dim=11, shared_gate=True,
+        replace(MODEL, qk_norm="width", attention_bias="all", num_kv_heads=2, sliding_window=None,
+                num_shared_experts=1, shared_hidden_dim=11, shared_gate=True, rotary_dim=2,
                 rope_scaling=RopeScaling("yarn", 4.0, original_positions=8)),
         RouterConfig(balance_coef=0.05, normalize=False),
     ),
