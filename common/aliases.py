@@ -11,7 +11,7 @@ _WORDS = {
     "accumulation_steps accumulate_grad_batches num_microbatches micro_batches microbatches",
     "train.steps": "max_steps epochs epoch num_epochs num_train_epochs max_epochs train_iters iters iterations "
     "max_iters num_steps n_steps train_steps training_steps total_steps num_train_steps num_iterations train_samples",
-    "train.seq_len": "seq_length max_seq_len max_seq_length sequence_length seqlen seq block_size context_length "
+    "train.seq_len": "seq_length max_seq_len max_seq_length sequence_length seqlen seq context_length "
     "max_length max_position_embeddings model_max_length ctx_len n_ctx context_size cutoff_len",
     "train.precision": "bf16 fp16 fp32 fp64 dtype torch_dtype mixed_precision mixed_precision_param amp autocast half "
     "bfloat16 param_dtype",
