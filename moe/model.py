@@ -166,6 +166,11 @@ class Transformer(nn.Module):
         if not last:
             self.norm = self.head = None  # type: ignore[assignment]
 
+    def numbers_in(self, name: str, shard: LocalShard) -> int:
+        """Return how many numbers of a parameter a shard has; of a quantised one, in proportion to its bytes."""
+        packing, size = self.packings.get(name), shard.local.numel()
+        return size if packing is None else round(size / packing.nbytes * packing.numel)
+
     def quantize(self, config: QuantizeConfig) -> None:
         """Replace the weights that `config` chooses by bytes, which are not filled. They do not train.
 

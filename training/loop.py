@@ -498,7 +498,7 @@ def sample_text(config: Config, tokenizer: TextTokenizer, engine: Engine, direct
         dtype = engine.parts[0].compute_dtype
         needed = count_parameters(meta_model(source.model, source.router)).total * dtype.itemsize
         if needed < free_bytes(mesh.device) / 2:
-            model = build_whole_model(source.model, source.router, mesh.device, dtype)
+            model = build_whole_model(source.model, source.router, mesh.device, dtype, config.quantize)
             source.fill(model)
             [ids] = continue_text(model)
             text = tokenizer.decode(ids)

@@ -5,7 +5,6 @@ The data are packed rows, rows with uneven padding, and rows of padding only.
 Shapes: B rows, S sequence, E experts, D model.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import IGNORE, Batch
-from moe.accounting.flops import meta_model
+from moe.accounting.flops import count_parameters, meta_model
 from moe.model import Transformer
 from moe.region import LocalShard, Region
 from moe.router import Router
@@ -82,11 +81,10 @@ class Trial:
         parts = build_parts(config, case.model, mesh, compute_dtype(config.train.precision, mesh.device), SEED)
         if case.last_expert_idle:
             make_last_expert_idle(parts)
-        whole = meta_model(parts[0].config, parts[0].router_config)
-        shards = {name: part.local_shard(name, weight) for part in parts for name, weight in part.named_parameters()}
-        numbers = {name: weight.numel() for name, weight in whole.named_parameters()}
-        stored = sum(numbers[name] * shard.region.numel / math.prod(shard.shape) for name, shard in shards.items())
-        self.share = max(all_gather_json(stored, mesh.world)) / sum(numbers.values())
+        shards = ((part, name, part.local_shard(name, x)) for part in parts for name, x in part.named_parameters())
+        stored = all_gather_json(sum(part.numbers_in(name, shard) for part, name, shard in shards), mesh.world)
+        whole = count_parameters(meta_model(parts[0].config, parts[0].router_config)).total
+        self.share = max(stored) / whole
         """The largest part of the model's weights that one rank stores, before DeepSpeed partitions them."""
         self.engine: Engine = build_engine(config, parts, mesh)
 

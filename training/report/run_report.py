@@ -69,13 +69,15 @@ def show_start(summary: RunSummary) -> None:
     show_corpus(run.tokens.summary(), run.tokens.directory.name, run.tokens.directory)
     for line in run.tokens.skipped():
         show_line(line)
+    quantize = run.config.quantize
+    stored = f", {', '.join(quantize.targets)} stored in {quantize.kind}," if quantize.kind else ""
     show_model(
         run.model,
         total_params=run.counts.total,
         active_params=run.counts.active,
         vocab_size=run.tokens.tokenizer.vocab_size,
         tokenizer="tokenizer.json" if run.tokens.tokenizer_files.has_json else "sentencepiece",
-        precision=f"{DTYPE_NAMES[summary.dtype]} (torch {torch.__version__})",
+        precision=f"{DTYPE_NAMES[summary.dtype]} (torch {torch.__version__}){stored}",
         device=ranks[0].device,
     )
     show_layout(ranks, str(run.plan.layout) if len(ranks) > 1 else "")
@@ -289,8 +291,10 @@ def gather_rank_summaries(parts: Sequence[Transformer], mesh: Mesh) -> list[Rank
         parts: the modules of this rank: the model, or one module for each of its pipeline stages.
     """
     shards = {name: part.local_shard(name, weight) for part in parts for name, weight in part.named_parameters()}
-    expert_shards = [shard for name, shard in shards.items() if kind(name) == "experts"]
-    experts = {shard.region.offset[0] + row for shard in expert_shards for row in range(shard.region.shape[0])}
+    numbers = {name: part.numbers_in(name, shards[name]) for part in parts for name, _ in part.named_parameters()}
+    of_experts = [name for name in shards if kind(name) == "experts"]
+    regions = [shards[name].region for name in of_experts]
+    experts = {region.offset[0] + row for region in regions for row in range(region.shape[0])}
     layers = [number for part in parts for number, layer in enumerate(part.layers) if layer is not None]
     summary = RankSummary(
         rank=mesh.rank,
@@ -298,8 +302,8 @@ def gather_rank_summaries(parts: Sequence[Transformer], mesh: Mesh) -> list[Rank
         device=str(mesh.device),
         experts=sorted(experts),
         layers=layers,
-        parameters=sum(shard.local.numel() for shard in shards.values()),
+        parameters=sum(numbers.values()),
         bytes=sum(shard.local.numel() * shard.local.element_size() for shard in shards.values()),
-        expert_parameters=sum(shard.local.numel() for shard in expert_shards),
+        expert_parameters=sum(numbers[name] for name in of_experts),
     )
     return [RankSummary(**gathered) for gathered in all_gather_json(asdict(summary), mesh.world)]
