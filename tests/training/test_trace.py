@@ -13,6 +13,7 @@ from common.strict import from_dict
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.planning.auto import without_auto
+from parallel.planning.plan import plan
 from parallel.planning.traffic import traffic
 from scripts.cli.command_line import compose_config
 from training.build import build_engine, build_parts
@@ -47,7 +48,9 @@ def measured(config: Config, document: int | None) -> int:
         engine = build_engine(config, build_parts(config, config.model, mesh, dtype, 1), mesh)
         batches = example_batches(config, Layout(), config.train.accumulation, document)
         train_step(engine, batches, config.router, 1e-3)
-        state = 12 * sum(weight.numel() for weight in engine.parts[0].parameters())  # Weights and two moments in fp32.
+        weights = list(engine.parts[0].parameters())
+        moments = 2 * sum(weight.nbytes for weight in weights if weight.requires_grad)
+        state = moments + sum(weight.nbytes for weight in weights)
         with AllocatorPeak(torch.device("cpu")) as peak:
             train_step(engine, batches, config.router, 1e-3)
         engine.close()
@@ -75,6 +78,21 @@ def test_the_peak_is_that_of_the_allocator(overrides: tuple[str, ...], document:
     assert sum(trace.parts.values()) == trace.peak
     weights = trace.state["weights"]
     assert trace.state["moments"] >= 2 * weights and trace.state["gradients"] == weights
+
+
+@pytest.mark.parametrize(
+    "overrides", [("parallel.recompute=selective",), ("train.precision=bf16", "adapter.targets=[attention]")]
+)
+def test_the_peak_with_weights_in_4_bits_is_that_of_the_allocator(overrides: tuple[str, ...]) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra [quantize]")
+    given = ("adapter=lora", "adapter.targets=[attention,experts]", "quantize=nf4", "run.init_from=x")
+    config = configured(*given, *overrides)
+    trace = trace_step(Subject(config, Layout(), dtype=compute_dtype(config.train.precision, torch.device("cpu"))))
+    assert trace.peak == pytest.approx(measured(config, None), rel=0.02)
+    workload = build_workload(config, config.model)
+    workload = replace(workload, trained=workload.adapter_share)
+    planned = plan(Layout(), config.parallel, workload).fullest
+    assert trace.state["weights"] == planned.weights and trace.state["gradients"] == planned.gradients
 
 
 def sent(trace: Trace) -> Counter[str]:

@@ -34,6 +34,7 @@ GROUPS = {
     "moe/selection.py": "router",
     "moe/noise.py": "router",
     "moe/linear.py": "RoPE, norms, residuals",
+    "moe/low_rank.py": "adapters",
     "moe/token_context.py": "RoPE, norms, residuals",
     "moe/attention": "RoPE, norms, residuals",
     "moe/layer.py": "RoPE, norms, residuals",

@@ -452,6 +452,7 @@ PARTS = {
     "moe/feedforward.py": "experts",
     "moe/losses.py": "logits and loss",
     "moe/linear.py": "norms and projections",
+    "moe/low_rank.py": "adapters",
     "moe/layer.py": "norms and projections",
     "moe/model.py": "norms and projections",
     "parallel/collectives.py": "communication",
