@@ -61,6 +61,19 @@ CASES: Mapping[str, Case] = {
     "full attention": Case(replace(MODEL, sliding_window=None), RouterConfig()),
     "dense, shared": Case(replace(MODEL, first_k_dense=1, num_shared_experts=1, tie_embeddings=True), RouterConfig()),
     "norm of all heads": Case(replace(MODEL, qk_norm="width", attention_bias="all"), RouterConfig()),
+    "latent": Case(
+        replace(
+            MODEL,
+            num_kv_heads=8,
+            kv_lora_rank=16,
+            q_lora_rank=24,
+            qk_nope_head_dim=8,
+            qk_rope_head_dim=4,
+            v_head_dim=6,
+            head_dim=12,
+        ),
+        RouterConfig(),
+    ),
     "multi-query": Case(replace(MODEL, num_kv_heads=1, vocab_size=257), RouterConfig()),
 }
 
@@ -91,6 +104,8 @@ JOBS: Mapping[int, list[Job]] = {  # by world size
         Job("even load", "tensor=2"),
         Job("dense, shared", "tensor=2"),
         Job("multi-query", "tensor=2"),
+        Job("latent", "tensor=2"),
+        Job("latent", "context=2"),
         Job("norm of all heads", "tensor=2+recompute=full"),
         Job("dense, shared", "tensor=2+recompute=full"),
         Job("even load", "context=2"),

@@ -16,6 +16,8 @@ JOBS = [
     Job("full attention", "context=2", zigzag=False),
     Job("dense, shared", "tensor=2"),
     Job("multi-query", "tensor=2"),
+    Job("latent", "tensor=2"),
+    Job("latent", "context=2"),
     Job("norm of all heads", "tensor=2+recompute=full"),
     Job("even load", "shard=2+expert=2"),
     Job("even load", "pipeline=2"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe.compiled import CompiledBlocks, compile_clock
-from moe.config import ModelConfig, RouterConfig
+from moe.config import ModelConfig, RopeScaling, RouterConfig
 from moe.generation.generate import generate
 from moe.init import init_parameters
 from moe.model import ModelInputs, Transformer
@@ -86,7 +86,12 @@ ROUTERS = {
     "bias_and_window": (RouterConfig(kind="sigmoid_topk", capacity_factor=1.0), {"sliding_window": 6}),
     "prob": (RouterConfig(capacity_factor=1.0, drop_policy="prob", allow_noncausal=True), {"ffn": "relu"}),
     "choice": (RouterConfig(kind="expert_choice", allow_noncausal=True, balance_coef=0.0), {}),
-}
+    "latent": (
+        RouterConfig(),
+        {"num_kv_heads": 4, "kv_lora_rank": 6, "q_lora_rank": 5, "qk_nope_head_dim": 3, "qk_rope_head_dim": 4,
+         "v_head_dim": 5, "head_dim": 7, "rope_scaling": RopeScaling("yarn", 4.0, 8, mscale=0.7, mscale_all_dim=0.7)},
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.slow

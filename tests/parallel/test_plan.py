@@ -72,6 +72,8 @@ PARTS = replace(MODEL, qk_norm="width", attention_bias="all", shared_hidden_dim=
 DENSE = replace(MODEL, num_experts=None, top_k=None, expert_hidden_dim=None, num_shared_experts=0, first_k_dense=0)
 ODD = replace(MODEL, dim=18, num_experts=6, expert_hidden_dim=10, num_shared_experts=0, tie_embeddings=True)
 """FSDP shards its norms, embedding and experts into shards of unequal size."""
+LATENT = replace(MODEL, num_kv_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=4,
+                 v_head_dim=10, head_dim=16)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -389,7 +391,9 @@ def test_recompute_and_offload_need_less_memory() -> None:
 
 @pytest.mark.parametrize("mode", ["none", "selective"])
 @pytest.mark.parametrize(
-    "model", [replace(MODEL, num_shared_experts=0), MODEL, PARTS], ids=["mixtral", "deepseek", "parts"]
+    "model",
+    [replace(MODEL, num_shared_experts=0), MODEL, PARTS, LATENT],
+    ids=["mixtral", "deepseek", "parts", "latent"],
 )
 def test_activations_are_about_what_autograd_stores(model: ModelConfig, mode: Recompute) -> None:
     model = replace(model, dim=64, head_dim=16, hidden_dim=160, expert_hidden_dim=80)
