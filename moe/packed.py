@@ -84,6 +84,8 @@ def pack(weight_OI: Tensor, packing: Packing) -> Tensor:
 def unpack(packed_P: Tensor, packing: Packing, dtype: torch.dtype) -> Tensor:
     """Return the matrix [O, I] that the bytes stand for, in `dtype`."""
     functional = library()
+    # Before torch 2.13, FSDP gathers bytes as numbers of the compute dtype, which has all of them exactly.
+    packed_P = packed_P.to(torch.uint8)
     parts = {name: packed_P[offset : offset + length] for name, (offset, length) in packing.sections.items()}
     if packing.kind == "int8":
         codes_OI = parts["codes"].view(torch.int8).view(packing.rows, packing.columns)

@@ -49,6 +49,7 @@ def test_products_and_gradients_equal_those_of_the_matrix_that_bitsandbytes_dequ
     packed = pack(weight, packing)
     assert packed.dtype == torch.uint8 and packed.shape == (packing.nbytes,)
     assert torch.equal(unpack(packed, packing, dtype), reference)
+    assert torch.equal(unpack(packed.to(dtype), packing, dtype), reference)  # as FSDP of older torch gathers it
     x, ours = (drawn(2, 5, packing.columns, dtype=dtype).requires_grad_() for _ in range(2))
     y, expected = multiply_packed(ours, packed, packing), F.linear(x, reference)
     gradient = drawn(*y.shape, dtype=dtype, seed=1)
