@@ -151,15 +151,17 @@ class Traffic(TorchDispatchMode):
             tensor = tensor[0] if isinstance(tensor, list) else tensor
             size = sent_bytes(name, tensor, group, args)
             if size:
-                self.sent[self._axis(tensor, group)] += size
+                self.sent[self._axis(name, tensor, group)] += size
         return function(*args, **kwargs or {})
 
-    def _axis(self, tensor: Tensor, group: ProcessGroup) -> str:
-        """Return the axis of a collective, from the calling files, the dtype and the ranks of the group."""
+    def _axis(self, name: str, tensor: Tensor, group: ProcessGroup) -> str:
+        """Return the axis of a collective, from its name, the calling files, the dtype and the ranks of the group."""
         callers = list(_callers())
         if not tensor.is_floating_point() or tensor.dtype == torch.float64:  # counts, and the metrics of the step
             return "bookkeeping"
-        for axis, module in (("gradients", "parallel/gradients"), ("shard", "fsdp/"), ("pipeline", "pipelining/")):
+        if name == "send":  # torch's pipeline also calls the backward pass, in which other axes communicate.
+            return "pipeline"
+        for axis, module in (("gradients", "parallel/gradients"), ("shard", "fsdp/")):
             if any(module in caller for caller in callers):
                 return axis
         library = "/site-packages/deepspeed/"  # It also calls the backward pass, in which Mixwright communicates.

@@ -41,7 +41,7 @@ from training.build import build_engine, build_parts
 from training.config import Config
 from training.engine import Engine, NativeEngine
 from training.norms import SquareSums
-from training.planning.operators import VIEWS, Operator, Place, Places, flops_of, moved_bytes, tensors_in
+from training.planning.operators import VIEWS, ZERO, Operator, Place, Places, flops_of, moved_bytes, tensors_in
 from training.planning.skew import Loads, choose_experts, counts_of
 from training.planning.stand_ins import gpu_kernels
 from training.step import prepare_step, start_step
@@ -270,6 +270,8 @@ class Tracer(TorchDispatchMode):
         faked = any(isinstance(tensor, FakeTensor) for tensor in inputs)
         if faked and name == "_local_scalar_dense":
             dtype = inputs[0].dtype
+            if dtype in (torch.bool, torch.uint8) and self._place().line == ZERO:
+                return 0  # DeepSpeed asks whether a gradient is not finite. It would leave out the update.
             return 1.0 if dtype.is_floating_point else True if dtype == torch.bool else self._integer
         if name == "group_by_expert" and not faked:  # a kernel for GPUs
             experts_A, num_experts = args
