@@ -72,12 +72,16 @@ def released_tensors(config: dict[str, Any]) -> dict[str, torch.Tensor]:
             add_network(f"{block}.mlp.experts.{expert}", width)
         if config["n_shared_experts"]:
             add_network(f"{block}.mlp.shared_experts", config["n_shared_experts"] * width)
+    if config["attention_bias"]:
+        projections = [(name, shape) for name, shape in shapes.items() if ".self_attn." in name]
+        shapes |= {f"{name}.bias": shape[:1] for name, shape in projections}
     generator = torch.Generator().manual_seed(0)
-    return {
-        f"{name}.weight": torch.randn(shape, generator=generator) * (0.2 if len(shape) == 1 else 0.25)
-        + (len(shape) == 1)
-        for name, shape in shapes.items()
-    }
+    tensors = {}
+    for name, shape in shapes.items():
+        drawn = torch.randn(shape, generator=generator)
+        is_norm = len(shape) == 1 and not name.endswith(".bias")
+        tensors[name if name.endswith(".bias") else f"{name}.weight"] = 1 + 0.2 * drawn if is_norm else 0.25 * drawn
+    return tensors
 
 
 def write_released(
@@ -112,12 +116,13 @@ def loop_logits(config: dict[str, Any], weights: dict[str, torch.Tensor], tokens
         return weights[f"{name}.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
 
     def rotate(x, position):
-        frequencies = config["rope_theta"] ** (-torch.arange(0, width, 2, dtype=x.dtype) / width)
+        factor = (config.get("rope_scaling") or {"factor": 1})["factor"]
+        frequencies = config["rope_theta"] ** (-torch.arange(0, width, 2, dtype=x.dtype) / width) / factor
         turned = torch.complex(*x.chunk(2)) * torch.polar(torch.ones_like(frequencies), position * frequencies)
         return torch.cat((turned.real, turned.imag))
 
     def project(x, name, position):
-        parts = (weights[f"{name}.weight"] @ x).split(width)
+        parts = (weights[f"{name}.weight"] @ x + weights.get(f"{name}.bias", 0)).split(width)
         return [rotate(part, position) for part in parts] if position is not None else list(parts)
 
     def experts(x, name):
@@ -142,7 +147,8 @@ def loop_logits(config: dict[str, Any], weights: dict[str, torch.Tensor], tokens
                     group = head * groups // heads
                     scores = torch.stack([q[i][head] @ k[j][group] for j in range(i + 1)]) / width**0.5
                     out.append(sum(p * v[j][group] for j, p in enumerate(scores.softmax(dim=0))))
-                xs[i] = xs[i] + weights[f"{block}.self_attn.o_proj.weight"] @ torch.cat(out)
+                o_proj = f"{block}.self_attn.o_proj"
+                xs[i] = xs[i] + weights[f"{o_proj}.weight"] @ torch.cat(out) + weights.get(f"{o_proj}.bias", 0)
             for i, x in enumerate(xs):
                 normed_x = norm(x, f"{block}.post_attention_layernorm")
                 dense = layer < config["first_k_dense_replace"]

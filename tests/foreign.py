@@ -127,6 +127,7 @@ def reference_model(case: str, vocab: int = VOCAB) -> Any:
         common |= {experts: 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
     if family == "Olmoe":
         del common["head_dim"]
+        common |= {"eos_token_id": None, "pad_token_id": None}
     config = getattr(transformers, f"{family}Config")(**common | changes)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,15 @@ from training.formats.reader import open_model
 CHANGES = [
     {},
     pytest.param({"norm_topk_prob": True, "num_key_value_heads": 1}, marks=pytest.mark.slow),
-    pytest.param({"n_shared_experts": None, "first_k_dense_replace": 0}, marks=pytest.mark.slow),
+    pytest.param(
+        {
+            "n_shared_experts": None,
+            "first_k_dense_replace": 0,
+            "attention_bias": True,
+            "rope_scaling": {"type": "linear", "factor": 2.5},
+        },
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -73,6 +81,10 @@ def test_import_and_export_keep_every_bit_and_every_key_that_has_a_meaning(tmp_p
         ({"first_k_dense_replace": 3}, "c: moe_layer_freq=1: expected that, after"),
         ({"first_k_dense_replace": -1}, "c: first_k_dense_replace=-1: expected an integer >= 0"),
         ({"head_dim": 8}, "c: head_dim=8: expected 4, or no such key"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "c: rope_scaling={type:yarn,factor:2.0}: expected a rope_ty",
+        ),
         ({"mlp_bias": True}, "c: mlp_bias=true: expected false"),
         ({"routed_scaling_factor": 2.0}, "c: routed_scaling_factor=2.0: expected a known key"),
         ({"topk_method": "group_limited_greedy"}, "c: topk_method=group_limited_greedy: expected a known key"),

@@ -273,25 +273,32 @@ def fuse(directory, out):
     shutil.copy(directory / "config.json", out)
 
 
-def fill_a_shard(rank, world_size, path):
+def fill_shards(rank, world_size, root):
+    """Return the logits of every model in `root`. Each rank has read the experts that it stores."""
     from moe.dispatch import LocalDispatcher
     from parallel.apply import build_model
     from parallel.layout import Layout
     from parallel.mesh import build_mesh
 
-    reader = open_model(path)
     mesh = build_mesh(torch.device("cpu"), Layout(replicate=world_size, expert=world_size))
-    model = build_model(reader.model, reader.router, mesh, compute_dtype=torch.float32, seed=None)
-    reader.fill(model)
-    assert not isinstance(model.layers[0].ffn.dispatcher, LocalDispatcher)
-    with torch.no_grad():
-        return logits_of(model, random_tokens(12, seed=rank))
+    logits = {}
+    for path in sorted(root.iterdir()):
+        reader = open_model(path)
+        model = build_model(reader.model, reader.router, mesh, compute_dtype=torch.float32, seed=None)
+        reader.fill(model)
+        assert not isinstance(model.layers[-1].ffn.dispatcher, LocalDispatcher)
+        with torch.no_grad():
+            logits[path.name] = logits_of(model, random_tokens(12, seed=rank))
+    return logits
 
 
 def test_expert_parallel_ranks_have_the_logits_of_the_whole_model(tmp_path):
-    reference = save_reference("mixtral", tmp_path)
-    for rank, logits in enumerate(run_ranks(fill_a_shard, 2, tmp_path)):
-        torch.testing.assert_close(logits, reference(random_tokens(12, seed=rank)).logits, rtol=0, atol=1e-5)
+    names = ("mixtral", "olmoe-normalised", "qwen2-moe", "qwen3-moe-dense-layers")
+    references = {case: save_reference(case, tmp_path / case) for case in names}
+    for rank, logits in enumerate(run_ranks(fill_shards, 2, tmp_path)):
+        for case in names:
+            expected = references[case](random_tokens(12, seed=rank)).logits
+            torch.testing.assert_close(logits[case], expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", cases())
