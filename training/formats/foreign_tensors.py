@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from common.errors import ModelError, expect_no_tensors, require
 from common.files import open_binary, read_file
-from common.text import MAX_JSON, parse_json_object, printable, shorten
+from common.text import MAX_JSON, one_line, parse_json_object, printable, shorten
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
+from training.formats.four_bits import KEY, MAX_STATE, METHOD, PARTS, STATE, FourBits
 
 FP8 = "F8_E4M3"
 DTYPES = {
@@ -34,6 +36,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     FP8: torch.float8_e4m3fn,
+    "U8": torch.uint8,
 }
 SCALE_SUFFIX = "_scale_inv"
 """A tensor in FP8 has its scales in the tensor of its name and this suffix."""
@@ -61,18 +64,23 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     scales: "StoredTensor | None" = None
     """The scales of a tensor in FP8, one for each block of its last two dims."""
+    four_bits: FourBits | None = None
+    """How a matrix in 4 bits is stored."""
+    parts: "Mapping[str, StoredTensor]" = MappingProxyType({})
+    """The parts of a matrix in 4 bits."""
 
 
 class TensorDirectory:
     """The names, dtypes and shapes of all tensors in a directory, and slices of the tensors.
 
-    Weights in FP8 are read as bf16, the dtype that their publishers convert them to. Their scales are no tensors of
-    their own.
+    Weights in FP8 are read as bf16, the dtype that their publishers convert them to, and weights in 4 bits in the dtype
+    that they were quantised from. Their scales are no tensors of their own.
 
     Args:
         index: name of the index file, whose `weight_map` gives the file of each tensor.
         single: name of the only safetensors file, for a directory without an index file.
         fp8_block: rows and columns of a block of a weight in FP8 that has one scale; None: no weight may be in FP8.
+        four_bits: whether weights can be in 4 bits of bitsandbytes (`training.formats.four_bits`).
 
     Raises:
         ModelError: a header or the index file is damaged, they do not agree, a tensor is in two files, the directory
@@ -82,7 +90,14 @@ class TensorDirectory:
         files: names of the files with the tensors, and of the index file if there is one.
     """
 
-    def __init__(self, directory: Path, index: str, single: str, fp8_block: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        index: str,
+        single: str,
+        fp8_block: tuple[int, int] | None = None,
+        four_bits: bool = False,
+    ) -> None:
         self.fp8_block = fp8_block
         self.tensors: dict[str, StoredTensor] = {}
         self._mapped: tuple[Path, Any] | None = None
@@ -114,9 +129,36 @@ class TensorDirectory:
                 self.tensors.keys() - file_of.keys(),
                 ModelError,
             )
+        for name in [name for name in self.tensors if four_bits and name.endswith(STATE)]:
+            self._add_parts(name.removesuffix(STATE))
         for name, stored in list(self.tensors.items()):
             if stored.dtype == torch.float8_e4m3fn:
                 self._add_scales(name, stored)
+            where = f"{stored.file}: {_shown(name)}"
+            expected = f"a matrix in 4 bits that {METHOD} has described" if four_bits else f"{KEY} of {METHOD}"
+            require(stored.dtype != torch.uint8, ModelError, f"{where}: found dtype U8, expected {expected}")
+
+    def _add_parts(self, name: str) -> None:
+        """Check the parts of a matrix in 4 bits, and store them with it.
+
+        Args:
+            name: of the matrix. The tensor of this name and `STATE` exists.
+        """
+        described = self.tensors.pop(name + STATE)
+        where = f"{described.file}: {_shown(name + STATE)}"
+        try:
+            if described.dtype != torch.uint8 or not 0 < prod(described.shape) <= MAX_STATE:
+                raise ValueError(f"expected 1 to {MAX_STATE} bytes")
+            text = self._read(name + STATE, described, (0,) * len(described.shape), described.shape)
+            four_bits = FourBits.parse(bytes(text.flatten().tolist()))
+        except ValueError as error:
+            raise ModelError(f"{where}: damaged: {printable(one_line(str(error)))[:200]}") from error
+        parts = {part: self.tensors.pop(f"{name}.{part}", None) for part in PARTS} | {"": self.tensors.get(name)}
+        found = {part: stored for part, stored in parts.items() if stored is not None}
+        sizes = {part: (stored.dtype, prod(stored.shape)) for part, stored in found.items()}
+        expected = ", ".join(f"{part or 'codes'} {size}" for part, (_, size) in four_bits.parts().items())
+        require(sizes == four_bits.parts(), ModelError, f"{where}: expected the parts {expected}, found others")
+        self.tensors[name] = StoredTensor(described.file, four_bits.dtype, four_bits.shape, None, four_bits, found)
 
     def _add_scales(self, name: str, stored: StoredTensor) -> None:
         """Check the scales of a weight in FP8, and store them with it."""
@@ -140,6 +182,9 @@ class TensorDirectory:
             ModelError: the file no longer exists or no longer has the tensor.
         """
         stored = self.tensors[name]
+        if stored.four_bits is not None:
+            whole = self._dequantise(name, stored, stored.four_bits)
+            return whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         values = self._read(name, stored, offset, shape)
         if stored.scales is None or not values.numel():
             return values
@@ -156,6 +201,16 @@ class TensorDirectory:
             start = (first[-2] + number) * rows - offset[-2]
             wide[..., max(start, 0) : start + rows, :] *= scales[..., number : number + 1, :]
         return wide
+
+    def _dequantise(self, name: str, stored: StoredTensor, four_bits: FourBits) -> Tensor:
+        parts = {}
+        for part, tensor in stored.parts.items():
+            part_name = f"{name}.{part}" if part else name
+            parts[part] = self._read(part_name, tensor, (0,) * len(tensor.shape), tensor.shape)
+        try:
+            return four_bits.dequantise(parts)
+        except ValueError as error:
+            raise ModelError(f"{stored.file}: {_shown(name)}.quant_map: {error}") from error
 
     def _read(self, name: str, stored: StoredTensor, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """Return a block of a tensor as it is stored."""

@@ -61,6 +61,7 @@ from training.formats.foreign_tensors import (
     tensor_shapes,
     weight_files,
 )
+from training.formats.four_bits import read_four_bits
 from training.run import CONFIG_FILE
 
 PREFIX = "model."
@@ -395,7 +396,8 @@ class ForeignReader(ModelReader):
         read_config = hf.read_config if kind == "hf" else mistral.read_params
         self.model, self.router = read_config(raw, config)
         fp8_block = read_block(Fields(raw, config)) if kind == "hf" else None
-        self.files = TensorDirectory(path, module.INDEX, module.SINGLE, fp8_block)
+        four_bits = kind == "hf" and read_four_bits(Fields(raw, config))
+        self.files = TensorDirectory(path, module.INDEX, module.SINGLE, fp8_block, four_bits)
         stored = self.files.tensors
         self.format: Format = hf.family_of(raw, config).format_of(stored, raw) if kind == "hf" else mistral.FORMAT
         per_expert = any("{e}" in name for name in self.format.names.values())

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from training.formats.fields import Fields
+from training.formats.four_bits import METHOD
 
 KEY = "quantization_config"
 _ALLOWED = {
@@ -23,9 +24,9 @@ def read_block(fields: Fields) -> tuple[int, int] | None:
         ModelError: the weights are quantised in another way.
     """
     value = fields.raw.get(KEY)
-    if value is None:
-        return None
-    expected = "null, or quant_method fp8 with fmt e4m3, weight_block_size and dynamic scales of activations"
+    if value is None or (isinstance(value, Mapping) and value.get("quant_method") == METHOD):
+        return None  # For weights in 4 bits, see `training.formats.four_bits`.
+    expected = "null, or quant_method fp8 with fmt e4m3, weight_block_size and dynamic scales, or bitsandbytes"
     fields.expect(isinstance(value, Mapping), KEY, value, expected)
     known = value.keys() <= _ALLOWED.keys() | _FREE
     fields.expect(known and all(value.get(key) in allowed for key, allowed in _ALLOWED.items()), KEY, value, expected)
