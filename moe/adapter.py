@@ -36,7 +36,7 @@ def install_adapters(model: nn.Module, config: AdapterConfig) -> None:
     """Give the weights that `config.targets` names their adapters, with uninitialised parameters.
 
     Raises:
-        ConfigError: a pattern matches no weight, or DoRA is to be applied to experts.
+        ConfigError: a pattern matches no weight, or DoRA or dropout is to be applied to experts.
     """
     weights = list(adaptable_weights(model))
     for pattern in config.targets:
@@ -45,12 +45,18 @@ def install_adapters(model: nn.Module, config: AdapterConfig) -> None:
     for name, module, weight in weights:
         if not config.chooses(name):
             continue
-        adapter = LowRank(module.get_parameter(weight).shape, config)
+        adapter = LowRank(module.get_parameter(weight).shape, config, name)
         if isinstance(module, Experts):
             require(
                 not config.dora,
                 ConfigError,
                 f"adapter.dora=true: expected false with an adapter of {name} (the rows of experts have no magnitudes)",
+            )
+            require(
+                not config.dropout,
+                ConfigError,
+                f"adapter.dropout={config.dropout}: expected 0 with an adapter of {name} (the rows of experts are not "
+                "those of the tokens)",
             )
             module.adapters = module.adapters or nn.ModuleDict()
             module.adapters[weight] = adapter

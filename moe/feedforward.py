@@ -67,14 +67,21 @@ class FeedForward(nn.Module):
         self.gather: nn.Module = nn.Identity()
         self.scatter: nn.Module = nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the network to [..., D]; the hidden layer is [..., F]."""
-        y: Tensor = self.scatter(self._apply_to(self.gather(x)))
+    def forward(self, x: Tensor, noise_keys_BS: Tensor | None = None) -> Tensor:
+        """Apply the network to [..., D]; the hidden layer is [..., F].
+
+        Args:
+            noise_keys_BS: as in `moe.linear.Linear`.
+        """
+        y: Tensor = self.scatter(self._apply_to(self.gather(x), noise_keys_BS))
         return y
 
-    def _apply_to(self, x: Tensor) -> Tensor:
-        hidden = gated(self.activation, self.w_gate(x), self.w_up(x)) if self.gated else self.activation(self.w_up(x))
-        y: Tensor = self.w_down(hidden)
+    def _apply_to(self, x: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
+        if self.gated:
+            hidden = gated(self.activation, self.w_gate(x, noise_keys_BS), self.w_up(x, noise_keys_BS))
+        else:
+            hidden = self.activation(self.w_up(x, noise_keys_BS))
+        y: Tensor = self.w_down(hidden, noise_keys_BS)
         return y
 
     def extra_repr(self) -> str:

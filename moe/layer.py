@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, D model.
 """
 
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -41,14 +42,14 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, context: TokenContext) -> tuple[Tensor, RouterStats]:
         """Return the output [B, S, D] for the normalised input `x_BSD`, and the router's statistics."""
         routing, stats = self.router(x_BSD, context.valid_BS, context.noise_keys_BS)
-        shared = None if self.shared is None else self.apply_shared
+        shared = None if self.shared is None else partial(self.apply_shared, noise_keys_BS=context.noise_keys_BS)
         return self.experts(x_BSD, routing, self.dispatcher, shared).view_as(x_BSD), stats
 
-    def apply_shared(self, x_BSD: Tensor) -> Tensor:
+    def apply_shared(self, x_BSD: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
         """Return the output of the shared experts [B, S, D], multiplied by their gate if they have one."""
         assert self.shared is not None
-        y_BSD: Tensor = self.shared(x_BSD)
-        return y_BSD if self.shared_gate is None else y_BSD * self.shared_gate(x_BSD).sigmoid()
+        y_BSD: Tensor = self.shared(x_BSD, noise_keys_BS)
+        return y_BSD if self.shared_gate is None else y_BSD * self.shared_gate(x_BSD, noise_keys_BS).sigmoid()
 
 
 class Block(nn.Module):
@@ -81,7 +82,7 @@ class Block(nn.Module):
         if isinstance(self.ffn, MoELayer):
             y_BSD, stats = self.ffn(normed_BSD, context)
             return x_BSD + y_BSD, stats
-        return x_BSD + self.ffn(normed_BSD), None
+        return x_BSD + self.ffn(normed_BSD, context.noise_keys_BS), None
 
     def extra_repr(self) -> str:
         """Return what `repr` shows in the parentheses: whether the block is recomputed as a whole."""

@@ -57,14 +57,18 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Do nothing: `moe.init.init_parameters` initialises all weights."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., in_features] to [..., out_features]."""
-        return self.add_bias(self.adapted(x))
+    def forward(self, x: Tensor, noise_keys_BS: Tensor | None = None) -> Tensor:
+        """Map [..., in_features] to [..., out_features].
 
-    def adapted(self, x: Tensor) -> Tensor:
+        Args:
+            noise_keys_BS: `moe.noise.noise_keys` of the tokens, from which an adapter draws dropout in training.
+        """
+        return self.add_bias(self.adapted(x, noise_keys_BS))
+
+    def adapted(self, x: Tensor, noise_keys_BS: Tensor | None) -> Tensor:
         """Return x W^T, with what the adapter adds to it."""
         y = self.multiply(x)
-        return y if self.adapter is None else self.adapter(x, y, self.weight)
+        return y if self.adapter is None else self.adapter(x, y, self.weight, noise_keys_BS=noise_keys_BS)
 
     def add_bias(self, y: Tensor) -> Tensor:
         """Return y + b."""
@@ -84,13 +88,16 @@ class Linear(nn.Linear):
 class OutputLinear(Linear):
     """A linear map whose input can be divided among ranks (tensor parallelism)."""
 
-    def forward(self, x: Tensor, join: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, join: Callable[[Tensor], Tensor], noise_keys_BS: Tensor | None = None
+    ) -> Tensor:
         """Map [..., in_features] to [..., out_features].
 
         Args:
             join: sums the products of all ranks. The bias is added to the sum, and so once.
+            noise_keys_BS: as in `Linear`.
         """
-        return self.add_bias(join(self.adapted(x)))
+        return self.add_bias(join(self.adapted(x, noise_keys_BS)))
 
 
 class Head(Linear):
@@ -100,7 +107,7 @@ class Head(Linear):
     computed from it, such as the loss, is therefore passed to `forward`.
     """
 
-    def forward(self, x: Tensor, predict: Predict = linear) -> Tensor:
+    def forward(self, x: Tensor, predict: Predict = linear) -> Tensor:  # type: ignore[override]
         """Return `predict(x, weight)`: by default, map [..., in_features] to [..., out_features]."""
         return predict(x, self.weight)
 

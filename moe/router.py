@@ -248,7 +248,7 @@ class Router(nn.Module):
             x_BSD = x_BSD * (1 - jitter + 2 * jitter * draws_BSD)
         logits_BSE = wide_linear(x_BSD, self.weight)
         if self.adapter is not None:
-            logits_BSE = self.adapter(x_BSD, logits_BSE, self.weight)
+            logits_BSE = self.adapter(x_BSD, logits_BSE, self.weight, noise_keys_BS=noise_keys_BS)
         first_E = self.first_equal_experts()
         if first_E is None:
             return logits_BSE

@@ -43,7 +43,7 @@ def import_hf(config: ImportConfig) -> None:
     if config.base is not None:
         directory = Path(config.source)
         found = (directory / CONFIG).is_file()
-        require(found, ModelError, f"source={config.source}: expected an adapter with a {CONFIG} beside base=...")
+        require(found, ModelError, f"source={config.source}: expected an adapter ({CONFIG}) beside base=...")
         base = open_model_for_key("base", config.base)
         expect_no_adapters(base, f"base={config.base}")
         size = import_adapter(directory, base, Path(config.out))

@@ -214,7 +214,8 @@ def prepare_step(
         seed: the run's seed, for the routers' noise.
         flags: numbers of this rank's, equally many on every rank.
     """
-    noise_seed = seed if router.draws_noise else None
+    dropout = any(part.config.adapter is not None and part.config.adapter.dropout for part in engine.parts)
+    noise_seed = seed if router.draws_noise or dropout else None
     counted = _count(batches, engine.parts[0].config, engine.mesh, flags)
     prepared = [move_to_device(batch, engine.mesh, noise_seed) for batch in batches]
     return StepInputs([inputs for inputs, _ in prepared], [batch for _, batch in prepared], *counted)

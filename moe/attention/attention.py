@@ -165,7 +165,7 @@ class Attention(nn.Module):
                 tokens.
         """
         mixed_BHSC = self.mix(self.gather(x_BSD), context, cache)
-        y_BSD: Tensor = self.wo(mixed_BHSC.transpose(1, 2).flatten(2), self.scatter)
+        y_BSD: Tensor = self.wo(mixed_BHSC.transpose(1, 2).flatten(2), self.scatter, context.noise_keys_BS)
         return y_BSD
 
     def mix(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None) -> Tensor:
@@ -197,9 +197,10 @@ class GroupedQueryAttention(Attention):
     def mix(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None) -> Tensor:
         """Return the mixed values of this rank's heads [B, H, S, C]."""
         assert context.rotary is not None
-        q_BHSC = apply_rotary(self.split_heads(self.q_norm(self.wq(x_BSD))), context.rotary)
-        k_BGSC = apply_rotary(self.split_heads(self.k_norm(self.wk(x_BSD))), context.rotary)
-        v_BGSC = self.split_heads(self.wv(x_BSD))
+        keys_BS = context.noise_keys_BS
+        q_BHSC = apply_rotary(self.split_heads(self.q_norm(self.wq(x_BSD, keys_BS))), context.rotary)
+        k_BGSC = apply_rotary(self.split_heads(self.k_norm(self.wk(x_BSD, keys_BS))), context.rotary)
+        v_BGSC = self.split_heads(self.wv(x_BSD, keys_BS))
         if cache is not None:
             return cache.attend(masked_attention, q_BHSC, k_BGSC, v_BGSC)
         mixed_BHSC: Tensor = self.core(q_BHSC, k_BGSC, v_BGSC, context)

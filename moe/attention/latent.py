@@ -44,22 +44,25 @@ class LatentAttention(Attention):
     def mix(self, x_BSD: Tensor, context: TokenContext, cache: LayerCache | None) -> Tensor:
         """Return the mixed values of this rank's heads [B, H, S, c]."""
         assert context.rotary is not None
+        keys_BS = context.noise_keys_BS
         if self.wq_down_norm is None:
-            q_BHSC = self.split_heads(self.wq(x_BSD))
+            q_BHSC = self.split_heads(self.wq(x_BSD, keys_BS))
         else:
-            q_BHSC = self.split_heads(self.wq_up(self.wq_down_norm(self.wq_down(x_BSD))))
+            q_BHSC = self.split_heads(self.wq_up(self.wq_down_norm(self.wq_down(x_BSD, keys_BS)), keys_BS))
         q_BHSn, q_BHSr = q_BHSC.split((self.nope, self.rope), dim=-1)
         q_BHSC = torch.cat((q_BHSn, apply_rotary(q_BHSr, context.rotary)), dim=-1)
-        latent_BSR, k_BSr = self.wkv_down(x_BSD).split((self.rank, self.rope), dim=-1)
+        latent_BSR, k_BSr = self.wkv_down(x_BSD, keys_BS).split((self.rank, self.rope), dim=-1)
         latent_BSR, k_B1Sr = self.wkv_down_norm(latent_BSR), apply_rotary(k_BSr.unsqueeze(1), context.rotary)
         if cache is None:
-            mixed_BHSc: Tensor = self.core(q_BHSC, *self._expand(latent_BSR, k_B1Sr), context)
+            mixed_BHSc: Tensor = self.core(q_BHSC, *self._expand(latent_BSR, k_B1Sr, keys_BS), context)
             return mixed_BHSc
         return cache.attend(self._attend_latents, q_BHSC, torch.cat((latent_BSR.unsqueeze(1), k_B1Sr), dim=-1))
 
-    def _expand(self, latent_BXR: Tensor, k_B1Xr: Tensor) -> tuple[Tensor, Tensor]:
+    def _expand(self, latent_BXR: Tensor, k_B1Xr: Tensor, noise_keys_BX: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the keys [B, H, X, C] and values [B, H, X, c] of all heads."""
-        up_BHXE = torch.unflatten(self.wkv_up(latent_BXR), -1, (-1, self.nope + self.value_dim)).transpose(1, 2)
+        up_BHXE = torch.unflatten(
+            self.wkv_up(latent_BXR, noise_keys_BX), -1, (-1, self.nope + self.value_dim)
+        ).transpose(1, 2)
         k_BHXn, v_BHXc = up_BHXE.split((self.nope, self.value_dim), dim=-1)
         return torch.cat((k_BHXn, k_B1Xr.expand(-1, k_BHXn.shape[1], -1, -1)), dim=-1), v_BHXc
 

@@ -51,12 +51,11 @@ def _check_widths(layout: Layout, workload: Workload) -> None:
         layout.expert_tensor,
         "1 with adapters of the experts (adapter.targets)",
     )
-    expect(
-        tensor == 1 or model.adapter is None or not model.adapter.dora,
-        "tensor",
-        tensor,
-        "1 with adapter.dora=true (the length of a row needs the whole row)",
-    )
+    if model.adapter is not None:
+        whole = "the length of a row needs the whole row"
+        expect(tensor == 1 or not model.adapter.dora, "tensor", tensor, f"1 with adapter.dora=true ({whole})")
+        dropout = model.adapter.dropout
+        expect(tensor == 1 or not dropout, "tensor", tensor, f"1 with adapter.dropout={dropout}")
     for axis, parts in (("context", layout.context), ("tensor", layout.sequence)):
         also = f" (times parallel.context={layout.context})" if axis == "tensor" and layout.context > 1 else ""
         expected = f"a divisor of train.seq_len={workload.seq_len}{also}"

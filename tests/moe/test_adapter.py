@@ -14,6 +14,7 @@ from moe.accounting.flops import meta_model
 from moe.config import AdapterConfig, ModelConfig, RouterConfig, split_adapter_name
 from moe.init import init_parameters
 from moe.model import ModelInputs, Transformer
+from moe.noise import noise_keys
 
 MODEL = ModelConfig(
     dim=12, num_layers=3, num_heads=3, num_kv_heads=1, head_dim=4, hidden_dim=10, num_experts=4, top_k=2, vocab_size=20,
@@ -155,12 +156,38 @@ def test_patterns_choose_weights_by_parts_of_their_names():
     [
         ({"targets": ("attention", "rooter")}, "^adapter.targets=rooter: .*matches nothing.*the nearest is router$"),
         ({"targets": ("head",)}, "^adapter.targets=head: .*matches nothing"),
+        ({"targets": ("experts",), "dropout": 0.1}, "^adapter.dropout=0.1: expected 0 with an adapter of layers.1.ffn"),
         ({"targets": ("experts",), "dora": True}, "^adapter.dora=true: expected false with an adapter of layers.1.ffn"),
     ],
 )
 def test_targets_that_cannot_be_adapted_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         meta_model(replace(MODEL, adapter=replace(EVERYTHING, **changes)), ROUTER)
+
+
+def test_dropout_is_drawn_for_each_token_and_only_in_training():
+    """Each weight of each layer has its own; the mean of the outputs is that without dropout."""
+    adapter = replace(EVERYTHING, targets=("attention", "router", "shared", "ffn.w_*"), dropout=0.25)
+    model, plain = built(adapter, torch.float64), built(replace(adapter, dropout=0.0), torch.float64)
+    randomize(model)
+    randomize(plain)
+    keys_BS = noise_keys(7, torch.arange(14).view(2, 7))
+    with pytest.raises(ValueError, match=r"^adapter.dropout=0.25: expected noise keys of the tokens in training"):
+        model(INPUTS)
+    first = model(INPUTS._replace(noise_keys_BS=keys_BS)).logits_BSV
+    assert torch.equal(first, model(INPUTS._replace(noise_keys_BS=keys_BS)).logits_BSV)
+    assert not torch.equal(first, model(INPUTS._replace(noise_keys_BS=keys_BS + 1)).logits_BSV)
+    assert torch.equal(model.eval()(INPUTS).logits_BSV, plain.eval()(INPUTS).logits_BSV)
+    masks = []
+    for layer in (0, 1):
+        map_ = model.train().layers[layer].attention.wq
+        x_BSD = torch.ones(1, 4000, 12, dtype=torch.float64)
+        low = map_(x_BSD, noise_keys(7, torch.arange(4000).view(1, -1)))
+        expected = map_.eval()(x_BSD)
+        torch.testing.assert_close(low.mean(dim=1), expected.mean(dim=1), rtol=0, atol=0.03)
+        masks.append(low - expected)
+    assert (masks[0][0, 0] - masks[0][0, 1]).abs().max() > 0.01
+    assert not torch.equal(masks[0].abs() > 0.1, masks[1].abs() > 0.1)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import ModelError
-from moe.config import AdapterConfig, split_adapter_name
-from moe.init import init_adapters
-from moe.model import ModelInputs, Transformer
+from moe.config import AdapterConfig
+from moe.model import ModelInputs
 from moe.region import Region
+from tests.adapters import write_run
 from tests.foreign import VOCAB, load_model, load_reference, save_reference
-from training.formats.model_directory import Block, write_model
 from training.formats.peft import CONFIG, WEIGHTS, export_adapter, import_adapter
-from training.formats.reader import describe_base, open_model
+from training.formats.reader import open_model
 
 peft = pytest.importorskip("peft", reason="needs the extra [dev]")
 
@@ -67,24 +66,6 @@ def base_directory(case: str, root: Path) -> Path:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("peft")
-
-
-def write_run(base: Path, adapter: AdapterConfig, out: Path) -> None:
-    """Write a run with random adapters of `base`."""
-    reader = open_model(base)
-    object.__setattr__(reader.model, "adapter", adapter)  # as training/config.py:Config does
-    model = Transformer(reader.model, reader.router, torch.float32)
-    init_adapters(model, 1)
-    generator = torch.Generator().manual_seed(2)
-    blocks = []
-    for name, parameter in model.named_parameters():
-        part = split_adapter_name(name)[1]
-        if part is not None:
-            value = parameter.detach() if part == "a" else torch.randn(parameter.shape, generator=generator)
-            value = value.abs() + 0.5 if part == "magnitude" else value
-            shape = tuple(value.shape)
-            blocks.append(Block(name, shape, Region.whole(shape), torch.float32, value.clone))
-    write_model(out, reader.model, reader.router, blocks, None, base=describe_base(open_model(base)))
 
 
 def our_logits(directory: Path) -> torch.Tensor:

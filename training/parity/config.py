@@ -131,7 +131,8 @@ CASES: Mapping[str, Case] = {
     ),
     "dora": Case(
         replace(MODEL, num_kv_heads=2, hidden_dim=13, expert_hidden_dim=7, num_shared_experts=1,
-                adapter=AdapterConfig(kind="lora", rank=3, targets=("attention", "router", "shared"), dora=True)),
+                adapter=AdapterConfig(kind="lora", rank=3, targets=("attention", "router", "shared"), dora=True,
+                                      dropout=0.2)),
         RouterConfig(balance_coef=0.05),
     ),
 }  # fmt: skip
