@@ -45,7 +45,7 @@ def evaluate(directory: Path, checkpoint: str) -> float:
 def generate(directory: Path, checkpoint: str) -> str:
     given = (f"checkpoint={checkpoint}", "prompt=Double of 3?", "chat=true", "max_tokens=12", "precision=fp64")
     found = json.loads(command(directory, "scripts/generate.py", *given, "format=json").stdout)
-    return json.dumps({key: value for key, value in found.items() if key != "checkpoint"})
+    return json.dumps(found["results"])
 
 
 @pytest.fixture(scope="module")
