@@ -141,6 +141,11 @@ class Tokenizer:
             raise DataError(f"{shown}: expected a model with byte_fallback and ids for <s> and </s>")
         self.bos_id: int | None = bos_id if marks.adds_bos else None
         self.end_ids = tuple(sorted({self.eos_id, *marks.end_ids}))
+        if self.end_ids[-1] >= self.vocab_size:
+            raise DataError(
+                f"{shown}: expected tokens of the model as eos_token_id in a generation_config.json or config.json, "
+                f"found {self.end_ids[-1]}, and {self.vocab_size} tokens"
+            )
         self.template, self.named = marks.template, marks.named
         # Mistral puts the space before each part of a conversation. transformers does if the file says so.
         self.prefix_after_special = marks.template is None or marks.legacy

@@ -158,6 +158,11 @@ def test_other_files_are_carried_compared_or_refused_by_name(tmp_path: Path) -> 
         shutil.rmtree(changed)
     (tmp_path / "tokenizer.json").unlink()
     assert find_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(320))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 321]}')
+    with pytest.raises(DataError, match=r": expected tokens of the model as eos_token_id .*found 321, and 320 tokens"):
+        opened(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
     (tmp_path / "tekken.json").write_text("{}")
     with pytest.raises(
         DataError, match=r"expected a tokenizer.model or a tokenizer.json, found only tekken.json; conv"

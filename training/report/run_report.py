@@ -46,7 +46,6 @@ from training.report.terminal import show_fields, show_line
 from training.run import FORECAST_FILE, save_result
 from training.schedule import learning_rate
 from training.step import Evaluation
-from training.trainable import format_patterns
 
 ROOT = Path(__file__).resolve().parents[2]
 """The directory of `train.py`."""
@@ -89,11 +88,8 @@ def show_start(summary: RunSummary) -> None:
     show_line(f"run directory {run.directory}{continued}")
     for note in run.notes:
         show_line(note)
-    if run.trained_parameters < run.counts.total:
-        patterns = format_patterns(run.config.optim.train)
-        show_line(f"optim.train={patterns}: {run.trained_parameters:,} of {run.counts.total:,} parameters train")
-        for line in run.trained:
-            show_line(line)
+    for line in run.trained:
+        show_line(line)
 
 
 def show_restart(world: World, run: AgreedRun, furthest: int) -> None:
