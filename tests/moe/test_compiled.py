@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from moe.compiled import CompiledBlocks, compile_clock
-from moe.config import ModelConfig, RopeScaling, RouterConfig
+from moe.config import AdapterConfig, ModelConfig, RopeScaling, RouterConfig
 from moe.generation.generate import generate
 from moe.init import init_parameters
 from moe.model import ModelInputs, Transformer
 from moe.noise import noise_keys
+from moe.quantization import QuantizeConfig
 from moe.recompute import Recompute, set_recompute
 
 SEQ_LEN = 24
@@ -101,6 +102,28 @@ def test_compiled_blocks_compute_what_eager_blocks_compute(name: str) -> None:
     eager, compiled = build(router, **options), build(router, **options)
     compiled.run_block = CompiledBlocks("aot_eager")
     batches = inputs(0), inputs(1, padded=True), inputs(2)
+    expected, found = losses_and_gradients(eager, *batches), losses_and_gradients(compiled, *batches)
+    assert compiled.run_block.refusal is None
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_multiply_quantised_weights_and_train_adapters() -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra [quantize]")
+    adapter = AdapterConfig(kind="lora", rank=2, targets=("attention", "experts"))
+
+    def quantised() -> Transformer:
+        with torch.device("meta"):
+            model = Transformer(build(RouterConfig(), adapter=adapter).config, RouterConfig(), torch.float64).double()
+        model.quantize(QuantizeConfig("nf4"))
+        init_parameters(model.to_empty(device="cpu"), 0)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(".adapter" in name)
+        return model
+
+    eager, compiled = quantised(), quantised()
+    compiled.run_block = CompiledBlocks("aot_eager")
+    batches = inputs(0), inputs(1, padded=True)
     expected, found = losses_and_gradients(eager, *batches), losses_and_gradients(compiled, *batches)
     assert compiled.run_block.refusal is None
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)

@@ -16,7 +16,7 @@ from moe.model import Transformer
 from moe.packed import pack, unpack
 from moe.quantization import QuantizeConfig
 from moe.region import Region
-from tests.foreign import load_model, save_reference
+from tests.foreign import load_model, logits_of, random_tokens, save_reference
 from training.formats.model_directory import Block, write_model
 from training.formats.reader import open_model
 
@@ -158,6 +158,27 @@ def test_a_directory_that_bitsandbytes_wrote_is_read_as_its_dequantised_matrices
     weight = model.layers[0].ffn.w_up.weight
     values = unpack(again.layers[0].ffn.w_up.weight, again.packings["layers.0.ffn.w_up.weight"], torch.float32)
     assert (values - weight).norm() < 0.02 * weight.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["llama-gqa-tied", "mistral-window", "mixtral"])
+def test_a_directory_that_transformers_quantised_gives_its_logits(case, tmp_path):
+    pytest.importorskip("accelerate", reason="transformers quantises with it")
+    transformers = pytest.importorskip("transformers")
+    save_reference(case, tmp_path / "full")
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="float32"
+    )
+    eager = {"experts_implementation": "eager"} if case == "mixtral" else {}
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "full", quantization_config=how, device_map="cpu", attn_implementation="eager", **eager
+    )
+    reference.save_pretrained(tmp_path / "quantised")
+    tokens = random_tokens(12)
+    reference.train()  # bitsandbytes' kernel for inference on CPUs does not take odd widths.
+    expected = reference(tokens).logits.detach()
+    logits = logits_of(load_model(tmp_path / "quantised"), tokens)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
 def _path(block, module) -> str:
