@@ -77,7 +77,12 @@ MORE_VALUES = {
     "shared_expert_intermediate_size": (7, 8),
     "qkv_bias": (True, False),
     "clip_qkv": (None, 8.0),
-    "layer_types": (["full_attention"] * 2, ["sliding_attention"] * 2, ["full_attention", "sliding_attention"]),
+    "layer_types": (
+        [["x"]],
+        ["full_attention"] * 2,
+        ["sliding_attention"] * 2,
+        ["full_attention", "sliding_attention"],
+    ),
     "per_layer_config": ({"0": {"rms_norm_eps": 0.1}}, {"1": {"sliding_window": 3}}),
     "quantization_config": ({"quant_method": "fp8"},),
     "architectures": (["LlamaForCausalLM"], ["MixtralForCausalLM"], ["LlamaModel"]),

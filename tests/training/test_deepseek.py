@@ -80,7 +80,7 @@ def test_import_and_export_keep_every_bit_and_every_key_that_has_a_meaning(tmp_p
         ({"moe_layer_freq": 2**40, "num_hidden_layers": 2**41}, "c: num_hidden_layers=2199023255552: expected at most"),
         ({"first_k_dense_replace": 3}, "c: moe_layer_freq=1: expected that, after"),
         ({"first_k_dense_replace": -1}, "c: first_k_dense_replace=-1: expected an integer >= 0"),
-        ({"head_dim": 8}, "c: head_dim=8: expected 4, or no such key"),
+        ({"head_dim": 8}, "c: head_dim=8: expected 4, hidden_size / num_attention_heads"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2.0}},
             "c: rope_scaling={type:yarn,factor:2.0}: expected a rope_ty",

@@ -191,7 +191,7 @@ QWEN2_MOE = QWEN3_MOE | {"model_type": "qwen2_moe", "shared_expert_intermediate_
     ("raw", "message"),
     [
         (OLMOE | {"clip_qkv": 8.0}, "clip_qkv=8.0: expected null"),
-        (OLMOE | {"head_dim": 8}, "head_dim=8: expected 4, or no such key"),
+        (OLMOE | {"head_dim": 8}, "head_dim=8: expected 4, hidden_size / num_attention_heads"),
         (OLMOE | {"num_local_experts": 5}, "num_local_experts=5: expected 4, as num_experts"),
         (OLMOE | {"num_experts_per_tok": 1, "norm_topk_prob": True}, "num_experts_per_tok=1: expected at least 2"),
         (OLMOE | {"sliding_window": 4}, "sliding_window=4: expected null in a OlmoeForCausalLM"),

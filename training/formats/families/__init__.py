@@ -4,7 +4,7 @@ In reading order:
 
 - `family`: the base class. It reads and writes what all families have in common.
 - `rotary`: the keys of the rotary embedding, in the old and the new spelling.
-- `experts`: the keys of MoE layers.
+- `experts`, `softmax`: the keys of MoE layers, and of the router of most families.
 - `llama`: Llama, Mistral and Mixtral.
 - `qwen`: Qwen2 and Qwen3, dense and with MoE layers.
 - `olmoe`: OLMoE.

@@ -97,6 +97,8 @@ class Family:
     """Keys that can change what is computed -> the values with which they do not. A key in `DEFAULTS` is read."""
     IGNORED: ClassVar[frozenset[str]] = frozenset(_IGNORED.split())
     """Keys that do not change what a forward pass without dropout computes."""
+    any_head_dim: ClassVar[bool] = True
+    """Whether a head can have another width than hidden_size / num_attention_heads."""
     qk_norm: ClassVar[str | None] = None
     """As `ModelConfig.qk_norm`."""
     BIASES: ClassVar[dict[str, str]] = {}
@@ -162,12 +164,15 @@ class Family:
         fields.expect(known, "hidden_act", activation, f"one of {', '.join(ACTIVATIONS)}")
         heads = fields.integer("num_attention_heads")
         dim = fields.integer("hidden_size")
+        head_dim = fields.integer_or_null("head_dim") or dim // heads
+        other = f"{dim // heads}, hidden_size / num_attention_heads"
+        fields.expect(self.any_head_dim or head_dim == dim // heads, "head_dim", head_dim, other)
         return {
             "dim": dim,
             "num_layers": fields.integer("num_hidden_layers"),
             "num_heads": heads,
             "num_kv_heads": fields.integer_or_null("num_key_value_heads") or heads,
-            "head_dim": fields.integer_or_null("head_dim") or dim // heads,
+            "head_dim": head_dim,
             "hidden_dim": fields.integer("intermediate_size"),
             "ffn": ACTIVATIONS[activation],
             "vocab_size": fields.integer("vocab_size"),
@@ -212,7 +217,6 @@ class Family:
             "num_hidden_layers": model.num_layers,
             "num_attention_heads": model.num_heads,
             "num_key_value_heads": model.num_kv_heads,
-            "head_dim": model.head_dim,
             "hidden_act": activation,
             "initializer_range": model.init_std,
             "rms_norm_eps": model.norm_eps,
@@ -220,6 +224,7 @@ class Family:
             "attention_dropout": 0.0,
             "use_cache": True,
         }
+        raw |= {"head_dim": model.head_dim} if self.any_head_dim else {}
         raw |= rotary.write_rotary(model)
         raw |= {key: model.attention_bias == kind for key, kind in self.BIASES.items()}
         if self.windowed:

@@ -3,15 +3,9 @@
 from typing import Any, ClassVar
 
 from moe.config import ModelConfig, RouterConfig
-from training.formats.families.experts import (
-    PER_EXPERT,
-    moe_layers,
-    read_experts,
-    read_moe_layers,
-    read_top_k,
-    shared_names,
-)
-from training.formats.families.family import BLOCK, Family
+from training.formats.families.experts import moe_layers, read_moe_layers, shared_names
+from training.formats.families.family import Family
+from training.formats.families.softmax import SoftmaxMoe
 from training.formats.fields import Fields
 
 
@@ -27,7 +21,7 @@ class Qwen(Family):
     def check_window(self, fields: Fields) -> None:
         used, types = fields.get("use_sliding_window"), fields.get("layer_types")
         fields.expect(used in (False, None), "use_sliding_window", used, "false")
-        full = isinstance(types, list) and set(types) == {"full_attention"}
+        full = isinstance(types, list) and all(kind == "full_attention" for kind in types)
         same = full and len(types) == fields.integer("num_hidden_layers")
         fields.expect(types is None or same, "layer_types", types, "full_attention for each layer")
 
@@ -64,18 +58,14 @@ class Qwen3(Qwen):
     }
 
 
-class QwenMoe(Qwen):
+class QwenMoe(Qwen, SoftmaxMoe):
     """The MoE layers of both versions."""
 
-    moe = True
-    EXPERTS: ClassVar[tuple[str, ...]] = ("num_experts",)
-    """Names of the key with the number of experts."""
     DEFAULTS: ClassVar[dict[str, Any]] = Qwen.DEFAULTS | {
         "norm_topk_prob": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": None,
     }
-    NAMES: ClassVar[dict[str, str]] = BLOCK | PER_EXPERT
 
     def read_model(self, fields: Fields) -> dict[str, Any]:
         step, dense = fields.integer("decoder_sparse_step"), fields.get("mlp_only_layers")
@@ -84,28 +74,13 @@ class QwenMoe(Qwen):
         only = frozenset(dense or ())
         key = "mlp_only_layers" if only else "decoder_sparse_step"
         layers = read_moe_layers(fields, key, lambda layer: layer not in only and (layer + 1) % step == 0)
-        return (
-            super().read_model(fields)
-            | layers
-            | {
-                "num_experts": read_experts(fields, *self.EXPERTS),
-                "top_k": read_top_k(fields, fields.flag("norm_topk_prob")),
-                "expert_hidden_dim": fields.integer("moe_intermediate_size"),
-            }
-        )
-
-    def read_router(self, fields: Fields) -> RouterConfig:
-        return RouterConfig(normalize=fields.flag("norm_topk_prob"))
+        return super().read_model(fields) | layers | {"expert_hidden_dim": fields.integer("moe_intermediate_size")}
 
     def write(self, model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
-        assert model.top_k is not None
         first, every = moe_layers(model)
         dense = [layer for layer in range(model.num_layers) if not model.is_moe_layer(layer)]
         return super().write(model, router) | {
-            "num_experts": model.num_experts,
-            "num_experts_per_tok": model.top_k,
             "moe_intermediate_size": model.expert_width,
-            "norm_topk_prob": router.normalizes(model.top_k),
             "decoder_sparse_step": 1 if first else every,
             "mlp_only_layers": dense if first else [],
             "output_router_logits": False,
