@@ -8,7 +8,7 @@ Shapes: N rows of the input, O output and I input width, P bytes of a matrix, e 
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -52,13 +52,7 @@ def pack(weight_OI: Tensor, packing: Packing) -> Tensor:
 
     Equal values give equal bytes in bf16 and fp32. `int8` rounds the matrix to fp16 first, as bitsandbytes does.
     """
-    functional, sections = library(), packing.sections
-    packed_P = torch.zeros(packing.nbytes, dtype=torch.uint8, device=weight_OI.device)
-
-    def write(section: str, parts: list[Tensor]) -> None:
-        first, length = sections[section]
-        torch.cat([part.flatten().view(torch.uint8) for part in parts], out=packed_P[first : first + length])
-
+    functional = library()
     if packing.kind == "int8":
         rows = max(1, CHUNK // packing.columns)
         found = [functional.int8_vectorwise_quant(part.half())[:2] for part in weight_OI.split(rows)]
@@ -69,15 +63,26 @@ def pack(weight_OI: Tensor, packing: Packing) -> Tensor:
             for part in weight_OI.flatten().split(CHUNK)
         ]
         found = [(codes, state.absmax) for codes, state in found]
-    write("codes", [codes for codes, _ in found])
+    sections = {"codes": [codes for codes, _ in found], "scales": [scales for _, scales in found]}
     if packing.kind == "nf4" and packing.double_quant:
-        scales = torch.cat([scales for _, scales in found])
+        scales = torch.cat(sections["scales"])
         mean = scales.mean()
         codes, state = functional.quantize_blockwise(scales - mean, blocksize=SCALES_PER_BLOCK)
-        write("scales", [codes])
-        write("outer", [mean.reshape(1), state.absmax])
-    else:
-        write("scales", [scales for _, scales in found])
+        sections |= {"scales": [codes], "outer": [mean.reshape(1), state.absmax]}
+    return lay_out(sections, packing)
+
+
+def lay_out(sections: Mapping[str, Sequence[Tensor]], packing: Packing) -> Tensor:
+    """Return the bytes [P] of a matrix.
+
+    Args:
+        sections: name of each section (`Packing.sections`) -> the tensors whose bytes it has, one after the other.
+    """
+    device = sections["codes"][0].device
+    packed_P = torch.zeros(packing.nbytes, dtype=torch.uint8, device=device)
+    for name, (first, length) in packing.sections.items():
+        parts = [part.flatten().view(torch.uint8) for part in sections[name]]
+        torch.cat(parts, out=packed_P[first : first + length])
     return packed_P
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ from common.files import open_binary, read_file
 from common.text import MAX_JSON, one_line, parse_json_object, printable, shorten
 from moe.accounting.flops import meta_model
 from moe.config import ModelConfig, RouterConfig
+from moe.quantization import Packing
 from training.formats.four_bits import KEY, MAX_STATE, METHOD, PARTS, STATE, FourBits
 
 FP8 = "F8_E4M3"
@@ -53,6 +54,7 @@ MAPPED_BYTES = 256 << 20
 """Bytes that are read from one memory mapping of a file. Then the file is mapped again, because all pages that were
 read through a mapping count as this process's memory."""
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 class StoredTensor(NamedTuple):
@@ -183,7 +185,7 @@ class TensorDirectory:
         """
         stored = self.tensors[name]
         if stored.four_bits is not None:
-            whole = self._dequantise(name, stored, stored.four_bits)
+            whole = self._of_parts(name, stored.four_bits.dequantise)
             return whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
         values = self._read(name, stored, offset, shape)
         if stored.scales is None or not values.numel():
@@ -202,13 +204,23 @@ class TensorDirectory:
             wide[..., max(start, 0) : start + rows, :] *= scales[..., number : number + 1, :]
         return wide
 
-    def _dequantise(self, name: str, stored: StoredTensor, four_bits: FourBits) -> Tensor:
-        parts = {}
+    def repack(self, name: str, packing: Packing) -> Tensor | None:
+        """Return the bytes of a matrix that is stored as `packing` says; None: it is stored in another way.
+
+        Raises:
+            ModelError: as `read`.
+        """
+        four_bits = self.tensors[name].four_bits
+        return None if four_bits is None else self._of_parts(name, lambda parts: four_bits.repack(parts, packing))
+
+    def _of_parts(self, name: str, function: Callable[[dict[str, Tensor]], T]) -> T:
+        """Return what a function of the parts of a matrix in 4 bits returns."""
+        parts, stored = {}, self.tensors[name]
         for part, tensor in stored.parts.items():
             part_name = f"{name}.{part}" if part else name
             parts[part] = self._read(part_name, tensor, (0,) * len(tensor.shape), tensor.shape)
         try:
-            return four_bits.dequantise(parts)
+            return function(parts)
         except ValueError as error:
             raise ModelError(f"{stored.file}: {_shown(name)}.quant_map: {error}") from error
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from common.text import parse_json_object
-from moe.packed import library
-from moe.quantization import BLOCK_SIZES
+from moe.packed import lay_out, library
+from moe.quantization import BLOCK_SIZES, SCALES_PER_BLOCK, Packing
 from training.formats.fields import Fields
 
 KEY, METHOD = "quantization_config", "bitsandbytes"
@@ -108,6 +108,33 @@ class FourBits(NamedTuple):
             "nested_quant_map": (torch.float32, 256),
         }
 
+    def repack(self, parts: Mapping[str, Tensor], packing: Packing) -> Tensor | None:
+        """Return the bytes of the matrix as `moe.packed.pack` lays them out; None if `packing` is another way.
+
+        Args:
+            parts: those that `parts` names.
+
+        Raises:
+            ValueError: as `dequantise`.
+        """
+        self._check_numbers(parts)
+        same = packing == Packing("nf4", *self.shape, self.block_size, self.nested_block_size is not None)
+        if same and packing.double_quant:
+            table = library().create_dynamic_map()
+            same = self.nested_block_size == SCALES_PER_BLOCK and torch.equal(
+                parts["nested_quant_map"].flatten(), table
+            )
+        if not same:
+            return None
+        sections = {"codes": [parts[""]], "scales": [parts["absmax"]]}
+        if packing.double_quant:
+            sections["outer"] = [torch.tensor([self.offset]), parts["nested_absmax"]]
+        return lay_out(sections, packing)
+
+    def _check_numbers(self, parts: Mapping[str, Tensor]) -> None:
+        if not torch.equal(parts["quant_map"].flatten(), library().get_4bit_type("nf4", device="cpu")):
+            raise ValueError("expected the 16 numbers of nf4")
+
     def dequantise(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the matrix.
 
@@ -117,14 +144,11 @@ class FourBits(NamedTuple):
         Raises:
             ValueError: the table of the 16 numbers is not that of nf4.
         """
+        self._check_numbers(parts)
         functional = library()
-        code = functional.get_4bit_type("nf4", device="cpu")
-        if not torch.equal(parts["quant_map"].flatten(), code):
-            raise ValueError("expected the 16 numbers of nf4")
         state = functional.QuantState(
             absmax=parts["absmax"].flatten(),
             shape=torch.Size([2 * parts[""].numel()]),
-            code=code,
             blocksize=self.block_size,
             quant_type="nf4",
             dtype=self.dtype,

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, reduce
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -168,6 +169,17 @@ class ModelReader(ABC):
                 requests += [ReadRequest(name, part, local[part.slices(region)]) for part in split_experts(region)]
         self.copy(requests)
 
+    def repack(self, name: str, matrix: Region, packing: Packing) -> Tensor | None:
+        """Return the bytes of a matrix that the directory stores as `packing` says; None: it stores it otherwise.
+
+        Args:
+            matrix: a whole matrix, of which there are several in stacked experts.
+
+        Raises:
+            ModelError: a file cannot be read.
+        """
+        return None
+
     def _pack(self, name: str, packing: Packing, local: Tensor, region: Region) -> None:
         """Read the matrices of which `local` has bytes, and quantise each on the device of `local`, one at a time.
 
@@ -183,8 +195,10 @@ class ModelReader(ABC):
         shape = packing.rows, packing.columns
         for index, bytes_P, part in matrices_in(local, region):
             matrix = Region.whole(shape) if index is None else Region((index, 0, 0), (1, *shape))
-            weight_OI = self.read(name, matrix, dtype).view(shape).to(local.device)
-            bytes_P.copy_(pack(weight_OI, packing)[part])
+            stored_P = self.repack(name, matrix, packing)
+            if stored_P is None:
+                stored_P = pack(self.read(name, matrix, dtype).view(shape).to(local.device), packing)
+            bytes_P.copy_(stored_P[part])
 
 
 def split_experts(region: Region) -> list[Region]:
@@ -315,6 +329,10 @@ class RunReader(ModelReader):
             raise ModelError(f"{self.path}: {name}: found dtype {code}, expected a floating-point one")
         return dtype
 
+    def repack(self, name: str, matrix: Region, packing: Packing) -> Tensor | None:
+        of_base = self.base is not None and name not in self._records
+        return self.base.repack(name, matrix, packing) if self.base is not None and of_base else None
+
     def copy(self, requests: Iterable[ReadRequest]) -> None:
         slices_by_file: dict[str, list[SliceRead]] = {}
         of_base: list[ReadRequest] = []
@@ -424,6 +442,13 @@ class ForeignReader(ModelReader):
                 common = Region(piece.offset, piece.shape).intersect(region)
                 if common is not None:
                     target[common.slices(region)].copy_(self._read_part(piece, common))
+
+    def repack(self, name: str, matrix: Region, packing: Packing) -> Tensor | None:
+        for piece in self.pieces[name]:
+            same = (piece.offset, piece.shape) == tuple(matrix) and piece.pairs is None
+            if same and prod(piece.foreign_shape) == matrix.numel:
+                return self.files.repack(piece.foreign_name, packing)
+        return None
 
     def _read_part(self, piece: Piece, part: Region) -> Tensor:
         """Read the region `part` of Mixwright's tensor. It must be within `piece`."""
