@@ -92,6 +92,17 @@ def test_the_upcycled_model_computes_what_the_dense_model_does(dense, tmp_path, 
 
 
 NORMED = dataclasses.replace(DENSE, sliding_window=None, qk_norm="width", num_kv_heads=4)
+LATENT = dataclasses.replace(
+    NORMED,
+    qk_norm=None,
+    norm_eps=1e-6,
+    head_dim=10,
+    kv_lora_rank=12,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=7,
+)
+DENSE_MODELS = {"normed": NORMED, "latent": LATENT}
 SHARED = ["num_shared_experts=1", "shared_hidden_dim=5", "shared_gate=true"]
 
 
@@ -103,13 +114,14 @@ SHARED = ["num_shared_experts=1", "shared_hidden_dim=5", "shared_gate=true"]
         ("llama-gqa-tied", "qwen2_moe", ["num_experts=6", "top_k=3", *SHARED]),
         ("qwen3", "qwen3_moe", ["num_experts=5", "top_k=4"]),
         ("normed", "olmoe", ["num_experts=8", "top_k=4", "granularity=2"]),
+        ("latent", "deepseek_v3", ["router=sigmoid_topk", "num_shared_experts=1", "first_k_dense=1"]),
     ],
 )
 def test_an_upcycled_model_of_a_family_computes_the_same_in_transformers(
     source, family, extra, tmp_path, monkeypatch, capsys
 ):
-    if source == "normed":
-        write(tmp_path / "dense", NORMED)
+    if source in DENSE_MODELS:
+        write(tmp_path / "dense", DENSE_MODELS[source])
     else:
         save_reference(source, tmp_path / "dense")
     capsys.readouterr()
@@ -174,6 +186,7 @@ def test_noise_depends_on_the_seed(dense, tmp_path, monkeypatch, capsys):
     [
         (["num_experts=0"], "num_experts=0: expected an integer >= 2"),
         (["family=olmoe"], "family=olmoe: model.qk_norm=null: expected width, as in OlmoeForCausalLM"),
+        (["family=deepseek_v3"], "family=deepseek_v3: model.kv_lora_rank=null: expected an integer, as in DeepseekV3"),
         (["family=gpt2"], "family=gpt2: expected one of llama, mistral"),
         (["shared_gate=true"], "shared_gate=true: expected false with num_shared_experts=0"),
         (["shared_hidden_dim=4"], "num_shared_experts=0: expected 1 with shared_hidden_dim"),

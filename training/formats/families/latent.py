@@ -89,6 +89,8 @@ class DeepseekLatent(Family):
 
     def write(self, model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         assert model.top_k is not None
+        rank = model.kv_lora_rank
+        expect_key(rank is not None, "model.kv_lora_rank", rank, "an integer", self.architecture)
         eps = model.norm_eps
         expect_key(
             eps == NORM_EPS, "model.norm_eps", eps, f"{NORM_EPS}, that of the norms of latents", self.architecture
