@@ -9,7 +9,7 @@ import torch
 from moe.attention.attention import AttentionCore
 from moe.attention.cache import Cache
 from moe.attention.latent import LatentAttention
-from moe.config import ModelConfig, RopeScaling
+from moe.config import AdapterConfig, ModelConfig, RopeScaling
 from moe.token_context import TokenContext, rotary_frequencies, rotary_table
 from tests.moe.test_attention import masked_reference
 from tests.moe.test_cache import build, cached, pieces, whole
@@ -108,6 +108,21 @@ def test_logits_with_the_cache_equal_those_without(window, chunk, rank, monkeypa
     got = cached(model, tokens, [*pieces(18, min(chunk, 18)), *[1] * 12])
     assert expanded == {1: [1] * 3, 30: [18] * 3}.get(chunk, expanded)
     torch.testing.assert_close(got, whole(model, tokens), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_an_adapter_of_the_map_from_the_latent_is_not_left_out_with_the_cache():
+    """Its product is not that of one matrix, so there is no absorbed form."""
+    model = build(None, adapter=AdapterConfig("lora", rank=3, targets=("attention",)), **LATENT)
+    for name, parameter in model.named_parameters():
+        if name.endswith("adapter.b"):
+            torch.nn.init.normal_(parameter, std=0.4)
+    tokens = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(1))
+    expected = whole(model, tokens)
+    torch.testing.assert_close(cached(model, tokens, [1] * 30), expected, rtol=0, atol=1e-12)
+    for layer in model.layers:
+        layer.attention.wkv_up.adapter = None
+    assert (whole(model, tokens) - expected).abs().max() > 0.1
 
 
 def test_the_cache_stores_one_latent_and_one_rotary_part_per_token():
