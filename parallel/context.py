@@ -5,9 +5,11 @@ heads, C head dim, P ranks, n positions that are sent to one rank.
 
 Queries stay on their rank. Keys and values are sent to the ranks that need them, as in the all-gather form of Llama 3
 (arXiv 2407.21783, section 3.3.2): with few key/value heads they are small compared with the queries, and packed
-documents need only a mask. In contrast to Llama 3, a rank receives only what its queries can attend to: with a window
-W, the last W - 1 positions before its part (the halo), from as many neighbours as have them; without a window, all
-positions before its part. One exchange per layer and direction replaces the rounds of a ring (arXiv 2310.01889).
+documents need only a mask. With latent attention (`moe.attention.latent`) latents are sent, and each rank computes the
+keys and values of its heads from them. In contrast to Llama 3, a rank receives only what its queries can attend to:
+with a window W, the last W - 1 positions before its part (the halo), from as many neighbours as have them; without a
+window, all positions before its part. One exchange per layer and direction replaces the rounds of a ring
+(arXiv 2310.01889).
 
 Parts are contiguous, so that a window reaches few neighbours and the work is even. If no layer has a window, later
 ranks would attend to more keys than earlier ones. Each rank then has two pieces, one counted from the start of the row
@@ -20,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.attention.attention import Attention, AttentionCore
+from moe.attention.attention import Attention, AttentionCore, Expand
 from moe.router import Router
 from moe.token_context import TokenContext
 from parallel.collectives import all_gather_dim, all_to_all_rows, gather_dim
@@ -39,20 +41,26 @@ class ContextCore(nn.Module):
         self.core = core
         self.group = group
 
-    def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, context: TokenContext) -> Tensor:
+    def forward(
+        self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, context: TokenContext, expand: Expand | None = None
+    ) -> Tensor:
         """Return the mixed values [B, H, S, C].
 
         A document must have the same number on all ranks, or `documents_BS` must be None on all ranks.
         """
         reach = self._reach(k_BGSC.shape[2])
         if reach == 0:
-            return self.core(q_BHSC, k_BGSC, v_BGSC, context)
+            return self.core(q_BHSC, k_BGSC, v_BGSC, context, expand)
         k_BGXC, v_BGXC = _Fetch.apply(k_BGSC, v_BGSC, reach, self.group)
+        noise_keys_BS = _noise_keys(context, k_BGSC, expand)
         with_halo = context.share(
             ("halo", reach),
-            lambda: TokenContext(documents_BS=_fetch_documents(context.documents_BS, reach, self.group)),
+            lambda: TokenContext(
+                documents_BS=_fetch_numbers(context.documents_BS, reach, self.group),
+                noise_keys_BS=_fetch_numbers(noise_keys_BS, reach, self.group),
+            ),
         )
-        return self.core(q_BHSC, k_BGXC, v_BGXC, with_halo)
+        return self.core(q_BHSC, k_BGXC, v_BGXC, with_halo, expand)
 
     def _reach(self, length: int) -> int:
         """Return how many positions before this rank's part a query can attend to. It is the same on all ranks."""
@@ -124,18 +132,27 @@ class _Fetch(torch.autograd.Function):
 def _by_position(k: Tensor, v: Tensor) -> Tensor:
     """Concatenate keys and values [B, G, n, C] along C, and move the positions first: [n, B, G, 2·C].
 
-    With latent attention, values are narrower than keys.
+    With latent attention, these are latents and the rotary parts of keys, which have other widths.
     """
     return torch.cat((k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)), dim=-1)
 
 
-def _fetch_documents(documents_BS: Tensor | None, reach: int, group: dist.ProcessGroup) -> Tensor | None:
-    """Return the documents [B, X] of the fetched positions and of this rank's, or None."""
-    if documents_BS is None:
+def _fetch_numbers(numbers_BS: Tensor | None, reach: int, group: dist.ProcessGroup) -> Tensor | None:
+    """Return numbers [B, X] of the fetched positions and of this rank's, such as their documents, or None."""
+    if numbers_BS is None:
         return None
-    send, receive = _splits(reach, documents_BS.shape[1], group)
-    earlier_BA = _send_last(documents_BS.t(), send, receive, group).t()
-    return torch.cat((earlier_BA, documents_BS), dim=1)
+    send, receive = _splits(reach, numbers_BS.shape[1], group)
+    earlier_BA = _send_last(numbers_BS.t(), send, receive, group).t()
+    return torch.cat((earlier_BA, numbers_BS), dim=1)
+
+
+def _noise_keys(context: TokenContext, k_BGSC: Tensor, expand: Expand | None) -> Tensor | None:
+    """Return the noise keys that `expand` needs, those of the positions of `k_BGSC`; None if it needs none.
+
+    An adapter draws dropout from them. Tensor parallelism, which divides the noise keys, allows no dropout.
+    """
+    keys_BS = context.noise_keys_BS
+    return None if expand is None or keys_BS is None or keys_BS.shape[1] != k_BGSC.shape[2] else keys_BS
 
 
 def piece_order(layout: Layout) -> list[list[int]]:
@@ -161,11 +178,17 @@ class ZigzagCore(nn.Module):
         self.core = core
         self.group = group
 
-    def forward(self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, context: TokenContext) -> Tensor:
+    def forward(
+        self, q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, context: TokenContext, expand: Expand | None = None
+    ) -> Tensor:
         """Return the mixed values [B, H, S, C]."""
         layout, positions = Layout(context=self.group.size(), zigzag=True), k_BGSC.shape[2] // 2
         order = _inverse([piece for pieces in piece_order(layout) for piece in pieces])
         k, v = (_in_order(gather_dim(x, 2, self.group), 2, order) for x in (k_BGSC, v_BGSC))
+        if expand is not None:
+            noise_keys_BS = _noise_keys(context, k_BGSC, expand)
+            row_BX = None if noise_keys_BS is None else self._gather(context, "noise keys", noise_keys_BS, order)
+            k, v = expand(k, v, row_BX)
         mixed = []
         for q, piece in zip(q_BHSC.chunk(2, dim=2), layout.pieces_of(self.group.rank()), strict=True):
             end = (piece + 1) * positions
@@ -176,9 +199,12 @@ class ZigzagCore(nn.Module):
         """Return the context of the first `end` positions of the row. Layers share it."""
         if context.documents_BS is None:
             return context.share(("zigzag", end), TokenContext)
-        documents_BS = context.documents_BS
-        row = context.share("row", lambda: _in_order(all_gather_dim(documents_BS, 1, self.group), 1, order))
+        row = self._gather(context, "documents", context.documents_BS, order)
         return context.share(("zigzag", end), lambda: TokenContext(documents_BS=row[:, :end]))
+
+    def _gather(self, context: TokenContext, name: str, numbers_BS: Tensor, order: list[int]) -> Tensor:
+        """Return the numbers of the whole row. Layers share them under the name."""
+        return context.share(name, lambda: _in_order(all_gather_dim(numbers_BS, 1, self.group), 1, order))
 
     def extra_repr(self) -> str:
         """Return what `repr` shows in the parentheses: the window, the pieces and this rank."""

@@ -6,6 +6,7 @@ The part of attention that mixes positions is the *core*, `core(q, k, v, context
 device, and context parallelism installs another.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -23,6 +24,9 @@ from moe.linear import Linear, OutputLinear, RMSNorm
 from moe.token_context import TokenContext, apply_rotary
 
 Kernel = Literal["sdpa", "varlen", "flex", "blocks", "masked"]
+Expand = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""Computes keys and values [B, H, X, .] from the latents of X positions, the rotary parts of their keys, and the noise
+keys of the tokens there (`TokenContext.noise_keys_BS`)."""
 
 
 def choose_kernel(q_BHSC: Tensor, k_BGXC: Tensor, window: int | None, context: TokenContext) -> Kernel:
@@ -65,7 +69,9 @@ class AttentionCore(nn.Module):
         self.window = window
         self.scale = scale
 
-    def forward(self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXc: Tensor, context: TokenContext) -> Tensor:
+    def forward(
+        self, q_BHSC: Tensor, k_BGXC: Tensor, v_BGXc: Tensor, context: TokenContext, expand: Expand | None = None
+    ) -> Tensor:
         """Return the mixed values [B, H, S, c].
 
         Args:
@@ -73,7 +79,11 @@ class AttentionCore(nn.Module):
                 CPUs and FlashAttention take one width only, and without them all scores would be stored.
             context: its `documents_BS` has the documents of all X key positions, or is None if each row is one
                 document.
+            expand: computes the keys and values from `k_BGXC` and `v_BGXc`, which then are latents; None: they are the
+                keys and values.
         """
+        if expand is not None:
+            k_BGXC, v_BGXc = expand(k_BGXC, v_BGXc, context.noise_keys_BS)
         v_BGXC = pad_width(v_BGXc, q_BHSC.shape[-1])
         return self.attend(q_BHSC, k_BGXC, v_BGXC, context)[..., : v_BGXc.shape[-1]]
 

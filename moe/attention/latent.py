@@ -52,17 +52,20 @@ class LatentAttention(Attention):
         q_BHSn, q_BHSr = q_BHSC.split((self.nope, self.rope), dim=-1)
         q_BHSC = torch.cat((q_BHSn, apply_rotary(q_BHSr, context.rotary)), dim=-1)
         latent_BSR, k_BSr = self.wkv_down(x_BSD, keys_BS).split((self.rank, self.rope), dim=-1)
-        latent_BSR, k_B1Sr = self.wkv_down_norm(latent_BSR), apply_rotary(k_BSr.unsqueeze(1), context.rotary)
-        if cache is None:
-            mixed_BHSc: Tensor = self.core(q_BHSC, *self._expand(latent_BSR, k_B1Sr, keys_BS), context)
-            return mixed_BHSc
-        return cache.attend(self._attend_latents, q_BHSC, torch.cat((latent_BSR.unsqueeze(1), k_B1Sr), dim=-1))
+        latent_B1SR = self.wkv_down_norm(latent_BSR).unsqueeze(1)
+        k_B1Sr = apply_rotary(k_BSr.unsqueeze(1), context.rotary)
+        if cache is not None:
+            return cache.attend(self._attend_latents, q_BHSC, torch.cat((latent_B1SR, k_B1Sr), dim=-1))
+        # The core computes keys and values, so that context parallelism fetches latents, which are much smaller.
+        mixed_BHSc: Tensor = self.core(q_BHSC, latent_B1SR, k_B1Sr, context, self._expand)
+        return mixed_BHSc
 
-    def _expand(self, latent_BXR: Tensor, k_B1Xr: Tensor, noise_keys_BX: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the keys [B, H, X, C] and values [B, H, X, c] of all heads."""
-        up_BHXE = torch.unflatten(
-            self.wkv_up(latent_BXR, noise_keys_BX), -1, (-1, self.nope + self.value_dim)
-        ).transpose(1, 2)
+    def _expand(
+        self, latent_B1XR: Tensor, k_B1Xr: Tensor, noise_keys_BX: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the keys [B, H, X, C] and values [B, H, X, c] of this rank's heads."""
+        up_BXE = self.wkv_up(latent_B1XR.squeeze(1), noise_keys_BX)
+        up_BHXE = torch.unflatten(up_BXE, -1, (-1, self.nope + self.value_dim)).transpose(1, 2)
         k_BHXn, v_BHXc = up_BHXE.split((self.nope, self.value_dim), dim=-1)
         return torch.cat((k_BHXn, k_B1Xr.expand(-1, k_BHXn.shape[1], -1, -1)), dim=-1), v_BHXc
 
@@ -78,7 +81,7 @@ class LatentAttention(Attention):
         expanded = places * per_latent + queries * places * (self.head_dim + self.value_dim)
         absorbed = queries * per_latent + queries * places * (2 * self.rank + self.rope)
         if expanded < absorbed or not self._has_matrix():
-            k_BHXC, v_BHXc = self._expand(tokens_B1XN[:, 0, :, : self.rank], tokens_B1XN[..., self.rank :])
+            k_BHXC, v_BHXc = self._expand(*tokens_B1XN.split((self.rank, self.rope), dim=-1))
             mixed_BHSC = masked_attention(q_BHSC, k_BHXC, pad_width(v_BHXc, self.head_dim), mask_B1SX, self.scale)
             return mixed_BHSC[..., : self.value_dim]
         weight_HER = torch.unflatten(self.wkv_up.weight.to(q_BHSC.dtype), 0, (-1, self.nope + self.value_dim))

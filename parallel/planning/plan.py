@@ -236,6 +236,7 @@ def activation_bytes(layout: Layout, parallel: ParallelConfig, workload: Workloa
         length = workload.seq_len // layout.context
         positions = fetched_positions(window, length, layout.context) * workload.rows(layout)
         block += 2 * positions * kv_heads * model.head_dim / layout.tensor
+        block += positions * (model.kv_lora_rank or 0)
         hidden = 0.0
         networks = [(model.hidden_dim, model.ffn)] if not is_moe else []
         if is_moe:

@@ -15,7 +15,7 @@ from parallel.config import ParallelConfig
 from parallel.layout import Layout
 from parallel.planning.hardware import Hardware
 from parallel.planning.plan import activation_bytes, bubble
-from parallel.planning.traffic import Axis, gradient_bytes, shard_bytes, traffic
+from parallel.planning.traffic import Axis, gradient_bytes, layer_positions, shard_bytes, traffic
 from parallel.planning.workload import Workload
 from parallel.weight_specs import ranks_per_shard_group
 
@@ -102,6 +102,7 @@ def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload,
     # The forward pass, the gradients of activations, and those of the weights that train.
     passes = 2 + workload.trained + recomputed_share(parallel, workload)
     matmul = 2 * passes * active_parameters(workload) * tokens / layout.world / hardware.matmul
+    matmul += 2 * passes * _repeated_maps(layout, workload) / hardware.matmul
     pairs = sum(attended_pairs(model.window(layer), workload.seq_len) for layer in range(model.num_layers))
     # The kernels pad values that are narrower than keys.
     attention_flops = 4 * model.num_heads * model.head_dim * pairs * workload.global_batch / layout.world
@@ -120,6 +121,16 @@ def estimate_times(layout: Layout, parallel: ParallelConfig, workload: Workload,
     exposed = _exposed(layout, parallel, workload, hardware, computation)
     idle = bubble(layout.pipeline, workload.accumulation, parallel.schedule)
     return StepTimes(matmul, attention, memory_bound, update, exposed, computation * idle / (1 - idle))
+
+
+def _repeated_maps(layout: Layout, workload: Workload) -> float:
+    """Return the multiplications with which a rank computes keys and values from latents of other context ranks."""
+    model, micro_batches = workload.model, workload.accumulation
+    if model.kv_lora_rank is None:
+        return 0
+    fetched = sum(layer_positions(model.window(layer), workload, layout) for layer in range(model.num_layers))
+    width = model.num_heads * (model.head_dim - model.rotary_width + model.value_dim) / layout.tensor
+    return micro_batches * workload.rows(layout) * fetched / layout.pipeline * model.kv_lora_rank * width
 
 
 def _moved_bytes(layout: Layout, parallel: ParallelConfig, workload: Workload) -> float:

@@ -96,13 +96,22 @@ def fetched_positions(window: int | None, length: int, ranks: int) -> float:
     return sum(min(rank * length, reach) for rank in range(ranks)) / ranks
 
 
+def layer_positions(window: int | None, workload: Workload, layout: Layout) -> float:
+    """Return the positions of each row that a context rank receives in a layer, in the mean over the n ranks."""
+    length = workload.seq_len // layout.context
+    if layout.zigzag:  # It all-gathers the whole row.
+        return all_gather_bytes(layout.context, length)
+    return fetched_positions(window, length, layout.context)
+
+
 def context_bytes(positions: float, rows: int, numbers: int, itemsize: int, passes: int = 2) -> float:
     """Return the bytes of context parallelism in one layer.
 
-    A pass sends the keys and values [b, G, C] of the fetched positions, or in the backward pass their gradients.
+    A pass sends the keys and values [b, G, C] of the fetched positions, or with latent attention their latents, and in
+    the backward pass the gradients of these.
 
     Args:
-        numbers: those of one position's keys and values, 2·G·C.
+        numbers: those of one position, 2·G·C (`ModelConfig.cached`).
     """
     return passes * positions * rows * numbers * itemsize
 
@@ -172,6 +181,8 @@ def bookkeeping_bytes(workload: Workload, layout: Layout, parallel: ParallelConf
     micro += passes * moe_layers * per_layer
     positions = fetched_positions(None, workload.seq_len // layout.context, layout.context)
     micro += 2 * 4 * rows * positions  # int32 document numbers, once per pass; twice if layers have different windows
+    if model.kv_lora_rank is not None:
+        micro += 2 * 8 * rows * positions  # the noise keys, for the dropout of adapters
     scalars = all_reduce_bytes(layout.world, 8 * (3 + 1 + 3 + model.num_moe_layers * len(LAYER_FIGURES)))
     figures = all_reduce_bytes(layout.pipeline, 8 * 2 * model.num_moe_layers * experts)
     return workload.accumulation * micro + scalars + figures
@@ -201,12 +212,11 @@ def traffic(workload: Workload, layout: Layout, parallel: ParallelConfig) -> dic
         micro["tensor"] += model.num_layers * norm_bytes(tokens, layout.tensor, size, passes)
     micro["tensor"] += prediction_bytes(tokens, layout.tensor, size)
     micro["context"] = 0.0
-    numbers = model.num_kv_heads * layout.kv_copies * (model.head_dim + model.value_dim) // layout.tensor
-    length = workload.seq_len // layout.context
+    numbers = sum(heads * width for heads, width in model.cached)
+    if model.kv_lora_rank is None:  # Tensor-parallel ranks have different heads, and the same latents.
+        numbers = numbers * layout.kv_copies // layout.tensor
     for window, number in Counter(map(model.window, range(model.num_layers))).items():
-        # Zigzag all-gathers the whole row.
-        row = all_gather_bytes(layout.context, length)
-        positions = row if layout.zigzag else fetched_positions(window, length, layout.context)
+        positions = layer_positions(window, workload, layout)
         micro["context"] += number * context_bytes(positions, workload.rows(layout), numbers, size, passes)
     for axis in ("expert", "expert_tensor", "tensor", "context"):
         micro[axis] /= layout.pipeline  # Each layer is on one of the pipeline's ranks.

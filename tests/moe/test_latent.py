@@ -103,7 +103,7 @@ def test_logits_with_the_cache_equal_those_without(window, chunk, rank, monkeypa
     model = build(window, rope_scaling=YARN if rank else None, **LATENT | {"q_lora_rank": rank})
     expanded = []
     expand = LatentAttention._expand
-    monkeypatch.setattr(LatentAttention, "_expand", lambda *given: expanded.append(given[1].shape[1]) or expand(*given))
+    monkeypatch.setattr(LatentAttention, "_expand", lambda *given: expanded.append(given[1].shape[2]) or expand(*given))
     tokens = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(1))
     got = cached(model, tokens, [*pieces(18, min(chunk, 18)), *[1] * 12])
     assert expanded == {1: [1] * 3, 30: [18] * 3}.get(chunk, expanded)
