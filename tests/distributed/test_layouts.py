@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data.batch import IGNORE, Batch
+from moe.config import AdapterConfig
 from moe.model import Transformer
 from parallel.config import ParallelConfig
 from parallel.mesh import Mesh, build_mesh, mesh_of_one
@@ -77,6 +78,16 @@ QUICK_CHANGES = (("mixtral", "shard=2", "expert=2"), ("multi_query", "tensor=2",
 FEW = replace(CASES["uneven"], model=replace(CASES["uneven"].model, vocab_size=5, hidden_dim=1))
 """With `tensor=4`, the last rank stores no row of the embedding and of the head, and three ranks no hidden unit."""
 
+DROPOUT = replace(
+    CASES["latent"],
+    model=replace(
+        CASES["latent"].model,
+        sliding_window=None,
+        adapter=AdapterConfig("lora", rank=3, targets=("attention",), dropout=0.2),
+    ),
+)
+"""With `context=2`, a rank computes keys and values of other ranks' tokens, with the dropout of these tokens."""
+
 
 def jobs_of(pairs: Iterable[tuple[str, str]]) -> list[Job]:
     return [Job(model, layout, parse_layout(layout)) for model, layout in pairs]
@@ -94,6 +105,7 @@ def quick(rank: int, world: int, directory: Path) -> dict:
     results = {
         "fp64": list(run_jobs(jobs_of(QUICK), CPU, steps=STEPS)),
         "fp32": list(run_jobs(jobs_of([("mixtral", "tensor=2")]), CPU, precision="fp32", steps=STEPS)),
+        "dropout": list(run_jobs(jobs_of([("dropout", "context=2")]), CPU, cases={"dropout": DROPOUT}, steps=STEPS)),
         "one token": one_token_per_rank(rank, world),
         "continued": continue_all(QUICK_CHANGES, directory),
         "tampered": {name: tampered(name) for name in TAMPERED},
@@ -120,6 +132,7 @@ def test_every_layout_equals_one_process(world):
     assert len(world[0]["fp64"]) == len(QUICK)
     for precision in ("fp64", "fp32"):
         assert_within_tolerance(world[0][precision], precision)
+    assert_within_tolerance(world[0]["dropout"], "fp64")
 
 
 def config_of(layout: str, world_size: int, model: str = "mixtral"):
