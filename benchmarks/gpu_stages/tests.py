@@ -79,13 +79,18 @@ CASES = {
     "all experts": Case(replace(SMALL, num_experts=4, top_k=4, num_kv_heads=1), RouterConfig()),
     "expert choice": Case(SMALL, RouterConfig(kind="expert_choice", allow_noncausal=True, balance_coef=0.0)),
     "window": Case(replace(SMALL, sliding_window=(24, None, 24), num_kv_heads=2), RouterConfig()),
+    "latent": Case(
+        replace(SMALL, sliding_window=(24, None, 24), kv_lora_rank=48, q_lora_rank=64, qk_nope_head_dim=32,
+                qk_rope_head_dim=32, v_head_dim=48),
+        RouterConfig(),
+    ),
 }  # fmt: skip
 
 
 def main(stage: Stage) -> None:
     device = stage.device
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # beyond the limit, kernels run unfused in silence
-    low, models = (torch.bfloat16, torch.float32), ("mixtral", "deepseek", "switch", "unaligned")
+    low, models = (torch.bfloat16, torch.float32), ("mixtral", "latent", "deepseek", "switch", "unaligned")
     with one_process(device) as mesh:
         checks: list[tuple[str, Callable[[], Any]]] = [
             ("dispatch", partial(check_dispatch, stage, low)),
@@ -97,7 +102,7 @@ def main(stage: Stage) -> None:
             ("norm, linear, rotary", partial(check_small_modules, stage, low)),
             ("attention bf16", partial(check_attention, stage, low[:1], (True, False), (None, 100))),
             ("model fp32", partial(check_model, stage, mesh, torch.float32, models)),
-            ("model bf16", partial(check_model, stage, mesh, torch.bfloat16, ("all experts", *models[:2]))),
+            ("model bf16", partial(check_model, stage, mesh, torch.bfloat16, ("all experts", *models[:3]))),
             ("host syncs", partial(check_syncs, stage, mesh)),
             ("steps", partial(check_steps, stage, mesh)),
             ("same bits", partial(check_determinism, stage, mesh)),
@@ -817,7 +822,7 @@ def check_optimizer(stage: Stage, mesh: Mesh) -> None:
 def check_generation(stage: Stage) -> None:
     prompts = [[1, 2, 3], list(range(5, 45)), [7]]
     failures = []
-    for name in ("mixtral", "window", "deepseek", "expert choice"):
+    for name in ("mixtral", "window", "latent", "deepseek", "expert choice"):
         case, texts = CASES[name], []
         for device in (stage.device, CPU):
             model = Transformer(case.model, case.router, torch.float32)
