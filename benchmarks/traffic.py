@@ -157,7 +157,8 @@ class Traffic(TorchDispatchMode):
     def _axis(self, name: str, tensor: Tensor, group: ProcessGroup) -> str:
         """Return the axis of a collective, from its name, the calling files, the dtype and the ranks of the group."""
         callers = list(_callers())
-        if not tensor.is_floating_point() or tensor.dtype == torch.float64:  # counts, and the metrics of the step
+        # Counts, and the metrics of the step.
+        if not tensor.is_floating_point() or tensor.dtype == torch.float64 or not tensor.dim():
             return "bookkeeping"
         if name == "send":  # torch's pipeline also calls the backward pass, in which other axes communicate.
             return "pipeline"

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -139,7 +140,10 @@ def needed_micro_batches(config: Config, layout: Layout) -> int:
 
 
 def trace_step(subject: Subject) -> Trace:
-    """Trace the second optimizer step of a rank. The first one creates the optimizer's state."""
+    """Trace an optimizer step of a rank after the first one, which creates the optimizer's state.
+
+    With DeepSpeed it is the third one, because in the second one stage 3 still compares the order of the modules.
+    """
     config, layout = subject.config, subject.layout
     config = replace(config, train=replace(config.train, compile=False))
     number = subject.micro_batches or needed_micro_batches(config, layout)
@@ -154,12 +158,15 @@ def trace_step(subject: Subject) -> Trace:
             stack.enter_context(gpu_kernels(tracer, pairs.__getitem__))
         stack.enter_context(tracer.watch())
         parts = build_parts(config, config.model, mesh, subject.dtype, None)
+        if config.engine.kind == "deepspeed":
+            stack.enter_context(_lists_as_on_rank_0())
         engine = build_engine(config, parts, mesh)
         route_by_loads(parts, subject.loads)
         _mark_update(engine, tracer)
         # One micro-batch is enough for the optimizer's state, but not for a pipeline or for DeepSpeed.
         first = batches[:1] if isinstance(engine, NativeEngine) and engine.pipeline is None else batches
-        start_step(engine, prepare_step(engine, first, config.router), config.router, 1e-3)
+        for _ in range(2 if config.engine.kind == "deepspeed" else 1):
+            start_step(engine, prepare_step(engine, first, config.router), config.router, 1e-3)
         gc.collect()
         tracer.begin()
         result = start_step(engine, prepare_step(engine, batches, config.router), config.router, 1e-3)
@@ -168,6 +175,15 @@ def trace_step(subject: Subject) -> Trace:
         trace = tracer.result(engine, number)
         engine.close()
     return trace
+
+
+@contextmanager
+def _lists_as_on_rank_0() -> Iterator[None]:
+    """Let the lists that DeepSpeed compares with those of rank 0 be equal, which another rank would have to send."""
+    from deepspeed.runtime.zero import utils
+
+    with mock.patch.object(utils, "dist", SimpleNamespace(**vars(utils.dist) | {"get_rank": lambda: 0})):
+        yield
 
 
 class Tracer(TorchDispatchMode):
