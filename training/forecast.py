@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import Tensor
 
 from common.files import write_atomically
 from common.plugins import given_plugins
@@ -35,6 +34,7 @@ from training.report.forecast import COMMUNICATION, COMPUTATION, read_forecast
 from training.report.profile import TRACED_STEPS, WAIT_STEPS, WARM_UP_STEPS
 from training.run import FORECAST_FILE, FORECAST_STEPS
 from training.steps import FinishedStep
+from training.trainable import persistent_buffers
 
 MEASURED_STEP = 4
 """The step whose memory is measured. The optimizer's state exists, and blocks are compiled, after the first ones."""
@@ -237,11 +237,10 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 def state_bytes(engine: Engine) -> dict[str, int]:
     """Return the bytes of the weights (with buffers) and of the moments that this rank stores."""
     found = {"weights": 0, "moments": 0}
+    for part in engine.parts:
+        found["weights"] += sum(part.local_shard(name, weight).local.nbytes for name, weight in part.named_parameters())
+        found["weights"] += sum(buffer.nbytes for buffer in persistent_buffers(part).values())
     for name, tensor in engine.tensors().items():
-        found["weights" if name.startswith("model.") else "moments"] += _bytes_of(tensor)
+        if not name.startswith("model."):
+            found["moments"] += (tensor.local if isinstance(tensor, LocalShard) else tensor).nbytes
     return found
-
-
-def _bytes_of(tensor: Tensor | LocalShard) -> int:
-    local = tensor.local if isinstance(tensor, LocalShard) else tensor
-    return local.numel() * local.element_size()

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from moe.region import whole_shard
 from parallel.planning.hardware import preset_of_device, read_preset
 from tests.commands import run_python
 from training import forecast as of_run
@@ -150,10 +152,11 @@ def forecast_of(
     run: Any = SimpleNamespace(config=config, directory=tmp_path)
     monkeypatch.setattr(of_run, "request_of", lambda run, process: None)
     monkeypatch.setattr(of_run, "start", lambda request: subprocess.Popen([sys.executable, "-c", *child]))
-    tensors = {"model.a": torch.zeros(10), "exp_avg.a": torch.zeros(10, dtype=torch.float64)}
     stored: Any = SimpleNamespace(mesh=SimpleNamespace(world=None))
     if engine == "native":  # With DeepSpeed, `tensors` gathers the whole model.
-        stored.tensors = lambda: tensors
+        part: Any = nn.Linear(10, 1, bias=False)  # With adapters, it is not among the saved tensors.
+        part.local_shard = whole_shard
+        stored.parts, stored.tensors = [part], lambda: {"exp_avg.a": torch.zeros(10, dtype=torch.float64)}
     return of_run.Forecast(run, process, stored, 0)
 
 
