@@ -2,7 +2,7 @@
 
 In reading order:
 
-- `config`: the configuration sections `model` and `router`.
+- `config`: the configuration sections `model`, `router` and `adapter`.
 - `model`: the transformer: embedding, blocks, last norm and head.
 - `token_context`: the positions, documents and padding of a forward pass, and the rotary embedding.
 - `layer`: the transformer block and the MoE layer.
@@ -13,6 +13,7 @@ In reading order:
 - `experts`: the experts' feed-forward networks.
 - `feedforward`: the dense feed-forward network, and the activation functions.
 - `linear`: the linear map without bias, and RMSNorm.
+- `low_rank`, `adapter`: low-rank adapters of weights, and which weights have them.
 - `losses`: the cross-entropy and the auxiliary losses of the routers.
 - `init`: initial weights that are the same on every layout.
 - `noise`: random numbers that are the same on every layout.

@@ -12,10 +12,13 @@ import yaml
 from common.errors import CheckpointError, ConfigError, UserError
 from common.strict import from_dict, leaf_keys, to_dict
 from data.config import DataConfig
-from moe.config import ModelConfig, RopeScaling, RouterConfig
+from moe.config import AdapterConfig, ModelConfig, RopeScaling, RouterConfig
 from parallel.config import ParallelConfig
 from parallel.layout import Layout
+from parallel.startup.launch import World
 from parallel.startup.preflight import flatten
+from scripts.cli.workers import check_before_start
+from training.agree import check_base
 from training.checkpoint import checkpoint
 from training.config import (
     CheckpointConfig,
@@ -276,3 +279,33 @@ def test_schedules_that_cannot_be() -> None:
     for key, value in (("schedule_steps", 0), ("schedule_start", -1)):
         with pytest.raises(ConfigError, match=rf"^optim.{key}={value}: expected an integer >= "):
             from_dict(OptimConfig, {"lr": 1.0, key: value}, "optim")
+
+
+LORA = AdapterConfig(kind="lora", rank=4)
+
+
+def test_the_base_of_adapters_can_be_moved_and_what_the_adapters_mean_stays() -> None:
+    tuned = with_value(replace(config_of(), adapter=LORA), "run.init_from", "runs/base")
+    saved = by_key(record(tuned))
+    assert changed(with_value(tuned, "run.init_from", "moved/base"), saved) == []
+    assert changed(with_value(tuned, "adapter.dropout", 0.1), saved) == ["adapter.dropout: 0.0 -> 0.1"]
+    for key, value in (("rank", 8), ("alpha", 1.0), ("targets", ("router",)), ("scaling", "rslora"), ("dora", True)):
+        with pytest.raises(CheckpointError, match=rf"^adapter.{key}="):
+            changed(with_value(tuned, f"adapter.{key}", value), saved)
+    with pytest.raises(CheckpointError, match=r"^adapter.kind=null: expected lora"):
+        changed(with_value(config_of(), "run.init_from", "runs/base"), saved)
+
+
+def test_the_weights_of_the_base_must_be_those_of_the_checkpoint() -> None:
+    base = {"path": "/models/base", "fingerprint": "0123456789abcdef"}
+    check_base(base, {"base": base | {"path": "elsewhere"}}, "c/step-20", "runs/base")
+    with pytest.raises(CheckpointError, match=r"^run.init_from=runs/base: expected the weights that the adapters in"):
+        check_base(base, {"base": base | {"fingerprint": "f" * 16}}, "c/step-20", "runs/base")
+    for state in ({}, {"base": None}, {"base": {"path": "x"}}):
+        with pytest.raises(CheckpointError, match=r"^c/step-20: expected the state of a run with adapters"):
+            check_base(base, state, "c/step-20", "runs/base")
+
+
+def test_adapters_need_a_model_to_be_added_to() -> None:
+    with pytest.raises(ConfigError, match=r"^run.init_from=null: expected the model directory that the adapters are"):
+        check_before_start(replace(config_of(), adapter=LORA), World())

@@ -13,6 +13,9 @@ In reading order:
   model, with the names of its keys and tensors.
 - `mistral`: the same for `params.json`.
 - `model_directory`: writes a model directory like a run's.
+- `fingerprint`: a hash of a model's weights, by which a run recognises the base of its adapters.
+- `merge`: a run with adapters, read as the model without adapters that computes the same.
+- `peft`: adapters in the format of the library peft, in both directions.
 - `export`: converts a model directory to another format, and a dense one to a MoE model. The mathematics of the latter
   is in `moe.upcycle`.
 """
