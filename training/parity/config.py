@@ -117,8 +117,8 @@ CASES: Mapping[str, Case] = {
     ),
     "partly_frozen": replace(MIXTRAL, train=("router", "expert:3")),
     "adapters": Case(
-        replace(MODEL, num_shared_experts=1, first_k_dense=1, expert_kernel="auto",
-                adapter=AdapterConfig(kind="lora", rank=3, targets=("*",), scaling="rslora")),
+        replace(MODEL, num_shared_experts=1, shared_gate=True, first_k_dense=1, expert_kernel="auto", qk_norm="head",
+                attention_bias="all", adapter=AdapterConfig(kind="lora", rank=3, targets=("*",), scaling="rslora")),
         RouterConfig(balance_coef=0.05),
         train="*norm.weight",
     ),
@@ -128,6 +128,12 @@ CASES: Mapping[str, Case] = {
         RouterConfig(balance_coef=0.05),
         train="layers.*norm.weight",
         quantize=QuantizeConfig("nf4", block_size=32),
+    ),
+    "latent_adapters": Case(
+        replace(MODEL, num_kv_heads=8, kv_lora_rank=7, q_lora_rank=9, qk_nope_head_dim=3, qk_rope_head_dim=4,
+                v_head_dim=5, head_dim=7, sliding_window=None,
+                adapter=AdapterConfig(kind="lora", rank=3, targets=("attention", "experts.w_down"))),
+        RouterConfig(balance_coef=0.05),
     ),
     "dora": Case(
         replace(MODEL, num_kv_heads=2, hidden_dim=13, expert_hidden_dim=7, num_shared_experts=1,
