@@ -355,7 +355,7 @@ class AdapterConfig:
     """Whether the length of each row of W + s B A is a trainable parameter (DoRA, arXiv 2402.09353)."""
 
     def __post_init__(self) -> None:
-        expect(self.rank >= 1, "rank", self.rank, "an integer >= 1")
+        expect(1 <= self.rank < 2**31, "rank", self.rank, "an integer from 1 to 2**31 - 1")
         expect(self.alpha > 0, "alpha", self.alpha, "a number > 0")
         expect(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
         shown = f"[{','.join(self.targets)}]"

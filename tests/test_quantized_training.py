@@ -8,13 +8,16 @@ from safetensors import safe_open
 
 from common.errors import ConfigError
 from common.strict import from_dict
+from moe.accounting.flops import meta_model
 from parallel.startup.launch import World
 from scripts.cli.command_line import compose_config
 from scripts.cli.workers import check_before_start
 from tests.commands import run_python
+from training.agree import expect_full_precision
 from training.config import Config
 from training.layout import build_workload, resolve_layout
 from training.report.metrics import read_metrics
+from training.trainable import choose_trainable
 
 pytest.importorskip("bitsandbytes", reason="needs the extra [quantize]")
 
@@ -83,6 +86,11 @@ def test_quantised_weights_without_adapters_are_one_line(tmp_path):
         (("parallel.tensor=2",), "parallel.tensor=2: expected 1 with quantize=nf4 (a matrix is quantised as a whole)"),
         (("parallel.expert_tensor=2",), "parallel.expert_tensor=2: expected 1 with "),
         (("quantize.targets=[experts,head]",), "quantize.targets="),
+        (("quantize=none", "quantize.block_size=32"), "quantize.block_size=32: expected 64 with quantize.kind=null"),
+        (
+            ("quantize=none", "adapter=none", "adapter.targets=[experts]"),
+            "adapter.targets=[experts]: expected [attention] with adapter.kind=null",
+        ),
         (("quantize.block_size=48",), "quantize.block_size=48: expected one of 32, 64, 128, "),
     ],
 )
@@ -93,6 +101,14 @@ def test_what_does_not_go_together_is_one_line(overrides, line):
         )
         check_before_start(from_dict(Config, raw), World(world_size=2, local_world_size=2))
     assert str(raised.value).startswith(line) and "\n" not in str(raised.value)
+
+
+def test_targets_that_the_model_lacks_are_refused():
+    overrides = ["model=mixtral_tiny", "model.vocab_size=99", "adapter=lora", "run.init_from=x"]
+    config = from_dict(Config, compose_config("config", [*overrides, "quantize=nf4", "quantize.targets=[shared]"]))
+    whole = meta_model(config.model, config.router)
+    with pytest.raises(ConfigError, match=r"^quantize.targets=\[shared\]: expected weights that this model has$"):
+        expect_full_precision(whole, choose_trainable(whole, "all"), config)
 
 
 def test_the_choice_of_axes_divides_no_quantised_matrix():

@@ -181,7 +181,14 @@ def agree_on_run(
 
 
 def expect_full_precision(whole: Transformer, choice: Choice, config: Config) -> None:
-    """Raise ConfigError if a weight that is stored in few bits is to train."""
+    """Raise ConfigError if a weight that is stored in few bits is to train, or no weight is to be stored so."""
+    packed = any(config.quantize.packing(target_of(name), weight.shape) for name, weight in whole.named_parameters())
+    expect(
+        config.quantize.kind is None or packed,
+        "quantize.targets",
+        config.quantize.targets,
+        "weights that this model has",
+    )
     for name, weight in whole.named_parameters():
         if name in choice.whole or name in choice.experts:
             expect(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from common.errors import ConfigError, expect, expect_fields, located, require
 from common.strict import FreeText
+from common.text import show_value
 from data.config import DataConfig
 from moe.config import AdapterConfig, ModelConfig, RouterConfig
 from moe.quantization import FULL_PRECISION, QuantizeConfig
@@ -401,6 +402,15 @@ class Config:
             "grouped",
             "auto or loop with train.precision=fp64 (torch's grouped matmul has no fp64)",
         )
+        sections: tuple[tuple[str, AdapterConfig | QuantizeConfig, AdapterConfig | QuantizeConfig], ...] = (
+            ("adapter", self.adapter, NO_ADAPTER),
+            ("quantize", self.quantize, FULL_PRECISION),
+        )
+        for name, section, unused in sections:
+            for key, default in vars(unused).items():
+                given = getattr(section, key)  # Without a kind it has no effect: the user has forgotten the kind.
+                expected = f"{show_value(default)} with {name}.kind=null"
+                expect(section.kind is not None or given == default, f"{name}.{key}", given, expected)
         expect(
             self.quantize.kind is None or self.engine.kind == "native",
             "engine.kind",

@@ -191,7 +191,8 @@ def test_dropout_is_drawn_for_each_token_and_only_in_training():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rank", 0), ("alpha", 0.0), ("dropout", 1.0), ("targets", ()), ("targets", ("",))]
+    ("field", "value"),
+    [("rank", 0), ("rank", 2**31), ("alpha", 0.0), ("dropout", 1.0), ("targets", ()), ("targets", ("",))],
 )
 def test_values_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError, match=f"^{field}=.*: expected "):

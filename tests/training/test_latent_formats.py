@@ -186,6 +186,11 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 @pytest.mark.parametrize(
     ("block", "scales", "message"),
     [
+        (
+            (128, 128),
+            torch.ones(1, 1).to(torch.float8_e4m3fn),
+            "w.weight_scale_inv: found dtype F8_E4M3, expected F32, BF16 or F16",
+        ),
         ((128, 128), None, "w.weight: found dtype F8_E4M3, expected its scales in w.weight_scale_inv"),
         ((128, 128), (2, 1), "w.weight_scale_inv: found shape [2, 1], expected [1, 1]"),
         (None, (1, 1), "w.weight: found dtype F8_E4M3, expected a quantization_config with quant_method=fp8"),
@@ -193,7 +198,8 @@ FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 )
 def test_a_missing_scale_is_one_line(block, scales, message, tmp_path):
     tensors = {"w.weight": torch.zeros(8, 9).to(torch.float8_e4m3fn)}
-    tensors |= {} if scales is None else {"w.weight_scale_inv": torch.ones(scales)}
+    if scales is not None:
+        tensors["w.weight_scale_inv"] = torch.ones(scales) if isinstance(scales, tuple) else scales
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ModelError) as caught:
         TensorDirectory(tmp_path, "index.json", "model.safetensors", block)
@@ -256,6 +262,8 @@ CONFIG_V3 = COMMON | {"model_type": "deepseek_v3", "n_group": 3, "topk_group": 2
         (CONFIG_V3, {"rope_interleave": False}, "rope_interleave=false: expected true"),
         (CONFIG_V3, {"scoring_func": "softmax"}, "scoring_func=softmax: expected sigmoid"),
         (CONFIG_V3, {"num_nextn_predict_layers": 10**9}, "num_nextn_predict_layers=1000000000: expected at most 100"),
+        (CONFIG_V3, {"topk_group": 9}, "as Mixwright's configuration: topk_groups=9: expected an integer from 1"),
+        (CONFIG_V3, {"n_group": 1}, "topk_group=2: expected 1, or no such key, with n_group=1"),
         (CONFIG_V3, {"index_topk": 2048}, "index_topk=2048: expected a known key"),
         (CONFIG_V3, {"quantization_config": FP8 | {"quant_method": "awq"}}, "quantization_config={quant_method:awq"),
         (CONFIG_V3, {"quantization_config": FP8 | {"activation_scheme": "static"}}, "quantization_config={"),

@@ -156,6 +156,9 @@ def exported(root: Path) -> Path:
         ({"some_new_key": 3}, "some_new_key=3: expected null"),
         ({"r": 0}, "r=0: expected an integer >= 1"),
         ({"alpha_pattern": {"(a|b)+": 3}}, "alpha_pattern=.*: expected names of modules"),
+        ({"r": 10**9}, "found rank 3, expected 1000000000, as r and rank_pattern say"),
+        ({"rank_pattern": {"q_proj": "3"}}, r"rank_pattern=\{q_proj:3\}: expected an object of integers"),
+        ({"use_rslora": "yes"}, "use_rslora=yes: expected true or false"),
         ({"use_dora": True}, r"missing: base_model.model.model.layers.*lora_magnitude"),
     ],
 )
@@ -188,6 +191,40 @@ def test_the_adapter_of_another_model_is_refused(exported, root, tmp_path):
     save_file(tensors | {"base_model.model.lm_head.weight": torch.zeros(2)}, adapter / WEIGHTS)
     with pytest.raises(ModelError, match=r"not those of a LoRA adapter: base_model.model.lm_head.weight"):
         import_adapter(adapter, open_model(base_directory("mixtral", root)), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes", "dora", "message"),
+    [
+        ("lm_head", {"A.weight": (3, 24), "B.weight": (VOCAB, 3)}, False, "lm_head: the model .* can have an adapter"),
+        ("model.embed_tokens", {"A.weight": (3, 24), "B.weight": (VOCAB, 3)}, False, "embed_tokens: the model"),
+        ("model.norm", {"A.weight": (3, 24), "B.weight": (24, 3)}, False, "norm: the model .* can have an adapter"),
+        (
+            "model.layers.0.self_attn.q_proj",
+            {"A.weight": (), "B.weight": (24, 3)},
+            False,
+            r"lora_A.weight: found shape \[\], expected 2 dimensions",
+        ),
+        (
+            "model.layers.0.mlp.experts",
+            {"A.weight": (12, 24), "B.weight": (38, 12), "magnitude_vector": (38,)},
+            True,
+            "mlp.experts: expected use_dora=false with an adapter of experts",
+        ),
+    ],
+)
+def test_an_adapter_without_a_place_is_refused(module, shapes, dora, message, exported, root, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = json.loads((exported / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | {"use_dora": dora}))
+    save_file(
+        {f"base_model.model.{module}.lora_{part}": torch.ones(shape) for part, shape in shapes.items()},
+        adapter / WEIGHTS,
+    )
+    with pytest.raises(ModelError, match=message) as caught:
+        import_adapter(adapter, open_model(base_directory("mixtral", root)), tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 def test_what_peft_cannot_describe_is_not_exported(root, tmp_path):

@@ -173,7 +173,13 @@ class TensorDirectory:
             raise ModelError(f"{where}: found dtype {FP8}, expected its scales in {_shown(name + SCALE_SUFFIX)}")
         blocks = tuple(-(-size // part) for size, part in zip(stored.shape[-2:], block, strict=False))
         expected = (*stored.shape[:-2], *blocks)
-        fits = len(blocks) == 2 and scales.shape == expected and scales.dtype != torch.float8_e4m3fn
+        require(
+            len(blocks) == 2, ModelError, f"{where}: found dtype {FP8} of shape {list(stored.shape)}, expected a matrix"
+        )
+        code = next(code for code, dtype in DTYPES.items() if dtype == scales.dtype)
+        wide = code not in (FP8, "U8")
+        require(wide, ModelError, f"{where}{SCALE_SUFFIX}: found dtype {code}, expected F32, BF16 or F16")
+        fits = scales.shape == expected
         require(fits, ModelError, f"{where}{SCALE_SUFFIX}: found shape {list(scales.shape)}, expected {list(expected)}")
         self.tensors[name] = stored._replace(dtype=torch.bfloat16, scales=scales)
 

@@ -26,8 +26,11 @@ from torch import Tensor
 
 from common.errors import ModelError, expect_no_tensors, require
 from common.files import fsync, write_atomically
-from common.text import to_json
+from common.text import printable, to_json
+from moe.accounting.flops import meta_model
+from moe.adapter import adaptable_weights
 from moe.config import AdapterConfig, ModelConfig, RouterConfig, split_adapter_name
+from moe.experts import Experts
 from moe.region import Region
 from training.checkpoint.shards import LazyTensor, write_safetensors
 from training.formats.families import FAMILIES
@@ -44,10 +47,20 @@ PREFIX = "base_model.model."
 FINGERPRINT = "base_fingerprint"
 """Key of the metadata of a file that Mixwright writes: the base's fingerprint (`training.formats.fingerprint`)."""
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(lora_(?P<factor>[AB])\.weight|lora_magnitude_vector)")
-_READ = {"peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "alpha_pattern", "init_lora_weights", "bias"}
+_READ = {
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+    "bias",
+}
 _IGNORED = {
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
-    *("target_modules", "target_parameters", "rank_pattern", "lora_dropout", "megatron_core", "qalora_group_size"),
+    *("target_modules", "target_parameters", "exclude_modules", "lora_dropout", "megatron_core", "qalora_group_size"),
 }
 """Keys that do not change what the file's tensors mean. The tensors say which modules have adapters, and their rank."""
 _HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva", "mpt")
@@ -249,18 +262,19 @@ def import_adapter(source: Path, base: ModelReader, out: Path) -> int:
         ModelError: the adapter is for another model, has a key that is not implemented, or a file is damaged; or `out`
             exists or cannot be written.
     """
-    fields = Fields(read_json(source / CONFIG), source / CONFIG, {"alpha_pattern": {}, "bias": "none"})
+    fields = Fields(read_json(source / CONFIG), source / CONFIG, {"bias": "none"})
     _check_config(fields)
     files = TensorDirectory(source, f"{WEIGHTS}.index.json", WEIGHTS)
     _check_fingerprint(source, base)
-    rank, rslora, dora = fields.integer("r"), bool(fields.get("use_rslora")), bool(fields.get("use_dora"))
+    rank = fields.integer("r")
+    rslora, dora = (fields.get(key) is not None and fields.flag(key) for key in ("use_rslora", "use_dora"))
     adapter = AdapterConfig(
         kind="lora", rank=rank, alpha=fields.number("lora_alpha"), dora=dora, scaling="rslora" if rslora else "standard"
     )
     read = _Importer(fields, files, base, adapter)
     factors = read.factors()
     most = max(parts["a"].shape[-2] for parts in factors.values())
-    if most > rank:
+    if most != rank:
         adapter = replace(adapter, rank=most, alpha=adapter.scale * (math.sqrt(most) if rslora else most))
     targets = _targets(factors, base)
     model = replace(base.model, adapter=replace(adapter, targets=targets))
@@ -315,8 +329,16 @@ class _Importer:
 
     def __init__(self, fields: Fields, files: TensorDirectory, base: ModelReader, adapter: AdapterConfig) -> None:
         self.fields, self.files, self.base, self.adapter = fields, files, base, adapter
-        self.places = _places(base.model, base.router, base.shapes)
+        chosen = adaptable_weights(meta_model(base.model, base.router))
+        weights = {name if isinstance(module, Experts) else f"{name}.{leaf}" for name, module, leaf in chosen}
+        shapes = {name: shape for name, shape in base.shapes.items() if name in weights}
+        self.places = _places(base.model, base.router, shapes)
         self.alphas = dict(self._alphas())
+        ranks = fields.get("rank_pattern") or {}
+        whole = isinstance(ranks, dict) and all(type(rank) is int for rank in ranks.values())
+        fields.expect(whole, "rank_pattern", ranks, "an object of integers")
+        self.ranks = {adapter.rank, *ranks.values()}
+        """The ranks that the file says its adapters have."""
 
     def _alphas(self) -> Iterator[tuple[str, float]]:
         """Yield (the end of the name of a module, its alpha). peft's patterns are expressions; names are enough."""
@@ -343,6 +365,9 @@ class _Importer:
             if match is None:
                 strange.append(name)
             else:
+                dims, shape = (2 if match["factor"] else 1), list(self.files.tensors[name].shape)
+                place = f"{self.fields.file.parent / WEIGHTS}: {printable(name)[:200]}"
+                require(len(shape) == dims, ModelError, f"{place}: found shape {shape}, expected {dims} dimensions")
                 modules.setdefault(match["module"], {})[match["factor"] or "magnitude"] = name
         where = self.fields.file.parent
         expect_no_tensors(where, "that are not those of a LoRA adapter", strange, ModelError)
@@ -358,7 +383,7 @@ class _Importer:
             if places is None:
                 raise ModelError(
                     f"{where}: {PREFIX}{module}: the model {self.base.shown or self.base.path} has no weight of this "
-                    "name: expected the adapter of this model"
+                    "name that can have an adapter: expected the adapter of this model"
                 )
             self._add(module, parameter, places, {part: self._read(name) for part, name in tensors.items()}, found)
         return found
@@ -403,6 +428,9 @@ class _Importer:
         """Add the adapter of one foreign parameter to `found`."""
         a, b = tensors["A"], tensors["B"]
         shape = self.base.shapes[places[0].weight]
+        where = f"{self.fields.file.parent}: {PREFIX}{module}"
+        holds = len(shape) == 2 or not self.adapter.dora
+        require(holds, ModelError, f"{where}: expected use_dora=false with an adapter of experts")
         stacked = len(shape) == 3 and places[0].expert is None
         experts = shape[0] if stacked else 1
         rank, outputs = a.shape[0] // experts, shape[-2] * places[0].parts
@@ -411,11 +439,14 @@ class _Importer:
             require(
                 tuple(tensor.shape) == expected[part] and rank > 0,
                 ModelError,
-                f"{self.fields.file.parent}: {PREFIX}{module}: found {part} {list(tensor.shape)}, expected "
+                f"{where}: found {part} {list(tensor.shape)}, expected "
                 f"{list(expected[part])} for {self.base.shown or self.base.path}",
             )
         if stacked:
             a, b = a.view(experts, rank, -1), b.view(outputs, rank, experts).permute(2, 0, 1)
+        known = ", ".join(map(str, sorted(self.ranks)))
+        message = f"{where}: found rank {rank}, expected {known}, as r and rank_pattern say"
+        require(rank in self.ranks, ModelError, message)
         scale = self._scale(parameter, rank)
         own = rank // 2
         halves = stacked and places[0].parts == 2 and len(places) == 2 and rank == 2 * own

@@ -124,10 +124,11 @@ class Family:
         fp8.read_block(fields)
         keys = self.read_model(fields)
         try:
-            model = ModelConfig(**keys)
+            return ModelConfig(**keys), self.read_router(fields)
+        except ModelError:
+            raise
         except ValueError as error:
             raise ModelError(f"{file}: as Mixwright's configuration: {error}") from error
-        return model, self.read_router(fields)
 
     def check_keys(self, fields: Fields) -> None:
         """Check that the network, with the keys that the family reads, computes what the file describes.

@@ -8,7 +8,7 @@ from moe.config import ModelConfig, RouterConfig
 from training.formats.families.deepseek import Deepseek
 from training.formats.families.experts import PER_EXPERT, moe_layers, read_moe_layers, read_top_k, shared_names
 from training.formats.families.family import BLOCK, Family
-from training.formats.fields import Fields
+from training.formats.fields import Fields, shown
 from training.formats.foreign_tensors import Format
 from training.formats.meaning import expect_key
 
@@ -85,7 +85,11 @@ class DeepseekLatent(Family):
     def read_groups(self, fields: Fields) -> tuple[int | None, int | None]:
         """Return `num_groups` and `topk_groups` of the router. One group is none."""
         groups = fields.integer_or_null("n_group")
-        return (None, None) if groups in (None, 1) else (groups, fields.integer("topk_group"))
+        if groups in (None, 1):
+            best = fields.raw.get("topk_group")
+            fields.expect(best in (None, 1), "topk_group", best, f"1, or no such key, with n_group={shown(groups)}")
+            return None, None
+        return groups, fields.integer("topk_group")
 
     def write(self, model: ModelConfig, router: RouterConfig) -> dict[str, Any]:
         assert model.top_k is not None
