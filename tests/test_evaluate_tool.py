@@ -77,7 +77,9 @@ def test_one_text_is_evaluated_whole(run, model, tmp_path):
         ([], "data.paths=[]: expected at least one file, folder or glob"),
         (["data.paths=[none.txt]"], "data.paths=none.txt: expected a file or folder of this name, found none"),
         (["data=embedded", "data.tokenizer=t"], "data.tokenizer=t: expected null, for the tokenizer of checkpoint="),
-        (["data=embedded", "seq_len=0"], "seq_len=0: expected an integer >= 1"),
+        (["data=embedded", "seq_len=0"], "seq_len=0: expected an integer from 1 to 1048576"),
+        (["data=embedded", f"seq_len={10**12}"], "seq_len=1000000000000: expected an integer from 1 to 1048576"),
+        (["data=embedded", f"batch_rows={10**12}"], "batch_rows=1000000000000: expected an integer from 1 to 4096"),
     ],
 )
 def test_mistakes_are_one_line(run, model, arguments, line):

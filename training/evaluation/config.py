@@ -15,6 +15,9 @@ from data.config import DataConfig
 from moe.quantization import FULL_PRECISION, QuantizeConfig
 from training.config import LaunchConfig
 
+MAX_SEQ_LEN, MAX_BATCH_ROWS = 2**20, 2**12
+"""Limits against typing errors. Rows are padded to their full number and length in memory, also for a short text."""
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -34,6 +37,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         expect_fields(
             self,
-            seq_len=(self.seq_len >= 1, "an integer >= 1"),
-            batch_rows=(self.batch_rows >= 1, "an integer >= 1"),
+            seq_len=(1 <= self.seq_len <= MAX_SEQ_LEN, f"an integer from 1 to {MAX_SEQ_LEN}"),
+            batch_rows=(1 <= self.batch_rows <= MAX_BATCH_ROWS, f"an integer from 1 to {MAX_BATCH_ROWS}"),
         )
