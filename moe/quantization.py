@@ -14,11 +14,12 @@ Letters: O output and I input width of a matrix, P its bytes, E experts.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
 from common.errors import expect, expect_fields
+from common.text import show_value
 
 Kind = Literal["nf4", "int8"]
 Target = Literal["attention", "dense", "shared", "experts"]
@@ -117,6 +118,9 @@ class QuantizeConfig:
             block_size=(self.block_size in BLOCK_SIZES, f"one of {', '.join(map(str, BLOCK_SIZES))}"),
             targets=(bool(self.targets), f"a list of some of {', '.join(TARGETS)}"),
         )
+        for field in fields(self) if self.kind is None else ():
+            given = getattr(self, field.name)  # It has no effect: the user has forgotten the kind.
+            expect(given == field.default, field.name, given, f"{show_value(field.default)} with quantize.kind=null")
 
     def packing(self, target: Target | None, shape: Sequence[int]) -> Packing | None:
         """Return how a parameter is stored; None: in full precision.

@@ -79,6 +79,7 @@ def test_one_text_is_evaluated_whole(run, model, tmp_path):
         (["data=embedded", "data.tokenizer=t"], "data.tokenizer=t: expected null, for the tokenizer of checkpoint="),
         (["data=embedded", "seq_len=0"], "seq_len=0: expected an integer from 1 to 1048576"),
         (["data=embedded", f"seq_len={10**12}"], "seq_len=1000000000000: expected an integer from 1 to 1048576"),
+        (["data=embedded", "quantize.block_size=32"], "quantize.block_size=32: expected 64 with quantize.kind=null"),
         (["data=embedded", f"batch_rows={10**12}"], "batch_rows=1000000000000: expected an integer from 1 to 4096"),
     ],
 )

@@ -402,15 +402,9 @@ class Config:
             "grouped",
             "auto or loop with train.precision=fp64 (torch's grouped matmul has no fp64)",
         )
-        sections: tuple[tuple[str, AdapterConfig | QuantizeConfig, AdapterConfig | QuantizeConfig], ...] = (
-            ("adapter", self.adapter, NO_ADAPTER),
-            ("quantize", self.quantize, FULL_PRECISION),
-        )
-        for name, section, unused in sections:
-            for key, default in vars(unused).items():
-                given = getattr(section, key)  # Without a kind it has no effect: the user has forgotten the kind.
-                expected = f"{show_value(default)} with {name}.kind=null"
-                expect(section.kind is not None or given == default, f"{name}.{key}", given, expected)
+        for key, default in vars(NO_ADAPTER).items() if self.adapter.kind is None else ():
+            given = getattr(self.adapter, key)  # It has no effect: the user has forgotten the kind.
+            expect(given == default, f"adapter.{key}", given, f"{show_value(default)} with adapter.kind=null")
         expect(
             self.quantize.kind is None or self.engine.kind == "native",
             "engine.kind",
