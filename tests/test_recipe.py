@@ -18,9 +18,14 @@ TINY = ("run.root=runs", "data.cache=cache", "train.seq_len=96", "train.precisio
         "launch.threads=1", "run.sample_tokens=0", "train.device=cpu")  # fmt: skip
 
 BASE = (
-    "model=mixtral_tiny", *TINY, "data.code_bytes=60000", "data.prose_bytes=30000", "data.arithmetic_bytes=60000",
-    "data.vocab_size=500", "train.global_batch=16", "run.name=base", "optim.lr=3e-3",
+    *TINY, "data.code_bytes=60000", "data.prose_bytes=30000", "data.arithmetic_bytes=60000", "data.vocab_size=500",
+    "train.global_batch=16", "run.name=base", "optim.lr=3e-3",
 )  # fmt: skip
+FAMILIES = {
+    "olmoe": (), "qwen2_moe": (), "qwen3_moe": ("quantize=nf4",), "deepseek_moe": (), "deepseek_v2": (),
+    "deepseek_v3": ("quantize=nf4",),
+}  # fmt: skip
+"""Families beside Mixtral, whose tiny presets have this name -> what their base is trained with."""
 TUNED = (
     *DATA, *TINY, "adapter=lora", "adapter.targets=[attention,router,experts]", "adapter.rank=4", "optim.lr=1e-2",
     "train.global_batch=8",
@@ -48,15 +53,20 @@ def generate(directory: Path, checkpoint: str) -> str:
     return json.dumps(found["results"])
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with chats and a model as it is released: Mixtral in Hugging Face's format, with its tokenizer."""
-    directory = tmp_path_factory.mktemp("recipe")
+def release(directory: Path, family: str) -> None:
+    """Write chats, and a model as it is released: in Hugging Face's format, with its tokenizer."""
     pairs = [(f"Double of {n}?", f"{2 * n}.") for n in range(200)]
     lines = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
     (directory / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    command(directory, "train.py", *BASE, "train.steps=30")
+    command(directory, "train.py", f"model={family}_tiny", *BASE, "train.steps=30")
     command(directory, "scripts/export_hf.py", "checkpoint=runs/base", "out=released", "dtype=fp32")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with chats and a released Mixtral."""
+    directory = tmp_path_factory.mktemp("recipe")
+    release(directory, "mixtral")
     return directory
 
 
@@ -74,6 +84,23 @@ def test_the_recipe_from_a_released_directory_to_an_export(directory):
     command(directory, "scripts/export_hf.py", "checkpoint=merged", "out=exported", "dtype=fp32")
     assert evaluate(directory, "exported") == pytest.approx(after, rel=1e-5)
     assert generate(directory, "runs/tuned") == generate(directory, "exported")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_recipe_of_another_family(tmp_path, family):
+    release(tmp_path, family)
+    base = FAMILIES[family]
+    before = evaluate(tmp_path, "released")
+    tuned = (*TUNED, *base, "run.name=tuned", "run.init_from=released", "train.steps=20", "launch.nproc=2")
+    command(tmp_path, "train.py", *tuned)
+    command(tmp_path, "scripts/merge.py", "run=runs/tuned", "out=merged")
+    command(tmp_path, "scripts/export_hf.py", "checkpoint=merged", "out=exported", "dtype=fp32")
+    after = evaluate(tmp_path, "exported")
+    assert after < 0.95 * before
+    if not base:  # A merged model has the weights of the base, and not their rounding to 4 bits.
+        assert after == pytest.approx(evaluate(tmp_path, "runs/tuned"), rel=1e-5)
+    assert generate(tmp_path, "merged") == generate(tmp_path, "exported")
 
 
 @pytest.mark.slow
