@@ -56,9 +56,12 @@ def encode_conversation(messages: Sequence[Message], tokenizer: TextTokenizer) -
         token that ends it.
 
     Raises:
-        DataError: the template refuses the conversation, or does not show which part of its text is an answer.
+        DataError: the template refuses the conversation, gives no text for it, or does not show which part of its text
+            is an answer.
     """
-    return _Conversation(messages, tokenizer).encode()
+    ids, is_label = _Conversation(messages, tokenizer).encode()
+    require(ids, DataError, "expected a conversation that the chat template takes, found: it gives no text")
+    return ids, is_label
 
 
 def end_token_ids(tokenizer: TextTokenizer) -> tuple[int, ...]:

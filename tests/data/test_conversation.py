@@ -302,6 +302,13 @@ def test_a_template_that_fails_is_one_line(tmp_path: Path, template: str, compla
         encode_conversation(read_messages(turns(("system", "s"), *TALK[:2])), tokenizer)
 
 
+def test_a_prompt_without_text_is_refused(tmp_path: Path) -> None:
+    template = MISTRAL | {"chat_template": "{{ missing }}", "add_bos_token": False}
+    tokenizer = opened(write(tmp_path, byte_level(["<s>", "</s>"]), template))
+    with pytest.raises(DataError, match=r"^expected a conversation .*, found: it gives no text$"):
+        encode_conversation(read_messages(turns(("user", "x")), last="user"), tokenizer)
+
+
 def test_a_store_of_conversations_names_tokenizer_and_conversation(tmp_path: Path) -> None:
     lines = [turns(("user", f"the {i} model"), ("assistant", f"loss {i}")) for i in range(40)]
     path = tmp_path / "chats.jsonl"

@@ -59,7 +59,10 @@ def read_request(config: GenerateConfig) -> Request:
     )
     if config.chat:
         end_ids = list(end_token_ids(tokenizer))
-        prompts = [encode_conversation([Message("user", title)], tokenizer)[0] for title in titles]
+        try:
+            prompts = [encode_conversation([Message("user", title)], tokenizer)[0] for title in titles]
+        except DataError as error:
+            raise DataError(f"checkpoint={config.checkpoint}: {error}") from error
     else:
         prompts = [tokenizer.encode_prompt(title) for title in titles]
     return Request(path, end_ids, titles, prompts)
