@@ -375,6 +375,8 @@ class AdapterConfig:
         return any(matches_part(pattern, weight) for pattern in self.targets)
 
 
+NO_ADAPTER = AdapterConfig()
+
 _OF_ADAPTER = re.compile(r"(?P<module>.+)\.(adapter|adapters\.(?P<weight>\w+))\.(?P<part>a|b|magnitude)")
 
 

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from common.errors import expect, located
 from common.text import to_json
-from moe.config import AdapterConfig, ModelConfig, RouterConfig
+from moe.config import NO_ADAPTER, AdapterConfig, ModelConfig, RouterConfig
 from scripts.cli.command_line import run_tool
 
 
@@ -28,7 +28,7 @@ class DescribeConfig:
 
     model: ModelConfig
     router: RouterConfig
-    adapter: AdapterConfig
+    adapter: AdapterConfig = NO_ADAPTER
     format: Literal["table", "json"] = "table"
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     batch: int = 1

@@ -20,13 +20,12 @@ if __name__ == "__main__":
 from common.errors import ConfigError, expect, expect_fields, located
 from common.strict import from_dict
 from common.text import to_json
-from moe.config import AdapterConfig, ModelConfig, RouterConfig
+from moe.config import NO_ADAPTER, AdapterConfig, ModelConfig, RouterConfig
 from moe.quantization import FULL_PRECISION, QuantizeConfig
 from parallel.config import ParallelConfig
 from parallel.planning.hardware import Hardware, with_rates
 from scripts.cli.command_line import compose_config, run_tool
 
-NO_ADAPTER = AdapterConfig()
 ITEMSIZES = {"bf16": 2, "fp32": 4}
 
 

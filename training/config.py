@@ -10,7 +10,7 @@ from common.errors import ConfigError, expect, expect_fields, located, require
 from common.strict import FreeText
 from common.text import show_value
 from data.config import DataConfig
-from moe.config import AdapterConfig, ModelConfig, RouterConfig
+from moe.config import NO_ADAPTER, AdapterConfig, ModelConfig, RouterConfig
 from moe.quantization import FULL_PRECISION, QuantizeConfig
 from parallel.config import ParallelConfig
 from training.checkpoint.remote_files import check_url
@@ -335,7 +335,6 @@ class EngineConfig:
 NATIVE = EngineConfig()
 HEALTHY = HealthConfig()
 TELEMETRY = TelemetryConfig()
-NO_ADAPTER = AdapterConfig()
 
 
 @dataclass(frozen=True)

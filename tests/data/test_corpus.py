@@ -266,7 +266,7 @@ def test_unusable_keys_end_in_one_line(tmp_path: Path, two_domains: tuple[str, .
         ({"kind": "files"}, r"paths=\[\]: expected at least one file, folder or glob"),
         ({"kind": "hub"}, "hub_path=null: expected a dataset's name or directory"),
         ({"kind": "embedded", "vocab_size": 10}, "vocab_size=10: expected an integer >= 300"),
-        ({"kind": "embedded", "heldout_fraction": 1.0}, "heldout_fraction=1.0: expected a number between 0 and 1"),
+        ({"kind": "embedded", "heldout_fraction": 1.5}, "heldout_fraction=1.5: expected a number above 0, at most 1"),
         ({"kind": "embedded", "code_bytes": -1}, "code_bytes=-1: expected an integer >= 0"),
     ],
 )

@@ -16,11 +16,10 @@ from typing import Literal, get_args
 
 from common.errors import expect
 from data.config import DataConfig
-from moe.config import AdapterConfig, ModelConfig, RopeScaling, RouterConfig
+from moe.config import NO_ADAPTER, AdapterConfig, ModelConfig, RopeScaling, RouterConfig
 from moe.quantization import FULL_PRECISION, QuantizeConfig
 from parallel.config import ParallelConfig
 from training.config import (
-    NO_ADAPTER,
     CheckpointConfig,
     Config,
     EngineConfig,
