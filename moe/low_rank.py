@@ -36,8 +36,8 @@ class LowRank(nn.Module):
         """
         super().__init__()
         self.magnitude = None
-        for name, size in adapter_shapes(shape, config).items():
-            setattr(self, name, nn.Parameter(torch.empty(size)))
+        for part, size in adapter_shapes(shape, config).items():
+            setattr(self, part, nn.Parameter(torch.empty(size)))
         self.a: nn.Parameter
         self.b: nn.Parameter
         self.scale, self.dropout = config.scale, config.dropout

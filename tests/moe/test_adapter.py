@@ -13,6 +13,7 @@ from common.errors import ConfigError
 from moe.accounting.flops import meta_model
 from moe.config import AdapterConfig, ModelConfig, RouterConfig, split_adapter_name
 from moe.init import init_parameters
+from moe.low_rank import LowRank
 from moe.model import ModelInputs, Transformer
 from moe.noise import noise_keys
 
@@ -188,6 +189,17 @@ def test_dropout_is_drawn_for_each_token_and_only_in_training():
         masks.append(low - expected)
     assert (masks[0][0, 0] - masks[0][0, 1]).abs().max() > 0.01
     assert not torch.equal(masks[0].abs() > 0.1, masks[1].abs() > 0.1)
+
+
+def test_adapters_with_the_same_values_draw_other_dropout_by_their_names():
+    keys_BS, x_BSD = noise_keys(7, torch.arange(8).view(1, -1)), torch.ones(1, 8, 6)
+    config, outputs = replace(EVERYTHING, dropout=0.5), []
+    for name in ("layers.0.attention.wq", "layers.1.attention.wq", "layers.0.attention.wq"):
+        adapter = LowRank((5, 6), config, name)
+        for parameter in adapter.parameters():
+            torch.nn.init.ones_(parameter)
+        outputs.append(adapter(x_BSD, torch.zeros(1, 8, 5), torch.zeros(5, 6), noise_keys_BS=keys_BS))
+    assert torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], outputs[1])
 
 
 @pytest.mark.parametrize(
