@@ -5,7 +5,9 @@ The errors form one tree, so that one `except UserError` covers them all.
 
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from common.text import one_line, printable, shorten, show_value
 
@@ -89,6 +91,20 @@ def expect_fields(config: object, **conditions: tuple[bool, str]) -> None:
     """
     for field, (holds, expected) in conditions.items():
         expect(holds, field, getattr(config, field), expected)
+
+
+def expect_defaults(config: Any, given: str) -> None:
+    """Check that every field of a configuration dataclass has its default. Another value would have no effect.
+
+    Args:
+        given: the key and the value that switch the section off, for the message.
+
+    Raises:
+        ConfigError: as `expect`, for the first field that has another value: the user has forgotten the key.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        expect(value == field.default, field.name, value, f"{show_value(field.default)} with {given}")
 
 
 def require(holds: object, error: type[Exception], message: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError, require
 from common.text import nearest_name
-from moe.config import AdapterConfig
+from moe.config import AdapterConfig, matches_part
 from moe.experts import Experts
 from moe.linear import Head, Linear
 from moe.low_rank import LowRank
@@ -40,8 +40,8 @@ def install_adapters(model: nn.Module, config: AdapterConfig) -> None:
     """
     weights = list(adaptable_weights(model))
     for pattern in config.targets:
-        alone = AdapterConfig(targets=(pattern,))
-        require(any(alone.chooses(name) for name, _, _ in weights), ConfigError, _matches_nothing(pattern, weights))
+        used = any(matches_part(pattern, name) for name, _, _ in weights)
+        require(used, ConfigError, _matches_nothing(pattern, weights))
     for name, module, weight in weights:
         if not config.chooses(name):
             continue

@@ -9,12 +9,12 @@ line is reported at once.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from common.errors import expect
+from common.errors import expect, expect_defaults
 from common.registry import Registry
 from common.strict import DERIVED
 from common.text import show_value
@@ -360,6 +360,8 @@ class AdapterConfig:
         expect(0 <= self.dropout < 1, "dropout", self.dropout, "a number in [0, 1)")
         shown = f"[{','.join(self.targets)}]"
         expect(bool(self.targets) and all(self.targets), "targets", shown, "names of weights, or globs")
+        if self.kind is None:
+            expect_defaults(self, "adapter.kind=null")
 
     @property
     def scale(self) -> float:
@@ -372,7 +374,7 @@ class AdapterConfig:
         Args:
             weight: its name in `Transformer` without a final `.weight`, as in `layers.0.attention.wq`.
         """
-        return any(matches_part(pattern, weight) for pattern in self.targets)
+        return matches_any(self.targets, weight)
 
 
 NO_ADAPTER = AdapterConfig()
@@ -403,6 +405,11 @@ def adapter_shapes(shape: Sequence[int], adapter: AdapterConfig) -> dict[str, tu
     *stack, outputs, inputs = shape
     shapes = {"a": (*stack, adapter.rank, inputs), "b": (*stack, outputs, adapter.rank)}
     return shapes | ({"magnitude": (*stack, outputs)} if adapter.dora else {})
+
+
+def matches_any(patterns: Iterable[str], name: str) -> bool:
+    """Return whether one of the patterns matches `name` as `matches_part` does."""
+    return any(matches_part(pattern, name) for pattern in patterns)
 
 
 def matches_part(pattern: str, name: str) -> bool:
@@ -659,6 +666,10 @@ class ModelConfig:
         if self.kv_lora_rank is None:
             return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
         return ((1, self.kv_lora_rank + self.rotary_width),)
+
+    def with_adapter(self, adapter: AdapterConfig) -> "ModelConfig":
+        """Return this model with the adapters that the section `adapter` describes; with none if its kind is null."""
+        return dataclasses.replace(self, adapter=None if adapter.kind is None else adapter)
 
     @property
     def adapts_experts(self) -> bool:

@@ -14,12 +14,11 @@ Letters: O output and I input width of a matrix, P its bytes, E experts.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
-from common.errors import expect, expect_fields
-from common.text import show_value
+from common.errors import expect, expect_defaults, expect_fields
 
 Kind = Literal["nf4", "int8"]
 Target = Literal["attention", "dense", "shared", "experts"]
@@ -118,9 +117,8 @@ class QuantizeConfig:
             block_size=(self.block_size in BLOCK_SIZES, f"one of {', '.join(map(str, BLOCK_SIZES))}"),
             targets=(bool(self.targets), f"a list of some of {', '.join(TARGETS)}"),
         )
-        for field in fields(self) if self.kind is None else ():
-            given = getattr(self, field.name)  # It has no effect: the user has forgotten the kind.
-            expect(given == field.default, field.name, given, f"{show_value(field.default)} with quantize.kind=null")
+        if self.kind is None:
+            expect_defaults(self, "quantize.kind=null")
 
     def packing(self, target: Target | None, shape: Sequence[int]) -> Packing | None:
         """Return how a parameter is stored; None: in full precision.
@@ -144,6 +142,20 @@ def target_of(name: str) -> Target | None:
 
 
 FULL_PRECISION = QuantizeConfig()
+
+
+def expect_adapters(config: QuantizeConfig, has_adapters: bool) -> None:
+    """Check that something trains beside weights that are stored in few bits, which never train.
+
+    Raises:
+        ConfigError: there are such weights, and no adapters.
+    """
+    expect(
+        config.kind is None or has_adapters,
+        "quantize.kind",
+        config.kind,
+        "null, or adapters, which train beside quantised weights (adapter=lora)",
+    )
 
 
 def expect_library(config: QuantizeConfig) -> None:

@@ -47,8 +47,7 @@ class DescribeConfig:
     @property
     def whole_model(self) -> ModelConfig:
         """`model`, with its adapters, and with `vocab_size` where the preset leaves the vocabulary to the tokenizer."""
-        adapter = None if self.adapter.kind is None else self.adapter
-        return replace(self.model, vocab_size=self.model.vocab_size or self.vocab_size, adapter=adapter)
+        return replace(self.model.with_adapter(self.adapter), vocab_size=self.model.vocab_size or self.vocab_size)
 
 
 def figures(config: DescribeConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from common.errors import ConfigError, expect, expect_fields, located
 from common.strict import from_dict
 from common.text import to_json
 from moe.config import NO_ADAPTER, AdapterConfig, ModelConfig, RouterConfig
-from moe.quantization import FULL_PRECISION, QuantizeConfig
+from moe.quantization import FULL_PRECISION, QuantizeConfig, expect_adapters
 from parallel.config import ParallelConfig
 from parallel.planning.hardware import Hardware, with_rates
 from scripts.cli.command_line import compose_config, run_tool
@@ -97,8 +97,7 @@ class PlanConfig:
     @property
     def whole_model(self) -> ModelConfig:
         """`model`, with its adapters, and with `vocab_size` where the preset leaves the vocabulary to the tokenizer."""
-        adapter = None if self.adapter.kind is None else self.adapter
-        return replace(self.model, vocab_size=self.model.vocab_size or self.vocab_size, adapter=adapter)
+        return replace(self.model.with_adapter(self.adapter), vocab_size=self.model.vocab_size or self.vocab_size)
 
     @property
     def hardware(self) -> Hardware:
@@ -133,12 +132,7 @@ def find_layouts(config: PlanConfig) -> dict[str, Any]:
     from training.planning.skew import read_skew
 
     model, train, hardware = config.whole_model, config.train, config.hardware
-    expect(
-        config.quantize.kind is None or model.adapter is not None,
-        "quantize.kind",
-        config.quantize.kind,
-        "null, or adapters, which train beside quantised weights (adapter=lora)",
-    )
+    expect_adapters(config.quantize, model.adapter is not None)
     precision = hardware.precision if train.precision == "auto" else train.precision
     if config.recompute == "auto" and config.parallel.recompute == "none":
         modes = RECOMPUTE

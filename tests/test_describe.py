@@ -57,6 +57,13 @@ def test_mixtral_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert figures["attention"][0]["saved"] == 0.875
 
 
+def test_keys_of_adapters_without_their_kind_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, "model=mixtral_8x7b", "adapter.rank=8") == 2
+    assert capsys.readouterr().err == "error: adapter.rank=8: expected 16 with adapter.kind=null\n"
+
+
 def test_adapters_train_and_the_rest_has_no_gradient(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -152,9 +152,7 @@ def agree_on_run(
     notes += schedule_lines(resolved.optim, config.train.steps, saved, done)
     init_from = config.run.init_from if checkpoint is None or model.adapter is not None else None
     initial = from_rank_0("initial", lambda: find_initial(init_from, warn=show_line))
-    base = from_rank_0(
-        "base", lambda: None if model.adapter is None else describe_base(open_model(initial, check=False))
-    )
+    base = from_rank_0("base", lambda: None if model.adapter is None else find_base(initial))
     if base is not None and checkpoint is not None and state is not None:
         check_base(base, state, checkpoint, init_from)
     return AgreedRun(

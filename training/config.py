@@ -8,7 +8,6 @@ from typing import Literal
 
 from common.errors import ConfigError, expect, expect_fields, located, require
 from common.strict import FreeText
-from common.text import show_value
 from data.config import DataConfig
 from moe.config import NO_ADAPTER, AdapterConfig, ModelConfig, RouterConfig
 from moe.quantization import FULL_PRECISION, QuantizeConfig
@@ -383,8 +382,7 @@ class Config:
 
     def __post_init__(self) -> None:
         # The model has the adapters of the section `adapter`, wherever its configuration comes from.
-        adapter = None if self.adapter.kind is None else self.adapter
-        object.__setattr__(self, "model", replace(self.model, adapter=adapter))
+        object.__setattr__(self, "model", self.model.with_adapter(self.adapter))
         try:
             self.router.check(self.model.num_experts, self.model.top_k)
         except ValueError as error:
@@ -401,9 +399,6 @@ class Config:
             "grouped",
             "auto or loop with train.precision=fp64 (torch's grouped matmul has no fp64)",
         )
-        for key, default in vars(NO_ADAPTER).items() if self.adapter.kind is None else ():
-            given = getattr(self.adapter, key)  # It has no effect: the user has forgotten the kind.
-            expect(given == default, f"adapter.{key}", given, f"{show_value(default)} with adapter.kind=null")
         expect(
             self.quantize.kind is None or self.engine.kind == "native",
             "engine.kind",

@@ -10,7 +10,7 @@ from common.errors import TrainingFailure, UserError, expect
 from common.files import disk_errors
 from common.plugins import given_plugins, load_plugins
 from common.strict import from_dict, to_dict
-from moe.quantization import expect_library
+from moe.quantization import expect_adapters, expect_library
 from parallel.startup.launch import (
     World,
     is_launched,
@@ -64,12 +64,7 @@ def execute(
     check_before_start(config, world)
     check_tracking(config.tracking)
     expect_library(config.quantize)
-    expect(
-        config.quantize.kind is None or config.adapter.kind is not None,
-        "quantize.kind",
-        config.quantize.kind,
-        "null, or adapters, which train beside quantised weights (adapter=lora)",
-    )
+    expect_adapters(config.quantize, config.model.adapter is not None)
     owner = owner or RunOwner()
     try:
         with owner, disk_errors(Path(config.run.root)):
@@ -176,6 +171,19 @@ def in_processes(
         return results[0]
     set_threads(launch.threads, local_ranks=1)
     return function(config, *arguments)
+
+
+def on_every_rank(function: Callable[..., R], config: Any, prepare: Callable[[], tuple[Any, ...]] = tuple) -> R:
+    """Run `function(config)` if torchrun or deepspeed started this process, else `function(config, *prepare())` in as
+    many processes as `config.launch` asks for. Return the result of rank 0, or of this rank.
+
+    Args:
+        prepare: reports mistakes before a process starts, and returns what the ranks need not find out again.
+    """
+    if is_launched():
+        prepare_launched(config.launch)
+        return function(config)
+    return in_processes(config.launch, function, config, *prepare())
 
 
 def _needs_workers(launch: LaunchConfig, fresh: bool) -> bool:

@@ -29,7 +29,7 @@ from common.files import fsync, write_atomically
 from common.text import printable, to_json
 from moe.accounting.flops import meta_model
 from moe.adapter import adaptable_weights
-from moe.config import AdapterConfig, ModelConfig, RouterConfig, split_adapter_name
+from moe.config import AdapterConfig, ModelConfig, RouterConfig, matches_any, split_adapter_name
 from moe.experts import Experts
 from moe.region import Region
 from training.checkpoint.shards import LazyTensor, write_safetensors
@@ -481,5 +481,5 @@ def _targets(factors: Mapping[str, object], base: ModelReader) -> tuple[str, ...
     wanted = {name.removesuffix(".weight") for name in factors}
     matrices = {name.removesuffix(".weight") for name, shape in base.shapes.items() if len(shape) > 1}
     ends = tuple(sorted({re.sub(r"^layers\.\d+\.", "", name) for name in wanted}))
-    chosen = {name for name in matrices if AdapterConfig(targets=ends).chooses(name)}
+    chosen = {name for name in matrices if matches_any(ends, name)}
     return ends if chosen == wanted else tuple(sorted(wanted))

@@ -9,7 +9,6 @@ cannot be opened. Filling reads the tensors slice by slice. Each rank reads only
 other ranks.
 """
 
-import dataclasses
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -553,8 +552,7 @@ def read_run_config(file: Path) -> tuple[ModelConfig, RouterConfig]:
             f"router.kind={shorten(printable(show_value(kind)), 80)}: an unknown kind",
         )
         model = from_dict(ModelConfig, raw["model"], "model")
-        adapter = from_dict(AdapterConfig, raw.get("adapter", {}), "adapter")
-        model = model if adapter.kind is None else dataclasses.replace(model, adapter=adapter)
+        model = model.with_adapter(from_dict(AdapterConfig, raw.get("adapter", {}), "adapter"))
         return model, from_dict(RouterConfig, router, "router")
     except ConfigError as error:
         raise ModelError(f"{file}: {error}{_request_plugins(raw.get('plugins'))}") from error
