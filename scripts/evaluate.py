@@ -18,24 +18,19 @@ if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it
     begin_process()
 
 from moe.quantization import expect_library
-from parallel.startup.launch import is_launched
 from scripts.cli.command_line import run_tool
-from scripts.cli.workers import in_processes, prepare_launched
+from scripts.cli.workers import on_every_rank
 from training.evaluation.config import EvaluateConfig
 
 
 def evaluate_text(config: EvaluateConfig) -> None:
-    """Evaluate in this process, or in worker processes if `config.launch` asks for them and no launcher did."""
+    """Evaluate on every rank."""
     from training.evaluation.worker import evaluate_on_rank, read_text
     from training.report.terminal import show_line
 
     expect_library(config.quantize)
-    if is_launched():
-        prepare_launched(config.launch)
-        evaluate_on_rank(config)
-    else:
-        report = show_line if config.format == "text" else None
-        in_processes(config.launch, evaluate_on_rank, config, read_text(config, report))
+    report = show_line if config.format == "text" else None
+    on_every_rank(evaluate_on_rank, config, lambda: (read_text(config, report),))
 
 
 def main() -> None:

@@ -18,23 +18,18 @@ if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it
     begin_process()
 
 from moe.quantization import expect_library
-from parallel.startup.launch import is_launched
 from scripts.cli.command_line import run_tool
-from scripts.cli.workers import in_processes, prepare_launched
+from scripts.cli.workers import on_every_rank
 from training.generation.config import GenerateConfig
 
 
 def generate_text(config: GenerateConfig) -> None:
-    """Generate in this process, or in worker processes if `config.launch` asks for them and no launcher did."""
+    """Generate on every rank."""
     from training.generation.request import read_request
     from training.generation.worker import generate_on_rank
 
     expect_library(config.quantize)
-    if is_launched():
-        prepare_launched(config.launch)
-        generate_on_rank(config)
-    else:
-        in_processes(config.launch, generate_on_rank, config, read_request(config))
+    on_every_rank(generate_on_rank, config, lambda: (read_request(config),))
 
 
 def main() -> None:

@@ -18,24 +18,21 @@ from parallel.startup.launch import begin_process
 if __name__ in ("__main__", "__mp_main__"):  # This process, or a worker that it has started.
     begin_process()
 
-from parallel.startup.launch import is_launched
 from scripts.cli.command_line import run_tool
-from scripts.cli.workers import in_processes, prepare_launched
+from scripts.cli.workers import on_every_rank
 from training.parity.config import ParityConfig
 
 
 def check_parity(config: ParityConfig) -> None:
-    """Run the check in this process or in worker processes. End the process with status 1 if something differs."""
+    """Run the check on every rank. End the process with status 1 if something differs."""
     from training.parity.driver import check_on_rank
     from training.parity.jobs import select_jobs
 
-    if is_launched():
-        prepare_launched(config.launch)
-        equal = check_on_rank(config)
-    else:
-        select_jobs(config, config.launch.nproc)  # Report a mistake before any worker starts.
-        equal = in_processes(config.launch, check_on_rank, config)
-    if not equal:
+    def report_mistakes() -> tuple[()]:
+        select_jobs(config, config.launch.nproc)
+        return ()
+
+    if not on_every_rank(check_on_rank, config, report_mistakes):
         raise SystemExit(1)
 
 

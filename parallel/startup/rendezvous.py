@@ -22,6 +22,8 @@ from parallel.startup.launch import World
 
 PORT_TIMEOUT_S = 20.0
 """Seconds that rank 0 waits for its port, if another process has taken it since the launcher found it free."""
+START_TIMEOUT_S = 300.0
+"""Seconds that the ranks of a tool wait for each other. A run has the key `parallel.timeout_s`."""
 LOOPBACK = "127.0.0.1"
 LOOPBACK_INTERFACE = "lo"
 BACKLOG = 2048

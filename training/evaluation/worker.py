@@ -13,17 +13,17 @@ from moe.linear import Predict, linear
 from moe.model import ModelInputs, Output, Transformer
 from parallel.mesh import Mesh, close_process_group, init_process_group
 from parallel.startup.launch import world_from_env
-from parallel.startup.rendezvous import choose_on_rank0, open_store
+from parallel.startup.rendezvous import START_TIMEOUT_S, choose_on_rank0, open_store
 from training.device import compute_dtype, pick_device
 from training.evaluation.config import EvaluateConfig
 from training.evaluation.evaluator import Evaluator
 from training.formats.loading import load_model
 from training.formats.model_directory import open_given_tokenizer
 from training.formats.reader import ModelReader, open_model, open_model_for_key
+from training.report.metrics import max_vio
 from training.report.tables import baselines_of, show_evaluation
 from training.step import Evaluation
 
-START_TIMEOUT_S = 300.0
 EVERYTHING = 2**62
 """More bytes than any text has."""
 TITLES = {"all": "text", "heldout": "held-out text"}
@@ -99,24 +99,21 @@ def evaluate_on_rank(config: EvaluateConfig, path: str | None = None) -> None:
 
 
 def _show(found: Evaluation, store: Store, config: EvaluateConfig) -> None:
-    summary = store.summary()
     if config.format == "text":
-        show_evaluation(found.bits_per_byte, found.loss, baselines_of(summary), TITLES[config.split])
+        show_evaluation(found.bits_per_byte, found.loss, baselines_of(store.summary()), TITLES[config.split])
         return
-    documents = {domain: part["documents"] for domain, part in store.manifest["splits"]["heldout"]["domains"].items()}
-    domains = {
-        row["domain"]: {
-            "documents": documents[row["domain"]],
-            "tokens": found.sums[row["domain"]].labels,
-            "bytes": found.sums[row["domain"]].bytes,
-            "loss": found.sums[row["domain"]].loss,
-            "bits_per_byte": found.sums[row["domain"]].bits_per_byte,
-            "gzip_bits_per_byte": row["gzip_bits_per_byte"],
-            "unigram_bits_per_byte": row["unigram_bits_per_byte"],
-        }
-        for row in summary
-        if found.sums[row["domain"]].labels
-    }
+    parts, domains = store.manifest["splits"]["heldout"]["domains"], {}
+    for domain, sums in found.sums.items():
+        if sums.labels:
+            domains[domain] = {
+                "documents": parts[domain]["documents"],
+                "tokens": sums.labels,
+                "bytes": sums.bytes,
+                "loss": sums.loss,
+                "bits_per_byte": sums.bits_per_byte,
+                "gzip_bits_per_byte": parts[domain]["gzip_bits_per_byte"],
+                "unigram_bits_per_byte": parts[domain]["unigram_bits_per_byte"],
+            }
     result: dict[str, Any] = {
         "checkpoint": config.checkpoint,
         "split": config.split,
@@ -127,7 +124,5 @@ def _show(found: Evaluation, store: Store, config: EvaluateConfig) -> None:
         "domains": domains,
     }
     if found.load_GLE is not None:
-        load_LE = found.load_GLE.sum(dim=0).double()
-        mean_L = load_LE.mean(dim=1).clamp(min=1.0)
-        result["router"] = {"max_vio": (load_LE.amax(dim=1) / mean_L - 1).tolist()}
+        result["router"] = {"max_vio": max_vio(found.load_GLE.sum(dim=0))}
     print(to_json(result, ensure_ascii=False, indent=2))

@@ -9,7 +9,7 @@ from data.tokens.tokenizer import TextTokenizer
 from moe.generation.generate import generate
 from parallel.mesh import broadcast_from_first, close_process_group, init_process_group
 from parallel.startup.launch import world_from_env
-from parallel.startup.rendezvous import choose_on_rank0, open_store
+from parallel.startup.rendezvous import START_TIMEOUT_S, choose_on_rank0, open_store
 from training.device import compute_dtype, pick_device
 from training.formats.loading import load_model
 from training.formats.model_directory import open_given_tokenizer
@@ -23,7 +23,6 @@ INCOMPLETE_BYTES = 3
 """The most bytes of a UTF-8 character that is not complete. A decoder writes at most one `REPLACEMENT` for each."""
 KEPT_TOKENS = 24
 """The number of tokens that are decoded again with the next one. Four characters have at most 16 byte tokens."""
-START_TIMEOUT_S = 300.0
 
 
 class StreamedText:

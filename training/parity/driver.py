@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel.mesh import Groups, build_mesh, close_process_group, init_process_group, mesh_of_one
 from parallel.startup.launch import world_from_env
-from parallel.startup.rendezvous import open_store
+from parallel.startup.rendezvous import START_TIMEOUT_S, open_store
 from training.device import pick_device
 from training.parity.config import CASES, ONE_PROCESS, STEPS, Case, ParityConfig, Precision, configuration, rows_for
 from training.parity.jobs import Job, configure, select_jobs, why_skipped
@@ -35,7 +35,6 @@ COLUMNS = (
     "start, counts",
     "",
 )
-START_TIMEOUT_S = 300.0
 
 
 class Tolerance(NamedTuple):
