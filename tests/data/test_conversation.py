@@ -47,7 +47,7 @@ V1 = (
 V3 = V1.replace("' [/INST]'", "'[/INST]'")
 TEKKEN = V3.replace("'[INST] '", "'[INST]'").replace("' ' + ", "")
 QWEN_CHAT = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nHelp.<|im_end|>\n' }}{% endif %}" + CHATML
-"""Qwen's: ChatML with a system message of its own."""
+"""The chat template of Qwen: the ChatML format, with a default system message if the conversation has none."""
 OLMOE_CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
     "{{ '<|assistant|>\n' }}{{ m.content + eos_token }}{{ '' if loop.last else '\n' }}"
